@@ -1,0 +1,59 @@
+//! What the shim and the agent say to each other.
+//!
+//! Both sides trust this crate for names and numbers only: the shim distrusts the agent's replies
+//! (sizes, ids, order) and the agent limits what the host may ask of it.
+
+/// Messages of `agent.proto`.
+#[allow(warnings, clippy::all, clippy::pedantic, clippy::restriction)]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The ttrpc client and server of `agent.proto`.
+#[allow(warnings, clippy::all, clippy::pedantic, clippy::restriction)]
+pub mod agent_ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
+
+/// vsock context id of the host (virtio 1.3 §5.10.4).
+pub const HOST_CID: u32 = 2;
+
+/// vsock context id of every guest. vsock in the VMM is not shared between VMs, so one value does.
+pub const GUEST_CID: u32 = 3;
+
+/// The host port the agent dials once, when it is ready: the ttrpc connection. It is the only
+/// stream that a guest may ever open.
+pub const AGENT_PORT: u32 = 1024;
+
+/// The guest port on which the agent accepts streams, from [`HOST_CID`] alone. A stream begins
+/// with its number as eight bytes, little endian ([`stream_header`]); the rest is payload.
+pub const STREAM_PORT: u32 = 1025;
+
+/// The stream that carries the agent's own log, as JSON lines, to the shim. Process streams are
+/// numbered from [`FIRST_PROCESS_STREAM`].
+pub const LOG_STREAM: u64 = 1;
+
+/// The first number the shim gives to a process's stdio stream.
+pub const FIRST_PROCESS_STREAM: u64 = 16;
+
+/// The virtio-fs tag of the share that holds root file systems and volumes.
+pub const SHARE_TAG: &str = "brig";
+
+/// I/O port for boot marks: the guest writes one byte of [`BootMark`].
+pub const BOOT_MARK_PORT: u16 = 0x80;
+
+/// Moments of a boot that the guest reports by a one-byte port write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum BootMark {
+    /// The agent's first instruction as PID 1.
+    Init = 0xB1,
+    /// The agent has dialled the host.
+    AgentReady = 0xB2,
+}
+
+/// The first bytes of a stream to [`STREAM_PORT`].
+#[must_use]
+pub fn stream_header(stream: u64) -> [u8; 8] {
+    stream.to_le_bytes()
+}

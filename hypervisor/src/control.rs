@@ -1,0 +1,381 @@
+//! The control protocol between the shim and brig-vmm: one message a datagram on a
+//! `SOCK_SEQPACKET` socketpair, JSON, with file descriptors beside it as `SCM_RIGHTS`.
+//!
+//! The VMM opens nothing (DESIGN section 2.1): every kernel, tap, disk, FIFO or socket arrives
+//! here. A message names a descriptor by its index in the datagram's ancillary data ([`FdIndex`]).
+//! The VMM trusts the shim. The shim does not trust the VMM, which faces the guest: it bounds sizes
+//! and ignores unknown ids. When the socket closes, the VMM exits.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::cmsg_space;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// The descriptor number at which brig-vmm finds its end of the control socket.
+pub const CONTROL_FD: RawFd = 3;
+/// The largest message in bytes; a longer one is an error on the sending side.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+/// The most descriptors one message may carry (`SCM_MAX_FD` is 253).
+pub const MAX_FDS: usize = 64;
+
+/// Index into the descriptors that came with a message.
+pub type FdIndex = usize;
+
+/// What the shim sends. Each request gets exactly one [`Reply`] with the same id.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// Chosen by the shim, unique among requests in flight.
+    pub id: u64,
+    /// What is asked.
+    pub body: RequestBody,
+}
+
+/// The requests of the control protocol.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum RequestBody {
+    /// Builds the machine and starts its CPUs. Once.
+    Start(Box<VmConfig>),
+    /// Opens a vsock stream to a guest port and copies between it and the given descriptors until
+    /// both directions have ended; then [`Event::StreamClosed`] follows.
+    OpenStream(StreamConfig),
+    /// Resets a stream at once.
+    CloseStream {
+        /// The stream's number.
+        stream: u64,
+    },
+    /// Drops every inode that the file server holds below this path of the share, so that the
+    /// mount there can be released.
+    ForgetShare {
+        /// Relative to the share's root.
+        path: String,
+    },
+    /// Asks for boot marks and exit counters.
+    Counters,
+    /// Ends the VM at once. The reply precedes the exit.
+    Stop,
+}
+
+/// A machine: everything brig-vmm needs to build it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// Online CPUs at boot, 1 to 64.
+    pub vcpus: u8,
+    /// Guest RAM in bytes; rounded up to 2 MiB.
+    pub memory_bytes: u64,
+    /// `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// vmlinux, an ELF with a PVH entry note.
+    pub kernel: FdIndex,
+    /// The initramfs, an uncompressed or compressed cpio.
+    pub initramfs: FdIndex,
+    /// Appended to the built-in kernel command line.
+    pub cmdline: String,
+    /// A connected stream socket: the VMM's end of the agent's ttrpc connection.
+    pub agent: FdIndex,
+    /// Network interfaces, in PCI slot order.
+    pub nets: Vec<NetConfig>,
+    /// Block devices, in PCI slot order.
+    pub disks: Vec<DiskConfig>,
+    /// Serve `/shared` of the VMM's mount namespace as a virtio-fs device with this tag.
+    pub share_tag: Option<String>,
+    /// Copy early kernel messages to the log, not only a panic's.
+    pub debug_console: bool,
+    /// Start although `/dev/kvm` emulates instead of virtualising.
+    pub allow_slow_kvm: bool,
+}
+
+/// A virtio-net interface on a tap.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// One tap descriptor per queue pair, opened with `IFF_VNET_HDR | IFF_NO_PI`.
+    pub taps: Vec<FdIndex>,
+    /// MAC address of the guest's interface.
+    pub mac: [u8; 6],
+    /// MTU in bytes offered to the guest.
+    pub mtu: u16,
+}
+
+/// A virtio-blk device over a raw file or block device.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// The file or block device.
+    pub file: FdIndex,
+    /// Refuse writes.
+    pub readonly: bool,
+    /// At most 20 bytes; the guest finds the disk by it.
+    pub serial: String,
+}
+
+/// One host-initiated vsock stream.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StreamConfig {
+    /// Chosen by the shim, unique for the life of the VM; also the header the guest receives.
+    pub stream: u64,
+    /// Guest port.
+    pub port: u32,
+    /// Bytes sent before any input.
+    pub header: Vec<u8>,
+    /// Read until end of file and sent to the guest. None: the sending side is shut down at once.
+    pub input: Option<FdIndex>,
+    /// Receives what the guest sends. None: it is discarded.
+    pub output: Option<FdIndex>,
+}
+
+/// What the VMM sends: replies to requests, and events.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromVmm {
+    /// The answer to one request.
+    Reply(Reply),
+    /// Something happened.
+    Event(Event),
+}
+
+/// The answer to the request of the same id.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Reply {
+    /// The request's id.
+    pub id: u64,
+    /// Its outcome.
+    pub result: Result<ReplyBody, ErrorReply>,
+}
+
+/// Successful answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ReplyBody {
+    /// Nothing to tell.
+    Done,
+    /// Answer to [`RequestBody::Counters`].
+    Counters(Counters),
+}
+
+/// Why a request failed, for an operator to read.
+#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ErrorReply {
+    /// The class of the error; decides the containerd code.
+    pub kind: ErrorKind,
+    /// One sentence naming the thing and the fix.
+    pub message: String,
+}
+
+/// Classes of errors, each of which is one containerd code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ErrorKind {
+    /// The request itself is wrong (InvalidArgument).
+    Invalid,
+    /// It does not fit the VM's state (FailedPrecondition).
+    State,
+    /// The host lacks something (Unavailable).
+    Host,
+    /// A limit was met (ResourceExhausted).
+    Limit,
+    /// Ours (Internal).
+    Internal,
+}
+
+/// What the VMM reports by itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Event {
+    /// The guest wrote a boot mark.
+    BootMark {
+        /// The byte.
+        mark: u8,
+        /// Microseconds since brig-vmm was executed.
+        micros: u64,
+    },
+    /// The agent's stream is open.
+    AgentConnected {
+        /// Microseconds since brig-vmm was executed.
+        micros: u64,
+    },
+    /// A stream has ended in both directions and its descriptors are closed.
+    StreamClosed {
+        /// Its number.
+        stream: u64,
+        /// It ended by a reset: refused by the guest, a limit, or CloseStream.
+        reset: bool,
+    },
+    /// A line of the guest's console: early messages with `debug_console`, else a panic's. Bounded
+    /// in rate and total.
+    Console {
+        /// The line without its end.
+        line: String,
+    },
+}
+
+/// Counters of one VM since it started.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+pub struct Counters {
+    /// VM exits by reason.
+    pub exits: std::collections::BTreeMap<String, u64>,
+    /// (mark, microseconds since exec) in order; marks above 0xff are the VMM's own.
+    pub marks: Vec<(u16, u64)>,
+}
+
+/// The VMM's own boot marks, beside the guest's bytes.
+pub mod mark {
+    /// brig-vmm's main was entered.
+    pub const VMM_MAIN: u16 = 0x100;
+    /// The jail is closed.
+    pub const JAILED: u16 = 0x101;
+    /// Start was received.
+    pub const START: u16 = 0x102;
+    /// Guest memory, kernel and devices are ready.
+    pub const BUILT: u16 = 0x103;
+    /// The first CPU is about to run: kernel entry.
+    pub const KERNEL_ENTRY: u16 = 0x104;
+    /// The agent's stream is open.
+    pub const AGENT_CONNECTED: u16 = 0x105;
+}
+
+/// Exit codes of brig-vmm.
+pub mod exit {
+    /// The guest powered off.
+    pub const POWER_OFF: i32 = 0;
+    /// The guest rebooted (it was not asked to).
+    pub const REBOOT: i32 = 10;
+    /// The guest kernel panicked.
+    pub const PANIC: i32 = 11;
+    /// The VMM met an error of its own or of the host.
+    pub const INTERNAL: i32 = 12;
+    /// The guest broke a device's or the machine's rules beyond repair (e.g. an emulation failure).
+    pub const GUEST_FAULT: i32 = 13;
+    /// The control socket closed, or Stop.
+    pub const STOPPED: i32 = 14;
+    /// The jail could not be built.
+    pub const JAIL: i32 = 15;
+}
+
+/// Sends one message with its descriptors. `EAGAIN` is returned as such on a non-blocking socket.
+///
+/// # Errors
+/// `InvalidInput` for a message over [`MAX_MESSAGE`] or with more than [`MAX_FDS`] descriptors,
+/// else what `sendmsg` says.
+pub fn send<T: Serialize>(
+    socket: BorrowedFd<'_>,
+    message: &T,
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message).map_err(io::Error::other)?;
+    if bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "control message of {} bytes and {} descriptors is over the limit of {MAX_MESSAGE} and {MAX_FDS}",
+                bytes.len(),
+                fds.len()
+            ),
+        ));
+    }
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    sendmsg::<()>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(&bytes)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
+    Ok(())
+}
+
+/// Receives one message with its descriptors (close-on-exec); `None` when the peer has closed.
+///
+/// # Errors
+/// `InvalidData` for a message that is truncated or not of this protocol, else what `recvmsg` says.
+pub fn receive<T: DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let mut bytes = vec![0u8; MAX_MESSAGE];
+    let mut control = cmsg_space!([RawFd; MAX_FDS]);
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let received = recvmsg::<()>(
+        socket.as_raw_fd(),
+        &mut slices,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
+    let mut fds = Vec::new();
+    for message in received.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            for fd in raw {
+                // SAFETY: the kernel has just installed this descriptor for us alone.
+                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+    let truncated = received
+        .flags
+        .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+    let length = received.bytes;
+    if truncated {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "control message was truncated",
+        ));
+    }
+    if length == 0 {
+        return Ok(None);
+    }
+    let message = serde_json::from_slice(&bytes[..length])
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    Ok(Some((message, fds)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::os::fd::AsFd;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn a_message_arrives_with_its_descriptors_in_order() {
+        let (a, b) = pair();
+        let (r, w) = nix::unistd::pipe().unwrap();
+        let request = Request {
+            id: 7,
+            body: RequestBody::CloseStream { stream: 9 },
+        };
+        send(a.as_fd(), &request, &[r.as_fd(), w.as_fd()]).unwrap();
+        let (got, fds) = receive::<Request>(b.as_fd()).unwrap().unwrap();
+        assert_eq!(got.id, 7);
+        assert_eq!(fds.len(), 2);
+        nix::unistd::write(&fds[1], b"x").unwrap();
+        let mut buffer = [0u8; 1];
+        assert_eq!(nix::unistd::read(&r, &mut buffer).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_closed_peer_is_told_from_an_empty_message() {
+        let (a, b) = pair();
+        drop(a);
+        assert!(receive::<Request>(b.as_fd()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_message_over_the_limit_is_refused_before_it_is_sent() {
+        let (a, _b) = pair();
+        let request = Request {
+            id: 1,
+            body: RequestBody::ForgetShare {
+                path: "x".repeat(MAX_MESSAGE),
+            },
+        };
+        let error = send(a.as_fd(), &request, &[]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+}
