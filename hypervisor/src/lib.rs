@@ -3,5 +3,22 @@
 //! The shim uses [`control`] and [`launch`]; the `brig-vmm` binary uses the rest. The VMM faces the
 //! guest and knows nothing of containers.
 
+pub mod arch;
+pub mod builder;
+pub mod console;
 pub mod control;
+pub mod exits;
+pub mod jail;
+pub mod kernel;
+pub mod kvm;
+pub mod launch;
+pub mod log;
+pub mod memory;
+mod mount_attr;
+pub mod notice;
+pub mod pci;
+pub mod server;
+pub mod share;
+mod sync;
+pub mod vcpu;
 pub mod virtio;

@@ -1,5 +1,5 @@
 # Shared by the scripts of tests/: messages, packages, mirrors, time-outs. Sourced, never run.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # the variables are for those who source this
 
 me=${me:-$(basename "$0")}
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -29,6 +29,7 @@ need() {
 # The Debian mirror that this machine's own apt uses: nothing here names one.
 debian_mirror() {
     local uri
+    # shellcheck disable=SC2016 # the $() are apt's
     uri=${BRIG_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)' 'Created-By: Packages' |
         awk -F'|' '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')}
     [ -n "$uri" ] || die "apt on this machine knows no Debian archive: run apt-get update, or set BRIG_DEBIAN_MIRROR to a mirror's URI"

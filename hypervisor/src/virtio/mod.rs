@@ -5,6 +5,17 @@
 //! on nothing in the transport changes them until a reset has taken them back (CVE-2026-5747).
 //! Everything a device reads from guest memory is hostile.
 
+pub mod balloon;
+pub mod block;
+pub mod chain;
+pub mod fs;
+pub mod net;
+pub mod pci;
+pub mod ring;
+pub mod rng;
+#[cfg(test)]
+pub mod testing;
+pub mod vsock;
 pub mod worker;
 
 use std::io;

@@ -1,1 +1,272 @@
-//! Placeholder until the worker lands.
+//! A worker thread: owns devices, waits for what they registered, and takes commands from CPU
+//! threads.
+//!
+//! Commands are few (activate, deactivate) and acknowledged through channels. A device that fails
+//! is deactivated and its driver told to reset it; the other devices and the VM go on.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::thread::JoinHandle;
+
+use slog::{Logger, error, warn};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Activation, Sources, VirtioDevice};
+
+/// The slot of the worker's own wake-up event.
+const WAKE_SLOT: u32 = u32::MAX;
+const BATCH: usize = 32;
+
+enum Command {
+    Activate(u32, Box<Activation>),
+    Deactivate(u32, SyncSender<()>),
+    Stop,
+}
+
+/// Called on the worker's thread when its device failed: sets DEVICE_NEEDS_RESET.
+pub type OnFailure = Box<dyn Fn() + Send>;
+/// Called first on the worker's thread: seccomp. An error ends the VM.
+pub type Prologue = Box<dyn FnOnce() -> Result<(), String> + Send>;
+/// Called when the thread itself cannot go on.
+pub type OnFatal = Box<dyn Fn(String) + Send>;
+
+/// A device to run.
+pub struct Slot {
+    /// The device.
+    pub device: Box<dyn VirtioDevice>,
+    /// What to do when it fails.
+    pub on_failure: OnFailure,
+}
+
+/// The transport's end of one device.
+pub struct DeviceHandle {
+    slot: u32,
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl DeviceHandle {
+    /// Gives the device its queues. Returns at once.
+    pub fn activate(&self, activation: Activation) {
+        self.send(Command::Activate(self.slot, Box::new(activation)));
+    }
+
+    /// Takes the queues back. The receiver gets one message when no guest memory is touched any
+    /// more; it is disconnected if the worker is gone.
+    #[must_use]
+    pub fn deactivate(&self) -> Receiver<()> {
+        let (done, receiver) = sync_channel(1);
+        self.send(Command::Deactivate(self.slot, done));
+        receiver
+    }
+
+    fn send(&self, command: Command) {
+        // A worker that is gone has said so; the VM is ending.
+        if self.commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// A running worker thread. Dropping it stops the thread and joins it.
+pub struct Worker {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if self.commands.send(Command::Stop).is_ok() {
+            let _ = self.wake.write(1);
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts a thread called `name` for `slots`; the handles are in their order.
+///
+/// # Errors
+/// If the host gives no thread, epoll or eventfd.
+pub fn spawn(
+    name: &str,
+    slots: Vec<Slot>,
+    prologue: Prologue,
+    on_fatal: OnFatal,
+    log: Logger,
+) -> io::Result<(Worker, Vec<DeviceHandle>)> {
+    let (commands, receiver) = channel();
+    let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+    let epoll = Epoll::new()?;
+    epoll.ctl(
+        ControlOperation::Add,
+        std::os::fd::AsRawFd::as_raw_fd(&*wake),
+        EpollEvent::new(EventSet::IN, u64::from(WAKE_SLOT) << 32),
+    )?;
+    let handles = (0u32..)
+        .zip(&slots)
+        .map(|(slot, _)| DeviceHandle {
+            slot,
+            commands: commands.clone(),
+            wake: Arc::clone(&wake),
+        })
+        .collect();
+    let mut thread_state = Thread {
+        epoll,
+        wake: Arc::clone(&wake),
+        commands: receiver,
+        slots: slots
+            .into_iter()
+            .map(|slot| Running {
+                slot,
+                active: false,
+            })
+            .collect(),
+        log,
+    };
+    let thread = std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            let result = prologue().and_then(|()| {
+                thread_state
+                    .run()
+                    .map_err(|error| format!("device worker: {error}"))
+            });
+            if let Err(reason) = result {
+                on_fatal(reason);
+            }
+        })?;
+    Ok((
+        Worker {
+            commands,
+            wake,
+            thread: Some(thread),
+        },
+        handles,
+    ))
+}
+
+struct Running {
+    slot: Slot,
+    active: bool,
+}
+
+struct Thread {
+    epoll: Epoll,
+    wake: Arc<EventFd>,
+    commands: Receiver<Command>,
+    slots: Vec<Running>,
+    log: Logger,
+}
+
+impl Thread {
+    fn run(&mut self) -> io::Result<()> {
+        let mut events = vec![EpollEvent::default(); BATCH];
+        loop {
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            let mut woken = false;
+            for event in &events[..count] {
+                let slot = u32::try_from(event.data() >> 32).unwrap_or(WAKE_SLOT);
+                let token = u32::try_from(event.data() & 0xffff_ffff).unwrap_or(0);
+                if slot == WAKE_SLOT {
+                    woken = true;
+                } else {
+                    self.process(slot, token, event.event_set());
+                }
+            }
+            // After the events: none of this batch belongs to a later activation.
+            if woken {
+                let _ = self.wake.read();
+                if self.take_commands() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn process(&mut self, slot: u32, token: u32, events: EventSet) {
+        let Some(running) = index(slot).and_then(|index| self.slots.get_mut(index)) else {
+            return;
+        };
+        // Left over from before a deactivation.
+        if !running.active {
+            return;
+        }
+        let mut sources = Sources::new(&self.epoll, slot);
+        if let Err(error) = running.slot.device.process(token, events, &mut sources) {
+            running.fail(&error, &mut sources, &self.log);
+        }
+    }
+
+    /// Returns true when told to stop.
+    fn take_commands(&mut self) -> bool {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Activate(slot, activation)) => self.activate(slot, *activation),
+                Ok(Command::Deactivate(slot, done)) => {
+                    self.deactivate(slot);
+                    // A transport that stopped waiting has dropped its end.
+                    let _ = done.send(());
+                }
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
+                    for slot in 0..u32::try_from(self.slots.len()).unwrap_or(0) {
+                        self.deactivate(slot);
+                    }
+                    return true;
+                }
+                Err(TryRecvError::Empty) => return false,
+            }
+        }
+    }
+
+    fn activate(&mut self, slot: u32, activation: Activation) {
+        let Some(running) = index(slot).and_then(|index| self.slots.get_mut(index)) else {
+            return;
+        };
+        let mut sources = Sources::new(&self.epoll, slot);
+        if running.active {
+            error!(self.log, "device activated twice"; "device" => running.slot.device.name());
+            return;
+        }
+        running.active = true;
+        if let Err(error) = running.slot.device.activate(activation, &mut sources) {
+            running.fail(&error, &mut sources, &self.log);
+        }
+    }
+
+    fn deactivate(&mut self, slot: u32) {
+        if let Some(running) = index(slot).and_then(|index| self.slots.get_mut(index))
+            && std::mem::take(&mut running.active)
+        {
+            running
+                .slot
+                .device
+                .deactivate(&mut Sources::new(&self.epoll, slot));
+        }
+    }
+}
+
+impl Running {
+    /// The device gives its queues up at once; the driver sees DEVICE_NEEDS_RESET.
+    fn fail(&mut self, error: &super::DeviceError, sources: &mut Sources<'_>, log: &Logger) {
+        warn!(log, "device needs reset"; "device" => self.slot.device.name(), "error" => %error);
+        self.active = false;
+        self.slot.device.deactivate(sources);
+        (self.slot.on_failure)();
+    }
+}
+
+fn index(slot: u32) -> Option<usize> {
+    usize::try_from(slot).ok()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,30 @@
+# Each target is one line that calls the real thing. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help build demo node test test-all check unit e2e bench install uninstall
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: ## build the guest kernel, the initramfs and the host binaries for a node
+	./build
+
+demo: ## boot a throw-away worker node and show a container in its own microVM
+	tests/demo
+
+node: ## a shell in a throw-away worker node with the freshly built binaries
+	tests/node/node shell
+
+test: ## the whole gate: format, lints, licences, unit, component and end-to-end tests
+	tests/gate
+
+test-all: ## the long matrix: every containerd, every case
+	tests/gate --all
+
+bench: ## tables and JSON: boot, start, memory, exits, against QEMU microvm and runc
+	tests/run --bench
+
+install: ## install the binaries and the guest under $(PREFIX), default /opt/brig
+	./install $(PREFIX)
+
+uninstall: ## remove what install put there
+	./install --remove $(PREFIX)

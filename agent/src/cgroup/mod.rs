@@ -1,0 +1,166 @@
+//! cgroup v2 directories of containers: life, membership, freezing and killing.
+//!
+//! A container may create cgroups below its own and fill them; nothing here trusts what is below.
+pub mod device;
+pub mod resources;
+pub mod stats;
+pub mod watch;
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    error::{Error, Result},
+    spec::Resources,
+};
+
+/// Deepest cgroup below a container that is listed.
+const MAX_DEPTH: usize = 32;
+
+/// The cgroup of one container.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    device_program: Option<OwnedFd>,
+}
+
+/// Makes `base` a place for container cgroups: delegates every controller down to its children.
+///
+/// # Errors
+/// When the directory cannot be made. A controller that cannot be delegated is skipped here and
+/// reported when a container asks for it.
+pub fn prepare(root: &Path, base: &Path) -> io::Result<()> {
+    fs::create_dir_all(base)?;
+    for dir in [root, base] {
+        for controller in fs::read_to_string(dir.join("cgroup.controllers"))?.split_whitespace() {
+            let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+    }
+    Ok(())
+}
+
+impl Cgroup {
+    /// Creates the cgroup and applies its limits.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a limit this kernel cannot set; the directory is then gone again.
+    pub fn create(path: PathBuf, resources: Option<&Resources>) -> Result<Self> {
+        fs::create_dir(&path).map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))?;
+        let mut cgroup = Self { path, device_program: None };
+        let default = Resources::default();
+        let resources = resources.unwrap_or(&default);
+        let outcome = resources::apply(&cgroup.path, resources).and_then(|()| cgroup.limit_devices(resources));
+        if let Err(error) = outcome {
+            let _ = fs::remove_dir(&cgroup.path);
+            return Err(error);
+        }
+        Ok(cgroup)
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Changes the limits that `resources` names.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a limit that cannot be set.
+    pub fn update(&mut self, resources: &Resources) -> Result<()> {
+        resources::apply(&self.path, resources)?;
+        if resources.devices.is_empty() { Ok(()) } else { self.limit_devices(resources) }
+    }
+
+    fn limit_devices(&mut self, resources: &Resources) -> Result<()> {
+        let program = device::attach(&self.path, &resources.devices, self.device_program.as_ref())?;
+        self.device_program = Some(program);
+        Ok(())
+    }
+
+    /// Freezes or thaws every process and waits for the kernel to say so.
+    ///
+    /// # Errors
+    /// `Internal` when the kernel refuses or does not finish in time.
+    pub async fn freeze(&self, frozen: bool) -> Result<()> {
+        self.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
+        let wanted = if frozen { "frozen 1" } else { "frozen 0" };
+        watch::until(&self.path.join("cgroup.events"), |text| text.lines().any(|l| l == wanted))
+            .await
+            .map_err(|e| Error::io("cgroup.freeze", e))
+    }
+
+    /// Kills every process with SIGKILL, at once.
+    ///
+    /// # Errors
+    /// `Internal` when the kernel refuses.
+    pub fn kill(&self) -> Result<()> {
+        self.write("cgroup.kill", "1")
+    }
+
+    /// Pids, in the agent's namespace, of every process in it and below.
+    ///
+    /// # Errors
+    /// `Internal` when it cannot be read.
+    pub fn processes(&self) -> Result<Vec<u32>> {
+        let mut pids = Vec::new();
+        collect_processes(&self.path, 0, &mut pids).map_err(|e| Error::io("cgroup.procs", e))?;
+        Ok(pids)
+    }
+
+    /// Kills what is left, waits until it is gone and removes the directory.
+    ///
+    /// # Errors
+    /// `Internal` when a process cannot be killed in time.
+    pub async fn remove(&self) -> Result<()> {
+        self.kill()?;
+        // A frozen cgroup dies too: cgroup.kill wakes it.
+        watch::until(&self.path.join("cgroup.events"), |text| text.lines().any(|l| l == "populated 0"))
+            .await
+            .map_err(|e| Error::io(format_args!("cgroup {} does not empty", self.path.display()), e))?;
+        remove_tree(&self.path, 0).map_err(|e| Error::io(format_args!("cgroup {}", self.path.display()), e))
+    }
+
+    fn write(&self, file: &str, value: &str) -> Result<()> {
+        fs::write(self.path.join(file), value).map_err(|e| Error::io(file, e))
+    }
+}
+
+fn collect_processes(dir: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Result<()> {
+    // EOPNOTSUPP: a threaded cgroup lists its processes in its domain only.
+    if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
+        // 0 stands for a process outside the agent's pid namespace; there is none.
+        pids.extend(text.lines().filter_map(|l| l.parse::<u32>().ok()).filter(|pid| *pid != 0));
+    }
+    if depth < MAX_DEPTH {
+        for child in child_dirs(dir)? {
+            match collect_processes(&child, depth + 1, pids) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+fn remove_tree(dir: &Path, depth: usize) -> io::Result<()> {
+    if depth < MAX_DEPTH {
+        for child in child_dirs(dir)? {
+            remove_tree(&child, depth + 1)?;
+        }
+    }
+    fs::remove_dir(dir)
+}
+
+fn child_dirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut dirs = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            dirs.push(entry.path());
+        }
+    }
+    Ok(dirs)
+}

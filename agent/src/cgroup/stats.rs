@@ -1,0 +1,116 @@
+//! Fills the statistics reply from cgroup v2 files. A file that a kernel lacks reads as zeros.
+use std::{collections::HashMap, fs, path::Path};
+
+use brig_agent_protocol::agent::{StatsResponse, stats_response};
+
+/// Reads the statistics of the cgroup directory `path`.
+pub fn read(path: &Path) -> StatsResponse {
+    let text = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
+    let number = |file: &str| limit(&text(file));
+    let cpu = flat(&text("cpu.stat"));
+    let get = |map: &HashMap<String, u64>, key: &str| map.get(key).copied().unwrap_or_default();
+    let events = flat(&text("memory.events"));
+    StatsResponse {
+        cpu: Some(stats_response::Cpu {
+            usage_usec: get(&cpu, "usage_usec"),
+            user_usec: get(&cpu, "user_usec"),
+            system_usec: get(&cpu, "system_usec"),
+            nr_periods: get(&cpu, "nr_periods"),
+            nr_throttled: get(&cpu, "nr_throttled"),
+            throttled_usec: get(&cpu, "throttled_usec"),
+            ..Default::default()
+        })
+        .into(),
+        memory: Some(stats_response::Memory {
+            usage: number("memory.current"),
+            limit: number("memory.max"),
+            max_usage: number("memory.peak"),
+            swap_usage: number("memory.swap.current"),
+            swap_limit: number("memory.swap.max"),
+            stat: flat(&text("memory.stat")),
+            events_low: get(&events, "low"),
+            events_high: get(&events, "high"),
+            events_max: get(&events, "max"),
+            events_oom: get(&events, "oom"),
+            events_oom_kill: get(&events, "oom_kill"),
+            ..Default::default()
+        })
+        .into(),
+        pids_current: number("pids.current"),
+        pids_limit: number("pids.max"),
+        io: text("io.stat").lines().filter_map(io_line).collect(),
+        ..Default::default()
+    }
+}
+
+/// How often the kernel killed a process of the cgroup for memory.
+pub fn oom_kills(path: &Path) -> u64 {
+    let text = fs::read_to_string(path.join("memory.events")).unwrap_or_default();
+    flat(&text).get("oom_kill").copied().unwrap_or_default()
+}
+
+/// A single number; `max` is the largest there is, as containerd's v2 metrics have it.
+fn limit(text: &str) -> u64 {
+    match text.trim() {
+        "max" => u64::MAX,
+        number => number.parse().unwrap_or_default(),
+    }
+}
+
+/// A "flat keyed" file: one `key value` a line.
+fn flat(text: &str) -> HashMap<String, u64> {
+    text.lines()
+        .filter_map(|line| {
+            let (key, value) = line.split_once(' ')?;
+            Some((key.to_owned(), value.trim().parse().ok()?))
+        })
+        .collect()
+}
+
+/// A line of io.stat: `8:0 rbytes=1 wbytes=2 …`.
+fn io_line(line: &str) -> Option<stats_response::Io> {
+    let mut words = line.split_whitespace();
+    let (major, minor) = words.next()?.split_once(':')?;
+    let mut io =
+        stats_response::Io { major: major.parse().ok()?, minor: minor.parse().ok()?, ..Default::default() };
+    for word in words {
+        let Some((key, value)) = word.split_once('=') else { continue };
+        let value = value.parse().unwrap_or_default();
+        match key {
+            "rbytes" => io.rbytes = value,
+            "wbytes" => io.wbytes = value,
+            "rios" => io.rios = value,
+            "wios" => io.wios = value,
+            _ => {}
+        }
+    }
+    Some(io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_of_a_cgroup_reaches_the_reply() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
+        put("cpu.stat", "usage_usec 10\nuser_usec 7\nsystem_usec 3\nnr_periods 4\nnr_throttled 2\nthrottled_usec 9\n");
+        put("memory.current", "4096\n");
+        put("memory.max", "max\n");
+        put("memory.stat", "anon 100\nfile 200\n");
+        put("memory.events", "low 0\nhigh 1\nmax 2\noom 3\noom_kill 4\n");
+        put("pids.current", "5\n");
+        put("io.stat", "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n7:0 \n");
+        let stats = read(dir.path());
+        assert_eq!(stats.cpu.usage_usec, 10);
+        assert_eq!(stats.cpu.throttled_usec, 9);
+        assert_eq!(stats.memory.usage, 4096);
+        assert_eq!(stats.memory.limit, u64::MAX);
+        assert_eq!(stats.memory.stat["file"], 200);
+        assert_eq!(stats.memory.events_oom_kill, 4);
+        assert_eq!(stats.pids_current, 5);
+        assert_eq!((stats.io[0].major, stats.io[0].wios, stats.io.len()), (254, 4, 2));
+        assert_eq!(oom_kills(dir.path()), 4);
+    }
+}

@@ -1,0 +1,439 @@
+//! One container: a task that owns its state and answers commands (DESIGN 2.8).
+//!
+//! Whatever can take long, preparing and starting processes, runs in tasks of its own that report
+//! back, so that a container can be killed while a helper hangs on a slow share.
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::SystemTime};
+
+use brig_agent_protocol::agent::{self, StatsResponse};
+use tokio::sync::mpsc;
+
+use crate::{
+    cgroup::{Cgroup, stats, watch::Watch},
+    control::{Exec, Instructions, Terminal},
+    error::{Error, Result},
+    events::exit_message,
+    launch::Prepared,
+    process::{Phase, Process, Reply},
+    reaper::Exit,
+    sandbox::Context,
+    spec::{self, Resources, Seccomp},
+    stdio::{ChildEnds, HostStreams, Pumps, Running},
+};
+
+/// What the container's task is asked.
+pub enum Command {
+    /// Prepare another process.
+    CreateExec { exec_id: String, process: Box<spec::Process>, stdio: agent::Stdio, reply: Reply<()> },
+    /// Let a prepared process run. An empty `exec_id` is the init process, here and below.
+    Start { exec_id: String, reply: Reply<u32> },
+    /// Send a signal to one process or to all.
+    Signal { exec_id: String, signal: i32, all: bool, reply: Reply<()> },
+    /// Set a terminal's size in characters.
+    Resize { exec_id: String, rows: u32, columns: u32, reply: Reply<()> },
+    /// Close a process's stdin.
+    CloseStdin { exec_id: String, reply: Reply<()> },
+    /// Forget an ended process, or remove the container.
+    Delete { exec_id: String, reply: Reply<agent::ProcessExited> },
+    /// The pids of all processes.
+    List { reply: Reply<Vec<u32>> },
+    /// Freeze or thaw.
+    Freeze { frozen: bool, reply: Reply<()> },
+    /// Change limits.
+    Update { resources: Box<Resources>, reply: Reply<()> },
+    /// Read statistics.
+    Stats { reply: Reply<StatsResponse> },
+    /// From the task that prepared an exec.
+    Prepared { exec_id: String, result: Result<Process>, reply: Reply<()> },
+    /// From the task that started a process.
+    Started { exec_id: String, result: Result<()> },
+    /// From the reaper.
+    Exited { exec_id: String, serial: u64, exit: Exit },
+    /// memory.events changed.
+    MemoryEvent,
+}
+
+/// Sends commands to a container's task.
+pub type Mailbox = mpsc::UnboundedSender<Command>;
+
+/// What a container is made of, besides its processes.
+pub struct Parts {
+    /// Its id.
+    pub id: String,
+    /// Its cgroup.
+    pub cgroup: Cgroup,
+    /// The directory its root is mounted on, in its own namespace.
+    pub dir: PathBuf,
+    /// The profile for each of its processes.
+    pub seccomp: Option<Seccomp>,
+    /// It has a time namespace of its own.
+    pub time_namespace: bool,
+}
+
+/// The state that the task owns.
+pub struct Container {
+    parts: Parts,
+    context: Arc<Context>,
+    mailbox: Mailbox,
+    init: Process,
+    execs: HashMap<String, Process>,
+    paused: bool,
+    oom_kills: u64,
+    /// Counts processes: the id of an exec that failed may be used again at once.
+    serial: u64,
+    /// Who waits for the removal of a container that was never started.
+    deletion: Option<Reply<agent::ProcessExited>>,
+}
+
+impl Container {
+    /// A container whose init process waits for its start.
+    pub fn new(parts: Parts, context: Arc<Context>, mailbox: Mailbox, init: Process) -> Self {
+        Self { parts, context, mailbox, init, execs: HashMap::new(), paused: false, oom_kills: 0, serial: 0, deletion: None }
+    }
+
+    /// Answers commands until the container is removed.
+    pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
+        let watcher = self.watch_memory();
+        while let Some(command) = commands.recv().await {
+            if self.handle(command).await {
+                break;
+            }
+        }
+        if let Some(watcher) = watcher {
+            watcher.abort();
+        }
+        self.context.forget(&self.parts.id);
+    }
+
+    fn watch_memory(&self) -> Option<tokio::task::JoinHandle<()>> {
+        // A kernel without the memory controller has no such file and kills nobody for a limit.
+        let watch = Watch::new(&self.parts.cgroup.path().join("memory.events")).ok()?;
+        let mailbox = self.mailbox.clone();
+        Some(tokio::spawn(async move {
+            while watch.changed().await.is_ok() && mailbox.send(Command::MemoryEvent).is_ok() {}
+        }))
+    }
+
+    /// Does one command; `true` when the container is gone.
+    async fn handle(&mut self, command: Command) -> bool {
+        match command {
+            Command::CreateExec { exec_id, process, stdio, reply } => self.create_exec(exec_id, *process, stdio, reply),
+            Command::Prepared { exec_id, result, reply } => self.prepared(&exec_id, result, reply),
+            Command::Start { exec_id, reply } => self.start(exec_id, reply),
+            Command::Started { exec_id, result } => self.started(&exec_id, result),
+            Command::Exited { exec_id, serial, exit } => return self.exited(&exec_id, serial, exit).await,
+            Command::Signal { exec_id, signal, all, reply } => {
+                let outcome = if all { self.signal_all(signal).await } else { self.signal(&exec_id, signal) };
+                let _ = reply.send(outcome);
+            }
+            Command::Resize { exec_id, rows, columns, reply } => {
+                let _ = reply.send(self.process(&exec_id).and_then(|p| p.stdio.resize(rows, columns)));
+            }
+            Command::CloseStdin { exec_id, reply } => {
+                let _ = reply.send(self.process(&exec_id).map(|p| p.stdio.close_stdin()));
+            }
+            Command::Delete { exec_id, reply } => return self.delete(&exec_id, reply).await,
+            Command::List { reply } => {
+                let _ = reply.send(self.parts.cgroup.processes());
+            }
+            Command::Freeze { frozen, reply } => {
+                let _ = reply.send(self.freeze(frozen).await);
+            }
+            Command::Update { resources, reply } => {
+                let _ = reply.send(self.parts.cgroup.update(&resources));
+            }
+            Command::Stats { reply } => {
+                let _ = reply.send(Ok(stats::read(self.parts.cgroup.path())));
+            }
+            Command::MemoryEvent => self.report_oom(),
+        }
+        false
+    }
+
+    fn process(&mut self, exec_id: &str) -> Result<&mut Process> {
+        if exec_id.is_empty() {
+            return Ok(&mut self.init);
+        }
+        let id = &self.parts.id;
+        self.execs
+            .get_mut(exec_id)
+            .ok_or_else(|| Error::NotFound(format!("container {id} has no exec process {exec_id}")))
+    }
+
+    fn create_exec(&mut self, exec_id: String, process: spec::Process, stdio: agent::Stdio, reply: Reply<()>) {
+        let init_pid = match self.may_exec(&exec_id) {
+            Ok(pid) => pid,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        self.serial += 1;
+        let serial = self.serial;
+        self.execs.insert(exec_id.clone(), Process::preparing(serial));
+        let mut cgroups = vec![self.parts.cgroup.path().to_owned()];
+        cgroups.extend(self.context.cgroup_of(init_pid));
+        let instructions = Instructions::Exec(Box::new(Exec {
+            process,
+            seccomp: self.parts.seccomp.clone(),
+            init_pid,
+            user_namespace: false,
+            time_namespace: self.parts.time_namespace,
+            cgroups,
+            terminal: terminal_of(&stdio),
+        }));
+        let (context, mailbox) = (Arc::clone(&self.context), self.mailbox.clone());
+        tokio::spawn(async move {
+            let result = prepare(&context, &instructions, &stdio, &mailbox, (&exec_id, serial)).await;
+            let _ = mailbox.send(Command::Prepared { exec_id, result, reply });
+        });
+    }
+
+    fn may_exec(&self, exec_id: &str) -> Result<i32> {
+        let id = &self.parts.id;
+        if self.execs.contains_key(exec_id) {
+            return Err(Error::AlreadyExists(format!("container {id} already has an exec process {exec_id}")));
+        }
+        if !matches!(self.init.phase, Phase::Running) {
+            return Err(Error::FailedPrecondition(format!("container {id} is not running")));
+        }
+        if self.paused {
+            return Err(Error::FailedPrecondition(format!("container {id} is paused; resume it first")));
+        }
+        i32::try_from(self.init.pid()).map_err(|_| Error::Internal("the init process has no pid".into()))
+    }
+
+    fn prepared(&mut self, exec_id: &str, result: Result<Process>, reply: Reply<()>) {
+        let outcome = match (self.execs.get_mut(exec_id), result) {
+            (Some(place), Ok(process)) => {
+                *place = process;
+                Ok(())
+            }
+            (_, Err(error)) => {
+                self.execs.remove(exec_id);
+                Err(error)
+            }
+            (None, Ok(process)) => {
+                let _ = process.signal(libc::SIGKILL);
+                Err(Error::NotFound(format!("exec process {exec_id} was deleted while it was set up")))
+            }
+        };
+        let _ = reply.send(outcome);
+    }
+
+    fn start(&mut self, exec_id: String, reply: Reply<u32>) {
+        let id = self.parts.id.clone();
+        let mailbox = self.mailbox.clone();
+        let process = match self.process(&exec_id) {
+            Ok(process) => process,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        // The phase is taken out and put back unless it is the one that can start.
+        match std::mem::replace(&mut process.phase, Phase::Preparing) {
+            Phase::Created(prepared) => {
+                process.phase = Phase::Starting { reply, early: None };
+                tokio::spawn(async move {
+                    let result = prepared.go().await;
+                    let _ = mailbox.send(Command::Started { exec_id, result });
+                });
+            }
+            other => {
+                process.phase = other;
+                let _ = reply.send(Err(Error::FailedPrecondition(format!(
+                    "process {exec_id:?} of container {id} is not in the state \"created\""
+                ))));
+            }
+        }
+    }
+
+    fn started(&mut self, exec_id: &str, result: Result<()>) {
+        let (context, id) = (Arc::clone(&self.context), self.parts.id.clone());
+        let Ok(process) = self.process(exec_id) else { return };
+        let Phase::Starting { reply, early } = std::mem::replace(&mut process.phase, Phase::Running) else { return };
+        let pid = process.pid();
+        match (result, early) {
+            (Ok(()), None) => {
+                let _ = reply.send(Ok(pid));
+            }
+            (Ok(()), Some(exit)) => {
+                process.phase = Phase::Stopped(exit);
+                let _ = reply.send(Ok(pid));
+                context.events.exited(&id, exec_id, pid, exit);
+            }
+            // Not an exit of the program: it never ran, and the caller gets the reason.
+            (Err(error), early) => {
+                let _ = process.signal(libc::SIGKILL);
+                process.phase = Phase::Stopped(early.unwrap_or(Exit { status: 255, at: SystemTime::now() }));
+                let _ = reply.send(Err(error));
+            }
+        }
+    }
+
+    /// `true` when this was the end of a container that is being deleted.
+    async fn exited(&mut self, exec_id: &str, serial: u64, exit: Exit) -> bool {
+        let (context, id) = (Arc::clone(&self.context), self.parts.id.clone());
+        let is_init = exec_id.is_empty();
+        let Some(process) = self.process(exec_id).ok().filter(|p| p.serial == serial) else { return false };
+        match &mut process.phase {
+            Phase::Starting { early, .. } => {
+                *early = Some(exit);
+                return false;
+            }
+            // One that failed to start was reported as that; keep its real status.
+            Phase::Stopped(earlier) => {
+                *earlier = exit;
+                return false;
+            }
+            _ => {}
+        }
+        process.phase = Phase::Stopped(exit);
+        let pid = process.pid();
+        if is_init {
+            // The reason comes before the exit, as consumers of the events expect.
+            self.report_oom();
+            // Without a pid namespace of its own, what it left behind still runs.
+            let _ = self.parts.cgroup.kill();
+        }
+        slog::info!(context.logger, "process exited"; "container" => &id, "exec" => exec_id, "pid" => pid, "status" => exit.status);
+        if let (true, Some(reply)) = (is_init, self.deletion.take()) {
+            let outcome = self.remove(exit).await;
+            let gone = outcome.is_ok();
+            let _ = reply.send(outcome);
+            return gone;
+        }
+        context.events.exited(&id, exec_id, pid, exit);
+        false
+    }
+
+    fn report_oom(&mut self) {
+        let kills = stats::oom_kills(self.parts.cgroup.path());
+        if kills > self.oom_kills {
+            self.oom_kills = kills;
+            self.context.events.oom(&self.parts.id);
+        }
+    }
+
+    fn signal(&mut self, exec_id: &str, signal: i32) -> Result<()> {
+        self.process(exec_id)?.signal(signal)
+    }
+
+    async fn signal_all(&mut self, signal: i32) -> Result<()> {
+        if signal == libc::SIGKILL {
+            return self.parts.cgroup.kill();
+        }
+        // Frozen, so that no process escapes by forking while the list is walked.
+        self.parts.cgroup.freeze(true).await?;
+        let outcome = self.parts.cgroup.processes().map(|pids| {
+            for pid in pids.into_iter().filter_map(|p| i32::try_from(p).ok()) {
+                // SAFETY: kill takes integers only; a frozen process is not reaped meanwhile.
+                unsafe { libc::kill(pid, signal) };
+            }
+        });
+        if !self.paused {
+            self.parts.cgroup.freeze(false).await?;
+        }
+        outcome
+    }
+
+    async fn freeze(&mut self, frozen: bool) -> Result<()> {
+        let id = &self.parts.id;
+        if frozen && !matches!(self.init.phase, Phase::Running) {
+            return Err(Error::FailedPrecondition(format!("container {id} is not running")));
+        }
+        if frozen == self.paused {
+            let state = if frozen { "already" } else { "not" };
+            return Err(Error::FailedPrecondition(format!("container {id} is {state} paused")));
+        }
+        self.parts.cgroup.freeze(frozen).await?;
+        self.paused = frozen;
+        Ok(())
+    }
+
+    async fn delete(&mut self, exec_id: &str, reply: Reply<agent::ProcessExited>) -> bool {
+        let id = self.parts.id.clone();
+        let process = match self.process(exec_id) {
+            Ok(process) => process,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return false;
+            }
+        };
+        let outcome = match &process.phase {
+            Phase::Stopped(exit) => Ok(*exit),
+            Phase::Created(_) => {
+                let killed = process.signal(libc::SIGKILL);
+                if exec_id.is_empty() {
+                    // Answered by its exit, unless that is on its way already.
+                    self.deletion = Some(reply);
+                    return false;
+                }
+                killed.map(|()| Exit { status: 137, at: SystemTime::now() })
+            }
+            _ => Err(Error::FailedPrecondition(format!(
+                "process {exec_id:?} of container {id} has not stopped; kill it first"
+            ))),
+        };
+        let pid = process.pid();
+        let outcome = match outcome {
+            Ok(exit) if exec_id.is_empty() => self.remove(exit).await,
+            Ok(exit) => {
+                self.execs.remove(exec_id);
+                Ok(exit_message(pid, exit))
+            }
+            Err(error) => Err(error),
+        };
+        let gone = exec_id.is_empty() && outcome.is_ok();
+        if gone {
+            // Before the answer: the same id may be created again as soon as it is out.
+            self.context.forget(&id);
+        }
+        let _ = reply.send(outcome);
+        gone
+    }
+
+    /// Takes away everything outside the processes.
+    async fn remove(&mut self, exit: Exit) -> Result<agent::ProcessExited> {
+        self.parts.cgroup.remove().await?;
+        if let Err(error) = std::fs::remove_dir_all(&self.parts.dir) {
+            slog::warn!(self.context.logger, "container directory stays"; "container" => &self.parts.id, "error" => %error);
+        }
+        Ok(exit_message(self.init.pid(), exit))
+    }
+}
+
+/// The terminal that the streams ask for.
+pub fn terminal_of(stdio: &agent::Stdio) -> Option<Terminal> {
+    let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+    stdio.terminal.then(|| Terminal { rows: size(stdio.rows), columns: size(stdio.columns) })
+}
+
+/// Connects the streams, runs the helper to the point where the process waits for its start, and
+/// lets its stdio flow.
+///
+/// # Errors
+/// Those of the streams and of the helper.
+pub async fn prepare(
+    context: &Context,
+    instructions: &Instructions,
+    stdio: &agent::Stdio,
+    mailbox: &Mailbox,
+    (exec_id, serial): (&str, u64),
+) -> Result<Process> {
+    let host = HostStreams::connect(&context.streams, stdio).await?;
+    let (pumps, ends) = if stdio.terminal {
+        (Pumps::for_terminal(host), ChildEnds::null())
+    } else {
+        Pumps::with_pipes(host)?
+    };
+    let (mailbox, exec_id) = (mailbox.clone(), exec_id.to_owned());
+    let on_exit = move |exit| {
+        let _ = mailbox.send(Command::Exited { exec_id, serial, exit });
+    };
+    let mut prepared: Prepared = context.launcher.prepare(instructions, ends, on_exit).await?;
+    let stdio: Running = pumps.start(prepared.terminal.take())?;
+    let done = stdio.output_done();
+    context.outputs.spawn(done);
+    Process::created(serial, prepared, stdio)
+}

@@ -1,0 +1,152 @@
+//! What the agent and its `container-init` helper say to each other.
+//!
+//! The instructions come in a sealed memory file on descriptor 4; messages travel on a
+//! SOCK_SEQPACKET pair, the helper's end being descriptor 3. Both ends are this binary, but the helper
+//! ends up beside hostile processes, so the agent bounds what it reads and trusts the helper's
+//! words for the time before the container's own program runs only.
+use std::{
+    collections::BTreeMap,
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::spec::{Process, Seccomp, Spec};
+
+/// Descriptor of the helper's end of the message socket.
+pub const CONTROL_FD: i32 = 3;
+/// Descriptor of the instructions.
+pub const INSTRUCTIONS_FD: i32 = 4;
+/// Longest message.
+const MAX_MESSAGE: usize = 16 * 1024;
+
+/// What a helper is to do.
+#[derive(Debug, Deserialize, Serialize)]
+pub enum Instructions {
+    /// Build a container and become its init process.
+    Create(Box<Create>),
+    /// Join a container and become one of its processes.
+    Exec(Box<Exec>),
+    /// Hold a pid namespace that containers share, and reap in it.
+    HoldPidNamespace,
+}
+
+/// See [`Instructions::Create`]. All paths are the agent's.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Create {
+    /// The container's id, checked by the agent.
+    pub id: String,
+    /// The specification, checked by the agent for what is refused.
+    pub spec: Spec,
+    /// An empty directory of the agent to mount the root file system on.
+    pub root_mount: PathBuf,
+    /// The share, and the root file system's path in it.
+    pub share: PathBuf,
+    /// Path of the root file system under the share.
+    pub rootfs: String,
+    /// Path under the share by index into `spec.mounts`.
+    pub mount_sources: BTreeMap<u32, String>,
+    /// The sandbox's shared memory file system.
+    pub shm: PathBuf,
+    /// The container's cgroup directory.
+    pub cgroup: PathBuf,
+    /// A shared pid namespace to join; none: a new one.
+    pub pid_namespace: Option<PathBuf>,
+    /// Terminal size, if there is a terminal.
+    pub terminal: Option<Terminal>,
+}
+
+/// See [`Instructions::Exec`].
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Exec {
+    /// What to run.
+    pub process: Process,
+    /// The container's seccomp profile, which holds for each of its processes.
+    pub seccomp: Option<Seccomp>,
+    /// Pid of the container's init process.
+    pub init_pid: i32,
+    /// The container has a user namespace of its own.
+    pub user_namespace: bool,
+    /// The container has a time namespace of its own.
+    pub time_namespace: bool,
+    /// The cgroups to try in turn.
+    pub cgroups: Vec<PathBuf>,
+    /// Terminal size, if there is a terminal.
+    pub terminal: Option<Terminal>,
+}
+
+/// Terminal size in characters; 0 by 0 leaves the kernel's default.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub struct Terminal {
+    /// Lines.
+    pub rows: u16,
+    /// Characters a line.
+    pub columns: u16,
+}
+
+/// What the helper tells the agent. After [`Message::Ready`] and the agent's [`GO`] the end of the
+/// socket means that the program runs.
+#[derive(Debug, Deserialize, Serialize)]
+pub enum Message {
+    /// The pid, in the agent's pid namespace, of the process that will run the program.
+    Pid(i32),
+    /// The pty master comes with this message.
+    Terminal,
+    /// Something was left out, and why.
+    Warning(String),
+    /// Everything is set up but what changes the process itself; waits for [`GO`].
+    Ready,
+    /// It failed: one sentence.
+    Failed(String),
+}
+
+/// The agent's one message: run the program.
+pub const GO: &[u8] = b"go";
+
+/// Sends one message, with a descriptor if given.
+///
+/// # Errors
+/// Those of sendmsg(2).
+pub fn send(socket: BorrowedFd<'_>, message: &Message, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut bytes = serde_json::to_vec(message)?;
+    if bytes.len() > MAX_MESSAGE {
+        bytes = serde_json::to_vec(&Message::Failed("the helper's message was too long".into()))?;
+    }
+    let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Receives one message and the descriptor that came with it; `None` at the end of the socket.
+///
+/// # Errors
+/// Those of recvmsg(2), and `InvalidData` for what is not a message.
+pub fn receive(socket: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+    let mut bytes = vec![0; MAX_MESSAGE];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    if got.bytes == 0 {
+        return Ok(None);
+    }
+    let mut fd = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            fd = fds.last();
+        }
+    }
+    let message = serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default())?;
+    Ok(Some((message, fd)))
+}

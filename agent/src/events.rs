@@ -1,0 +1,74 @@
+//! The event queue: exits and OOM kills, in order, for the one subscriber.
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use brig_agent_protocol::agent::{Event, ProcessExited, event};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::{
+    error::{Error, Result},
+    reaper::Exit,
+};
+
+/// Sends events. What a guest can cause is bounded: one exit for each process the host started,
+/// and one OOM event until the subscriber has taken the one before.
+pub struct Events {
+    tx: UnboundedSender<Event>,
+    rx: Mutex<Option<UnboundedReceiver<Event>>>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        let (tx, rx) = unbounded_channel();
+        Self { tx, rx: Mutex::new(Some(rx)) }
+    }
+}
+
+impl Events {
+    /// The events from now on and those that nobody has taken.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` at the second call.
+    pub fn subscribe(&self) -> Result<UnboundedReceiver<Event>> {
+        let taken = self.rx.lock().unwrap_or_else(PoisonError::into_inner).take();
+        taken.ok_or_else(|| Error::FailedPrecondition("the events have a subscriber already".into()))
+    }
+
+    /// A process has ended.
+    pub fn exited(&self, id: &str, exec_id: &str, pid: u32, exit: Exit) {
+        let exit = event::Exit {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            exit: Some(exit_message(pid, exit)).into(),
+            ..Default::default()
+        };
+        self.send(event::Kind::Exit(exit));
+    }
+
+    /// The kernel killed a process of the container for memory.
+    pub fn oom(&self, id: &str) {
+        self.send(event::Kind::Oom(event::Oom { id: id.into(), ..Default::default() }));
+    }
+
+    fn send(&self, kind: event::Kind) {
+        // The receiver goes only with the connection, and then the guest powers off.
+        let _ = self.tx.send(Event { kind: Some(kind), ..Default::default() });
+    }
+}
+
+/// The protocol's form of an exit.
+pub fn exit_message(pid: u32, exit: Exit) -> ProcessExited {
+    ProcessExited {
+        pid,
+        status: exit.status,
+        exited_at_unix_ns: unix_ns(exit.at),
+        ..Default::default()
+    }
+}
+
+fn unix_ns(at: SystemTime) -> u64 {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,118 @@
+//! Device nodes and the usual links of /dev.
+use std::{
+    fs::File,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use rustix::{
+    fs::{FileType, Gid, Mode, OFlags, Uid, chownat, mknodat, symlinkat},
+    io::Errno,
+};
+
+use super::{
+    Context as _, Failure, Result,
+    root::{Missing, Root, attach_on, clone_mount},
+};
+use crate::spec::Device;
+
+/// The nodes every container has (OCI runtime-spec, "Default Devices").
+const DEFAULTS: [(&str, u32, u32); 6] = [
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+];
+
+const LINKS: [(&str, &str); 6] = [
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+    ("/dev/core", "/proc/kcore"),
+    ("/dev/ptmx", "pts/ptmx"),
+];
+
+/// The guest's own /dev/null, for masks: the container's could be anything (CVE-2025-31133).
+pub fn open_null() -> Result<OwnedFd> {
+    let null = File::options().read(true).custom_flags_path().open("/dev/null").during("/dev/null")?;
+    let stat = rustix::fs::fstat(&null).during("/dev/null")?;
+    if stat.st_rdev != rustix::fs::makedev(1, 3) {
+        return Err(Failure("the guest's /dev/null is not the null device".into()));
+    }
+    Ok(null.into())
+}
+
+/// O_PATH through std's options.
+trait PathOnly {
+    fn custom_flags_path(&mut self) -> &mut Self;
+}
+
+impl PathOnly for std::fs::OpenOptions {
+    fn custom_flags_path(&mut self) -> &mut Self {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        self.custom_flags(libc::O_PATH)
+    }
+}
+
+/// Makes the default devices, those of `linux.devices`, and the links.
+pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
+    for (path, major, minor) in DEFAULTS {
+        if devices.iter().all(|d| d.path != path) {
+            node(root, path, FileType::CharacterDevice, (major, minor), 0o666, (0, 0))?;
+        }
+    }
+    for device in devices {
+        let kind = match device.kind.as_str() {
+            "c" | "u" => FileType::CharacterDevice,
+            "b" => FileType::BlockDevice,
+            "p" => FileType::Fifo,
+            other => return Err(Failure(format!("linux.devices {}: type {other:?} is none of c, u, b, p", device.path))),
+        };
+        let number = |n: i64| {
+            u32::try_from(n).map_err(|_| Failure(format!("linux.devices {}: number {n} is out of range", device.path)))
+        };
+        let numbers = if kind == FileType::Fifo { (0, 0) } else { (number(device.major)?, number(device.minor)?) };
+        let owner = (device.uid.unwrap_or(0), device.gid.unwrap_or(0));
+        node(root, &device.path, kind, numbers, device.file_mode.unwrap_or(0o666), owner)?;
+    }
+    for (path, target) in LINKS {
+        let (parent, name) = root.open_parent(path)?;
+        match symlinkat(target, &parent, name) {
+            // What the image has there is the image's business, as with runc.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error).during(path),
+        }
+    }
+    Ok(())
+}
+
+fn node(root: &Root, path: &str, kind: FileType, (major, minor): (u32, u32), mode: u32, owner: (u32, u32)) -> Result<()> {
+    let (parent, name) = root.open_parent(path)?;
+    let mode = Mode::from_raw_mode(mode & 0o7777);
+    match mknodat(&parent, name, kind, mode, rustix::fs::makedev(major, minor)) {
+        Ok(()) => {}
+        Err(Errno::EXIST) => return check_existing(root, path, kind, (major, minor)),
+        // A file system that takes no device nodes: the guest's own node is shown there instead.
+        Err(Errno::PERM) => return bind_node(root, path),
+        Err(error) => return Err(error).during(format_args!("device {path}")),
+    }
+    let owner = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
+    chownat(&parent, name, owner.0, owner.1, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).during(format_args!("device {path}"))
+}
+
+fn check_existing(root: &Root, path: &str, kind: FileType, (major, minor): (u32, u32)) -> Result<()> {
+    let fd = root.open(path, OFlags::PATH | OFlags::NOFOLLOW).during(format_args!("device {path}"))?;
+    let stat = rustix::fs::fstat(&fd).during(format_args!("device {path}"))?;
+    let same = FileType::from_raw_mode(stat.st_mode) == kind
+        && (kind == FileType::Fifo || stat.st_rdev == rustix::fs::makedev(major, minor));
+    if same { Ok(()) } else { bind_node(root, path) }
+}
+
+fn bind_node(root: &Root, path: &str) -> Result<()> {
+    let source = File::options().read(true).custom_flags_path().open(path).during(format_args!("the guest's {path}"))?;
+    let tree = clone_mount(source.as_fd(), false).during(format_args!("the guest's {path}"))?;
+    let (target, _) = root.open_or_make(path, Missing::File)?;
+    attach_on(&tree, target.as_fd()).during(format_args!("device {path}"))
+}

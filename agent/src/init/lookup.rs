@@ -1,0 +1,147 @@
+//! Finding the program and the home directory, in the container, with the words users know from
+//! other runtimes.
+use std::{
+    ffi::{CString, OsString},
+    fmt,
+    fs::File,
+    io::{BufReader, Read as _},
+    os::unix::ffi::OsStringExt as _,
+};
+
+use nix::{
+    errno::Errno,
+    sys::stat::{SFlag, stat},
+    unistd::{AccessFlags, access},
+};
+
+use super::Failure;
+use crate::spec::Process;
+
+/// Longest /etc/passwd that is read.
+const MAX_PASSWD: u64 = 1 << 20;
+/// What a shell would search without PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A program that cannot be executed.
+#[derive(Debug)]
+pub struct NotFound(String);
+
+impl fmt::Display for NotFound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "unable to start container process: {}", self.0)
+    }
+}
+
+/// The failure of execve itself.
+pub fn exec_failure(program: &str, reason: &str) -> Failure {
+    Failure::from(NotFound(format!("exec {program}: {reason}")))
+}
+
+/// The environment, with HOME from the container's passwd file if there is none.
+pub fn environment(process: &Process) -> Vec<String> {
+    let mut env: Vec<String> = process.env.clone();
+    if !env.iter().any(|v| v.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
+        env.retain(|v| !v.starts_with("HOME="));
+        let home = File::open("/etc/passwd").ok().and_then(|f| home_of(BufReader::new(f.take(MAX_PASSWD)), process.user.uid));
+        env.push(format!("HOME={}", home.unwrap_or_else(|| "/".into())));
+    }
+    env
+}
+
+fn home_of(passwd: impl std::io::BufRead, uid: u32) -> Option<String> {
+    passwd.lines().map_while(Result::ok).find_map(|line| {
+        let mut fields = line.split(':');
+        let same = fields.nth(2)?.parse() == Ok(uid);
+        let home = fields.nth(2)?;
+        (same && home.starts_with('/')).then(|| home.to_owned())
+    })
+}
+
+/// The path of `args[0]`, searched in PATH of the process's own environment.
+pub fn program(process: &Process, env: &[String]) -> Result<CString, NotFound> {
+    let name = process.args.first().map_or("", String::as_str);
+    let bad = |why: &str| NotFound(format!("exec: {name:?}: {why}"));
+    if name.contains('/') {
+        return match executable(name) {
+            Ok(()) => c_path(name).ok_or_else(|| bad("invalid name")),
+            Err(Errno::ENOENT) => Err(bad(&format!("stat {name}: no such file or directory"))),
+            Err(Errno::EISDIR) => Err(bad("is a directory")),
+            Err(error) => Err(bad(&error.desc().to_lowercase())),
+        };
+    }
+    // The last PATH counts, as in execvpe of a duplicated environment.
+    let path = env.iter().rev().find_map(|v| v.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    let mut denied = false;
+    for dir in path.split(':').filter(|_| !name.is_empty()) {
+        let candidate = format!("{}/{name}", if dir.is_empty() { "." } else { dir });
+        match executable(&candidate) {
+            Ok(()) => return c_path(&candidate).ok_or_else(|| bad("invalid name")),
+            Err(Errno::EACCES) => denied = true,
+            Err(_) => {}
+        }
+    }
+    Err(bad(if denied { "permission denied" } else { "executable file not found in $PATH" }))
+}
+
+fn c_path(path: &str) -> Option<CString> {
+    CString::new(OsString::from(path).into_vec()).ok()
+}
+
+fn executable(path: &str) -> Result<(), Errno> {
+    let found = stat(path)?;
+    if SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR {
+        return Err(Errno::EISDIR);
+    }
+    access(path, AccessFlags::X_OK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn message(args: &[&str], path: &str) -> String {
+        let process = Process { args: args.iter().map(|a| (*a).to_owned()).collect(), ..Process::default() };
+        program(&process, &[format!("PATH={path}")]).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_cannot_be_executed_reads_as_with_runc() {
+        let prefix = "unable to start container process: exec: ";
+        assert_eq!(message(&["nope"], "/bin"), format!("{prefix}\"nope\": executable file not found in $PATH"));
+        assert_eq!(message(&["/no/pe"], ""), format!("{prefix}\"/no/pe\": stat /no/pe: no such file or directory"));
+        assert_eq!(message(&["/etc"], ""), format!("{prefix}\"/etc\": is a directory"));
+        assert_eq!(message(&["/etc/passwd"], ""), format!("{prefix}\"/etc/passwd\": permission denied"));
+    }
+
+    #[test]
+    fn the_path_of_the_process_is_searched() {
+        let process = Process { args: vec!["sh".into()], ..Process::default() };
+        let found = program(&process, &["PATH=/nope:/bin".into()]).unwrap();
+        assert_eq!(found.to_str(), Ok("/bin/sh"));
+    }
+
+    #[test]
+    fn home_comes_from_passwd_by_uid() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbad\nweb:x:33:33::/var/www:/bin/false\nrel:x:7:7::rel:/\n";
+        assert_eq!(home_of(passwd.as_bytes(), 33).as_deref(), Some("/var/www"));
+        assert_eq!(home_of(passwd.as_bytes(), 0).as_deref(), Some("/root"));
+        assert_eq!(home_of(passwd.as_bytes(), 7), None);
+        assert_eq!(home_of(passwd.as_bytes(), 5), None);
+    }
+
+    #[test]
+    fn an_empty_home_counts_as_absent() {
+        let process = Process { env: vec!["HOME=".into(), "A=b".into()], ..Process::default() };
+        let env = environment(&process);
+        assert_eq!(env.iter().filter(|v| v.starts_with("HOME=")).count(), 1);
+        assert!(env.iter().all(|v| v != "HOME="));
+    }
+
+    proptest! {
+        #[test]
+        fn a_hostile_passwd_never_panics(text in "(?s).{0,200}", uid: u32) {
+            let _ = home_of(text.as_bytes(), uid);
+        }
+    }
+}

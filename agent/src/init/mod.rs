@@ -1,0 +1,209 @@
+//! `brig-agent container-init`: the single-threaded helper that becomes a container's process.
+//!
+//! It runs as root of the guest until it has given that up. It trusts its instructions, which the
+//! agent checked, and nothing of the container: every path that an image can shape is resolved
+//! inside the container's root.
+mod caps;
+mod devices;
+mod filter;
+mod lookup;
+mod mounts;
+mod namespaces;
+mod options;
+mod process;
+mod root;
+mod sched;
+mod seccomp;
+mod syscalls;
+mod sysctl;
+mod terminal;
+
+use std::{
+    fmt,
+    fs::File,
+    io,
+    os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    process::ExitCode,
+};
+
+use crate::control::{self, CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
+
+pub use process::check as check_process;
+pub use seccomp::check as check_seccomp;
+pub use sysctl::{check as check_sysctl, path_of as sysctl_path};
+
+/// Why a process could not be set up, as the sentence that the user sees.
+#[derive(Debug)]
+pub struct Failure(String);
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+/// Result of the helper.
+pub type Result<T> = std::result::Result<T, Failure>;
+
+/// Says what was being done when a system call failed.
+pub trait Context<T> {
+    /// Turns the error into a [`Failure`] that begins with `what`.
+    ///
+    /// # Errors
+    /// The failure.
+    fn during(self, what: impl fmt::Display) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
+    fn during(self, what: impl fmt::Display) -> Result<T> {
+        self.map_err(|error| Failure(format!("{what}: {}", error_text(&error.into()))))
+    }
+}
+
+/// The system's text for an error, without Rust's "(os error n)".
+fn error_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    let end = text.find(" (os error").unwrap_or(text.len());
+    let mut chars = text.get(..end).unwrap_or_default().chars();
+    // Lower case, as the messages of other runtimes that people search for.
+    chars.next().map_or(String::new(), |c| c.to_lowercase().chain(chars).collect())
+}
+
+/// The helper's end of the conversation with the agent.
+pub struct Agent {
+    socket: OwnedFd,
+}
+
+impl Agent {
+    /// Tells the agent something; a dead agent is noticed at the wait for its word.
+    fn tell(&self, message: &Message) {
+        let _ = control::send(self.socket.as_fd(), message, None);
+    }
+
+    /// Says that something was left out.
+    pub fn warn(&self, text: String) {
+        self.tell(&Message::Warning(text));
+    }
+
+    fn give_terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
+        control::send(self.socket.as_fd(), &Message::Terminal, Some(master)).during("passing the terminal")
+    }
+
+    /// Reports readiness and waits for the word to go on; `false` when the agent hung up.
+    fn wait_for_go(&self) -> bool {
+        self.tell(&Message::Ready);
+        let mut word = [0; 8];
+        loop {
+            match rustix::io::read(&self.socket, &mut word) {
+                Ok(n) => return word.get(..n) == Some(control::GO),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+/// The helper's whole life. Returns only when the program could not be executed.
+pub fn main() -> ExitCode {
+    // SAFETY: the agent started this helper with exactly these two descriptors besides stdio, and
+    // nothing else in this process refers to them.
+    let (socket, memory) = unsafe { (OwnedFd::from_raw_fd(CONTROL_FD), OwnedFd::from_raw_fd(INSTRUCTIONS_FD)) };
+    let agent = Agent { socket };
+    match run(&agent, File::from(memory)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            agent.tell(&Message::Failed(failure.0));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(agent: &Agent, mut memory: File) -> Result<()> {
+    close_on_exec()?;
+    // A container that this process joins must not trace it or read its memory (ptrace(2)).
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+        .during("making the helper undumpable")?;
+    io::Seek::rewind(&mut memory).during("instructions")?;
+    let instructions: Instructions = serde_json::from_reader(io::BufReader::new(memory))
+        .map_err(|e| Failure(format!("instructions: {e}")))?;
+    match instructions {
+        Instructions::Create(create) => create_container(agent, &create),
+        Instructions::Exec(exec) => exec_process(agent, &exec),
+        Instructions::HoldPidNamespace => namespaces::hold_pid_namespace(agent),
+    }
+}
+
+/// Nothing but stdio survives the exec, whatever was inherited.
+fn close_on_exec() -> Result<()> {
+    // SAFETY: close_range with CLOSE_RANGE_CLOEXEC only sets a flag on descriptors.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()).during("close_range") }
+}
+
+fn create_container(agent: &Agent, create: &Create) -> Result<()> {
+    if !namespaces::fork_container(agent, create)? {
+        return Ok(());
+    }
+    let spec = &create.spec;
+    let default_process = crate::spec::Process::default();
+    let process = spec.process.as_ref().unwrap_or(&default_process);
+    process::start_session(&create.id)?;
+    process::set_oom_score_adj(process.oom_score_adj.unwrap_or(0))?;
+    sched::set_initial_affinity(process)?;
+    namespaces::join_cgroup(std::slice::from_ref(&create.cgroup))?;
+    namespaces::unshare_container(spec)?;
+
+    // What is made below must have the modes it was asked for.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    let container_root = root::Root::prepare(create)?;
+    let needs_devices = mounts::mount_all(create, &container_root)?;
+    if needs_devices {
+        devices::make(&container_root, &spec.linux.devices)?;
+    }
+    let terminal = match create.terminal {
+        Some(size) => {
+            let terminal = terminal::open(&container_root, size)?;
+            terminal.bind_console(&container_root)?;
+            Some(terminal)
+        }
+        None => None,
+    };
+    sysctl::apply(&spec.linux.sysctl)?;
+    process::make_cwd(&container_root, process)?;
+    mounts::mask_paths(&container_root, &spec.linux.masked_paths, &devices::open_null()?)?;
+    mounts::readonly_paths(&container_root, &spec.linux.readonly_paths)?;
+    container_root.pivot(&spec.linux.rootfs_propagation)?;
+    if spec.root.as_ref().is_some_and(|root| root.readonly) {
+        mounts::make_root_readonly()?;
+    }
+    drop(container_root);
+    if let Some(terminal) = terminal {
+        terminal.adopt(agent, process.user.uid)?;
+    } else {
+        terminal::give_stdio_to(process.user.uid)?;
+    }
+    sched::apply(process, spec.linux.personality.as_ref(), spec.linux.memory_policy.as_ref())?;
+    process::become_program(agent, process, spec.linux.seccomp.as_ref())
+}
+
+fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
+    let process = &exec.process;
+    if !namespaces::fork_into(agent, exec)? {
+        return Ok(());
+    }
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    if let Some(size) = exec.terminal {
+        let root = root::Root::current()?;
+        terminal::open(&root, size)?.adopt(agent, process.user.uid)?;
+    } else {
+        terminal::give_stdio_to(process.user.uid)?;
+    }
+    sched::apply(process, None, None)?;
+    process::become_program(agent, process, exec.seccomp.as_ref())
+}

@@ -1,0 +1,198 @@
+//! The mounts of the specification, masks and read-only paths.
+//!
+//! Every mount is made detached (fsopen, open_tree), gets its attributes, and is then attached to a
+//! descriptor that was resolved inside the root: there is no moment at which a path is looked up
+//! twice.
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use rustix::{
+    fs::OFlags,
+    io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    },
+};
+
+use super::{
+    Context as _, Failure, Result,
+    options::{self, Options},
+    root::{Missing, Root, attach_on, clone_from_share, clone_mount},
+};
+use crate::{
+    control::Create,
+    mount_attr::{self, Change},
+    spec::Mount,
+};
+
+/// Makes every mount of the specification, in order. The answer is whether the helper has to fill
+/// /dev: not when the container brings one of its own.
+pub fn mount_all(create: &Create, root: &Root) -> Result<bool> {
+    let mut needs_devices = true;
+    for (index, mount) in create.spec.mounts.iter().enumerate() {
+        let source = u32::try_from(index).ok().and_then(|i| create.mount_sources.get(&i));
+        let bind = mount_one(create, root, mount, source)
+            .map_err(|e| Failure(format!("mounting {:?} at {}: {e}", mount.kind, mount.destination)))?;
+        if bind && matches!(mount.destination.trim_end_matches('/'), "/dev") {
+            needs_devices = false;
+        }
+    }
+    Ok(needs_devices)
+}
+
+fn mount_one(create: &Create, root: &Root, mount: &Mount, source: Option<&String>) -> Result<bool> {
+    let options = options::parse(&mount.options);
+    let bind = options.bind.is_some() || mount.kind == "bind" || source.is_some();
+    let (tree, is_dir) = if bind {
+        let recursive = options.bind.unwrap_or(true);
+        bind_source(create, mount, source, recursive)?
+    } else {
+        (new_file_system(root, mount, &options)?, true)
+    };
+    mount_attr::apply(tree.as_fd(), &options.own, false).during("mount options")?;
+    mount_attr::apply(tree.as_fd(), &options.below, true).during("mount options")?;
+
+    let destination = match mount.kind.as_str() {
+        "proc" | "sysfs" if !bind => root.open_real_dir(&mount.destination)?,
+        _ => {
+            let missing = if is_dir { Missing::Directory } else { Missing::File };
+            root.open_or_make(&mount.destination, missing)?.0
+        }
+    };
+    attach_on(&tree, destination.as_fd()).during("attaching")?;
+    // After the attachment: it would make a mount shared again under a shared parent.
+    for propagation in &options.propagation {
+        let change = Change { propagation: propagation.flag, ..Change::default() };
+        mount_attr::apply(tree.as_fd(), &change, propagation.recursive).during("mount propagation")?;
+    }
+    Ok(bind)
+}
+
+/// What a bind mount shows, and whether that is a directory. Host paths mean nothing here: a source is
+/// what the shim put into the share, or the sandbox's shared memory.
+fn bind_source(create: &Create, mount: &Mount, source: Option<&String>, recursive: bool) -> Result<(OwnedFd, bool)> {
+    let tree = match source {
+        Some(path) => clone_from_share(&create.share, path, recursive)?,
+        None if mount.destination.trim_end_matches('/') == "/dev/shm" => {
+            let shm = fs::File::open(&create.shm).during("the sandbox's /dev/shm")?;
+            clone_mount(shm.as_fd(), false).during("the sandbox's /dev/shm")?
+        }
+        None => {
+            return Err(Failure(format!(
+                "the host path {} was not shared with the guest; only mounts the shim passes on can be bound",
+                mount.source
+            )));
+        }
+    };
+    let is_dir = rustix::fs::fstat(&tree).during("mount source")?.st_mode & libc::S_IFMT == libc::S_IFDIR;
+    Ok((tree, is_dir))
+}
+
+/// A detached mount of a new file system.
+fn new_file_system(root: &Root, mount: &Mount, options: &Options) -> Result<OwnedFd> {
+    // The container's cgroup namespace makes its own cgroup the root of this mount.
+    let kind = if mount.kind == "cgroup" { "cgroup2" } else { mount.kind.as_str() };
+    let kernel_own = matches!(kind, "proc" | "sysfs" | "cgroup2" | "devpts" | "mqueue" | "tmpfs");
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
+        Errno::NODEV => Failure(format!("the guest kernel has no file system {kind:?}")),
+        error => Failure(format!("fsopen: {}", super::error_text(&error.into()))),
+    })?;
+    if !mount.source.is_empty() {
+        fsconfig_set_string(&context, "source", mount.source.as_str()).during("source")?;
+    }
+    for (key, value) in &options.data {
+        let set = match value {
+            Some(value) => fsconfig_set_string(&context, key.as_str(), value.as_str()),
+            None => fsconfig_set_flag(&context, key.as_str()),
+        };
+        set.map_err(|error| Failure(format!("option {key}: {}", complaint(&context, error))))?;
+    }
+    if kind == "tmpfs" && !options.data.iter().any(|(key, _)| key == "mode") {
+        copy_mode(root, &mount.destination, &context)?;
+    }
+    // The super block of the kernel's own file systems is shared with other mounts of them.
+    if options.readonly && !kernel_own {
+        fsconfig_set_flag(&context, "ro").during("option ro")?;
+    }
+    fsconfig_create(&context).map_err(|error| Failure(complaint(&context, error)))?;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).during("fsmount")
+}
+
+/// A tmpfs over a directory of the image keeps that directory's mode.
+fn copy_mode(root: &Root, path: &str, context: &OwnedFd) -> Result<()> {
+    if let Ok(dir) = root.open(path, OFlags::PATH | OFlags::DIRECTORY) {
+        let mode = rustix::fs::fstat(&dir).during(path)?.st_mode & 0o7777;
+        fsconfig_set_string(context, "mode", format!("{mode:o}")).during("mode")?;
+    }
+    Ok(())
+}
+
+/// What the kernel says in the context's log, or the error's own text.
+fn complaint(context: &OwnedFd, error: Errno) -> String {
+    let mut line = [0; 512];
+    match rustix::io::read(context, &mut line) {
+        // "e tmpfs: Unknown parameter 'x'".
+        Ok(n @ 3..) => String::from_utf8_lossy(line.get(2..n).unwrap_or_default()).trim_end().to_owned(),
+        _ => super::error_text(&io::Error::from(error)),
+    }
+}
+
+/// Hides each path: files behind the guest's null device, directories behind an empty read-only
+/// tmpfs. Before the pivot, while the null device can still be cloned.
+pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
+    let mut empty: Option<OwnedFd> = None;
+    for path in paths {
+        let what = format_args!("masking {path}").to_string();
+        let Some(target) = existing(root, path)? else { continue };
+        let is_dir = rustix::fs::fstat(&target).during(&what)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
+        let cover = match &empty {
+            _ if !is_dir => clone_mount(null.as_fd(), false).during(&what)?,
+            // One tmpfs for all masked directories of a container.
+            Some(first) => clone_mount(first.as_fd(), false).during(&what)?,
+            None => empty_directory()?,
+        };
+        attach_on(&cover, target.as_fd()).during(&what)?;
+        if is_dir && empty.is_none() {
+            empty = Some(cover);
+        }
+    }
+    Ok(())
+}
+
+/// A tmpfs for masks.
+fn empty_directory() -> Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).during("mask")?;
+    fsconfig_set_string(&context, "nr_inodes", "1").during("mask")?;
+    fsconfig_set_string(&context, "mode", "0555").during("mask")?;
+    fsconfig_create(&context).during("mask")?;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY).during("mask")
+}
+
+/// Makes each path read-only by a bind mount of it on itself.
+pub fn readonly_paths(root: &Root, paths: &[String]) -> Result<()> {
+    for path in paths {
+        let Some(target) = existing(root, path)? else { continue };
+        let copy = clone_mount(target.as_fd(), true).during(path)?;
+        let change = Change { set: libc::MOUNT_ATTR_RDONLY, ..Change::default() };
+        mount_attr::apply(copy.as_fd(), &change, true).during(path)?;
+        attach_on(&copy, target.as_fd()).during(path)?;
+    }
+    Ok(())
+}
+
+fn existing(root: &Root, path: &str) -> Result<Option<OwnedFd>> {
+    match root.open(path, OFlags::PATH) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(error) => Err(error).during(path),
+    }
+}
+
+/// `root.readonly`: the root mount alone, not the volumes on it.
+pub fn make_root_readonly() -> Result<()> {
+    let root = fs::File::open("/").during("/")?;
+    let change = Change { set: libc::MOUNT_ATTR_RDONLY, ..Change::default() };
+    mount_attr::apply(root.as_fd(), &change, false).during("root.readonly")
+}

@@ -1,0 +1,163 @@
+//! Forking into new and existing namespaces, and joining cgroups.
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write as _},
+    path::PathBuf,
+};
+
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::signal::{SigSet, Signal},
+};
+
+use super::{Agent, Context as _, Failure, Result, process, sched};
+use crate::{
+    control::{Create, Exec, Message},
+    spec::{Spec, TimeOffset},
+};
+
+/// Forks so that the child's parent is the agent, which then reaps it, and with `flags` for new
+/// namespaces. `true` in the child.
+fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<bool> {
+    let flags = libc::c_long::from((flags | CloneFlags::CLONE_PARENT).bits());
+    // SAFETY: without CLONE_VM and with a null stack this is fork; the process has one thread, so
+    // no lock is held by another one in the child.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::c_long::from(libc::SIGCHLD), 0, 0, 0, 0) };
+    match pid {
+        0 => Ok(true),
+        1.. => {
+            agent.tell(&Message::Pid(i32::try_from(pid).map_err(|_| Failure("clone gave no pid".into()))?));
+            Ok(false)
+        }
+        _ => Err(io::Error::last_os_error()).during("clone"),
+    }
+}
+
+/// Whether the container wants a namespace of its own: listed, and without a path.
+fn wants_own(spec: &Spec, kind: &str) -> bool {
+    spec.linux.namespaces.iter().any(|ns| ns.kind == kind && ns.path.is_empty())
+}
+
+/// Forks the container's init process into its pid (and time) namespace. `true` in the child.
+pub fn fork_container(agent: &Agent, create: &Create) -> Result<bool> {
+    let mut flags = CloneFlags::empty();
+    match &create.pid_namespace {
+        Some(path) => {
+            let ns = File::open(path).during("the sandbox's pid namespace")?;
+            setns(ns, CloneFlags::CLONE_NEWPID).during("joining the sandbox's pid namespace")?;
+        }
+        None => flags |= CloneFlags::CLONE_NEWPID,
+    }
+    if wants_own(&create.spec, "time") {
+        unshare_time(&create.spec)?;
+    }
+    fork_sibling(agent, flags)
+}
+
+/// A new time namespace holds for children only, and takes its offsets before the first one.
+fn unshare_time(spec: &Spec) -> Result<()> {
+    // SAFETY: unshare changes only what the children of this single-threaded process inherit.
+    if unsafe { libc::unshare(libc::CLONE_NEWTIME) } != 0 {
+        return Err(io::Error::last_os_error()).during("new time namespace");
+    }
+    let mut file = OpenOptions::new().write(true).open("/proc/self/timens_offsets").during("linux.timeOffsets")?;
+    for (clock, TimeOffset { secs, nanosecs }) in &spec.linux.time_offsets {
+        file.write_all(format!("{clock} {secs} {nanosecs}\n").as_bytes())
+            .during(format_args!("linux.timeOffsets {clock}"))?;
+    }
+    Ok(())
+}
+
+/// Moves this process into the first of `cgroups` that takes it: one with cgroups below it and
+/// controllers enabled takes none (the "no internal processes" rule).
+pub fn join_cgroup(cgroups: &[PathBuf]) -> Result<()> {
+    let mut outcome = Err(Failure("no cgroup to join".into()));
+    for cgroup in cgroups {
+        let joined = OpenOptions::new()
+            .write(true)
+            .open(cgroup.join("cgroup.procs"))
+            .and_then(|mut file| file.write_all(b"0"));
+        outcome = joined.during(format_args!("joining cgroup {}", cgroup.display()));
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
+}
+
+/// The namespaces of the child: always its own mounts and cgroup root; ipc and uts as asked.
+/// The network is always the sandbox's: the VM is the boundary.
+pub fn unshare_container(spec: &Spec) -> Result<()> {
+    let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP;
+    if wants_own(spec, "ipc") {
+        flags |= CloneFlags::CLONE_NEWIPC;
+    }
+    let own_uts = wants_own(spec, "uts");
+    if own_uts {
+        flags |= CloneFlags::CLONE_NEWUTS;
+    }
+    unshare(flags).during("new namespaces")?;
+    // Names of the shared namespace were set with the sandbox.
+    if own_uts && !spec.hostname.is_empty() {
+        nix::unistd::sethostname(&spec.hostname).during("hostname")?;
+    }
+    if own_uts && !spec.domainname.is_empty() {
+        // SAFETY: the pointer and length are those of a live string.
+        let result = unsafe { libc::setdomainname(spec.domainname.as_ptr().cast(), spec.domainname.len()) };
+        if result != 0 {
+            return Err(io::Error::last_os_error()).during("domainname");
+        }
+    }
+    Ok(())
+}
+
+/// Forks a process into the container whose init process is `exec.init_pid`. `true` in the child.
+pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<bool> {
+    // Opened here: afterwards neither the agent's /proc nor its cgroup mount is in sight. They are
+    // close-on-exec and gone before anything of the container runs.
+    let pid = rustix::process::Pid::from_raw(exec.init_pid).ok_or_else(|| Failure("no init process".into()))?;
+    let container = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
+        .during("the container's init process")?;
+    sched::set_initial_affinity(&exec.process)?;
+    // Inherited by the child, which starts in this cgroup.
+    process::set_oom_score_adj(exec.process.oom_score_adj.unwrap_or(0))?;
+    let mut flags = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWCGROUP;
+    if exec.user_namespace {
+        flags |= CloneFlags::CLONE_NEWUSER;
+    }
+    if exec.time_namespace {
+        flags |= CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+    }
+    join_cgroup(&exec.cgroups)?;
+    setns(container, flags).during("joining the container's namespaces")?;
+    if !fork_sibling(agent, CloneFlags::empty())? {
+        return Ok(false);
+    }
+    process::start_session("")?;
+    Ok(true)
+}
+
+/// Becomes two processes: this one ends, the child is init of a new pid namespace and reaps there
+/// until it is killed.
+pub fn hold_pid_namespace(agent: &Agent) -> Result<()> {
+    if !fork_sibling(agent, CloneFlags::CLONE_NEWPID)? {
+        return Ok(());
+    }
+    process::start_session("")?;
+    // Blocked for good: an orphan's SIGCHLD stays pending if it comes before the wait for it.
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    children.thread_block().during("blocking SIGCHLD")?;
+    agent.tell(&Message::Ready);
+    loop {
+        // SAFETY: no status is asked for.
+        if unsafe { libc::waitpid(-1, std::ptr::null_mut(), 0) } < 0 {
+            let _ = children.wait();
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! What changes the process itself: session, limits, user, privileges, working directory, program.
+use std::{
+    ffi::{CString, OsStr},
+    fs,
+    os::unix::ffi::OsStrExt as _,
+};
+
+use rustix::process::{Resource, Rlimit, setrlimit};
+
+use super::{
+    Agent, Context as _, Failure, Result, caps, filter, lookup,
+    root::{Missing, Root},
+    seccomp,
+};
+use crate::spec::{Process, Seccomp};
+
+/// Refuses a process that can never be run.
+///
+/// # Errors
+/// A sentence naming the field.
+pub fn check(process: &Process) -> std::result::Result<(), String> {
+    if process.args.is_empty() {
+        return Err("process.args is empty: there is no program to run".into());
+    }
+    if !process.cwd.starts_with('/') {
+        return Err(format!("process.cwd {:?} is not an absolute path", process.cwd));
+    }
+    if !process.command_line.is_empty() || !process.user.username.is_empty() {
+        return Err("process.commandLine and process.user.username are for Windows".into());
+    }
+    if let Some(limit) = process.rlimits.iter().find(|limit| resource(&limit.kind).is_none()) {
+        return Err(format!("process.rlimits: {:?} is not a resource limit", limit.kind));
+    }
+    super::sched::check(process)
+}
+
+/// A session and a keyring of its own.
+pub fn start_session(name: &str) -> Result<()> {
+    rustix::process::setsid().during("setsid")?;
+    let name = CString::new(format!("_ses.{name}")).unwrap_or_default();
+    // SAFETY: KEYCTL_JOIN_SESSION_KEYRING reads a C string. A kernel without keys or without quota
+    // left leaves the sandbox's keyring, which holds nothing.
+    unsafe { libc::syscall(libc::SYS_keyctl, 1, name.as_ptr()) };
+    Ok(())
+}
+
+/// The agent is exempt from the OOM killer; its children must not be.
+pub fn set_oom_score_adj(value: i32) -> Result<()> {
+    fs::write("/proc/self/oom_score_adj", value.to_string()).during("process.oomScoreAdj")
+}
+
+/// Makes the working directory, as other runtimes do.
+pub fn make_cwd(root: &Root, process: &Process) -> Result<()> {
+    if process.cwd != "/" {
+        root.open_or_make(&process.cwd, Missing::Directory)?;
+    }
+    Ok(())
+}
+
+/// The last part, in the container: checks that the program can be found, waits for the word, and
+/// becomes the program. Returns only on failure (or, quietly, when the agent is gone).
+pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp>) -> Result<()> {
+    let environment = lookup::environment(process);
+    let sets = caps::Sets::resolve(agent, process.capabilities.as_ref());
+    let filters = match profile {
+        Some(profile) => seccomp::compile(agent, profile)?,
+        None => filter::Filters::default(),
+    };
+    set_rlimits(process)?;
+    sets.drop_bounding()?;
+    // A directory that only the user may enter is entered later, one that only root may, now.
+    let entered = enter_cwd(process).is_ok();
+    set_user(process)?;
+    if !entered {
+        enter_cwd(process)?;
+    }
+    check_cwd()?;
+    let program = lookup::program(process, &environment)?;
+    if !agent.wait_for_go() {
+        return Ok(());
+    }
+
+    let mode = process.user.umask.unwrap_or(0o022);
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mode));
+    reset_signals()?;
+    let args = c_strings(process.args.iter().map(String::as_bytes))?;
+    let env = c_strings(environment.iter().map(|v| v.as_bytes()))?;
+    if process.no_new_privileges {
+        sets.apply()?;
+        rustix::thread::set_no_new_privs(true).during("process.noNewPrivileges")?;
+        filters.install()?;
+    } else {
+        // Without no_new_privs a filter needs CAP_SYS_ADMIN (seccomp(2)), which is given up after
+        // it. So a profile must allow capset and prctl, as with other runtimes.
+        caps::raise_effective()?;
+        filters.install()?;
+        sets.apply()?;
+    }
+    let Err(error) = nix::unistd::execve(&program, &args, &env);
+    let shown = OsStr::from_bytes(program.to_bytes()).display().to_string();
+    Err(lookup::exec_failure(&shown, &super::error_text(&error.into())))
+}
+
+fn c_strings<'a>(strings: impl Iterator<Item = &'a [u8]>) -> Result<Vec<CString>> {
+    strings.map(|s| CString::new(s).map_err(|_| Failure("an argument or variable contains a NUL byte".into()))).collect()
+}
+
+fn enter_cwd(process: &Process) -> Result<()> {
+    nix::unistd::chdir(process.cwd.as_str()).during(format_args!("chdir to cwd ({:?}) set in config.json failed", process.cwd))
+}
+
+/// The directory must lie in the container: an inherited descriptor behind a magic link could lead
+/// out of it (CVE-2024-21626).
+fn check_cwd() -> Result<()> {
+    let inside = nix::unistd::getcwd().is_ok_and(|dir| dir.is_absolute());
+    if inside { Ok(()) } else { Err(Failure("the working directory is outside the container".into())) }
+}
+
+fn set_user(process: &Process) -> Result<()> {
+    use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+    let user = &process.user;
+    let groups: Vec<Gid> = user.additional_gids.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    setgroups(&groups).during("process.user.additionalGids")?;
+    // Capabilities are settled afterwards, by the sets of the specification.
+    nix::sys::prctl::set_keepcaps(true).during("keeping capabilities")?;
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    setresgid(gid, gid, gid).during("process.user.gid")?;
+    setresuid(uid, uid, uid).during("process.user.uid")?;
+    nix::sys::prctl::set_keepcaps(false).during("keeping capabilities")
+}
+
+fn resource(name: &str) -> Option<Resource> {
+    Some(match name {
+        "RLIMIT_AS" => Resource::As,
+        "RLIMIT_CORE" => Resource::Core,
+        "RLIMIT_CPU" => Resource::Cpu,
+        "RLIMIT_DATA" => Resource::Data,
+        "RLIMIT_FSIZE" => Resource::Fsize,
+        "RLIMIT_LOCKS" => Resource::Locks,
+        "RLIMIT_MEMLOCK" => Resource::Memlock,
+        "RLIMIT_MSGQUEUE" => Resource::Msgqueue,
+        "RLIMIT_NICE" => Resource::Nice,
+        "RLIMIT_NOFILE" => Resource::Nofile,
+        "RLIMIT_NPROC" => Resource::Nproc,
+        "RLIMIT_RSS" => Resource::Rss,
+        "RLIMIT_RTPRIO" => Resource::Rtprio,
+        "RLIMIT_RTTIME" => Resource::Rttime,
+        "RLIMIT_SIGPENDING" => Resource::Sigpending,
+        "RLIMIT_STACK" => Resource::Stack,
+        _ => return None,
+    })
+}
+
+fn set_rlimits(process: &Process) -> Result<()> {
+    let value = |n: u64| (n != u64::MAX).then_some(n);
+    for limit in &process.rlimits {
+        let Some(resource) = resource(&limit.kind) else { continue };
+        let pair = Rlimit { current: value(limit.soft), maximum: value(limit.hard) };
+        setrlimit(resource, pair).during(format_args!("process.rlimits {}", limit.kind))?;
+    }
+    Ok(())
+}
+
+/// Programs start with default dispositions and nothing blocked.
+fn reset_signals() -> Result<()> {
+    for signal in 1..=64 {
+        if matches!(signal, libc::SIGKILL | libc::SIGSTOP | 32 | 33) {
+            continue;
+        }
+        // SAFETY: SIG_DFL installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    nix::sys::signal::SigSet::empty().thread_set_mask().during("signal mask")
+}
+
+impl From<lookup::NotFound> for Failure {
+    fn from(error: lookup::NotFound) -> Self {
+        Self(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(value: serde_json::Value) -> Process {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn a_process_that_cannot_run_is_refused_by_field() {
+        for (value, field) in [
+            (serde_json::json!({"cwd": "/"}), "args"),
+            (serde_json::json!({"args": ["x"], "cwd": "rel"}), "cwd"),
+            (serde_json::json!({"args": ["x"], "cwd": "/", "rlimits": [{"type": "RLIMIT_X", "soft": 1, "hard": 1}]}), "RLIMIT_X"),
+            (serde_json::json!({"args": ["x"], "cwd": "/", "user": {"username": "u"}}), "username"),
+        ] {
+            assert!(check(&process(value)).unwrap_err().contains(field));
+        }
+        assert!(check(&process(serde_json::json!({"args": ["x"], "cwd": "/"}))).is_ok());
+    }
+
+    #[test]
+    fn failures_read_without_error_numbers() {
+        let failure = fs::metadata("/nonexistent").during("looking").unwrap_err();
+        assert_eq!(failure.to_string(), "looking: no such file or directory");
+    }
+}

@@ -1,0 +1,280 @@
+//! Links, addresses, routes and neighbours of the sandbox, as the host's network plug-in set them
+//! up for the pod. The network namespace is the guest's own: the VM is the boundary.
+use std::{
+    fs,
+    net::IpAddr,
+    time::Duration,
+};
+
+use brig_agent_protocol::agent::{Interface, Neighbour, Route, StartSandboxRequest};
+use futures::TryStreamExt as _;
+use rtnetlink::{
+    Handle, LinkUnspec, RouteMessageBuilder,
+    packet_route::{
+        address::{AddressAttribute, AddressFlags, AddressHeaderFlags},
+        link::LinkAttribute,
+        route::RouteScope,
+    },
+};
+use tokio::time::{Instant, sleep};
+
+use crate::error::{Error, Result};
+
+/// How long a hot-plugged interface may take to appear after the bus was scanned.
+const APPEAR_TIME: Duration = Duration::from_secs(5);
+
+/// An address and its prefix length.
+type Prefix = (IpAddr, u8);
+
+/// Sets the network up. With `rescan` a missing interface is looked for on the PCI bus.
+///
+/// # Errors
+/// `InvalidArgument` for what does not parse, `Internal` for what the kernel refuses, naming it.
+pub async fn apply(request: &StartSandboxRequest, rescan: bool, logger: &slog::Logger) -> Result<()> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
+    let connection = tokio::spawn(connection);
+    let outcome = apply_all(&handle, request, rescan).await;
+    connection.abort();
+    if let Err(error) = &outcome {
+        slog::error!(logger, "network not set up"; "error" => %error);
+    }
+    outcome
+}
+
+async fn apply_all(handle: &Handle, request: &StartSandboxRequest, rescan: bool) -> Result<()> {
+    for interface in &request.interfaces {
+        add_interface(handle, interface, rescan).await?;
+    }
+    for neighbour in &request.neighbours {
+        add_neighbour(handle, neighbour).await?;
+    }
+    // Routes to a gateway need the route that reaches the gateway.
+    let (via, direct): (Vec<&Route>, Vec<&Route>) = request.routes.iter().partition(|r| !r.gateway.is_empty());
+    for route in direct.into_iter().chain(via) {
+        add_route(handle, route).await?;
+    }
+    Ok(())
+}
+
+/// Brings the loopback interface up.
+///
+/// # Errors
+/// `Internal`.
+pub async fn loopback_up() -> Result<()> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
+    let connection = tokio::spawn(connection);
+    let outcome = match index_of(&handle, "lo").await {
+        Ok(index) => {
+            let up = handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await;
+            up.map_err(|e| refused("interface lo", &e))
+        }
+        Err(error) => Err(error),
+    };
+    connection.abort();
+    outcome
+}
+
+fn refused(what: impl std::fmt::Display, error: &rtnetlink::Error) -> Error {
+    Error::Internal(format!("{what}: {error}"))
+}
+
+async fn add_interface(handle: &Handle, interface: &Interface, rescan: bool) -> Result<()> {
+    let name = &interface.name;
+    let mac = parse_mac(&interface.mac)?;
+    let addresses = interface.addresses.iter().map(|a| parse_prefix(a)).collect::<Result<Vec<_>>>()?;
+    let (index, current) = find_by_mac(handle, &mac, rescan).await?;
+    if !name.is_empty() && *name != current {
+        // A name changes only while the interface is down, as a new one is.
+        let message = LinkUnspec::new_with_index(index).name(name.clone()).build();
+        handle.link().set(message).execute().await.map_err(|e| refused(format_args!("interface {name}"), &e))?;
+    }
+    let mut up = LinkUnspec::new_with_index(index).up();
+    if interface.mtu != 0 {
+        up = up.mtu(interface.mtu);
+    }
+    handle.link().set(up.build()).execute().await.map_err(|e| refused(format_args!("interface {name}"), &e))?;
+    for (address, length) in addresses {
+        let mut request = handle.address().add(index, address, length);
+        let message = request.message_mut();
+        if address.is_ipv6() {
+            // The host's side holds the same address: detection would find a duplicate.
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        let added = request.replace().execute().await;
+        added.map_err(|e| refused(format_args!("address {address}/{length} of {name}"), &e))?;
+    }
+    Ok(())
+}
+
+async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u32, String)> {
+    let deadline = Instant::now() + APPEAR_TIME;
+    let mut scanned = false;
+    loop {
+        let mut links = handle.link().get().execute();
+        while let Some(link) = links.try_next().await.map_err(|e| refused("interfaces", &e))? {
+            let has_mac = link.attributes.iter().any(|a| matches!(a, LinkAttribute::Address(m) if m == mac));
+            if has_mac {
+                let name = link.attributes.iter().find_map(|a| match a {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                });
+                return Ok((link.header.index, name.unwrap_or_default()));
+            }
+        }
+        if !rescan || Instant::now() >= deadline {
+            return Err(Error::InvalidArgument(format!("the guest has no interface with address {}", show_mac(mac))));
+        }
+        if !scanned {
+            scanned = true;
+            let scan = tokio::task::spawn_blocking(|| fs::write("/sys/bus/pci/rescan", "1")).await;
+            scan.map_err(|e| Error::Internal(e.to_string()))?.map_err(|e| Error::io("PCI rescan", e))?;
+        } else {
+            // The driver's probe is not awaited by the scan, and a link has no file to watch before
+            // it exists.
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+async fn index_of(handle: &Handle, name: &str) -> Result<u32> {
+    let mut links = handle.link().get().match_name(name.to_owned()).execute();
+    match links.try_next().await {
+        Ok(Some(link)) => Ok(link.header.index),
+        _ => Err(Error::InvalidArgument(format!("the guest has no interface {name:?}"))),
+    }
+}
+
+async fn add_route(handle: &Handle, route: &Route) -> Result<()> {
+    let what = format!("route {:?} via {:?}", route.destination, route.gateway);
+    let message = route_message(route, index_of(handle, &route.interface).await?)?;
+    handle.route().add(message).replace().execute().await.map_err(|e| refused(what, &e))
+}
+
+fn route_message(route: &Route, index: u32) -> Result<rtnetlink::packet_route::route::RouteMessage> {
+    fn bad(error: impl std::fmt::Display) -> Error {
+        Error::InvalidArgument(format!("route: {error}"))
+    }
+    let gateway = parse_optional(&route.gateway)?;
+    let source = parse_optional(&route.source)?;
+    let destination = match route.destination.as_str() {
+        "" => match (gateway.or(source), route.family) {
+            (Some(IpAddr::V6(_)), _) | (None, 6) => (IpAddr::from([0_u16; 8]), 0),
+            _ => (IpAddr::from([0_u8; 4]), 0),
+        },
+        text => parse_prefix(text)?,
+    };
+    let scope = match u8::try_from(route.scope) {
+        Ok(0) => RouteScope::Universe,
+        Ok(200) => RouteScope::Site,
+        Ok(253) => RouteScope::Link,
+        Ok(254) => RouteScope::Host,
+        Ok(other) => RouteScope::Other(other),
+        Err(_) => return Err(Error::InvalidArgument(format!("route scope {} is out of range", route.scope))),
+    };
+    let mut builder = RouteMessageBuilder::<IpAddr>::new()
+        .output_interface(index)
+        .scope(scope)
+        .destination_prefix(destination.0, destination.1)
+        .map_err(bad)?;
+    if let Some(gateway) = gateway {
+        builder = builder.gateway(gateway).map_err(bad)?;
+    }
+    if let Some(source) = source {
+        builder = builder.pref_source(source).map_err(bad)?;
+    }
+    if route.metric != 0 {
+        builder = builder.priority(route.metric);
+    }
+    if route.onlink {
+        builder = builder.onlink();
+    }
+    Ok(builder.build())
+}
+
+async fn add_neighbour(handle: &Handle, neighbour: &Neighbour) -> Result<()> {
+    let address = parse_address(&neighbour.address)?;
+    let mac = parse_mac(&neighbour.mac)?;
+    let index = index_of(handle, &neighbour.interface).await?;
+    let request = handle.neighbours().add(index, address).link_layer_address(&mac).replace();
+    request.execute().await.map_err(|e| refused(format_args!("neighbour {address}"), &e))
+}
+
+fn parse_address(text: &str) -> Result<IpAddr> {
+    text.parse().map_err(|_| Error::InvalidArgument(format!("{text:?} is not an IP address")))
+}
+
+fn parse_optional(text: &str) -> Result<Option<IpAddr>> {
+    if text.is_empty() { Ok(None) } else { parse_address(text).map(Some) }
+}
+
+/// CIDR notation; a bare address is a host's.
+fn parse_prefix(text: &str) -> Result<Prefix> {
+    let bad = || Error::InvalidArgument(format!("{text:?} is not an address in CIDR notation"));
+    let (address, length) = match text.split_once('/') {
+        Some((address, length)) => (address, Some(length)),
+        None => (text, None),
+    };
+    let address: IpAddr = address.parse().map_err(|_| bad())?;
+    let widest = if address.is_ipv4() { 32 } else { 128 };
+    let length: u8 = length.map_or(Ok(widest), str::parse).map_err(|_| bad())?;
+    if length > widest { Err(bad()) } else { Ok((address, length)) }
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6]> {
+    let bad = || Error::InvalidArgument(format!("{text:?} is not a MAC address"));
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2).ok_or_else(bad)?;
+        *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+    }
+    if parts.next().is_some() { Err(bad()) } else { Ok(mac) }
+}
+
+fn show_mac(mac: &[u8; 6]) -> String {
+    mac.map(|b| format!("{b:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rtnetlink::packet_route::{AddressFamily, route::RouteAttribute};
+
+    #[test]
+    fn cidr_and_mac_are_checked() {
+        assert_eq!(parse_prefix("10.0.0.2/24").unwrap(), ("10.0.0.2".parse().unwrap(), 24));
+        assert_eq!(parse_prefix("fd00::2").unwrap().1, 128);
+        for bad in ["10.0.0.2/33", "x/3", "10.0.0.2/", "/8", "fd00::/129"] {
+            assert!(parse_prefix(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_mac("02:00:0a:FF:00:01").unwrap(), [2, 0, 10, 255, 0, 1]);
+        for bad in ["", "02:00:0a:ff:00", "02:00:0a:ff:00:01:02", "2:0:0:0:0:1", "0x:00:00:00:00:00"] {
+            assert!(parse_mac(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_default_route_takes_its_family_from_the_gateway_or_the_field() {
+        let family = |route: Route| route_message(&route, 2).unwrap().header.address_family;
+        assert_eq!(family(Route { gateway: "fd00::1".into(), ..Default::default() }), AddressFamily::Inet6);
+        assert_eq!(family(Route { gateway: "10.0.0.1".into(), ..Default::default() }), AddressFamily::Inet);
+        assert_eq!(family(Route { family: 6, ..Default::default() }), AddressFamily::Inet6);
+        let link = Route { destination: "169.254.1.1/32".into(), scope: 253, metric: 7, ..Default::default() };
+        let message = route_message(&link, 2).unwrap();
+        assert_eq!(message.header.scope, RouteScope::Link);
+        assert!(message.attributes.contains(&RouteAttribute::Priority(7)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_parses_or_fails(text in "[0-9a-f:./]{0,24}") {
+            let _ = parse_mac(&text);
+            if let Ok((address, length)) = parse_prefix(&text) {
+                let widest = if address.is_ipv4() { 32 } else { 128 };
+                prop_assert!(length <= widest);
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! What the agent checks of a request before it starts anything: ids, paths, and every field of the
+//! specification that it cannot apply, refused by name (docs/runtime-spec.md).
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path},
+};
+
+use brig_agent_protocol::agent;
+
+use crate::{
+    error::{Error, Result},
+    init,
+    spec::{Hooks, Process, Spec},
+};
+
+/// Longest id; containerd's own limit is 76.
+const MAX_ID: usize = 128;
+
+/// An id becomes a directory name of cgroups and of the agent's files.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn id(id: &str) -> Result<()> {
+    let fine = !id.is_empty()
+        && id.len() <= MAX_ID
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && id.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if fine { Ok(()) } else { Err(Error::InvalidArgument(format!("{id:?} is not an id"))) }
+}
+
+/// A relative path of plain names.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn share_path(path: &str) -> Result<()> {
+    let plain = !path.is_empty() && Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));
+    if plain { Ok(()) } else { Err(Error::InvalidArgument(format!("{path:?} is not a path under the share"))) }
+}
+
+/// The sources of bind mounts by index into the specification's mounts.
+///
+/// # Errors
+/// `InvalidArgument` for an index or path without meaning.
+pub fn mount_sources(spec: &Spec, sources: &[agent::MountSource]) -> Result<BTreeMap<u32, String>> {
+    let mut map = BTreeMap::new();
+    for source in sources {
+        share_path(&source.share_path)?;
+        let index = source.index;
+        let exists = usize::try_from(index).is_ok_and(|i| i < spec.mounts.len());
+        if !exists || map.insert(index, source.share_path.clone()).is_some() {
+            return Err(Error::InvalidArgument(format!("mount source {index} names no mount, or one twice")));
+        }
+    }
+    Ok(map)
+}
+
+/// The specification of a container.
+///
+/// # Errors
+/// `InvalidArgument` naming the first field that cannot be applied.
+pub fn spec(spec: &Spec) -> Result<()> {
+    check_spec(spec).map_err(Error::InvalidArgument)
+}
+
+/// A process to execute in a container.
+///
+/// # Errors
+/// `InvalidArgument` naming the first field that cannot be applied.
+pub fn process(process: &Process) -> Result<()> {
+    init::check_process(process).map_err(Error::InvalidArgument)
+}
+
+fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
+    match &spec.process {
+        Some(process) => init::check_process(process)?,
+        None => return Err("the spec has no process".into()),
+    }
+    let foreign = [
+        ("solaris", spec.solaris.is_some()),
+        ("windows", spec.windows.is_some()),
+        ("vm", spec.vm.is_some()),
+        ("zos", spec.zos.is_some()),
+        ("linux.intelRdt", spec.linux.intel_rdt.is_some()),
+        ("linux.memoryPolicy", spec.linux.memory_policy.is_some()),
+        ("linux.netDevices", !spec.linux.net_devices.is_empty()),
+        ("linux.uidMappings", !spec.linux.uid_mappings.is_empty()),
+        ("linux.gidMappings", !spec.linux.gid_mappings.is_empty()),
+    ];
+    if let Some((name, _)) = foreign.iter().find(|(_, present)| *present) {
+        return Err(format!("{name} is not supported in a Brig guest"));
+    }
+    if let Some(hooks) = &spec.hooks {
+        check_hooks(hooks)?;
+    }
+    for namespace in &spec.linux.namespaces {
+        match namespace.kind.as_str() {
+            "pid" | "mount" | "ipc" | "uts" | "network" | "cgroup" => {}
+            "time" if namespace.path.is_empty() => {}
+            other => return Err(format!("linux.namespaces: a {other:?} namespace is not supported in a Brig guest")),
+        }
+    }
+    let has_time = spec.linux.namespaces.iter().any(|n| n.kind == "time");
+    if !spec.linux.time_offsets.is_empty() && !has_time {
+        return Err("linux.timeOffsets needs a time namespace".into());
+    }
+    for mount in &spec.mounts {
+        if !mount.destination.starts_with('/') {
+            return Err(format!("mounts: destination {:?} is not an absolute path", mount.destination));
+        }
+        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
+            return Err(format!("mounts {}: uidMappings and gidMappings are not supported", mount.destination));
+        }
+    }
+    init::check_sysctl(&spec.linux.sysctl)?;
+    if let Some(seccomp) = &spec.linux.seccomp {
+        init::check_seccomp(seccomp)?;
+    }
+    Ok(())
+}
+
+fn check_hooks(hooks: &Hooks) -> std::result::Result<(), String> {
+    let stages = [
+        ("prestart", &hooks.prestart),
+        ("createRuntime", &hooks.create_runtime),
+        ("createContainer", &hooks.create_container),
+        ("startContainer", &hooks.start_container),
+        ("poststart", &hooks.poststart),
+        ("poststop", &hooks.poststop),
+    ];
+    match stages.iter().find_map(|(name, hooks)| Some((name, hooks.first()?))) {
+        Some((name, hook)) => Err(format!(
+            "hooks.{name} ({}) is not supported: hooks are programs of the host, which has no part in a guest",
+            hook.path
+        )),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn with(value: &serde_json::Value) -> std::result::Result<(), String> {
+        let mut whole = json!({"process": {"args": ["x"], "cwd": "/"}});
+        for (key, field) in value.as_object().unwrap() {
+            whole[key] = field.clone();
+        }
+        check_spec(&serde_json::from_value(whole).unwrap())
+    }
+
+    #[test]
+    fn what_cannot_be_applied_is_refused_by_name() {
+        assert_eq!(with(&json!({})), Ok(()));
+        for (value, word) in [
+            (json!({"vm": {}}), "vm"),
+            (json!({"windows": {}}), "windows"),
+            (json!({"hooks": {"prestart": [{"path": "/bin/h"}]}}), "hooks.prestart (/bin/h)"),
+            (json!({"hooks": {"createContainer": [{"path": "/x"}]}}), "createContainer"),
+            (json!({"linux": {"intelRdt": {}}}), "intelRdt"),
+            (json!({"linux": {"netDevices": {"eth1": {}}}}), "netDevices"),
+            (json!({"linux": {"namespaces": [{"type": "user"}]}}), "user"),
+            (json!({"linux": {"namespaces": [{"type": "time", "path": "/x"}]}}), "time"),
+            (json!({"linux": {"timeOffsets": {"monotonic": {"secs": 1}}}}), "timeOffsets"),
+            (json!({"linux": {"sysctl": {"kernel.core_pattern": "x"}}}), "kernel.core_pattern"),
+            (json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}}}), "SCMP_ACT_NOTIFY"),
+            (json!({"mounts": [{"destination": "x"}]}), "destination"),
+            (json!({"mounts": [{"destination": "/x", "uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}]}), "uidMappings"),
+        ] {
+            let refused = with(&value).unwrap_err();
+            assert!(refused.contains(word), "{word}: {refused}");
+        }
+    }
+
+    #[test]
+    fn ids_are_plain_names() {
+        assert!(id("c1-a.b_c").is_ok());
+        for bad in ["", ".", "..", "-x", "a/b", "a b", "ä", &"x".repeat(129)] {
+            assert!(id(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_share_path_has_only_plain_names(path in "[a./]{0,12}") {
+            if share_path(&path).is_ok() {
+                prop_assert!(!path.starts_with('/') && !path.split('/').any(|c| c == ".."));
+            }
+        }
+    }
+}

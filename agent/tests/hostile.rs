@@ -1,0 +1,128 @@
+//! Containers and images that attack the agent.
+mod guest;
+
+use std::{fs, os::unix::fs::symlink};
+
+use brig_agent_protocol::agent::*;
+use guest::*;
+use serde_json::json;
+
+#[tokio::test]
+async fn an_image_with_a_symlink_for_proc_is_refused() {
+    let mut guest = Guest::start().await;
+    let root = guest.rootfs("c1");
+    fs::remove_dir(root.join("proc")).unwrap();
+    symlink("etc", root.join("proc")).unwrap();
+    let (_, text) = refusal(guest.create("c1", &spec("true"), Stdio::default()).await);
+    assert!(text.contains("/proc") && text.contains("symlink"), "{text}");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn mount_points_and_devices_through_symlinks_stay_in_the_root() {
+    let mut guest = Guest::start().await;
+    let outside = guest.dir.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    let root = guest.rootfs("c1");
+    symlink(&outside, root.join("vol")).unwrap();
+    fs::remove_dir(root.join("dev")).unwrap();
+    symlink("../../../../../../../..", root.join("dev")).unwrap();
+    let mut attack = spec("ls -d /vol/../null");
+    attack["mounts"] = json!([
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/vol/made", "type": "tmpfs", "source": "tmpfs"}
+    ]);
+    attack["process"]["cwd"] = "/vol/cwd".into();
+    let created = guest.create("c1", &attack, Stdio::default()).await;
+    if created.is_ok() {
+        guest.delete("c1", "").await.unwrap();
+    }
+    assert!(fs::read_dir(&outside).unwrap().next().is_none(), "the outside was written");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_false_ptmx_of_the_image_is_not_taken_for_a_terminal() {
+    let mut guest = Guest::start().await;
+    let root = guest.rootfs("c1");
+    fs::create_dir(root.join("dev/pts")).unwrap();
+    fs::write(root.join("dev/pts/ptmx"), "").unwrap();
+    let mut attack = spec("true");
+    attack["process"]["terminal"] = true.into();
+    attack["mounts"] = json!([{"destination": "/proc", "type": "proc", "source": "proc"}]);
+    let (stdio, _ends) = guest.stdio(false, true).await;
+    let (_, text) = refusal(guest.create("c1", &attack, stdio).await);
+    assert!(text.contains("devpts"), "{text}");
+    guest.stop().await;
+}
+
+/// CVE-2019-5736: a container that overwrites the runtime through /proc/PID/exe of a helper. All
+/// capabilities, so that only the read-only mount and the namespaces stand in the way.
+#[tokio::test]
+async fn the_agents_binary_cannot_be_written_through_a_helper() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let mut attack = spec(
+        "while :; do for p in /proc/[0-9]*; do [ $p = /proc/1 ] && continue; case $(readlink $p/exe) in *busybox) ;; ?*) \
+         (printf overwritten > $p/exe) 2>/dev/null && echo WRITTEN; [ -e $p/exe ] && echo met >> /tmp/met;; esac; done; done",
+    );
+    let all: Vec<String> = (0..41).filter_map(|n| caps_name(n)).collect();
+    attack["process"]["capabilities"] = json!({"bounding": all, "effective": all, "permitted": all});
+    attack["process"]["noNewPrivileges"] = false.into();
+    attack["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    let (stdio, ends) = guest.stdio(false, false).await;
+    guest.create("c1", &attack, stdio).await.unwrap();
+    guest.run("c1", "").await.unwrap();
+    let before = fs::read(env!("CARGO_BIN_EXE_brig-agent")).unwrap();
+    for n in 0..40 {
+        assert_eq!(guest.exec("c1", &format!("e{n}"), &shell("exit 0")).await.status, 0);
+    }
+    guest.kill("c1", "", libc::SIGKILL, true).await.unwrap();
+    assert_eq!(ends.read_all().await.0, "");
+    assert!(fs::read(env!("CARGO_BIN_EXE_brig-agent")).unwrap() == before, "the binary was changed");
+    guest.stop().await;
+}
+
+fn caps_name(n: u8) -> Option<String> {
+    ["CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_KILL", "CAP_MKNOD", "CAP_SYS_CHROOT", "CAP_SETPCAP"]
+        .get(usize::from(n))
+        .map(|s| (*s).to_owned())
+}
+
+/// CVE-2024-21626: a working directory behind a descriptor of the runtime.
+#[tokio::test]
+async fn a_working_directory_behind_a_descriptor_is_refused() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    for n in 3..20 {
+        let mut attack = spec("ls; pwd");
+        attack["process"]["cwd"] = format!("/proc/self/fd/{n}").into();
+        let created = guest.create("c1", &attack, Stdio::default()).await;
+        assert!(created.is_err(), "descriptor {n}");
+    }
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_container_can_neither_see_nor_signal_the_agent() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let outcome = guest.whole("c1", &spec("ls -d /proc/[0-9]* | wc -l; kill -9 -1; echo $?; ls /run /sys/fs/cgroup | grep -c brig")).await;
+    let lines: Vec<&str> = outcome.stdout.lines().collect();
+    // The shell, ls and wc.
+    assert!(lines[0].parse::<u32>().unwrap() <= 4, "{lines:?}");
+    assert_eq!(lines[2], "0");
+    guest.client.ping(ctx(), &Empty::new()).await.unwrap();
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_fork_bomb_of_orphans_is_reaped() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let mut spec = spec("for i in $(seq 200); do (true &) ; done; echo done");
+    spec["linux"]["namespaces"][0]["path"] = "/shared".into();
+    assert_eq!(guest.whole("c1", &spec).await.stdout, "done\n");
+    guest.client.ping(ctx(), &Empty::new()).await.unwrap();
+    guest.stop().await;
+}

@@ -1,0 +1,378 @@
+//! What a container sees of its specification, field by field (docs/runtime-spec.md).
+mod guest;
+
+use std::fs;
+
+use brig_agent_protocol::agent::*;
+use guest::*;
+use serde_json::{Value, json};
+use ttrpc::Code;
+
+/// Runs `script` in a container whose spec `change` has changed, and returns its output.
+async fn output(guest: &mut Guest, script: &str, change: impl FnOnce(&mut Value)) -> String {
+    let id = format!("c{}", fs::read_dir(guest.share()).unwrap().count());
+    guest.rootfs(&id);
+    let mut spec = spec(script);
+    change(&mut spec);
+    let outcome = guest.whole(&id, &spec).await;
+    assert_eq!(outcome.stderr, "", "{script}");
+    outcome.stdout
+}
+
+#[tokio::test]
+async fn mounts_masks_and_readonly_paths() {
+    let mut guest = Guest::start().await;
+    let script = r#"
+        for t in /proc /dev /dev/pts /dev/shm /dev/mqueue /sys /run; do awk -v t=$t '$2==t {print t, $3}' /proc/mounts; done
+        touch /sys/x 2>/dev/null || echo sys read-only
+        sysctl -w net.core.somaxconn=5 >/dev/null 2>&1 || echo proc-sys read-only
+        wc -c < /proc/timer_list
+        ls /proc/scsi /sys/firmware | grep -v : | grep -c .
+        touch /sys/firmware/x 2>/dev/null || echo mask read-only
+        stat -c %a /dev/shm /run
+        ls -l /dev/fd /dev/stdin /dev/ptmx | awk '{print $9, $11}'
+        mount | grep -c newroot"#;
+    let got = output(&mut guest, script, |_| {}).await;
+    let expected = "/proc proc\n/dev tmpfs\n/dev/pts devpts\n/dev/shm tmpfs\n/dev/mqueue mqueue\n/sys sysfs\n/run tmpfs\n\
+        sys read-only\nproc-sys read-only\n0\n0\nmask read-only\n1777\n755\n\
+        /dev/fd /proc/self/fd\n/dev/ptmx pts/ptmx\n/dev/stdin /proc/self/fd/0\n0\n";
+    assert_eq!(got, expected);
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn nothing_of_the_guest_is_left_in_the_mount_table_or_the_descriptors() {
+    let mut guest = Guest::start().await;
+    let got = output(&mut guest, "awk '{print $5}' /proc/self/mountinfo | sort | tr '\\n' ' '; ls /proc/self/fd | tr '\\n' ' '", |spec| {
+        spec["linux"]["maskedPaths"] = json!([]);
+        spec["linux"]["readonlyPaths"] = json!([]);
+    })
+    .await;
+    // 3 is ls's own descriptor of the directory.
+    assert_eq!(got, "/ /dev /dev/mqueue /dev/pts /dev/shm /proc /run /sys 0 1 2 3 ");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn default_devices_work_and_others_are_refused() {
+    let mut guest = Guest::start().await;
+    let script = r#"
+        echo x > /dev/null && head -c 2 /dev/zero | wc -c && head -c 2 /dev/urandom | wc -c
+        mknod /tmp/mem c 1 1 && (cat /tmp/mem >/dev/null 2>&1 || echo no mem)
+        stat -c '%a %t:%T %u' /dev/extra
+        stat -c '%F' /dev/pipe"#;
+    let got = output(&mut guest, script, |spec| {
+        spec["linux"]["devices"] = json!([
+            {"path": "/dev/extra", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 33, "gid": 0},
+            {"path": "/dev/pipe", "type": "p"}
+        ]);
+    })
+    .await;
+    assert_eq!(got, "2\n2\nno mem\n640 a:e5 33\nfifo\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_device_of_the_spec_can_be_used_when_its_rule_allows_it() {
+    let mut guest = Guest::start().await;
+    let script = "head -c 1 /dev/fuse >/dev/null 2>&1; : < /dev/fuse && echo open; : > /dev/fuse 2>/dev/null || echo not for writing";
+    let got = output(&mut guest, script, |spec| {
+        spec["linux"]["devices"] = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
+        spec["linux"]["resources"]["devices"] = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "r"}
+        ]);
+    })
+    .await;
+    assert!(got.ends_with("open\n") || got.contains("open\n"), "{got}");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn user_groups_umask_home_and_working_directory() {
+    let mut guest = Guest::start().await;
+    let script = "id; umask; echo $HOME; pwd; touch /tmp/f; stat -c %a /tmp/f; echo x >/dev/stdout";
+    let got = output(&mut guest, script, |spec| {
+        spec["process"]["user"] = json!({"uid": 33, "gid": 44, "additionalGids": [100, 101], "umask": 0o077});
+        spec["process"]["cwd"] = "/made/for/it".into();
+    })
+    .await;
+    assert_eq!(got, "uid=33(web) gid=44 groups=44,100,101\n0077\n/home/web\n/made/for/it\n600\nx\n");
+    let got = output(&mut guest, "umask; echo $HOME $A", |spec| {
+        spec["process"]["env"] = json!(["PATH=/bin", "HOME=/x", "A=b"]);
+    })
+    .await;
+    assert_eq!(got, "0022\n/x b\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn capabilities_limits_and_no_new_privileges() {
+    let mut guest = Guest::start().await;
+    let status = "grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status";
+    let got = fields(
+        &output(&mut guest, status, |spec| {
+            spec["process"]["capabilities"] = json!({
+                "bounding": ["CAP_CHOWN", "CAP_KILL", "CAP_FROM_THE_FUTURE"], "effective": ["CAP_KILL"],
+                "permitted": ["CAP_CHOWN", "CAP_KILL"], "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"]
+            });
+            spec["process"]["user"] = json!({"uid": 33, "gid": 33});
+        })
+        .await,
+    );
+    // Executed as an ordinary user, what is ambient is what stays.
+    assert_eq!(got["CapBnd"], "0000000000000021");
+    assert_eq!((got["CapInh"].as_str(), got["CapAmb"].as_str()), ("0000000000000020", "0000000000000020"));
+    assert_eq!((got["CapPrm"].as_str(), got["CapEff"].as_str()), ("0000000000000020", "0000000000000020"));
+    assert_eq!((got["NoNewPrivs"].as_str(), got["Seccomp"].as_str()), ("1", "0"));
+    let got = fields(
+        &output(&mut guest, status, |spec| {
+            spec["process"]["noNewPrivileges"] = false.into();
+            spec["process"].as_object_mut().unwrap().remove("capabilities");
+        })
+        .await,
+    );
+    assert_eq!((got["CapBnd"].as_str(), got["CapEff"].as_str(), got["NoNewPrivs"].as_str()), ("0000000000000000", "0000000000000000", "0"));
+    let script = "ulimit -n; ulimit -Hn; ulimit -c; cat /proc/self/oom_score_adj";
+    let got = output(&mut guest, script, |spec| {
+        spec["process"]["rlimits"] = json!([
+            {"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0}
+        ]);
+        spec["process"]["oomScoreAdj"] = 500.into();
+    })
+    .await;
+    assert_eq!(got, "100\n200\n0\n500\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_setuid_program_works_without_no_new_privileges_and_with_seccomp() {
+    let mut guest = Guest::start().await;
+    let script = "cp /bin/busybox /tmp/id && chmod 4755 /tmp/id && su web -c '/tmp/id id -u; grep -E \"^(NoNew|Seccomp:)\" /proc/self/status; mkdir /tmp/d 2>&1'";
+    let got = output(&mut guest, script, |spec| {
+        spec["process"]["noNewPrivileges"] = false.into();
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 122}]
+        });
+    })
+    .await;
+    assert!(got.contains("NoNewPrivs:\t0") && got.contains("Seccomp:\t2"), "{got}");
+    // 122 is EDQUOT: the profile's own errno.
+    assert!(got.contains("Disk quota exceeded") || got.contains("Quota exceeded"), "{got}");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn seccomp_holds_for_init_and_exec_with_several_actions() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let mut filtered = spec("sleep 1000");
+    filtered["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [
+            {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13},
+            {"names": ["rmdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 30},
+            {"names": ["sync", "syncfs"], "action": "SCMP_ACT_KILL_PROCESS"}
+        ]
+    });
+    guest.create("c1", &filtered, Stdio::default()).await.unwrap();
+    guest.run("c1", "").await.unwrap();
+    let outcome = guest.exec("c1", "e1", &shell("mkdir /tmp/x; rmdir /tmp; sync; echo $?")).await;
+    assert!(outcome.stderr.contains("Permission denied"), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("Read-only file system"), "{}", outcome.stderr);
+    assert_eq!(outcome.stdout, "159\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn the_default_profile_of_containerd_lets_a_shell_run() {
+    let mut guest = Guest::start().await;
+    let names: Vec<String> = [
+        "access", "arch_prctl", "brk", "capget", "capset", "chdir", "chmod", "clone", "close", "dup", "dup2", "dup3", "execve", "exit",
+        "exit_group", "faccessat", "faccessat2", "fchmod", "fcntl", "fork", "fstat", "fstatfs", "futex", "getcwd", "getdents64", "getegid",
+        "geteuid", "getgid", "getpgrp", "getpid", "getppid", "getrandom", "gettid", "getuid", "ioctl", "kill", "lseek", "lstat", "mmap",
+        "mprotect", "munmap", "newfstatat", "open", "openat", "pipe", "pipe2", "poll", "prctl", "pread64", "prlimit64", "read", "readlink",
+        "rseq", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigsuspend", "sendfile", "set_robust_list", "set_tid_address",
+        "setpgid", "setsid", "stat", "statx", "umask", "uname", "vfork", "wait4", "waitpid", "write", "writev",
+    ]
+    .map(String::from)
+    .to_vec();
+    for no_new_privileges in [true, false] {
+        let got = output(&mut guest, "uname -s; mount -t tmpfs x /tmp 2>&1; cat /etc/passwd | wc -l", |spec| {
+            spec["process"]["noNewPrivileges"] = no_new_privileges.into();
+            spec["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+                "syscalls": [
+                    {"names": names, "action": "SCMP_ACT_ALLOW"},
+                    {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}
+                ]
+            });
+        })
+        .await;
+        assert!(got.starts_with("Linux\n") && got.contains("not permitted") && got.ends_with("2\n"), "{got}");
+    }
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn volumes_are_bound_with_their_options_and_single_files_stand_alone() {
+    let mut guest = Guest::start().await;
+    let share = guest.share();
+    fs::create_dir_all(share.join("c1/m1/sub")).unwrap();
+    fs::write(share.join("c1/m1/data"), "volume").unwrap();
+    fs::write(share.join("c1/file"), "alone").unwrap();
+    let root = guest.rootfs("c1");
+    let script = r#"cat /vol/data; echo; cat /etc/one; echo; touch /vol/x && echo writable; touch /ro/x 2>/dev/null || echo read-only
+        awk '$2=="/ro" {print $4}' /proc/mounts | tr , '\n' | grep -E '^(ro|nosuid|noexec)$' | tr '\n' ' '; ls -d /etc/on*"#;
+    let mut with_volumes = spec(script);
+    let mounts = with_volumes["mounts"].as_array_mut().unwrap();
+    let first = u32::try_from(mounts.len()).unwrap();
+    mounts.push(json!({"destination": "/vol", "type": "bind", "source": "/host/a", "options": ["rbind", "rprivate", "rw"]}));
+    mounts.push(json!({"destination": "/etc/one", "type": "bind", "source": "/host/f", "options": ["bind", "ro"]}));
+    mounts.push(json!({"destination": "/ro", "type": "bind", "source": "/host/a", "options": ["rbind", "ro", "nosuid", "noexec"]}));
+    let source = |index, share_path: &str| MountSource { index, share_path: share_path.into(), ..Default::default() };
+    let sources = vec![source(first, "c1/m1"), source(first + 1, "c1/file"), source(first + 2, "c1/m1")];
+    let outcome = guest.whole_with("c1", &with_volumes, sources).await;
+    assert_eq!(outcome.stdout, "volume\nalone\nwritable\nread-only\nro nosuid noexec /etc/one\n", "{}", outcome.stderr);
+    assert!(exists(&share.join("c1/m1/x")) && !exists(&share.join("c1/m1/y")) && exists(&root.join("vol")));
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_bind_of_a_host_path_that_was_not_shared_is_refused_by_name() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let mut bad = spec("true");
+    bad["mounts"].as_array_mut().unwrap().push(json!({"destination": "/x", "type": "bind", "source": "/host/secret", "options": ["rbind"]}));
+    let (code, text) = refusal(guest.create("c1", &bad, Stdio::default()).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.contains("/host/secret"), "{text}");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn the_shared_memory_of_the_sandbox_is_one_for_its_containers() {
+    let mut guest = Guest::start().await;
+    let change = |spec: &mut Value| {
+        spec["mounts"][3] = json!({"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/x/shm", "options": ["rbind", "ro=no"]});
+        spec["mounts"][3]["options"] = json!(["rbind", "rprivate"]);
+    };
+    output(&mut guest, "echo seen > /dev/shm/f", change).await;
+    assert_eq!(output(&mut guest, "cat /dev/shm/f", change).await, "seen\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn tmpfs_limits_and_unknown_options() {
+    let mut guest = Guest::start().await;
+    let got = output(&mut guest, "df -k /small | awk 'NR==2 {print $2}'; stat -c %a /small /tmp; touch /tmp/f && echo ok", |spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/small", "type": "tmpfs", "source": "tmpfs", "options": ["size=64k", "mode=700"]}));
+        // No mode: that of the directory in the image.
+        mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"]}));
+    })
+    .await;
+    assert_eq!(got, "64\n700\n1777\nok\n");
+    let mut bad = spec("true");
+    bad["mounts"].as_array_mut().unwrap().push(json!({"destination": "/x", "type": "tmpfs", "source": "tmpfs", "options": ["frobnicate=1"]}));
+    guest.rootfs("bad");
+    let (_, text) = refusal(guest.create("bad", &bad, Stdio::default()).await);
+    assert!(text.contains("frobnicate"), "{text}");
+    bad["mounts"].as_array_mut().unwrap().pop();
+    bad["mounts"].as_array_mut().unwrap().push(json!({"destination": "/x", "type": "nosuchfs", "source": "none"}));
+    let (_, text) = refusal(guest.create("bad", &bad, Stdio::default()).await);
+    assert!(text.contains("nosuchfs"), "{text}");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn names_and_sysctls() {
+    let mut guest = Guest::start().await;
+    let script = "hostname; cat /proc/sys/kernel/domainname; cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start";
+    let got = output(&mut guest, script, |spec| {
+        spec["hostname"] = "own".into();
+        spec["domainname"] = "example".into();
+        spec["linux"]["sysctl"] = json!({"kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "80"});
+    })
+    .await;
+    assert_eq!(got, "own\nexample\n1\n80\n");
+    // A path means the sandbox's own namespace, where hostname was set with the sandbox.
+    let got = output(&mut guest, "hostname; cat /proc/sys/kernel/shm_rmid_forced", |spec| {
+        spec["hostname"] = "ignored".into();
+        for namespace in spec["linux"]["namespaces"].as_array_mut().unwrap() {
+            if namespace["type"] == "uts" || namespace["type"] == "ipc" {
+                namespace["path"] = "/proc/123/ns/x".into();
+            }
+        }
+    })
+    .await;
+    assert_eq!(got, "pod-1\n0\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn containers_share_a_pid_namespace_when_the_spec_names_one() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let share_pids = |spec: &mut Value| spec["linux"]["namespaces"][0]["path"] = "/proc/123/ns/pid".into();
+    let mut first = spec("sleep 987");
+    share_pids(&mut first);
+    guest.create("c1", &first, Stdio::default()).await.unwrap();
+    guest.run("c1", "").await.unwrap();
+    let got = output(&mut guest, "until ps | grep -q '[s]leep 987'; do :; done; ps | grep -c '[s]leep 987'; echo $$ | grep -vx 1 | wc -l", share_pids).await;
+    assert_eq!(got, "1\n1\n");
+    // Without any entry it would be the guest's own: it is the shared one, and the agent is not in it.
+    let got = output(&mut guest, "ps | grep -c '[s]leep 987'; ps | grep -c 'serve-uni[x]'", |spec| {
+        spec["linux"]["namespaces"].as_array_mut().unwrap().remove(0);
+    })
+    .await;
+    assert_eq!(got, "1\n0\n");
+    // What a container leaves behind dies with its init process.
+    let got = output(&mut guest, "sleep 986 & echo started", share_pids).await;
+    assert_eq!(got, "started\n");
+    assert_eq!(output(&mut guest, "ps | grep -c '[s]leep 986'", share_pids).await, "0\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn root_and_scheduling_fields() {
+    let mut guest = Guest::start().await;
+    let got = output(&mut guest, "touch /x 2>/dev/null || echo root read-only; touch /run/x && echo tmpfs writable", |spec| {
+        spec["root"]["readonly"] = true.into();
+    })
+    .await;
+    assert_eq!(got, "root read-only\ntmpfs writable\n");
+    let got = output(&mut guest, "awk '{print $19}' /proc/self/stat; uname -m; grep Cpus_allowed_list /proc/self/status | cut -f2; ionice -p $$", |spec| {
+        spec["process"]["scheduler"] = json!({"policy": "SCHED_OTHER", "nice": 7});
+        spec["process"]["execCPUAffinity"] = json!({"initial": "0-1", "final": "0"});
+        spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+        spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+    })
+    .await;
+    assert_eq!(got, "7\ni686\n0\nbest-effort: prio 6\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_applied_is_refused_over_the_wire() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    for (pointer, value, word) in [
+        ("hooks", json!({"createContainer": [{"path": "/bin/x"}]}), "hooks.createContainer"),
+        ("vm", json!({}), "vm"),
+    ] {
+        let mut bad = spec("true");
+        bad[pointer] = value;
+        let (code, text) = refusal(guest.create("c1", &bad, Stdio::default()).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        assert!(text.contains(word), "{text}");
+    }
+    let request = CreateContainerRequest { id: "c1".into(), spec: b"{".to_vec(), rootfs: "c1/rootfs".into(), ..Default::default() };
+    assert_eq!(refusal(guest.client.create_container(ctx(), &request).await).0, Code::INVALID_ARGUMENT);
+    let request = CreateContainerRequest { id: "../x".into(), ..request };
+    assert_eq!(refusal(guest.client.create_container(ctx(), &request).await).0, Code::INVALID_ARGUMENT);
+    let request = CreateContainerRequest { id: "c1".into(), rootfs: "../../etc".into(), spec: b"{}".to_vec(), ..request };
+    assert_eq!(refusal(guest.client.create_container(ctx(), &request).await).0, Code::INVALID_ARGUMENT);
+    guest.stop().await;
+}

@@ -1,0 +1,110 @@
+//! The guest-physical address map and the I/O ports. Constants only; nothing is trusted here.
+//!
+//! ```text
+//! 0          boot information (start_info, memory map, command line)
+//! 0xa_0000   reserved; ACPI tables at 0xe_0000
+//! 0x10_0000  RAM up to 3 GiB; the initramfs at its end
+//! 3 GiB      32-bit MMIO window: every BAR of a virtio function
+//! 0xe000_0000  ECAM of bus 0
+//! 4 GiB      the rest of RAM, then the 64-bit MMIO window
+//! ```
+
+use std::ops::Range;
+
+/// Bytes of a small page.
+pub const PAGE: u64 = 4096;
+/// Guest RAM is a multiple of this, and its host mapping is congruent to it.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// `hvm_start_info`, followed by its module list.
+pub const START_INFO: u64 = 0x6000;
+/// The PVH module list.
+pub const MODULE_LIST: u64 = 0x6800;
+/// The PVH memory map.
+pub const MEMORY_MAP: u64 = 0x7000;
+/// The kernel's command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// x86 Linux takes 2048 bytes with the final zero (`COMMAND_LINE_SIZE`).
+pub const CMDLINE_SIZE: usize = 2048;
+
+/// What a PC has no RAM in; holds the ACPI tables.
+pub const RESERVED_LOW: Range<u64> = 0xa_0000..0x10_0000;
+/// The RSDP; the other ACPI tables follow.
+pub const RSDP: u64 = 0xe_0000;
+/// Where RAM for the kernel starts.
+pub const HIMEM: u64 = 0x10_0000;
+
+/// The end of RAM below 4 GiB.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// BARs of virtio functions, and 32-bit BARs of passed-through ones.
+pub const MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
+/// Enhanced configuration space of bus 0, the only bus: 1 MiB.
+pub const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
+/// The local APIC's page and the range for MSI writes.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// A page KVM needs on Intel CPUs without unrestricted guest mode.
+pub const IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages KVM needs on Intel CPUs.
+pub const TSS: usize = 0xfffb_d000;
+/// The start of RAM above the hole.
+pub const HIGH_RAM: u64 = 1 << 32;
+
+/// First GSI for MSI routes: below it are the reserved pins of the (absent) IOAPIC.
+pub const FIRST_MSI_GSI: u32 = 24;
+/// GSIs end here (KVM_MAX_IRQ_ROUTES).
+pub const GSI_END: u32 = 4096;
+
+/// Write-only debug console in the place of a 16550.
+pub const CONSOLE_PORTS: Range<u16> = 0x3f8..0x400;
+/// ACPI sleep control register (ACPI 6.5 §4.8.3.7).
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// ACPI sleep status register.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// ACPI reset register; any write resets.
+pub const RESET_PORT: u16 = 0x602;
+
+/// The 64-bit MMIO window: from the first GiB after RAM to the end of the guest-physical space.
+/// `phys_bits` is the guest's MAXPHYADDR.
+#[must_use]
+pub fn mmio64(ram_bytes: u64, phys_bits: u8) -> Range<u64> {
+    const GIB: u64 = 1 << 30;
+    let high = ram_bytes.saturating_sub(LOW_RAM_END);
+    let start = (HIGH_RAM + high).next_multiple_of(GIB);
+    let end = 1u64 << phys_bits.clamp(36, 46);
+    start..end.max(start)
+}
+
+/// RAM as (address, length) pairs for `ram_bytes` bytes.
+#[must_use]
+pub fn ram(ram_bytes: u64) -> Vec<(u64, u64)> {
+    let low = ram_bytes.min(LOW_RAM_END);
+    let high = ram_bytes - low;
+    if high == 0 {
+        vec![(0, low)]
+    } else {
+        vec![(0, low), (HIGH_RAM, high)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_never_overlaps_the_hole_or_the_64_bit_window() {
+        for ram_bytes in [128 << 20, LOW_RAM_END, LOW_RAM_END + HUGE_PAGE, 64 << 30] {
+            let total: u64 = ram(ram_bytes).iter().map(|region| region.1).sum();
+            assert_eq!(total, ram_bytes);
+            for (start, length) in ram(ram_bytes) {
+                assert!(start + length <= LOW_RAM_END || start >= HIGH_RAM);
+                assert!(start + length <= mmio64(ram_bytes, 40).start);
+            }
+        }
+    }
+
+    #[test]
+    fn the_64_bit_window_is_empty_rather_than_inverted_when_ram_fills_the_address_space() {
+        let window = mmio64(1 << 37, 36);
+        assert!(window.is_empty());
+    }
+}

@@ -1,0 +1,390 @@
+//! The checked-in list of what the living VMM may have and do: capabilities, descriptors, mounts,
+//! system calls by kind of thread. `tests/jail.rs` compares it with a running process.
+//!
+//! To widen it, add a line here with its reason. Denied by not being here, whatever the arguments:
+//! mounts, `setns`, `unshare`, `clone`, `socket`, `execve`, `io_uring_setup`, `ptrace`, `process_vm_*`,
+//! `bpf`, `keyctl`, `open_by_handle_at`, `userfaultfd`, `perf_event_open`, `memfd_create`, and
+//! executable memory.
+
+use caps::Capability;
+
+/// Capabilities in the VMM's user namespace, for the file server alone: what a container's root may do
+/// to the files of its volumes. Never `SYS_ADMIN`: with it a read-only mount could be made writable.
+pub const CAPABILITIES: &[Capability] = &[
+    Capability::CAP_CHOWN,
+    Capability::CAP_DAC_OVERRIDE,
+    Capability::CAP_FOWNER,
+    Capability::CAP_FSETID,
+    Capability::CAP_SETUID,
+    Capability::CAP_SETGID,
+    Capability::CAP_SETFCAP,
+];
+
+/// (mount point, file system, must be read-only) right after [`super::enter`]. Later ones are below
+/// `/shared` only.
+pub const MOUNTS: &[(&str, &str, bool)] = &[
+    ("/", "tmpfs", true),
+    ("/proc", "proc", true),
+    ("/shared", "tmpfs", true),
+];
+
+/// Flags of every mount of the jail and of every mount attached to it.
+pub const MOUNT_FLAGS: &[&str] = &["nosuid", "nodev", "noexec"];
+
+/// What `/proc/PID/fd/*` may point at: exactly, or by prefix where the entry ends in `*`.
+pub const DESCRIPTORS: &[&str] = &[
+    // A file by itself on a detached read-only mount, see `open_sealed`: /dev/null (0 and 1), /dev/kvm,
+    // /dev/net/tun, the kernel, the initramfs, disks.
+    "/",
+    // The log, FIFOs of container streams.
+    "pipe:*",
+    // The control socket, the agent's stream, streams of port-forward.
+    "socket:*",
+    "anon_inode:[eventfd]",
+    "anon_inode:[eventpoll]",
+    "anon_inode:[timerfd]",
+    "anon_inode:[signalfd]",
+    "anon_inode:kvm-vm",
+    "anon_inode:kvm-vcpu:*",
+    "anon_inode:kvm-vcpu-stats:*",
+    "anon_inode:kvm-vm-stats",
+    // The file server's, of the jail's own procfs and of the share.
+    "/proc/1/fd",
+    "/proc/1/mountinfo",
+    "/proc/1/task/*",
+    "/shared*",
+];
+
+/// Whether a descriptor's link target is on the list.
+#[must_use]
+pub fn descriptor(target: &str) -> bool {
+    DESCRIPTORS
+        .iter()
+        .any(|entry| match entry.strip_suffix('*') {
+            Some(prefix) => target.starts_with(prefix),
+            None => target == *entry,
+        })
+}
+
+/// Kinds of threads; each has its own list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// The control loop.
+    Main,
+    /// A CPU of the guest.
+    Vcpu,
+    /// Queues of vsock, net, blk, rng, balloon, console.
+    Worker,
+    /// The file server's thread.
+    Fs,
+}
+
+/// When a system call is allowed.
+#[derive(Debug, Clone, Copy)]
+pub enum When {
+    /// With any arguments.
+    Always,
+    /// If the argument (from 0, its low 32 bits) is one of these.
+    OneOf(u8, &'static [u32]),
+    /// If the argument (from 0) has none of these bits.
+    Without(u8, u32),
+}
+
+/// One allowed system call.
+#[derive(Debug, Clone, Copy)]
+pub struct Allowed {
+    /// Its number.
+    pub number: libc::c_long,
+    /// libc's name of the number, for messages.
+    pub name: &'static str,
+    /// The condition.
+    pub when: When,
+}
+
+macro_rules! allow {
+    ($($call:ident $($condition:ident ( $argument:literal, $value:expr ))? ,)*) => {
+        &[$(Allowed {
+            number: libc::$call,
+            name: stringify!($call),
+            when: allow!(@when $($condition $argument, $value)?),
+        }),*]
+    };
+    (@when) => { When::Always };
+    (@when one_of $argument:literal, $value:expr) => { When::OneOf($argument, $value) };
+    (@when without $argument:literal, $value:expr) => { When::Without($argument, $value) };
+}
+
+const EXECUTABLE: u32 = libc::PROT_EXEC.cast_unsigned();
+
+/// Every thread: the allocator, locks, clocks, pipes and eventfds, an orderly end.
+const EVERY: &[Allowed] = allow![
+    SYS_read,
+    SYS_write,
+    SYS_readv,
+    SYS_writev,
+    SYS_close,
+    SYS_futex,
+    SYS_mmap without(2, EXECUTABLE),
+    SYS_mprotect without(2, EXECUTABLE),
+    SYS_munmap,
+    SYS_mremap,
+    SYS_madvise,
+    SYS_brk,
+    SYS_rt_sigreturn,
+    SYS_rt_sigprocmask,
+    SYS_sigaltstack,
+    SYS_restart_syscall,
+    SYS_sched_yield,
+    SYS_gettid,
+    SYS_getpid,
+    // Kicks CPU threads; in the jail's pid namespace there is no other process.
+    SYS_tgkill,
+    // Usually the vDSO's; the system call is its fallback on an unstable clock.
+    SYS_clock_gettime,
+    SYS_clock_nanosleep,
+    SYS_getrandom,
+    // A condition the standard library checks once a thread, for thread ends.
+    SYS_set_robust_list,
+    SYS_rseq,
+    SYS_exit,
+    SYS_exit_group,
+];
+
+/// Waiting for descriptors.
+const EPOLL: &[Allowed] = allow![
+    SYS_epoll_wait,
+    SYS_epoll_pwait,
+    SYS_epoll_ctl,
+    SYS_poll,
+    SYS_ppoll,
+    SYS_timerfd_settime,
+    SYS_eventfd2,
+    SYS_fcntl one_of(1, &FCNTL),
+];
+
+const FCNTL: [u32; 5] = [
+    libc::F_GETFD.cast_unsigned(),
+    libc::F_SETFD.cast_unsigned(),
+    libc::F_GETFL.cast_unsigned(),
+    libc::F_SETFL.cast_unsigned(),
+    libc::F_DUPFD_CLOEXEC.cast_unsigned(),
+];
+
+/// What the guest's moving of BARs and MSI-X vectors asks of KVM; `linux/kvm.h`.
+const KVM_VM: [u32; 6] = [
+    0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
+    0x4008_ae6a, // KVM_SET_GSI_ROUTING
+    0x4020_ae76, // KVM_IRQFD
+    0x4040_ae79, // KVM_IOEVENTFD
+    0x4020_aea5, // KVM_SIGNAL_MSI
+    0x4048_ae49, // KVM_SET_USER_MEMORY_REGION2
+];
+
+/// And running a CPU.
+const KVM_VCPU: [u32; 13] = [
+    KVM_VM[0],
+    KVM_VM[1],
+    KVM_VM[2],
+    KVM_VM[3],
+    KVM_VM[4],
+    KVM_VM[5],
+    0x0000_ae80, // KVM_RUN
+    0x8090_ae81, // KVM_GET_REGS, for the report of a failed emulation
+    0x8138_ae83, // KVM_GET_SREGS, likewise
+    0x8040_ae9f, // KVM_GET_VCPU_EVENTS, likewise
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x4004_ae99, // KVM_SET_MP_STATE
+    0x0000_aead, // KVM_KVMCLOCK_CTRL
+];
+
+const MAIN: &[Allowed] = allow![
+    SYS_recvmsg,
+    SYS_sendmsg,
+    SYS_sendto,
+    SYS_recvfrom,
+    SYS_shutdown,
+    SYS_ioctl one_of(1, &KVM_VM),
+];
+
+const VCPU: &[Allowed] = allow![
+    SYS_ioctl one_of(1, &KVM_VCPU),
+    SYS_ppoll,
+    // The guest unmasks a vector (its irqfd) or sets DRIVER_OK (a copy of each queue's event).
+    SYS_eventfd2,
+    SYS_fcntl one_of(1, &FCNTL),
+];
+
+const WORKER: &[Allowed] = allow![
+    // Streams.
+    SYS_recvmsg,
+    SYS_sendmsg,
+    SYS_sendto,
+    SYS_recvfrom,
+    SYS_shutdown,
+    SYS_splice,
+    // Disks.
+    SYS_pread64,
+    SYS_pwrite64,
+    SYS_preadv,
+    SYS_pwritev,
+    SYS_preadv2,
+    SYS_pwritev2,
+    SYS_fdatasync,
+    SYS_fsync,
+    SYS_fallocate,
+    SYS_lseek,
+    SYS_fstat,
+    SYS_newfstatat,
+    // Taps, interrupts and discard.
+    SYS_ioctl one_of(1, &WORKER_IOCTL),
+    // Draining in-flight work at a reset joins nothing, but waits on timers.
+    SYS_timerfd_create,
+];
+
+const WORKER_IOCTL: [u32; 8] = [
+    KVM_VM[2],
+    KVM_VM[4],
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d8, // TUNSETVNETHDRSZ
+    0x0000_5421, // FIONBIO
+    0x0000_541b, // FIONREAD
+    0x0000_1277, // BLKDISCARD
+    0x0000_127f, // BLKZEROOUT
+];
+
+/// Files below `/shared`. Landlock and the empty root decide which; this decides what.
+const FS: &[Allowed] = allow![
+    SYS_openat,
+    SYS_newfstatat,
+    SYS_fstat,
+    SYS_statx,
+    SYS_statfs,
+    SYS_fstatfs,
+    SYS_getdents64,
+    SYS_lseek,
+    SYS_readlinkat,
+    SYS_pread64,
+    SYS_pwrite64,
+    SYS_preadv,
+    SYS_pwritev,
+    SYS_preadv2,
+    SYS_pwritev2,
+    SYS_ftruncate,
+    SYS_fallocate,
+    SYS_fsync,
+    SYS_fdatasync,
+    SYS_dup,
+    SYS_mkdirat,
+    SYS_mknodat,
+    SYS_symlinkat,
+    SYS_linkat,
+    SYS_unlinkat,
+    SYS_renameat2,
+    SYS_fchmod,
+    SYS_fchmodat,
+    SYS_fchownat,
+    SYS_utimensat,
+    SYS_setxattr,
+    SYS_getxattr,
+    SYS_listxattr,
+    SYS_removexattr,
+    SYS_umask,
+    // The guest's user owns what it creates; set-id bits go when the guest says so.
+    SYS_setresuid,
+    SYS_setresgid,
+    SYS_capget,
+    SYS_capset,
+    // Interrupts.
+    SYS_ioctl one_of(1, &FS_IOCTL),
+];
+
+const FS_IOCTL: [u32; 2] = [KVM_VM[2], KVM_VM[4]];
+
+/// What a kind of thread may call.
+pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> {
+    let own: [&'static [Allowed]; 2] = match kind {
+        ThreadKind::Main => [EPOLL, MAIN],
+        ThreadKind::Vcpu => [VCPU, &[]],
+        ThreadKind::Worker => [EPOLL, WORKER],
+        ThreadKind::Fs => [EPOLL, FS],
+    };
+    EVERY.iter().chain(own.into_iter().flatten())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [ThreadKind; 4] = [
+        ThreadKind::Main,
+        ThreadKind::Vcpu,
+        ThreadKind::Worker,
+        ThreadKind::Fs,
+    ];
+
+    #[test]
+    fn what_leads_out_of_the_jail_is_on_no_list() {
+        let denied = [
+            libc::SYS_mount,
+            libc::SYS_umount2,
+            libc::SYS_move_mount,
+            libc::SYS_open_tree,
+            libc::SYS_fsopen,
+            libc::SYS_mount_setattr,
+            libc::SYS_pivot_root,
+            libc::SYS_chroot,
+            libc::SYS_setns,
+            libc::SYS_unshare,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_socket,
+            libc::SYS_socketpair,
+            libc::SYS_connect,
+            libc::SYS_io_uring_setup,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_bpf,
+            libc::SYS_keyctl,
+            libc::SYS_add_key,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_userfaultfd,
+            libc::SYS_perf_event_open,
+            libc::SYS_memfd_create,
+            libc::SYS_pidfd_open,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_prctl,
+            libc::SYS_prlimit64,
+            libc::SYS_kill,
+            libc::SYS_init_module,
+            libc::SYS_kexec_load,
+        ];
+        for kind in KINDS {
+            for call in system_calls(kind) {
+                assert!(!denied.contains(&call.number), "{kind:?}: {}", call.name);
+            }
+        }
+    }
+
+    #[test]
+    fn only_cpu_threads_run_the_guest_and_only_the_file_server_opens_files() {
+        let can = |kind, number, command: u32| {
+            system_calls(kind).any(|call| {
+                call.number == number
+                    && match call.when {
+                        When::OneOf(1, commands) => commands.contains(&command),
+                        _ => true,
+                    }
+            })
+        };
+        for kind in KINDS {
+            assert_eq!(can(kind, libc::SYS_ioctl, 0xae80), kind == ThreadKind::Vcpu);
+            assert_eq!(can(kind, libc::SYS_openat, 0), kind == ThreadKind::Fs);
+            assert_eq!(can(kind, libc::SYS_setresuid, 0), kind == ThreadKind::Fs);
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The jail of brig-vmm (DESIGN section 5): what the process gives up before it hears of a guest.
+//!
+//! [`crate::launch`] starts the VMM in its own user, mount, pid, ipc and uts namespaces; [`enter`] is
+//! its first act there, while it has one thread: an empty root with `/shared` and the procfs of its own
+//! pid namespace, seven capabilities for the file server, no new privileges, and a Landlock domain of
+//! `/shared`. [`seccomp::apply`] closes each thread when it begins its work. What remains is the
+//! checked-in list in [`allow`], which a test compares with the living process.
+//!
+//! No thread is started by guest activity: the core starts every worker and CPU thread before the
+//! guest runs, and the filters of all but the main thread have no `clone`. A thread that did start
+//! another would hand its own filter down, never a wider one.
+//!
+//! Trusted: the shim and the kernel. Assumed hostile after [`enter`]: this very process.
+
+pub mod allow;
+pub mod audit;
+mod landlock;
+mod privileges;
+mod root;
+pub mod seccomp;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use crate::launch::JAIL_REPORT_FD;
+
+pub use landlock::Landlock;
+
+/// Where the share is, in the jail and nowhere else.
+pub const SHARED: &str = "/shared";
+
+/// Why the jail could not be closed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct JailError {
+    what: &'static str,
+    source: io::Error,
+}
+
+/// Names the step that failed.
+trait Step<T> {
+    fn step(self, what: &'static str) -> Result<T, JailError>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, what: &'static str) -> Result<T, JailError> {
+        self.map_err(|source| JailError {
+            what,
+            source: source.into(),
+        })
+    }
+}
+
+/// Closes the jail around the calling process, and tells the shim on [`JAIL_REPORT_FD`].
+///
+/// To be called once, first thing in `main`, before any other thread exists. Afterwards the
+/// descriptors 0 to 3 are open and no other. seccomp is each thread's own affair.
+///
+/// # Errors
+/// The step that failed. The caller must exit with [`crate::control::exit::JAIL`]: the process is then
+/// neither in nor out.
+pub fn enter() -> Result<Landlock, JailError> {
+    // SAFETY: the launcher put the report pipe at this number for us; nothing else has run yet that
+    // could own it.
+    let report = unsafe { OwnedFd::from_raw_fd(JAIL_REPORT_FD) };
+    let outcome = close();
+    let mut report = File::from(report);
+    // If the shim has gone, the control socket will say so.
+    let _ = match &outcome {
+        Ok(_) => report.write_all(&[0]),
+        Err(error) => report.write_all(error.to_string().as_bytes()),
+    };
+    outcome
+}
+
+fn close() -> Result<Landlock, JailError> {
+    privileges::close_other_descriptors(JAIL_REPORT_FD + 1)?;
+    privileges::forbid_namespaces()?;
+    root::replace()?;
+    privileges::neutral_identity()?;
+    privileges::drop_all()?;
+    landlock::restrict(SHARED)
+}

@@ -1,0 +1,234 @@
+//! Turns the lists of [`super::allow`] into seccomp filters, one for each kind of thread.
+//!
+//! A system call that is not on the thread's list kills the whole process: nothing a VMM needs is
+//! missing from the lists, so one that is means that the guest has taken the thread over. Debug builds,
+//! and builds with the feature `seccomp-trap`, say on stderr which call it was.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+pub use super::allow::ThreadKind;
+use super::allow::{When, system_calls};
+
+/// Why a filter is not in force.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot confine the {kind:?} thread with seccomp: {source}")]
+pub struct SeccompError {
+    kind: ThreadKind,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// Confines the calling thread for the rest of its life to the list of its kind.
+///
+/// # Errors
+/// If the kernel refuses the filter; the thread must not go on then.
+pub fn apply(kind: ThreadKind) -> Result<(), SeccompError> {
+    let error = |source: Box<dyn std::error::Error + Send + Sync>| SeccompError { kind, source };
+    #[cfg(any(debug_assertions, feature = "seccomp-trap"))]
+    trap::install().map_err(|source| error(source.into()))?;
+    let program = compile(kind).map_err(|source| error(source.into()))?;
+    seccompiler::apply_filter(&program).map_err(|source| error(source.into()))
+}
+
+fn on_mismatch() -> SeccompAction {
+    if cfg!(any(debug_assertions, feature = "seccomp-trap")) {
+        SeccompAction::Trap
+    } else {
+        SeccompAction::KillProcess
+    }
+}
+
+fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for call in system_calls(kind) {
+        // No rule means "with any arguments", and that is the one to win.
+        let entry = rules.entry(call.number).or_default();
+        entry.extend(conditions(call.when)?);
+    }
+    SeccompFilter::new(
+        rules,
+        on_mismatch(),
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?
+    .try_into()
+}
+
+fn conditions(when: When) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let condition = |argument, operator, value: u32| {
+        let condition = SeccompCondition::new(
+            argument,
+            SeccompCmpArgLen::Dword,
+            operator,
+            u64::from(value),
+        )?;
+        SeccompRule::new(vec![condition])
+    };
+    match when {
+        When::Always => Ok(Vec::new()),
+        When::OneOf(argument, values) => values
+            .iter()
+            .map(|value| condition(argument, SeccompCmpOp::Eq, *value))
+            .collect(),
+        When::Without(argument, bits) => Ok(vec![condition(
+            argument,
+            SeccompCmpOp::MaskedEq(u64::from(bits)),
+            0,
+        )?]),
+    }
+}
+
+/// Says which call was refused before the process dies of it.
+#[cfg(any(debug_assertions, feature = "seccomp-trap"))]
+mod trap {
+    use std::io;
+
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+    pub(super) fn install() -> io::Result<()> {
+        let action = SigAction::new(
+            SigHandler::SigAction(report),
+            SaFlags::SA_SIGINFO,
+            SigSet::empty(),
+        );
+        // SAFETY: the handler makes two system calls and touches only its own stack.
+        unsafe { sigaction(Signal::SIGSYS, &action) }?;
+        Ok(())
+    }
+
+    extern "C" fn report(
+        _signal: libc::c_int,
+        info: *mut libc::siginfo_t,
+        _context: *mut libc::c_void,
+    ) {
+        // `_sifields._sigsys._syscall` of siginfo_t on x86-64; libc has no accessor.
+        const SYSCALL_OFFSET: usize = 24;
+        // SAFETY: the kernel passes a valid siginfo_t, larger than offset and value.
+        let mut number: i32 = unsafe {
+            info.cast::<u8>()
+                .add(SYSCALL_OFFSET)
+                .cast::<i32>()
+                .read_unaligned()
+        };
+        let mut line = *b"brig-vmm: seccomp refused system call     \n";
+        let mut place = line.len() - 2;
+        loop {
+            line[place] = b'0' + u8::try_from(number % 10).unwrap_or(b'?' - b'0');
+            number /= 10;
+            place -= 1;
+            if number <= 0 {
+                break;
+            }
+        }
+        // SAFETY: writes the local line; then ends the process with 128 + SIGSYS.
+        unsafe {
+            libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len());
+            libc::_exit(128 + libc::SIGSYS)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, fork};
+
+    /// Runs `attempt` in a child under the filter of `kind`; true if it survived.
+    fn survives(kind: ThreadKind, attempt: fn()) -> bool {
+        // SAFETY: the child makes system calls and exits; its copy of the harness is not touched.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                let filtered = apply(kind).is_ok();
+                attempt();
+                // SAFETY: ends the child without running the harness's exit handlers.
+                unsafe { libc::_exit(if filtered { 0 } else { 1 }) }
+            }
+            ForkResult::Parent { child } => {
+                matches!(waitpid(child, None).unwrap(), WaitStatus::Exited(_, 0))
+            }
+        }
+    }
+
+    fn bare(number: libc::c_long, a: usize, b: usize, c: usize) {
+        // SAFETY: the calls below take numbers, or null pointers that the kernel refuses.
+        unsafe { libc::syscall(number, a, b, c, 0usize, 0usize, 0usize) };
+    }
+
+    #[test]
+    fn a_thread_does_what_is_on_its_list() {
+        assert!(survives(ThreadKind::Main, || bare(
+            libc::SYS_gettid,
+            0,
+            0,
+            0
+        )));
+        assert!(survives(ThreadKind::Fs, || bare(
+            libc::SYS_openat,
+            usize::MAX,
+            0,
+            0
+        )));
+        assert!(survives(ThreadKind::Vcpu, || bare(
+            libc::SYS_ioctl,
+            usize::MAX,
+            0xae80,
+            0
+        )));
+    }
+
+    #[test]
+    fn a_call_of_another_kind_of_thread_kills_the_process() {
+        assert!(!survives(ThreadKind::Vcpu, || bare(
+            libc::SYS_openat,
+            usize::MAX,
+            0,
+            0
+        )));
+        assert!(!survives(ThreadKind::Worker, || bare(
+            libc::SYS_ioctl,
+            usize::MAX,
+            0xae80,
+            0
+        )));
+    }
+
+    #[test]
+    fn executable_memory_kills_the_process() {
+        assert!(survives(ThreadKind::Worker, || bare(
+            libc::SYS_mmap,
+            0,
+            4096,
+            1
+        )));
+        assert!(!survives(ThreadKind::Worker, || bare(
+            libc::SYS_mmap,
+            0,
+            4096,
+            5
+        )));
+        assert!(!survives(ThreadKind::Worker, || bare(
+            libc::SYS_mprotect,
+            0,
+            4096,
+            4
+        )));
+    }
+
+    #[test]
+    fn sockets_and_namespaces_kill_the_process() {
+        for kind in [
+            ThreadKind::Main,
+            ThreadKind::Vcpu,
+            ThreadKind::Worker,
+            ThreadKind::Fs,
+        ] {
+            assert!(!survives(kind, || bare(libc::SYS_socket, 1, 1, 0)));
+            assert!(!survives(kind, || bare(libc::SYS_unshare, 0, 0, 0)));
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The virtual machine as KVM sees it: creation, interrupt routes and queue notifications.
+//!
+//! Trusts the host's kernel. [`verdict`] tells a KVM that virtualises from one that only emulates.
+
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
+    kvm_irq_routing_entry,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::{cpuid, layout};
+use crate::pci::msix::{Message, Route, Routes};
+use crate::sync::lock;
+use crate::virtio::pci::Notifier;
+
+/// KVM is not usable.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The CPU has no virtualisation.
+    #[error(
+        "/dev/kvm on this host emulates the guest in software (the CPU offers neither VMX nor SVM), \
+         about a thousand times slower than hardware: use a host or an instance type with (nested) \
+         virtualisation, or set allow_slow_kvm to start anyway"
+    )]
+    Slow,
+    /// The descriptor is not `/dev/kvm` of a supported kernel.
+    #[error("the KVM descriptor speaks API version {0}, expected 12: is it /dev/kvm?")]
+    Version(i32),
+    /// A capability is missing.
+    #[error("the host's KVM lacks {0}: a kernel of 5.10 or later is needed")]
+    Missing(&'static str),
+    /// A call failed.
+    #[error("KVM: {call}: {source}")]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// Maps a failed call to its name.
+pub fn failed(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Call { call, source }
+}
+
+/// Whether `/dev/kvm` of this host virtualises in hardware.
+///
+/// The CPU's own flags decide: without VMX or SVM a KVM can only be a software variant (PVM),
+/// which runs an ordinary guest by emulation. A KVM nested in a virtual or an emulated CPU passes,
+/// because that CPU shows the flag. Costs two CPUID instructions.
+///
+/// # Errors
+/// [`KvmError::Slow`].
+pub fn verdict() -> Result<(), KvmError> {
+    if cpuid::host_virtualises() {
+        Ok(())
+    } else {
+        Err(KvmError::Slow)
+    }
+}
+
+/// Opens KVM from a descriptor of `/dev/kvm`.
+///
+/// # Errors
+/// See [`KvmError`].
+pub fn open(fd: OwnedFd, allow_slow: bool) -> Result<Kvm, KvmError> {
+    if !allow_slow {
+        verdict()?;
+    }
+    // SAFETY: we own the descriptor and give it away; that it is /dev/kvm is checked next.
+    let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+    let version = kvm.get_api_version();
+    if version != 12 {
+        return Err(KvmError::Version(version));
+    }
+    for (capability, name) in [
+        (Cap::Irqfd, "irqfd"),
+        (Cap::Ioeventfd, "ioeventfd"),
+        (Cap::ImmediateExit, "immediate exit"),
+        (Cap::TscDeadlineTimer, "the TSC deadline timer"),
+        (Cap::ReadonlyMem, "read-only memory slots"),
+        (Cap::SplitIrqchip, "the split interrupt controller"),
+    ] {
+        if !kvm.check_extension(capability) {
+            return Err(KvmError::Missing(name));
+        }
+    }
+    Ok(kvm)
+}
+
+/// Creates a VM with in-kernel local APICs and no other interrupt controller: nothing is wired to
+/// an IOAPIC or a PIC, all interrupts are MSIs.
+///
+/// # Errors
+/// See [`KvmError`].
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+    vm.set_identity_map_address(layout::IDENTITY_MAP)
+        .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(layout::TSS)
+        .map_err(failed("KVM_SET_TSS_ADDR"))?;
+    let mut split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..kvm_enable_cap::default()
+    };
+    split.args[0] = u64::from(layout::FIRST_MSI_GSI);
+    vm.enable_cap(&split)
+        .map_err(failed("KVM_CAP_SPLIT_IRQCHIP"))?;
+    Ok(vm)
+}
+
+/// The VM's MSI routes. KVM takes the whole table at once, so it is kept here.
+pub struct KvmRoutes {
+    vm: Arc<VmFd>,
+    table: Mutex<Vec<kvm_irq_routing_entry>>,
+    next: Mutex<u32>,
+}
+
+impl KvmRoutes {
+    /// No routes yet.
+    #[must_use]
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        Self {
+            vm,
+            table: Mutex::default(),
+            next: Mutex::new(layout::FIRST_MSI_GSI),
+        }
+    }
+}
+
+impl Routes for KvmRoutes {
+    fn allocate(&self) -> io::Result<Route> {
+        let mut next = lock(&self.next);
+        if *next >= layout::GSI_END {
+            return Err(io::Error::other("the VM has no interrupt source left"));
+        }
+        let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        self.vm
+            .register_irqfd(&trigger, *next)
+            .map_err(io::Error::from)?;
+        let gsi = *next;
+        *next += 1;
+        Ok(Route { gsi, trigger })
+    }
+
+    fn update(&self, routes: &[(u32, Message)]) -> io::Result<()> {
+        let mut table = lock(&self.table);
+        let mut changed = table.clone();
+        for (gsi, message) in routes {
+            let entry = msi_entry(*gsi, *message);
+            match changed.iter_mut().find(|old| old.gsi == *gsi) {
+                Some(old) => *old = entry,
+                None => changed.push(entry),
+            }
+        }
+        let routing = KvmIrqRouting::from_entries(&changed)
+            .map_err(|_| io::Error::other("too many routes"))?;
+        self.vm.set_gsi_routing(&routing).map_err(io::Error::from)?;
+        *table = changed;
+        Ok(())
+    }
+}
+
+fn msi_entry(gsi: u32, message: Message) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..kvm_irq_routing_entry::default()
+    };
+    entry.u.msi.address_lo = u32::try_from(message.address & 0xffff_ffff).unwrap_or(0);
+    entry.u.msi.address_hi = u32::try_from(message.address >> 32).unwrap_or(0);
+    entry.u.msi.data = message.data;
+    entry
+}
+
+/// ioeventfds of the VM.
+pub struct KvmNotifier(pub Arc<VmFd>);
+
+impl Notifier for KvmNotifier {
+    fn attach(&self, address: u64, kick: &EventFd) -> io::Result<()> {
+        self.0
+            .register_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(io::Error::from)
+    }
+
+    fn detach(&self, address: u64, kick: &EventFd) -> io::Result<()> {
+        self.0
+            .unregister_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(io::Error::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verdict_agrees_with_what_the_kernel_says_of_this_cpu() {
+        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+        let flagged = info
+            .split_whitespace()
+            .any(|flag| flag == "vmx" || flag == "svm");
+        assert_eq!(verdict().is_ok(), flagged);
+    }
+
+    #[test]
+    fn an_emulating_kvm_is_refused_with_the_way_out() {
+        let message = KvmError::Slow.to_string();
+        assert!(message.contains("allow_slow_kvm"));
+    }
+
+    #[test]
+    fn a_descriptor_that_is_not_kvm_is_refused() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(
+            open(null.into(), true),
+            Err(KvmError::Version(-1))
+        ));
+    }
+}

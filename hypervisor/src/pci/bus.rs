@@ -1,0 +1,379 @@
+//! The PCI bus: dispatches ECAM and BAR accesses to functions, and follows BARs as they move.
+//!
+//! A guest may put a BAR anywhere, also at 0 or over another one while it sizes it. An address is
+//! answered only inside the bus's windows, and by the function that took it first; RAM is never
+//! shadowed because KVM does not exit for it.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+use super::config::{BARS, BARS_END, COMMAND, SIZE};
+use super::mirror::Mirror;
+use super::{BarRange, Function};
+use crate::sync::{lock, read, write};
+
+/// Device and function numbers of bus 0: 32 slots of 8 functions.
+pub const FUNCTIONS: usize = 256;
+
+/// The bus has no free function number.
+#[derive(Debug, thiserror::Error)]
+#[error("the PCI bus has no free function number")]
+pub struct BusFull;
+
+struct Decoded {
+    devfn: u8,
+    range: BarRange,
+    function: Arc<dyn Function>,
+}
+
+/// Bus 0.
+pub struct Bus {
+    functions: RwLock<Vec<Option<Arc<dyn Function>>>>,
+    decoded: RwLock<Vec<Decoded>>,
+    /// Serialises configuration writes: they may move a BAR and change the image.
+    moving: Mutex<()>,
+    windows: Vec<Range<u64>>,
+    mirror: OnceLock<Box<dyn Mirror>>,
+}
+
+impl Bus {
+    /// An empty bus that answers BARs inside `windows`.
+    #[must_use]
+    pub fn new(windows: Vec<Range<u64>>) -> Self {
+        Self {
+            functions: RwLock::new(vec![None; FUNCTIONS]),
+            decoded: RwLock::new(Vec::new()),
+            moving: Mutex::new(()),
+            windows,
+            mirror: OnceLock::new(),
+        }
+    }
+
+    /// Answers configuration reads from `mirror` from now on. Only the first call counts.
+    pub fn set_mirror(&self, mirror: Box<dyn Mirror>) {
+        let mirror = self.mirror.get_or_init(|| mirror);
+        let _moving = lock(&self.moving);
+        for (devfn, function) in (0..=u8::MAX).zip(read(&self.functions).iter()) {
+            if let Some(function) = function {
+                mirror.store(devfn, &function.config_image());
+            }
+        }
+    }
+
+    /// Adds a function at the lowest free number and returns that: functions are packed, because
+    /// Linux probes all eight of a slot whose function 0 is multi-function, and only function 0 of
+    /// an empty slot.
+    ///
+    /// # Errors
+    /// [`BusFull`].
+    pub fn add(&self, function: Arc<dyn Function>) -> Result<u8, BusFull> {
+        let mut functions = write(&self.functions);
+        let index = functions.iter().position(Option::is_none).ok_or(BusFull)?;
+        let devfn = u8::try_from(index).map_err(|_| BusFull)?;
+        functions[index] = Some(function);
+        Ok(devfn)
+    }
+
+    /// An access to ECAM at `offset` from its start (PCIe 5.0 §7.2.2).
+    pub fn ecam_read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((_, function, register)) = self.target(offset, data.len()) {
+            function.config_read(register, data);
+        }
+    }
+
+    /// A write to ECAM.
+    pub fn ecam_write(&self, offset: u64, data: &[u8]) {
+        let Some((devfn, function, register)) = self.target(offset, data.len()) else {
+            return;
+        };
+        let end = usize::from(register) + data.len();
+        let touches = |range: Range<u16>| usize::from(range.start) < end && register < range.end;
+        // Held over the write and what follows it, so that the last write is the last to be mirrored.
+        let _moving = lock(&self.moving);
+        function.config_write(register, data);
+        if touches(COMMAND..COMMAND + 2) || touches(BARS..BARS_END) {
+            self.follow(devfn, &function);
+        }
+        if let Some(mirror) = self.mirror.get() {
+            if function.reads_have_effects() {
+                mirror.disable();
+            } else {
+                mirror.store(devfn, &function.config_image());
+            }
+        }
+    }
+
+    /// The function an ECAM access is for; none if absent or beyond the conventional space.
+    fn target(&self, offset: u64, length: usize) -> Option<(u8, Arc<dyn Function>, u16)> {
+        let devfn = usize::try_from(offset >> 12).ok()?;
+        let register = usize::try_from(offset & 0xfff).ok()?;
+        if register + length > SIZE {
+            return None;
+        }
+        let function = read(&self.functions).get(devfn)?.clone()?;
+        Some((
+            u8::try_from(devfn).ok()?,
+            function,
+            u16::try_from(register).ok()?,
+        ))
+    }
+
+    /// Brings `decoded` up to date with one function and tells it what moved.
+    fn follow(&self, devfn: u8, function: &Arc<dyn Function>) {
+        let new: Vec<BarRange> = function
+            .decoded()
+            .into_iter()
+            .filter(|range| self.inside_a_window(range))
+            .collect();
+        let mut decoded = write(&self.decoded);
+        let old: Vec<BarRange> = decoded
+            .iter()
+            .filter(|entry| entry.devfn == devfn)
+            .map(|entry| entry.range)
+            .collect();
+        if old == new {
+            return;
+        }
+        decoded.retain(|entry| entry.devfn != devfn);
+        decoded.extend(new.iter().map(|range| Decoded {
+            devfn,
+            range: *range,
+            function: Arc::clone(function),
+        }));
+        drop(decoded);
+        let base = |ranges: &[BarRange], bar| {
+            ranges
+                .iter()
+                .find(|range| range.bar == bar)
+                .map(|range| range.base)
+        };
+        for bar in 0..6 {
+            let (old, new) = (base(&old, bar), base(&new, bar));
+            if old != new {
+                function.bar_moved(bar, old, new);
+            }
+        }
+    }
+
+    fn inside_a_window(&self, range: &BarRange) -> bool {
+        range.base.checked_add(range.size).is_some_and(|end| {
+            self.windows
+                .iter()
+                .any(|window| window.start <= range.base && end <= window.end)
+        })
+    }
+
+    /// A read in an MMIO window. Returns false if nothing answers.
+    pub fn memory_read(&self, address: u64, data: &mut [u8]) -> bool {
+        match self.find(address, data.len()) {
+            Some((function, bar, offset)) => {
+                function.bar_read(bar, offset, data);
+                true
+            }
+            None => {
+                data.fill(0xff);
+                false
+            }
+        }
+    }
+
+    /// A write in an MMIO window. Returns false if nothing answers.
+    pub fn memory_write(&self, address: u64, data: &[u8]) -> bool {
+        match self.find(address, data.len()) {
+            Some((function, bar, offset)) => {
+                function.bar_write(bar, offset, data);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Function>, u8, u64)> {
+        let length = u64::try_from(length).ok()?;
+        read(&self.decoded).iter().find_map(|entry| {
+            let offset = address.checked_sub(entry.range.base)?;
+            let end = offset.checked_add(length)?;
+            (end <= entry.range.size)
+                .then(|| (Arc::clone(&entry.function), entry.range.bar, offset))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::config::{ConfigSpace, Identity};
+    use super::*;
+
+    type Moves = Vec<(Option<u64>, Option<u64>)>;
+
+    struct Fake {
+        config: Mutex<ConfigSpace>,
+        moves: Mutex<Moves>,
+    }
+
+    impl Fake {
+        fn new(base: u64) -> Arc<Self> {
+            let mut config = ConfigSpace::new(&Identity {
+                vendor: 1,
+                device: 2,
+                revision: 0,
+                class: [0; 3],
+                subsystem: (0, 0),
+            });
+            config.add_bar64(0, 0x1000, base).unwrap();
+            Arc::new(Self {
+                config: Mutex::new(config),
+                moves: Mutex::default(),
+            })
+        }
+    }
+
+    impl Function for Fake {
+        fn config_read(&self, offset: u16, data: &mut [u8]) {
+            lock(&self.config).read(offset, data);
+        }
+        fn config_write(&self, offset: u16, data: &[u8]) {
+            lock(&self.config).write(offset, data);
+        }
+        fn config_image(&self) -> [u8; SIZE] {
+            lock(&self.config).get(0)
+        }
+        fn reads_have_effects(&self) -> bool {
+            lock(&self.config).get::<1>(0x3c) == [0x77]
+        }
+        fn decoded(&self) -> Vec<BarRange> {
+            lock(&self.config).decoded()
+        }
+        fn bar_read(&self, _: u8, offset: u64, data: &mut [u8]) {
+            data.fill(u8::try_from(offset & 0xff).unwrap());
+        }
+        fn bar_write(&self, _: u8, _: u64, _: &[u8]) {}
+        fn bar_moved(&self, _: u8, old: Option<u64>, new: Option<u64>) {
+            lock(&self.moves).push((old, new));
+        }
+    }
+
+    const WINDOW: Range<u64> = 0xc000_0000..0xc010_0000;
+
+    fn bus() -> Bus {
+        Bus::new(vec![WINDOW])
+    }
+
+    #[test]
+    fn functions_are_packed_and_absent_ones_read_as_all_ones() {
+        let bus = bus();
+        assert_eq!(bus.add(Fake::new(0)).unwrap(), 0);
+        assert_eq!(bus.add(Fake::new(0)).unwrap(), 1);
+        let mut id = [0u8; 4];
+        bus.ecam_read(1 << 12, &mut id);
+        assert_eq!(id, [1, 0, 2, 0]);
+        bus.ecam_read(2 << 12, &mut id);
+        assert_eq!(id, [0xff; 4]);
+        bus.ecam_read(0x100, &mut id);
+        assert_eq!(id, [0xff; 4]);
+    }
+
+    #[test]
+    fn a_bar_is_answered_where_it_was_moved_and_no_longer_where_it_was() {
+        let bus = bus();
+        let fake = Fake::new(0xc000_0000);
+        bus.add(Arc::<Fake>::clone(&fake)).unwrap();
+        let mut byte = [0u8];
+        assert!(!bus.memory_read(0xc000_0010, &mut byte));
+        bus.ecam_write(4, &[2, 0]);
+        assert!(bus.memory_read(0xc000_0010, &mut byte));
+        assert_eq!(byte, [0x10]);
+        bus.ecam_write(0x10, &0xc000_5000u32.to_le_bytes());
+        assert!(!bus.memory_read(0xc000_0010, &mut byte));
+        assert!(bus.memory_read(0xc000_5020, &mut byte));
+        // To 0 while sizing: outside every window, so nothing answers.
+        bus.ecam_write(0x10, &0u32.to_le_bytes());
+        assert!(!bus.memory_read(0x20, &mut byte));
+        assert_eq!(
+            *lock(&fake.moves),
+            [
+                (None, Some(0xc000_0000)),
+                (Some(0xc000_0000), Some(0xc000_5000)),
+                (Some(0xc000_5000), None),
+            ]
+        );
+    }
+
+    #[test]
+    fn an_access_that_crosses_the_end_of_a_bar_is_not_answered() {
+        let bus = bus();
+        bus.add(Fake::new(0xc000_0000)).unwrap();
+        bus.ecam_write(4, &[2, 0]);
+        assert!(!bus.memory_read(0xc000_0ffe, &mut [0; 4]));
+        assert!(bus.memory_read(0xc000_0ffc, &mut [0; 4]));
+    }
+
+    #[derive(Default)]
+    struct Image(Arc<Mutex<(Vec<[u8; SIZE]>, bool)>>);
+
+    impl Mirror for Image {
+        fn store(&self, devfn: u8, image: &[u8; SIZE]) {
+            let images = &mut lock(&self.0).0;
+            let index = usize::from(devfn);
+            images.resize(images.len().max(index + 1), [0xff; SIZE]);
+            images[index] = *image;
+        }
+        fn disable(&self) {
+            lock(&self.0).1 = true;
+        }
+    }
+
+    #[test]
+    fn the_mirror_follows_writes_and_ends_when_reads_have_effects() {
+        let bus = bus();
+        bus.add(Fake::new(0xc000_0000)).unwrap();
+        bus.add(Fake::new(0xc000_1000)).unwrap();
+        let image = Image::default();
+        let seen = Arc::clone(&image.0);
+        bus.set_mirror(Box::new(image));
+        bus.ecam_write(0x1004, &[2, 0]);
+        bus.ecam_write(0x1010, &[0xff; 4]);
+        for devfn in 0..2u16 {
+            let mut registers = [0u8; SIZE];
+            for (offset, byte) in (u64::from(devfn) << 12..).zip(&mut registers) {
+                bus.ecam_read(offset, std::slice::from_mut(byte));
+            }
+            assert_eq!(lock(&seen).0[usize::from(devfn)], registers);
+        }
+        assert!(!lock(&seen).1);
+        bus.ecam_write(0x103c, &[0x77]);
+        assert!(lock(&seen).1);
+    }
+
+    proptest! {
+        #[test]
+        fn any_accesses_leave_the_bus_consistent(
+            accesses in prop::collection::vec((0u64..0x10_0000, 1usize..9, any::<u64>()), 0..80)
+        ) {
+            let bus = bus();
+            let fakes = [Fake::new(0xc000_0000), Fake::new(0xc000_1000)];
+            for fake in &fakes {
+                bus.add(Arc::<Fake>::clone(fake)).unwrap();
+            }
+            for (offset, length, value) in accesses {
+                let offset = offset % 0x3000;
+                bus.ecam_write(offset, &value.to_le_bytes()[..length]);
+                bus.ecam_read(offset, &mut [0; 8][..length]);
+                bus.memory_read(value, &mut [0; 8][..length]);
+            }
+            // What each function believes it decodes is exactly what was announced last.
+            for fake in &fakes {
+                let announced = lock(&fake.moves).last().and_then(|moved| moved.1);
+                let inside = fake
+                    .decoded()
+                    .iter()
+                    .find(|range| bus.inside_a_window(range))
+                    .map(|range| range.base);
+                prop_assert_eq!(announced, inside);
+            }
+        }
+    }
+}

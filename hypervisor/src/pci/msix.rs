@@ -1,0 +1,356 @@
+//! MSI-X (PCI 3.0 §6.8.2): the table and pending bits of one function, delivered by irqfd.
+//!
+//! The table is the guest's and may hold anything: a message can only interrupt the guest's own
+//! CPUs. A route is given to the hypervisor only when a vector is unmasked with a message that
+//! differs from the last one, since each change costs the whole routing table.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::sync::lock;
+
+/// Bytes of a table entry.
+pub const ENTRY_SIZE: u64 = 16;
+/// The most vectors a function of ours may have.
+pub const MAX_VECTORS: u16 = 128;
+const MASKED: u32 = 1;
+
+/// An MSI message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Where the function writes.
+    pub address: u64,
+    /// What it writes.
+    pub data: u32,
+}
+
+/// One interrupt source: signalling `trigger` delivers what is routed to `gsi`.
+pub struct Route {
+    /// Global system interrupt.
+    pub gsi: u32,
+    /// Bound to it.
+    pub trigger: EventFd,
+}
+
+/// Gives out interrupt sources and routes them to messages. Implemented over KVM, and by tests.
+pub trait Routes: Send + Sync {
+    /// Allocates a source.
+    ///
+    /// # Errors
+    /// If there are none left or the hypervisor refuses.
+    fn allocate(&self) -> io::Result<Route>;
+    /// Routes several sources at once.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    fn update(&self, routes: &[(u32, Message)]) -> io::Result<()>;
+}
+
+#[derive(Default)]
+struct Vector {
+    address: u64,
+    data: u32,
+    control: u32,
+    pending: bool,
+    route: Option<Route>,
+    routed: Option<Message>,
+}
+
+impl Vector {
+    fn message(&self) -> Message {
+        Message {
+            address: self.address,
+            data: self.data,
+        }
+    }
+}
+
+struct State {
+    enabled: bool,
+    function_masked: bool,
+    vectors: Vec<Vector>,
+}
+
+/// The MSI-X state of one function.
+pub struct Msix {
+    routes: Arc<dyn Routes>,
+    state: Mutex<State>,
+}
+
+impl Msix {
+    /// `count` vectors, all masked, MSI-X disabled.
+    #[must_use]
+    pub fn new(count: u16, routes: Arc<dyn Routes>) -> Self {
+        let vectors = (0..count.min(MAX_VECTORS))
+            .map(|_| Vector {
+                control: MASKED,
+                ..Vector::default()
+            })
+            .collect();
+        Self {
+            routes,
+            state: Mutex::new(State {
+                enabled: false,
+                function_masked: false,
+                vectors,
+            }),
+        }
+    }
+
+    /// The guest wrote the message control register. All vectors that this unmasks are routed in
+    /// one call.
+    ///
+    /// # Errors
+    /// If routing fails; the affected vectors stay silent.
+    pub fn control(&self, enabled: bool, function_masked: bool) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.enabled = enabled;
+        state.function_masked = function_masked;
+        let count = state.vectors.len();
+        self.refresh(&mut state, 0..count)
+    }
+
+    /// Reads the table; `offset` from its start.
+    pub fn table_read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let state = lock(&self.state);
+        let Some((vector, within)) = position(&state, offset, data.len()) else {
+            return;
+        };
+        data.copy_from_slice(&entry_bytes(&state.vectors[vector])[within..within + data.len()]);
+    }
+
+    /// Writes the table.
+    ///
+    /// # Errors
+    /// If routing fails; the vector stays silent.
+    pub fn table_write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let Some((index, within)) = position(&state, offset, data.len()) else {
+            return Ok(());
+        };
+        let mut bytes = entry_bytes(&state.vectors[index]);
+        bytes[within..within + data.len()].copy_from_slice(data);
+        let vector = &mut state.vectors[index];
+        let part = |range: std::ops::Range<usize>| {
+            let mut word = [0u8; 8];
+            word[..range.len()].copy_from_slice(&bytes[range]);
+            u64::from_le_bytes(word)
+        };
+        vector.address = part(0..8);
+        vector.data = u32::try_from(part(8..12)).unwrap_or(0);
+        vector.control = u32::try_from(part(12..16)).unwrap_or(0) & MASKED;
+        self.refresh(&mut state, index..index + 1)
+    }
+
+    /// Reads the pending bits; `offset` from their start.
+    pub fn pending_read(&self, offset: u64, data: &mut [u8]) {
+        let state = lock(&self.state);
+        for (at, byte) in (offset..).zip(data) {
+            *byte = 0;
+            for bit in 0..8u64 {
+                let pending = at
+                    .checked_mul(8)
+                    .and_then(|first| usize::try_from(first + bit).ok())
+                    .and_then(|index| state.vectors.get(index))
+                    .is_some_and(|vector| vector.pending);
+                *byte |= u8::from(pending) << bit;
+            }
+        }
+    }
+
+    /// Interrupts the guest, or notes the interrupt while it is masked. A vector that does not
+    /// exist is ignored, as is everything while MSI-X is off.
+    ///
+    /// # Errors
+    /// If the event could not be signalled.
+    pub fn trigger(&self, index: u16) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        if !state.enabled {
+            return Ok(());
+        }
+        let masked = state.function_masked;
+        let Some(vector) = state.vectors.get_mut(usize::from(index)) else {
+            return Ok(());
+        };
+        if masked || vector.control & MASKED != 0 {
+            vector.pending = true;
+            return Ok(());
+        }
+        vector.signal()
+    }
+
+    /// Routes what is unmasked and changed, then delivers what became deliverable.
+    fn refresh(&self, state: &mut State, range: std::ops::Range<usize>) -> io::Result<()> {
+        if !state.enabled || state.function_masked {
+            return Ok(());
+        }
+        let mut changed = Vec::new();
+        for vector in &mut state.vectors[range.clone()] {
+            if vector.control & MASKED != 0 || vector.routed == Some(vector.message()) {
+                continue;
+            }
+            let gsi = match &vector.route {
+                Some(route) => route.gsi,
+                None => vector.route.insert(self.routes.allocate()?).gsi,
+            };
+            changed.push((gsi, vector.message()));
+        }
+        if !changed.is_empty() {
+            self.routes.update(&changed)?;
+        }
+        for vector in &mut state.vectors[range] {
+            if vector.control & MASKED == 0 {
+                vector.routed = Some(vector.message());
+                if std::mem::take(&mut vector.pending) {
+                    vector.signal()?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Vector {
+    fn signal(&self) -> io::Result<()> {
+        match (&self.route, self.routed) {
+            (Some(route), Some(_)) => route.trigger.write(1),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Vector index and byte within its entry; none if outside or across entries.
+fn position(state: &State, offset: u64, length: usize) -> Option<(usize, usize)> {
+    let index = usize::try_from(offset / ENTRY_SIZE).ok()?;
+    let within = usize::try_from(offset % ENTRY_SIZE).ok()?;
+    (index < state.vectors.len() && within + length <= 16).then_some((index, within))
+}
+
+fn entry_bytes(vector: &Vector) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&vector.address.to_le_bytes());
+    bytes[8..12].copy_from_slice(&vector.data.to_le_bytes());
+    bytes[12..].copy_from_slice(&vector.control.to_le_bytes());
+    bytes
+}
+
+#[cfg(test)]
+pub(crate) mod fake {
+    //! Routes that count.
+
+    use super::*;
+
+    /// Records updates; triggers are plain eventfds.
+    #[derive(Default)]
+    pub(crate) struct FakeRoutes {
+        pub(crate) updates: Mutex<Vec<Vec<(u32, Message)>>>,
+        pub(crate) triggers: Mutex<Vec<EventFd>>,
+    }
+
+    impl Routes for FakeRoutes {
+        fn allocate(&self) -> io::Result<Route> {
+            let trigger = EventFd::new(libc::EFD_NONBLOCK)?;
+            let mut triggers = lock(&self.triggers);
+            triggers.push(trigger.try_clone()?);
+            let gsi = 23 + u32::try_from(triggers.len()).map_err(io::Error::other)?;
+            Ok(Route { gsi, trigger })
+        }
+        fn update(&self, routes: &[(u32, Message)]) -> io::Result<()> {
+            lock(&self.updates).push(routes.to_vec());
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::fake::FakeRoutes;
+    use super::*;
+
+    fn write_entry(msix: &Msix, index: u64, message: Message, masked: bool) {
+        let base = index * ENTRY_SIZE;
+        msix.table_write(base, &message.address.to_le_bytes())
+            .unwrap();
+        msix.table_write(base + 8, &message.data.to_le_bytes())
+            .unwrap();
+        msix.table_write(base + 12, &u32::from(masked).to_le_bytes())
+            .unwrap();
+    }
+
+    const ONE: Message = Message {
+        address: 0xfee0_0000,
+        data: 0x31,
+    };
+    const TWO: Message = Message {
+        address: 0xfee0_1000,
+        data: 0x32,
+    };
+
+    #[test]
+    fn routes_are_set_once_in_a_batch_and_skipped_when_masked_or_unchanged() {
+        let routes = Arc::new(FakeRoutes::default());
+        let msix = Msix::new(3, Arc::<FakeRoutes>::clone(&routes));
+        write_entry(&msix, 0, ONE, false);
+        write_entry(&msix, 1, TWO, false);
+        assert!(lock(&routes.updates).is_empty());
+        msix.control(true, false).unwrap();
+        assert_eq!(*lock(&routes.updates), [vec![(24, ONE), (25, TWO)]]);
+        // Masking and unmasking with the same message costs nothing.
+        write_entry(&msix, 0, ONE, true);
+        write_entry(&msix, 0, ONE, false);
+        assert_eq!(lock(&routes.updates).len(), 1);
+        write_entry(&msix, 2, TWO, true);
+        assert_eq!(lock(&routes.triggers).len(), 2);
+        msix.table_write(8, &0x55u32.to_le_bytes()).unwrap();
+        assert_eq!(lock(&routes.updates).len(), 2);
+    }
+
+    #[test]
+    fn an_interrupt_while_masked_is_pending_and_delivered_on_unmask() {
+        let routes = Arc::new(FakeRoutes::default());
+        let msix = Msix::new(2, Arc::<FakeRoutes>::clone(&routes));
+        msix.control(true, false).unwrap();
+        write_entry(&msix, 1, ONE, true);
+        msix.trigger(1).unwrap();
+        let mut pending = [0u8; 8];
+        msix.pending_read(0, &mut pending);
+        assert_eq!(pending, [2, 0, 0, 0, 0, 0, 0, 0]);
+        write_entry(&msix, 1, ONE, false);
+        msix.pending_read(0, &mut pending);
+        assert_eq!(pending, [0; 8]);
+        assert_eq!(lock(&routes.triggers)[0].read().unwrap(), 1);
+    }
+
+    #[test]
+    fn nothing_is_delivered_while_disabled_or_to_a_vector_that_does_not_exist() {
+        let routes = Arc::new(FakeRoutes::default());
+        let msix = Msix::new(1, Arc::<FakeRoutes>::clone(&routes));
+        write_entry(&msix, 0, ONE, false);
+        msix.trigger(0).unwrap();
+        msix.trigger(0xffff).unwrap();
+        assert!(lock(&routes.triggers).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn any_table_accesses_end_without_a_panic(
+            accesses in prop::collection::vec((0u64..200, 1usize..9, any::<u64>(), any::<bool>()), 0..60)
+        ) {
+            let routes = Arc::new(FakeRoutes::default());
+            let msix = Msix::new(4, Arc::<FakeRoutes>::clone(&routes));
+            for (offset, length, value, flag) in accesses {
+                msix.table_write(offset, &value.to_le_bytes()[..length]).unwrap();
+                msix.table_read(offset, &mut [0; 8][..length]);
+                msix.pending_read(value, &mut [0; 8][..length]);
+                msix.control(flag, value & 1 == 1).unwrap();
+                msix.trigger(u16::try_from(offset).unwrap()).unwrap();
+            }
+            prop_assert!(lock(&routes.triggers).len() <= 4);
+        }
+    }
+}

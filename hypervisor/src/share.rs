@@ -1,0 +1,273 @@
+//! The share: what of the host a pod's VMM may serve to its guest, for the shim.
+//!
+//! Every mount of a pod (root file systems, volumes, single files) exists only in the VMM's private
+//! mount namespace, below `/shared`. A mount is cloned or made on the host's side without ever being
+//! attached there ([`source`]), gets its attributes, and is then moved into the VMM's namespace
+//! ([`namespace`]). The node's mount table never shows it, and it dies with the VMM (DESIGN section 2.2).
+//!
+//! Trusted: containerd and kubelet, who name the sources. Not trusted: the VMM; paths are resolved in
+//! its namespace without following a link, and nothing there but `/shared` is touched. Blocking code,
+//! some milliseconds a call: run it on a blocking thread.
+
+mod namespace;
+mod path;
+mod source;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+pub use source::RootfsMount;
+
+use crate::launch::{LaunchError, VmmProcess};
+use crate::mount_attr::{self, Change};
+use path::SharePath;
+
+/// Why something could not be attached to a share or detached from it.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// A path of the share is not relative, plain and UTF-8.
+    #[error(
+        "{path:?} is no path of the share: it must be relative, without empty, \".\" or \"..\" parts, and at most 1024 bytes"
+    )]
+    InvalidPath {
+        /// The path.
+        path: String,
+    },
+    /// A host path cannot be cloned.
+    #[error("cannot clone {} for the pod: {source}", path.display())]
+    Source {
+        /// The host's path.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A host path is not of the kind that was asked for.
+    #[error("{} is not a {expected}", path.display())]
+    Kind {
+        /// The host's path.
+        path: PathBuf,
+        /// "directory" or "file".
+        expected: &'static str,
+    },
+    /// The root file system's mounts are not of a kind the share can hold.
+    #[error("cannot share a root file system of type {fstype:?}: {reason}")]
+    Unsupported {
+        /// The mount's type.
+        fstype: String,
+        /// Why, and what to do.
+        reason: &'static str,
+    },
+    /// A root file system cannot be mounted.
+    #[error("cannot mount the {fstype} root file system: {what}: {source}")]
+    Rootfs {
+        /// The mount's type.
+        fstype: String,
+        /// The step.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Attributes (read-only, nosuid…) cannot be set, so nothing was attached.
+    #[error("cannot set the attributes of the mount for {share_path}: {source}")]
+    Attributes {
+        /// The share's path.
+        share_path: String,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Something is attached at the path or above it already.
+    #[error("{share_path} is already in use in the share")]
+    AlreadyAttached {
+        /// The share's path.
+        share_path: String,
+    },
+    /// Nothing is attached at the path.
+    #[error("nothing is attached at {share_path}")]
+    NotAttached {
+        /// The share's path.
+        share_path: String,
+    },
+    /// Files of the mount are open in the VMM.
+    #[error(
+        "{share_path} is still in use by the file server: the guest has it mounted, or its inodes were not forgotten"
+    )]
+    Busy {
+        /// The share's path.
+        share_path: String,
+    },
+    /// The VMM's mount namespace cannot be entered.
+    #[error("cannot enter the VMM's mount namespace: {0}; has the VMM ended?")]
+    Vmm(#[source] io::Error),
+    /// The VMM could not close its jail, so there is no share.
+    #[error(transparent)]
+    Jail(#[from] LaunchError),
+    /// A step inside the VMM's mount namespace failed.
+    #[error("cannot {what} {share_path} in the share: {source}")]
+    Inside {
+        /// The step.
+        what: &'static str,
+        /// The share's path.
+        share_path: String,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A thread could not be made.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
+}
+
+/// Whether mounts that the host makes later below a source appear in the pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Propagation {
+    /// They do not.
+    #[default]
+    Private,
+    /// They do (`HostToContainer`); they have the host's flags, not the share's. Never the other way.
+    HostToContainer,
+}
+
+/// How a mount is shared. `nosuid`, `nodev` and `noexec` always hold on the host's side; the guest's own
+/// mount flags decide inside the guest.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Attributes {
+    /// Nothing below can be written, whatever the guest does.
+    pub readonly: bool,
+    /// Mounts below the source are shared too.
+    pub recursive: bool,
+    /// What happens with later mounts.
+    pub propagation: Propagation,
+}
+
+/// The share of one running VMM.
+///
+/// It holds no descriptor that would keep the VMM's mounts alive, only the process's pidfd.
+#[derive(Debug)]
+pub struct Share {
+    pid: u32,
+    pidfd: OwnedFd,
+}
+
+impl Share {
+    /// The share of this VMM; waits until its jail is closed.
+    ///
+    /// # Errors
+    /// [`ShareError::Jail`].
+    pub fn new(vmm: &mut VmmProcess) -> Result<Self, ShareError> {
+        vmm.wait_jailed()?;
+        Ok(Self {
+            pid: vmm.pid(),
+            pidfd: vmm
+                .pidfd()
+                .try_clone_to_owned()
+                .map_err(LaunchError::Prepare)?,
+        })
+    }
+
+    /// Shares a host directory.
+    ///
+    /// # Errors
+    /// [`ShareError::Source`] or [`ShareError::Kind`] for the source, else as [`Self::attach`].
+    pub fn attach_dir(
+        &self,
+        source: &Path,
+        share_path: &str,
+        attributes: Attributes,
+    ) -> Result<(), ShareError> {
+        let mount = source::clone(source, attributes.recursive, source::Kind::Directory)?;
+        self.attach(mount, share_path, attributes)
+    }
+
+    /// Shares one host file (or socket or device node) and nothing beside it.
+    ///
+    /// # Errors
+    /// As [`Self::attach_dir`].
+    pub fn attach_file(
+        &self,
+        source: &Path,
+        share_path: &str,
+        attributes: Attributes,
+    ) -> Result<(), ShareError> {
+        let mount = source::clone(source, false, source::Kind::File)?;
+        self.attach(mount, share_path, attributes)
+    }
+
+    /// Shares a container's root file system as containerd describes it: usually one overlay or bind.
+    /// Read-only if the last mount says `ro`.
+    ///
+    /// # Errors
+    /// [`ShareError::Unsupported`] and [`ShareError::Rootfs`] for the mounts, else as [`Self::attach`].
+    pub fn attach_rootfs(
+        &self,
+        mounts: &[RootfsMount],
+        share_path: &str,
+    ) -> Result<(), ShareError> {
+        // A wrong path is cheaper to find than a wrong mount.
+        SharePath::new(share_path)?;
+        let readonly = source::is_readonly(mounts);
+        let mount = source::rootfs(mounts)?;
+        self.attach(
+            mount,
+            share_path,
+            Attributes {
+                readonly,
+                recursive: true,
+                ..Attributes::default()
+            },
+        )
+    }
+
+    /// Shares a detached mount (of `open_tree` or `fsmount`), whose attributes are set first.
+    ///
+    /// # Errors
+    /// [`ShareError::InvalidPath`], [`ShareError::AlreadyAttached`], [`ShareError::Vmm`], and
+    /// [`ShareError::Attributes`] or [`ShareError::Inside`] for what the kernel refuses.
+    pub fn attach(
+        &self,
+        mount: OwnedFd,
+        share_path: &str,
+        attributes: Attributes,
+    ) -> Result<(), ShareError> {
+        let share_path = SharePath::new(share_path)?;
+        seal(&mount, &share_path, attributes)?;
+        namespace::attach(&self.pidfd, &mount, &share_path)
+    }
+
+    /// Takes a mount out of the share. The guest must have unmounted it and the VMM's file server
+    /// forgotten its inodes before. A VMM that has ended has nothing attached: that is success.
+    ///
+    /// # Errors
+    /// [`ShareError::Busy`], [`ShareError::NotAttached`], [`ShareError::InvalidPath`],
+    /// [`ShareError::Inside`].
+    pub fn detach(&self, share_path: &str) -> Result<(), ShareError> {
+        let share_path = SharePath::new(share_path)?;
+        namespace::detach(&self.pidfd, self.pid, &share_path)
+    }
+}
+
+/// Sets every attribute before the mount can be reached by anyone.
+fn seal(mount: &OwnedFd, share_path: &SharePath, attributes: Attributes) -> Result<(), ShareError> {
+    let readonly = if attributes.readonly {
+        mount_attr::RDONLY
+    } else {
+        0
+    };
+    // Never a peer: nothing that happens to the pod's mounts may reach the host's.
+    let propagation = match attributes.propagation {
+        Propagation::Private => libc::MS_PRIVATE,
+        Propagation::HostToContainer => libc::MS_SLAVE,
+    };
+    mount_attr::change(
+        mount.as_fd(),
+        Change {
+            set: mount_attr::NOSUID | mount_attr::NODEV | mount_attr::NOEXEC | readonly,
+            clear: 0,
+            propagation,
+            recursive: true,
+        },
+    )
+    .map_err(|source| ShareError::Attributes {
+        share_path: share_path.to_string(),
+        source,
+    })
+}

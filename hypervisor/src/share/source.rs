@@ -1,0 +1,360 @@
+//! Detached mounts of the host's files, never attached in the node's mount namespace.
+//!
+//! Trusted: the paths and options, which containerd and kubelet chose.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{CWD, FileType, fstat};
+use rustix::mount::{OpenTreeFlags, open_tree};
+
+use super::ShareError;
+
+/// One of the mounts containerd sends for a root file system; each goes on top of the one before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootfsMount {
+    /// "overlay", "bind"…
+    pub fstype: String,
+    /// A path, or any word for an overlay.
+    pub source: String,
+    /// As in fstab.
+    pub options: Vec<String>,
+}
+
+/// What a source must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Directory,
+    /// Anything but a directory.
+    File,
+}
+
+/// Where a throw-away namespace mounts what is to be cloned: it exists everywhere and no root file
+/// system's layer is below it.
+const SCRATCH: &str = "/proc";
+
+/// `mount(2)` copies one page of options, with its ending zero.
+const MAX_OPTIONS: usize = 4095;
+
+/// Clones the mount at a host path.
+pub(super) fn clone(path: &Path, recursive: bool, kind: Kind) -> Result<OwnedFd, ShareError> {
+    let source = |source: io::Error| ShareError::Source {
+        path: path.to_owned(),
+        source,
+    };
+    let mount = clone_tree(path, recursive).map_err(|error| source(error.into()))?;
+    let stat = fstat(&mount).map_err(|error| source(error.into()))?;
+    let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    match (kind, is_directory) {
+        (Kind::Directory, true) | (Kind::File, false) => Ok(mount),
+        (Kind::Directory, false) => Err(ShareError::Kind {
+            path: path.to_owned(),
+            expected: "directory",
+        }),
+        (Kind::File, true) => Err(ShareError::Kind {
+            path: path.to_owned(),
+            expected: "file",
+        }),
+    }
+}
+
+fn clone_tree(path: &Path, recursive: bool) -> rustix::io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    open_tree(CWD, path, flags)
+}
+
+/// Whether the guest may not write to the root file system.
+pub(super) fn is_readonly(mounts: &[RootfsMount]) -> bool {
+    mounts.last().is_some_and(|mount| {
+        mount
+            .options
+            .iter()
+            .rev()
+            .find(|option| *option == "ro" || *option == "rw")
+            .is_some_and(|option| option == "ro")
+    })
+}
+
+/// Mounts a root file system and returns it detached.
+pub(super) fn rootfs(mounts: &[RootfsMount]) -> Result<OwnedFd, ShareError> {
+    let [lower @ .., top] = mounts else {
+        return Err(ShareError::Unsupported {
+            fstype: String::new(),
+            reason: "containerd sent no mount for it",
+        });
+    };
+    for mount in mounts {
+        check(mount)?;
+    }
+    // The usual cases of a native or a bind snapshot need no namespace.
+    if lower.is_empty() && is_bind(top) {
+        let recursive = top.options.iter().any(|option| option == "rbind");
+        return clone(Path::new(&top.source), recursive, Kind::Directory);
+    }
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("rootfs".into())
+            .spawn_scoped(scope, || mount_elsewhere(mounts))
+            .map_err(ShareError::Thread)?
+            .join()
+            .unwrap_or_else(|_| Err(ShareError::Thread(io::Error::other("the thread panicked"))))
+    })
+}
+
+fn is_bind(mount: &RootfsMount) -> bool {
+    mount.fstype == "bind"
+        || mount
+            .options
+            .iter()
+            .any(|option| option == "bind" || option == "rbind")
+}
+
+fn check(mount: &RootfsMount) -> Result<(), ShareError> {
+    let unsupported = |reason| {
+        Err(ShareError::Unsupported {
+            fstype: mount.fstype.clone(),
+            reason,
+        })
+    };
+    if mount.options.iter().any(|option| option == "loop") {
+        return unsupported("it needs a loop device; use a snapshotter with block devices");
+    }
+    match mount.fstype.as_str() {
+        _ if is_bind(mount) => Ok(()),
+        "overlay" | "tmpfs" => Ok(()),
+        "ext4" | "xfs" | "btrfs" | "erofs" | "squashfs" => unsupported(
+            "its file system would be parsed by the node's kernel; it must be given to the guest as a disk",
+        ),
+        _ => unsupported("only overlay and bind mounts can be shared"),
+    }
+}
+
+/// Runs on a thread of its own, which leaves the node's mount namespace for good.
+fn mount_elsewhere(mounts: &[RootfsMount]) -> Result<OwnedFd, ShareError> {
+    let fstype = mounts.last().map(|m| m.fstype.clone()).unwrap_or_default();
+    let failed = |what| {
+        move |source: io::Error| ShareError::Rootfs {
+            fstype,
+            what,
+            source,
+        }
+    };
+    unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
+        .map_err(|errno| failed.clone()("making a mount namespace")(errno.into()))?;
+    mount_private().map_err(|source| failed.clone()("making the mounts private")(source))?;
+    for one in mounts {
+        mount_one(one)?;
+    }
+    clone_tree(Path::new(SCRATCH), true).map_err(|errno| failed("cloning the mount")(errno.into()))
+}
+
+fn mount_private() -> io::Result<()> {
+    Ok(mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )?)
+}
+
+fn mount_one(one: &RootfsMount) -> Result<(), ShareError> {
+    let failed = |what| {
+        move |source: io::Error| ShareError::Rootfs {
+            fstype: one.fstype.clone(),
+            what,
+            source,
+        }
+    };
+    let Options {
+        flags,
+        data,
+        directory,
+    } = options(&one.options);
+    if data.len() > MAX_OPTIONS {
+        return Err(failed(
+            "its options exceed a page; the image has too many layers",
+        )(io::Error::from_raw_os_error(libc::E2BIG)));
+    }
+    if let Some(directory) = directory {
+        enter_directory(&directory).map_err(failed("entering its layers"))?;
+    }
+    let data = CString::new(data)
+        .map_err(|error| failed("reading its options")(io::Error::other(error)))?;
+    mount(
+        Some(one.source.as_str()),
+        SCRATCH,
+        Some(one.fstype.as_str()),
+        flags,
+        Some(data.as_c_str()),
+    )
+    .map_err(|errno| failed("mount")(errno.into()))
+}
+
+/// The directory is this thread's alone since its `unshare(CLONE_FS)`.
+fn enter_directory(directory: &Path) -> io::Result<()> {
+    Ok(nix::unistd::chdir(directory)?)
+}
+
+/// Mount options as `mount(2)` takes them.
+struct Options {
+    flags: MsFlags,
+    data: String,
+    /// The directory that relative layers start from.
+    directory: Option<PathBuf>,
+}
+
+/// Tells flags from data. Layers are made relative to their common directory if the page would not hold
+/// them otherwise.
+fn options(options: &[String]) -> Options {
+    let mut flags = MsFlags::empty();
+    let mut data: Vec<&str> = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" => flags -= MsFlags::MS_RDONLY,
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
+            "relatime" => flags |= MsFlags::MS_RELATIME,
+            "strictatime" => flags |= MsFlags::MS_STRICTATIME,
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "dirsync" => flags |= MsFlags::MS_DIRSYNC,
+            // Always set on the clone; what the container sees is the guest's affair.
+            "nosuid" | "suid" | "nodev" | "dev" | "noexec" | "exec" | "defaults" | "private"
+            | "rprivate" => {}
+            other => data.push(other),
+        }
+    }
+    let joined = data.join(",");
+    if joined.len() <= MAX_OPTIONS {
+        return Options {
+            flags,
+            data: joined,
+            directory: None,
+        };
+    }
+    let Some((directory, layers)) = data
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))
+        .and_then(relative_layers)
+    else {
+        return Options {
+            flags,
+            data: joined,
+            directory: None,
+        };
+    };
+    let data: Vec<String> = data
+        .iter()
+        .map(|option| {
+            if option.starts_with("lowerdir=") {
+                format!("lowerdir={layers}")
+            } else {
+                (*option).to_owned()
+            }
+        })
+        .collect();
+    Options {
+        flags,
+        data: data.join(","),
+        directory: Some(directory),
+    }
+}
+
+/// The common parent of all layers, and the layers below it. None if a path is relative or escaped.
+fn relative_layers(layers: &str) -> Option<(PathBuf, String)> {
+    if layers.contains('\\') || layers.contains("::") {
+        return None;
+    }
+    let layers: Vec<&Path> = layers.split(':').map(Path::new).collect();
+    let mut common: PathBuf = layers.first()?.parent()?.to_owned();
+    while !layers.iter().all(|layer| layer.starts_with(&common)) {
+        common = common.parent()?.to_owned();
+    }
+    if !common.is_absolute() {
+        return None;
+    }
+    let relative: Option<Vec<&str>> = layers
+        .iter()
+        .map(|layer| layer.strip_prefix(&common).ok()?.to_str())
+        .collect();
+    Some((common, relative?.join(":")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(options: &[&str]) -> Vec<String> {
+        options.iter().map(|option| (*option).to_owned()).collect()
+    }
+
+    #[test]
+    fn flags_are_told_from_data() {
+        let got = options(&words(&[
+            "ro",
+            "nosuid",
+            "index=off",
+            "lowerdir=/a:/b",
+            "noatime",
+        ]));
+        assert_eq!(got.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME);
+        assert_eq!(got.data, "index=off,lowerdir=/a:/b");
+        assert!(got.directory.is_none());
+    }
+
+    #[test]
+    fn many_layers_are_made_relative_to_fit_a_page() {
+        let layers: Vec<String> = (0..120)
+            .map(|n| {
+                format!(
+                    "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots/{n}/fs"
+                )
+            })
+            .collect();
+        let got = options(&[format!("lowerdir={}", layers.join(":"))]);
+        assert!(got.data.len() < MAX_OPTIONS);
+        assert!(got.data.starts_with("lowerdir=0/fs:1/fs:2/fs:"));
+        assert_eq!(
+            got.directory.unwrap(),
+            Path::new("/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots")
+        );
+    }
+
+    #[test]
+    fn the_last_word_on_read_only_counts() {
+        let mount = |options: &[&str]| {
+            vec![RootfsMount {
+                fstype: "bind".into(),
+                source: "/x".into(),
+                options: words(options),
+            }]
+        };
+        assert!(is_readonly(&mount(&["rbind", "ro"])));
+        assert!(!is_readonly(&mount(&["ro", "rw"])));
+        assert!(!is_readonly(&mount(&["rbind"])));
+        assert!(!is_readonly(&[]));
+    }
+
+    #[test]
+    fn a_disk_image_is_never_mounted_on_the_node() {
+        for fstype in ["ext4", "erofs", "fuse.x", ""] {
+            let error = rootfs(&[RootfsMount {
+                fstype: fstype.into(),
+                source: "/dev/null".into(),
+                options: Vec::new(),
+            }])
+            .unwrap_err();
+            assert!(matches!(error, ShareError::Unsupported { .. }), "{fstype}");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! The memory balloon (virtio 1.3 §5.5), above all for free-page reporting: memory that the guest
+//! has freed goes back to the host.
+//!
+//! The guest names the pages; only whole host pages inside its own RAM are ever given up, so all
+//! it can lose is its own data. Not to be offered together with devices that pin guest memory.
+
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemory as _, GuestMemoryMmap, VolatileSlice,
+};
+use vmm_sys_util::epoll::EventSet;
+
+use super::chain::Buffers;
+use super::ring::{Ring, take_queue};
+use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
+
+const NAME: &str = "balloon";
+/// Device id (§5.5.1).
+const DEVICE_TYPE: u16 = 5;
+/// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM` (§5.5.3).
+const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+/// `VIRTIO_BALLOON_F_PAGE_REPORTING`.
+const F_PAGE_REPORTING: u64 = 1 << 5;
+/// Bytes of the configuration space: `num_pages`, `actual`, `free_page_hint_cmd_id`, `poison_val`.
+const CONFIG: usize = 16;
+/// A balloon page, whatever the host's page size is (§5.5.6).
+const PAGE_SHIFT: u32 = 12;
+/// Inflate, deflate, statistics, hinting, reporting (§5.5.2).
+const QUEUE_SIZES: [u16; 5] = [128, 128, 16, 16, 32];
+/// Chains per event.
+const BUDGET: usize = 64;
+
+const INFLATE: u32 = 0;
+const DEFLATE: u32 = 1;
+
+struct Active {
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+    /// By token.
+    rings: Vec<Ring>,
+}
+
+/// The balloon.
+#[derive(Default)]
+pub struct Balloon {
+    active: Option<Active>,
+}
+
+impl Balloon {
+    /// A balloon whose target is to stay empty: the guest inflates nothing unasked, and reports
+    /// free pages.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn serve(&mut self, token: u32) -> Result<(), DeviceError> {
+        let Some(active) = self.active.as_mut() else {
+            return Ok(());
+        };
+        let Some(ring) = active.rings.get_mut(token as usize) else {
+            return Ok(());
+        };
+        ring.acknowledge();
+        let memory = active.memory.memory();
+        for _ in 0..BUDGET {
+            match ring.pop(&memory)? {
+                Some(chain) => {
+                    match token {
+                        INFLATE => inflate(&memory, chain.readable),
+                        // A page that left the balloon is filled when the guest touches it.
+                        DEFLATE => {}
+                        // Without statistics and hinting, reporting is queue 4 by the
+                        // specification, and 2 for drivers that leave no gap: whatever lies
+                        // behind deflation is reporting.
+                        _ => chain.writable.slices().for_each(discard),
+                    }
+                    ring.push(&memory, chain.head, 0)?;
+                }
+                None if ring.enable_kick(&memory)? => {}
+                None => return ring.notify(&memory, &*active.interrupt),
+            }
+        }
+        ring.call_again()?;
+        ring.notify(&memory, &*active.interrupt)
+    }
+}
+
+/// Gives up the pages that a request names by number, runs of neighbours in one call.
+fn inflate(memory: &GuestMemoryMmap, mut pages: Buffers<'_>) {
+    let mut run: Option<(u64, u64)> = None;
+    while let Some(number) = pages.copy_array::<4>() {
+        let page = u64::from(u32::from_le_bytes(number));
+        match &mut run {
+            Some((_, end)) if *end == page => *end += 1,
+            _ => {
+                if let Some(run) = run.replace((page, page + 1)) {
+                    discard_pages(memory, run);
+                }
+            }
+        }
+    }
+    if let Some(run) = run {
+        discard_pages(memory, run);
+    }
+}
+
+fn discard_pages(memory: &GuestMemoryMmap, (start, end): (u64, u64)) {
+    // A page number has 32 bits, so neither can overflow.
+    let length = usize::try_from((end - start) << PAGE_SHIFT).unwrap_or(0);
+    for slice in memory.get_slices(GuestAddress(start << PAGE_SHIFT), length) {
+        match slice {
+            Ok(slice) => discard(&slice),
+            // Outside RAM; what was inside has been given up.
+            Err(_) => return,
+        }
+    }
+}
+
+/// Gives the whole host pages of a piece of guest memory back to the host. They read as zero, or
+/// as the file that was mapped there, when the guest touches them again.
+fn discard(slice: &VolatileSlice<'_>) {
+    let page = host_page();
+    let guard = slice.ptr_guard_mut();
+    let start = guard.as_ptr().addr();
+    let lead = start.next_multiple_of(page) - start;
+    let Some(length) = slice.len().checked_sub(lead) else {
+        return;
+    };
+    let length = length - length % page;
+    if length == 0 {
+        return;
+    }
+    // SAFETY: [lead, lead + length) lies inside the slice, that is, inside mapped guest memory of
+    // which Rust holds no reference; its contents belong to the guest, which has given them up.
+    // It fails for memory that is locked or of huge pages only: then the memory stays, no more.
+    let _ = unsafe { libc::madvise(guard.as_ptr().add(lead).cast(), length, libc::MADV_DONTNEED) };
+}
+
+fn host_page() -> usize {
+    // SAFETY: no pointers; the C library knows the answer from the start of the process.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(1 << PAGE_SHIFT)
+}
+
+impl VirtioDevice for Balloon {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        F_DEFLATE_ON_OOM
+            | F_PAGE_REPORTING
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        QUEUE_SIZES.to_vec()
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        // `num_pages` is 0; the driver's writes to `actual` tell us nothing we use.
+        Arc::new(vec![0; CONFIG])
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut Sources<'_>,
+    ) -> Result<(), DeviceError> {
+        let Activation {
+            memory,
+            features,
+            mut queues,
+            interrupt,
+        } = activation;
+        let mut wanted = vec![
+            take_queue(&mut queues, NAME, 0)?,
+            take_queue(&mut queues, NAME, 1)?,
+        ];
+        queues.sort_by_key(|queue| queue.index);
+        wanted.append(&mut queues);
+        let mut active = Active {
+            memory,
+            interrupt,
+            rings: Vec::new(),
+        };
+        for (token, queue) in (0u32..).zip(wanted) {
+            match Ring::new(queue, NAME, features, token, sources) {
+                Ok(ring) => active.rings.push(ring),
+                Err(error) => {
+                    active
+                        .rings
+                        .into_iter()
+                        .for_each(|ring| ring.release(sources));
+                    return Err(error);
+                }
+            }
+        }
+        self.active = Some(active);
+        Ok(())
+    }
+
+    fn process(
+        &mut self,
+        token: u32,
+        _events: EventSet,
+        _sources: &mut Sources<'_>,
+    ) -> Result<(), DeviceError> {
+        self.serve(token)
+    }
+
+    fn deactivate(&mut self, sources: &mut Sources<'_>) {
+        if let Some(active) = self.active.take() {
+            active
+                .rings
+                .into_iter()
+                .for_each(|ring| ring.release(sources));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Harness, RAM};
+    use proptest::prelude::*;
+
+    fn active() -> Harness<Balloon> {
+        let mut harness = Harness::new(Balloon::new());
+        let features = harness.device.features();
+        harness.activate(features);
+        harness
+    }
+
+    #[test]
+    fn reported_pages_are_given_up_and_their_neighbours_kept() {
+        for queue in [2, 4] {
+            let mut balloon = active();
+            let a = balloon.alloc(8 * 4096);
+            balloon.write(a, &[7; 8 * 4096]);
+            balloon.queues[queue].add(&[(a + 4096, 2 * 4096, true), (a + 5 * 4096, 4096, true)]);
+            balloon.run();
+            assert_eq!(balloon.queues[queue].used().len(), 1);
+            let bytes = balloon.read(a, 8 * 4096);
+            let kept: Vec<bool> = bytes.chunks(4096).map(|page| page[0] == 7).collect();
+            let all_or_nothing = bytes
+                .chunks(4096)
+                .all(|page| page.iter().all(|byte| *byte == page[0]));
+            assert!(all_or_nothing);
+            assert_eq!(kept, [true, false, false, true, true, false, true, true]);
+        }
+    }
+
+    #[test]
+    fn parts_of_a_page_are_kept() {
+        let mut balloon = active();
+        let a = balloon.alloc(3 * 4096);
+        balloon.write(a, &[7; 3 * 4096]);
+        balloon.queues[4].add(&[(a + 1, 2 * 4096, true), (a + 8200, 100, true)]);
+        balloon.run();
+        let bytes = balloon.read(a, 3 * 4096);
+        assert_eq!(bytes[..4096], [7; 4096]);
+        assert_eq!(bytes[4096..8192], [0; 4096]);
+        assert_eq!(bytes[8192..], [7; 4096]);
+    }
+
+    #[test]
+    fn inflated_pages_are_given_up_and_usable_after_deflation() {
+        let mut balloon = active();
+        let a = balloon.alloc(8 * 4096);
+        let list = balloon.alloc(4096);
+        balloon.write(a, &[7; 8 * 4096]);
+        let first = u32::try_from(a >> 12).unwrap();
+        let outside = u32::try_from(RAM >> 12).unwrap();
+        let mut numbers = Vec::new();
+        for page in [first, first + 1, first + 4, outside, u32::MAX, first + 7] {
+            numbers.extend(page.to_le_bytes());
+        }
+        balloon.write(list, &numbers);
+        balloon.queues[0].add(&[(list, 10, false), (list + 10, 15, false)]);
+        balloon.run();
+        let kept = |balloon: &Harness<Balloon>| -> Vec<bool> {
+            let bytes = balloon.read(a, 8 * 4096);
+            bytes.chunks(4096).map(|page| page[0] == 7).collect()
+        };
+        // Numbers may span descriptors, and the byte that is too many is no number.
+        assert_eq!(
+            kept(&balloon),
+            [false, false, true, true, false, true, true, false]
+        );
+        balloon.queues[1].add(&[(list, 24, false)]);
+        balloon.run();
+        assert_eq!(balloon.queues[1].used().len(), 1);
+        balloon.write(a, &[7; 8 * 4096]);
+        assert_eq!(kept(&balloon), [true; 8]);
+    }
+
+    #[test]
+    fn readable_buffers_are_not_given_up_by_a_report() {
+        let mut balloon = active();
+        let a = balloon.alloc(4096);
+        balloon.write(a, &[7; 4096]);
+        balloon.queues[4].add(&[(a, 4096, false)]);
+        balloon.run();
+        assert_eq!(balloon.read(a, 4096), [7; 4096]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_descriptors_are_survived(
+            queue in 0usize..5,
+            table in prop::collection::vec(crate::virtio::testing::any_descriptor(20), 1..8),
+            heads in prop::collection::vec(0u16..20, 1..6),
+        ) {
+            let mut balloon = active();
+            balloon.raw_chains(queue, &table, &heads);
+            let _ = balloon.try_run();
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The block device's queue and configuration (virtio 1.3 §5.2.2, §5.2.4).
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+
+use super::backend::Backend;
+use super::request::{Limits, MAX_RANGE_SECTORS, MAX_RANGES, Request, SERIAL, Status};
+use crate::virtio::ring::{Ring, take_queue};
+use crate::virtio::{
+    Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice,
+};
+
+const NAME: &str = "block";
+/// Device id (§5.2.1).
+const DEVICE_TYPE: u16 = 2;
+const QUEUE_SIZE: u16 = 256;
+const REQUESTS: u32 = 0;
+/// Requests per event.
+const BUDGET: usize = 32;
+/// Data descriptors per request that the driver is told to stay below.
+const SEG_MAX: u32 = 254;
+
+/// Feature bits (§5.2.3).
+mod feature {
+    pub const SEG_MAX: u64 = 1 << 2;
+    pub const RO: u64 = 1 << 5;
+    pub const BLK_SIZE: u64 = 1 << 6;
+    pub const FLUSH: u64 = 1 << 9;
+    pub const DISCARD: u64 = 1 << 13;
+    pub const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// Why a block device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The serial number is too long.
+    #[error("a disk's serial number of {0} bytes is over the limit of {SERIAL}")]
+    Serial(usize),
+    /// The file has no size.
+    #[error("cannot get the size of a disk: {0}")]
+    Size(#[source] io::Error),
+    /// The file has no whole sector.
+    #[error("a disk of less than one sector")]
+    Empty,
+}
+
+struct Active {
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+    ring: Ring,
+}
+
+/// A disk.
+pub struct Block {
+    backend: Backend,
+    limits: Limits,
+    config: Arc<Vec<u8>>,
+    active: Option<Active>,
+}
+
+impl Block {
+    /// A disk over a regular file or a block device. `serial` has at most 20 bytes.
+    ///
+    /// # Errors
+    /// If the file has no size or the serial number is too long.
+    pub fn new(file: OwnedFd, readonly: bool, serial: &str) -> Result<Self, BlockError> {
+        let mut padded = [0; SERIAL];
+        padded
+            .get_mut(..serial.len())
+            .ok_or(BlockError::Serial(serial.len()))?
+            .copy_from_slice(serial.as_bytes());
+        let backend = Backend::new(file, padded);
+        let sectors = backend.sectors().map_err(BlockError::Size)?;
+        if sectors == 0 {
+            return Err(BlockError::Empty);
+        }
+        Ok(Self {
+            backend,
+            limits: Limits { sectors, readonly },
+            config: Arc::new(configuration(sectors)),
+            active: None,
+        })
+    }
+
+    fn serve(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = self.active.as_mut() else {
+            return Ok(());
+        };
+        let ring = &mut active.ring;
+        ring.acknowledge();
+        let memory = active.memory.memory();
+        ring.disable_kick(&memory)?;
+        for _ in 0..BUDGET {
+            match ring.pop(&memory)? {
+                Some(chain) => {
+                    let Ok(request) = Request::parse(chain, self.limits) else {
+                        return Err(ring.guest("a request has no status byte"));
+                    };
+                    let (head, written) = complete(&self.backend, request);
+                    ring.push(&memory, head, written)?;
+                }
+                None if ring.enable_kick(&memory)? => {}
+                None => return ring.notify(&memory, &*active.interrupt),
+            }
+        }
+        ring.call_again()?;
+        ring.notify(&memory, &*active.interrupt)
+    }
+}
+
+/// Runs a request and writes its status; the head of its chain and the bytes written.
+fn complete(backend: &Backend, request: Request<'_>) -> (u16, u32) {
+    let Request {
+        head,
+        operation,
+        readable,
+        writable,
+        mut status,
+    } = request;
+    let (outcome, written) = match operation {
+        Ok(operation) => backend.run(&operation, readable, writable),
+        Err(status) => (status, 0),
+    };
+    status.copy_from(&[match outcome {
+        Status::Ok => 0,
+        Status::IoError => 1,
+        Status::Unsupported => 2,
+    }]);
+    // Bounded by the largest request.
+    (head, u32::try_from(written + 1).unwrap_or(1))
+}
+
+/// `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
+fn configuration(sectors: u64) -> Vec<u8> {
+    let mut config = Vec::with_capacity(60);
+    config.extend(sectors.to_le_bytes());
+    // size_max, not offered.
+    config.extend([0; 4]);
+    config.extend(SEG_MAX.to_le_bytes());
+    // Geometry, not offered.
+    config.extend([0; 4]);
+    config.extend(512u32.to_le_bytes());
+    // Topology, writeback, num_queues, none offered.
+    config.extend([0; 12]);
+    for _ in ["discard", "write zeroes"] {
+        config.extend(MAX_RANGE_SECTORS.to_le_bytes());
+        config.extend(MAX_RANGES.to_le_bytes());
+        if config.len() == 44 {
+            // discard_sector_alignment: 4 KiB.
+            config.extend(8u32.to_le_bytes());
+        }
+    }
+    // write_zeroes_may_unmap.
+    config.extend([1, 0, 0, 0]);
+    config
+}
+
+impl VirtioDevice for Block {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        let changes = if self.limits.readonly {
+            feature::RO
+        } else {
+            feature::DISCARD | feature::WRITE_ZEROES
+        };
+        feature::SEG_MAX
+            | feature::BLK_SIZE
+            | feature::FLUSH
+            | changes
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE]
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        self.config.clone()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut Sources<'_>,
+    ) -> Result<(), DeviceError> {
+        let Activation {
+            memory,
+            features,
+            mut queues,
+            interrupt,
+        } = activation;
+        let queue = take_queue(&mut queues, NAME, 0)?;
+        let ring = Ring::new(queue, NAME, features, REQUESTS, sources)?;
+        self.active = Some(Active {
+            memory,
+            interrupt,
+            ring,
+        });
+        Ok(())
+    }
+
+    fn process(
+        &mut self,
+        token: u32,
+        _events: EventSet,
+        _sources: &mut Sources<'_>,
+    ) -> Result<(), DeviceError> {
+        if token == REQUESTS {
+            self.serve()?;
+        }
+        Ok(())
+    }
+
+    fn deactivate(&mut self, sources: &mut Sources<'_>) {
+        // Nothing is in flight: an operation has ended when `serve` returns.
+        if let Some(active) = self.active.take() {
+            active.ring.release(sources);
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! The block device over files, through its queue.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+
+use proptest::prelude::*;
+
+use super::{Block, BlockError};
+use crate::virtio::testing::{Harness, Part, any_descriptor};
+use crate::virtio::{DeviceError, VirtioDevice};
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+struct Disk {
+    harness: Harness<Block>,
+    file: File,
+    page: u64,
+    data: u64,
+}
+
+impl Disk {
+    fn new(readonly: bool) -> Self {
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
+        file.write_all(&bytes).unwrap();
+        let device = Block::new(file.try_clone().unwrap().into(), readonly, "disk-1").unwrap();
+        let mut harness = Harness::new(device);
+        let features = harness.device.features();
+        harness.activate(features);
+        let page = harness.alloc(0x1000);
+        let data = harness.alloc(0x40000);
+        Self {
+            harness,
+            file,
+            page,
+            data,
+        }
+    }
+
+    /// Runs a request with these data parts; its status and the bytes written.
+    fn request(&mut self, kind: u32, sector: u64, parts: &[Part]) -> (u8, u32) {
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        self.harness.write(self.page, &header);
+        self.harness.write(self.page + 100, &[0xee]);
+        let mut all = vec![(self.page, 16, false)];
+        all.extend(parts);
+        all.push((self.page + 100, 1, true));
+        self.harness.queues[0].add(&all);
+        self.harness.run();
+        let used = self.harness.queues[0].used();
+        assert_eq!(used.len(), 1);
+        (self.harness.read(self.page + 100, 1)[0], used[0].1)
+    }
+
+    fn ranges(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> u8 {
+        let mut bytes = Vec::new();
+        for (sector, count, flags) in ranges {
+            bytes.extend(sector.to_le_bytes());
+            bytes.extend(count.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+        }
+        self.harness.write(self.data, &bytes);
+        let length = u32::try_from(bytes.len()).unwrap();
+        self.request(kind, 0, &[(self.data, length, false)]).0
+    }
+
+    fn sector(&mut self, sector: u64) -> Vec<u8> {
+        let mut bytes = vec![0; 512];
+        self.file.seek(SeekFrom::Start(sector * 512)).unwrap();
+        self.file.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+}
+
+#[test]
+fn sectors_are_read_into_scattered_buffers() {
+    let mut disk = Disk::new(false);
+    let data = disk.data;
+    let parts = [(data, 100, true), (data + 200, 924, true)];
+    assert_eq!(disk.request(0, 7, &parts), (OK, 1025));
+    assert_eq!(disk.harness.read(data, 100), [7; 100]);
+    assert_eq!(disk.harness.read(data + 200, 412), [7; 412]);
+    assert_eq!(disk.harness.read(data + 612, 512), [8; 512]);
+    assert_eq!(disk.harness.read(data + 100, 100), [0; 100]);
+}
+
+#[test]
+fn sectors_are_written_and_flushed() {
+    let mut disk = Disk::new(false);
+    let data = disk.data;
+    disk.harness.write(data, &[0xaa; 1024]);
+    assert_eq!(disk.request(1, 20, &[(data, 1024, false)]), (OK, 1));
+    assert_eq!(disk.request(4, 0, &[]), (OK, 1));
+    assert_eq!(disk.sector(19), [19; 512]);
+    assert_eq!(disk.sector(20), [0xaa; 512]);
+    assert_eq!(disk.sector(21), [0xaa; 512]);
+    assert_eq!(disk.sector(22), [22; 512]);
+}
+
+#[test]
+fn the_status_byte_may_share_a_buffer_with_data() {
+    let mut disk = Disk::new(false);
+    disk.harness.write(disk.page, &[0; 16]);
+    let (page, data) = (disk.page, disk.data);
+    disk.harness.queues[0].add(&[(page, 16, false), (data, 513, true)]);
+    disk.harness.write(data + 512, &[9]);
+    disk.harness.run();
+    assert_eq!(disk.harness.queues[0].used()[0].1, 513);
+    assert_eq!(disk.harness.read(data + 512, 1), [OK]);
+}
+
+#[test]
+fn what_is_not_on_the_disk_is_an_error() {
+    let mut disk = Disk::new(false);
+    let data = disk.data;
+    let part = |length, write| [(data, length, write)];
+    assert_eq!(disk.request(0, 255, &part(512, true)).0, OK);
+    for sector in [255, 256, u64::MAX, u64::MAX / 512, 1 << 55] {
+        assert_eq!(disk.request(0, sector, &part(1024, true)).0, IOERR);
+        assert_eq!(disk.request(1, sector, &part(1024, false)).0, IOERR);
+    }
+    assert_eq!(
+        disk.request(0, 0, &part(511, true)).0,
+        IOERR,
+        "half a sector"
+    );
+    assert_eq!(disk.file.metadata().unwrap().len(), 256 * 512);
+}
+
+#[test]
+fn a_file_that_has_become_shorter_is_an_error_of_io() {
+    let mut disk = Disk::new(false);
+    disk.file.set_len(600).unwrap();
+    let data = disk.data;
+    assert_eq!(disk.request(0, 0, &[(data, 512, true)]).0, OK);
+    assert_eq!(disk.request(0, 1, &[(data, 512, true)]), (IOERR, 1));
+}
+
+#[test]
+fn a_readonly_disk_refuses_every_change() {
+    let mut disk = Disk::new(true);
+    let data = disk.data;
+    assert_eq!(disk.harness.device.features() & 1 << 5, 1 << 5);
+    assert_eq!(disk.harness.device.features() & 3 << 13, 0);
+    assert_eq!(disk.request(1, 0, &[(data, 512, false)]).0, IOERR);
+    assert_eq!(disk.ranges(11, &[(0, 8, 0)]), IOERR);
+    assert_eq!(disk.ranges(13, &[(0, 8, 0)]), IOERR);
+    assert_eq!(disk.sector(0), [0; 512]);
+    assert_eq!(disk.request(0, 1, &[(data, 512, true)]).0, OK);
+    assert_eq!(disk.request(4, 0, &[]).0, OK);
+}
+
+#[test]
+fn the_serial_number_is_told() {
+    let mut disk = Disk::new(false);
+    let data = disk.data;
+    assert_eq!(disk.request(8, 0, &[(data, 20, true)]), (OK, 21));
+    assert_eq!(
+        disk.harness.read(data, 20),
+        *b"disk-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
+    );
+    assert_eq!(disk.request(8, 0, &[(data, 3, true)]), (OK, 4));
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(512).unwrap();
+    let long = "x".repeat(21);
+    assert!(matches!(
+        Block::new(file.into(), false, &long),
+        Err(BlockError::Serial(21))
+    ));
+}
+
+#[test]
+fn ranges_are_zeroed_and_discarded() {
+    let mut disk = Disk::new(false);
+    let before = disk.file.metadata().unwrap().blocks();
+    assert_eq!(disk.ranges(13, &[(8, 8, 0), (32, 8, 1)]), OK);
+    for sector in [8, 15, 32, 39] {
+        assert_eq!(disk.sector(sector), [0; 512]);
+    }
+    assert_eq!(disk.sector(7), [7; 512]);
+    assert_eq!(disk.sector(16), [16; 512]);
+    assert_eq!(disk.ranges(11, &[(64, 128, 0)]), OK);
+    assert_eq!(disk.sector(64), [0; 512]);
+    assert_eq!(disk.sector(192), [192; 512]);
+    assert!(disk.file.metadata().unwrap().blocks() < before);
+    assert_eq!(disk.file.metadata().unwrap().len(), 256 * 512);
+}
+
+#[test]
+fn bad_ranges_are_refused_as_a_whole() {
+    let mut disk = Disk::new(false);
+    assert_eq!(disk.ranges(13, &[(8, 8, 0), (250, 8, 0)]), IOERR);
+    assert_eq!(disk.ranges(13, &[(u64::MAX, 2, 0)]), IOERR);
+    assert_eq!(disk.ranges(11, &[(8, 8, 1)]), UNSUPP, "unmap in a discard");
+    assert_eq!(disk.ranges(13, &[(8, 8, 2)]), UNSUPP, "an unknown flag");
+    assert_eq!(disk.ranges(13, &[(0, 1, 0); 33]), IOERR, "too many");
+    let data = disk.data;
+    assert_eq!(disk.request(13, 0, &[(data, 15, false)]).0, IOERR);
+    assert_eq!(disk.request(13, 0, &[]).0, IOERR);
+    assert_eq!(disk.sector(8), [8; 512]);
+}
+
+#[test]
+fn unknown_requests_are_unsupported() {
+    let mut disk = Disk::new(false);
+    for kind in [2, 3, 5, 10, 12, 14, u32::MAX] {
+        assert_eq!(disk.request(kind, 0, &[]).0, UNSUPP);
+    }
+}
+
+#[test]
+fn data_in_the_wrong_direction_is_not_touched() {
+    let mut disk = Disk::new(false);
+    let data = disk.data;
+    disk.harness.write(data, &[0x55; 512]);
+    assert_eq!(
+        disk.request(0, 3, &[(data, 512, false)]),
+        (OK, 1),
+        "reads nothing"
+    );
+    assert_eq!(disk.harness.read(data, 512), [0x55; 512]);
+    assert_eq!(
+        disk.request(1, 3, &[(data, 512, true)]),
+        (OK, 1),
+        "writes nothing"
+    );
+    assert_eq!(disk.sector(3), [3; 512]);
+}
+
+#[test]
+fn a_short_header_is_an_error_and_no_status_stops_the_device() {
+    let mut disk = Disk::new(false);
+    let page = disk.page;
+    disk.harness.queues[0].add(&[(page, 15, false), (page + 100, 1, true)]);
+    disk.harness.run();
+    assert_eq!(disk.harness.read(page + 100, 1), [IOERR]);
+    disk.harness.queues[0].add(&[(page, 16, false)]);
+    assert!(matches!(
+        disk.harness.try_run(),
+        Err(DeviceError::Guest { .. })
+    ));
+}
+
+#[test]
+fn more_requests_than_one_event_serves_are_all_served() {
+    let mut disk = Disk::new(false);
+    let (page, data) = (disk.page, disk.data);
+    disk.harness.write(page, &[0; 16]);
+    for _ in 0..80 {
+        disk.harness.queues[0].add(&[(page, 16, false), (data, 512, true), (page + 100, 1, true)]);
+    }
+    disk.harness.run();
+    assert_eq!(disk.harness.queues[0].used().len(), 80);
+}
+
+#[test]
+fn the_configuration_is_laid_out_as_specified() {
+    let disk = Disk::new(false);
+    let mut config = [0xff; 64];
+    disk.harness.device.config().read(0, &mut config);
+    let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!(config[..8], 256u64.to_le_bytes());
+    assert_eq!(word(12), 254, "seg_max");
+    assert_eq!(word(20), 512, "blk_size");
+    assert_eq!(word(36), 1 << 21, "max_discard_sectors");
+    assert_eq!(word(40), 32, "max_discard_seg");
+    assert_eq!(word(44), 8, "discard_sector_alignment");
+    assert_eq!(word(48), 1 << 21, "max_write_zeroes_sectors");
+    assert_eq!(word(52), 32, "max_write_zeroes_seg");
+    assert_eq!(config[56], 1, "write_zeroes_may_unmap");
+}
+
+#[test]
+fn a_file_without_a_sector_is_refused() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(511).unwrap();
+    assert!(matches!(
+        Block::new(file.into(), false, ""),
+        Err(BlockError::Empty)
+    ));
+    let (reader, _writer) = nix::unistd::pipe().unwrap();
+    assert!(matches!(
+        Block::new(reader, false, ""),
+        Err(BlockError::Size(_))
+    ));
+}
+
+proptest! {
+    /// No request changes anything beyond the sectors it names or the size of the file.
+    #[test]
+    fn requests_stay_on_the_disk(
+        kind in prop_oneof![Just(0u32), Just(1), Just(4), Just(8), Just(11), Just(13), any::<u32>()],
+        sector in prop_oneof![0u64..300, any::<u64>()],
+        length in prop_oneof![(0u32..20).prop_map(|n| n * 512), 0u32..9000],
+        write in any::<bool>(),
+    ) {
+        let mut disk = Disk::new(false);
+        let data = disk.data;
+        let bytes: Vec<u8> = (0..9000u32).map(|i| (i % 7).to_le_bytes()[0]).collect();
+        disk.harness.write(data, &bytes);
+        disk.request(kind, sector, &[(data, length, write)]);
+        prop_assert_eq!(disk.file.metadata().unwrap().len(), 256 * 512);
+        let touched = |at: u64| kind == 1 && at >= sector && at - sector < u64::from(length / 512);
+        if kind <= 10 {
+            for at in 0..256u64 {
+                if !touched(at) {
+                    let expected = [u8::try_from(at).unwrap(); 512];
+                    prop_assert_eq!(disk.sector(at), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_descriptors_are_survived(
+        table in prop::collection::vec(any_descriptor(20), 1..8),
+        heads in prop::collection::vec(0u16..20, 1..6),
+    ) {
+        let mut disk = Disk::new(false);
+        disk.harness.raw_chains(0, &table, &heads);
+        let _ = disk.harness.try_run();
+        prop_assert_eq!(disk.file.metadata().unwrap().len(), 256 * 512);
+    }
+}

@@ -1,0 +1,343 @@
+//! The pass-through instances of a share: one for its root, one for each mount that was looked up.
+//!
+//! The root instance sees only the directories of mount points, which the shim made; their paths are
+//! remembered so that the shim can name a mount by path.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{FsOptions, ROOT_ID, stat64};
+use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
+use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+
+use super::errno;
+
+/// Bits of a node id that are the instance's inode: a million million files a mount. The rest is the
+/// export's number, of which a share has 16 million in its life; neither is used twice.
+const INODE_BITS: u32 = 40;
+const MAX_EXPORT: u32 = (1 << (u64::BITS - INODE_BITS)) - 1;
+
+/// A volume may change on the host: the guest asks again after this.
+const VOLUME_TIMEOUT: Duration = Duration::from_secs(1);
+/// A container's root file system has no other writer; the inode cache's pressure ends entries.
+const ROOTFS_TIMEOUT: Duration = Duration::from_secs(3600);
+/// The last name of a share path below which nobody but the guest writes.
+const ROOTFS: &str = "rootfs";
+
+const ROOT_EXPORT: u32 = 0;
+
+/// Which export, and which inode of its instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct NodeId {
+    pub(super) export: u32,
+    pub(super) inode: u64,
+}
+
+impl NodeId {
+    pub(super) fn from_guest(node: u64) -> Self {
+        Self {
+            // 24 bits are left, so this never fails.
+            export: u32::try_from(node >> INODE_BITS).unwrap_or(u32::MAX),
+            inode: node & ((1 << INODE_BITS) - 1),
+        }
+    }
+
+    fn to_guest(self) -> io::Result<u64> {
+        if self.inode >> INODE_BITS != 0 || self.export > MAX_EXPORT {
+            return Err(errno(libc::ENFILE));
+        }
+        Ok(u64::from(self.export) << INODE_BITS | self.inode)
+    }
+}
+
+/// One mount, or the share's own root.
+pub(super) struct Export {
+    pub(super) number: u32,
+    pub(super) fs: PassthroughFs,
+    /// Below the share's root; empty for that root.
+    path: PathBuf,
+    /// Device of its top directory.
+    device: u64,
+    /// Inode number of its top directory: tells a mount from its successor at the same path.
+    top: u64,
+}
+
+/// All exports of a share.
+pub(super) struct Exports {
+    root: PathBuf,
+    state: Mutex<State>,
+}
+
+struct State {
+    live: HashMap<u32, Arc<Export>>,
+    next: u32,
+    /// What INIT agreed on; new instances are told.
+    options: FsOptions,
+    /// Paths of the root export's inodes.
+    directories: HashMap<u64, PathBuf>,
+    /// A number for each device of each export, mixed into inode numbers.
+    devices: HashMap<(u32, u64), u16>,
+    next_device: u16,
+}
+
+impl Exports {
+    pub(super) fn new(root: &Path) -> io::Result<Self> {
+        let exports = Self {
+            root: root.to_owned(),
+            state: Mutex::new(State {
+                live: HashMap::new(),
+                next: ROOT_EXPORT,
+                options: FsOptions::empty(),
+                directories: HashMap::new(),
+                devices: HashMap::new(),
+                next_device: 0,
+            }),
+        };
+        exports.add_root(&mut exports.lock())?;
+        Ok(exports)
+    }
+
+    /// The state is consistent at each point where a panic could leave it.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add_root(&self, state: &mut State) -> io::Result<()> {
+        state.next = state.next.max(ROOT_EXPORT + 1);
+        let root = open_export(ROOT_EXPORT, &self.root, PathBuf::new(), state.options)?;
+        // First, so that it is number 0 and plain inode numbers stay as they are.
+        state.devices.insert((ROOT_EXPORT, root.device), 0);
+        state.next_device = state.next_device.max(1);
+        state.directories.insert(ROOT_ID, PathBuf::new());
+        state.live.insert(ROOT_EXPORT, Arc::new(root));
+        Ok(())
+    }
+
+    /// Begins a new session with a driver.
+    pub(super) fn init(&self, options: FsOptions) -> io::Result<()> {
+        let mut state = self.lock();
+        state.options = options;
+        state.live.clear();
+        state.directories.clear();
+        self.add_root(&mut state)
+    }
+
+    /// Ends the session: every descriptor but the root's is closed.
+    pub(super) fn reset(&self) {
+        // A root that cannot be opened again leaves a share without exports: every request fails.
+        let _ = self.init(FsOptions::empty());
+    }
+
+    pub(super) fn get(&self, number: u32) -> io::Result<Arc<Export>> {
+        self.lock()
+            .live
+            .get(&number)
+            .cloned()
+            .ok_or_else(|| errno(libc::ESTALE))
+    }
+
+    /// Drops the exports at and below a path of the share. Requests in flight finish first.
+    pub(super) fn forget_path(&self, path: &str) {
+        let path: PathBuf = path.split('/').filter(|part| !part.is_empty()).collect();
+        let mut gone = Vec::new();
+        {
+            let mut state = self.lock();
+            state.live.retain(|number, export| {
+                let keep = *number == ROOT_EXPORT || !export.path.starts_with(&path);
+                if !keep {
+                    gone.push(Arc::clone(export));
+                }
+                keep
+            });
+            state
+                .devices
+                .retain(|(number, _), _| !gone.iter().any(|export| export.number == *number));
+            state
+                .directories
+                .retain(|inode, directory| *inode == ROOT_ID || !directory.starts_with(&path));
+        }
+        // Closing some hundred thousand descriptors takes a while, without the lock.
+        drop(gone);
+    }
+
+    /// An entry as the guest sees it; one of the root export may be a mount's top.
+    pub(super) fn found(
+        &self,
+        export: &Arc<Export>,
+        parent: u64,
+        name: &CStr,
+        entry: Entry,
+    ) -> io::Result<Entry> {
+        if export.number != ROOT_EXPORT {
+            return self.entry(export, entry);
+        }
+        let Some(path) = self.remember(parent, name, &entry) else {
+            return Err(errno(libc::ESTALE));
+        };
+        if entry.attr.st_dev == export.device {
+            let mut entry = self.entry(export, entry)?;
+            // A mount point comes and goes by the shim's hand.
+            entry.entry_timeout = Duration::ZERO;
+            return Ok(entry);
+        }
+        // It belongs to a mount: the root instance must not hold a descriptor of it.
+        let context = Context::default();
+        export.fs.forget(&context, entry.inode, 1);
+        let mount = self.mounted_at(path, (entry.attr.st_dev, entry.attr.st_ino))?;
+        let (attr, attr_timeout) = mount.fs.getattr(&context, ROOT_ID, None)?;
+        let mut entry = self.entry(
+            &mount,
+            Entry {
+                inode: ROOT_ID,
+                attr,
+                attr_timeout,
+                ..entry
+            },
+        )?;
+        entry.entry_timeout = Duration::ZERO;
+        Ok(entry)
+    }
+
+    /// Notes the path of an inode of the root export, and returns it.
+    fn remember(&self, parent: u64, name: &CStr, entry: &Entry) -> Option<PathBuf> {
+        let mut state = self.lock();
+        let directory = state.directories.get(&parent)?;
+        let path = directory.join(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        state.directories.insert(entry.inode, path.clone());
+        Some(path)
+    }
+
+    /// The export of the mount at a path, made when it is first seen. `top` tells the mount that is
+    /// there now from one that has left.
+    fn mounted_at(&self, path: PathBuf, top: (u64, u64)) -> io::Result<Arc<Export>> {
+        let mut state = self.lock();
+        let known = state
+            .live
+            .values()
+            .find(|export| export.number != ROOT_EXPORT && export.path == path)
+            .cloned();
+        match known {
+            Some(known) if (known.device, known.top) == top => return Ok(known),
+            Some(stale) => {
+                state.live.remove(&stale.number);
+            }
+            None => {}
+        }
+        let number = state.next;
+        if number > MAX_EXPORT {
+            return Err(errno(libc::ENFILE));
+        }
+        let fresh = Arc::new(open_export(
+            number,
+            &self.root.join(&path),
+            path,
+            state.options,
+        )?);
+        state.next = number + 1;
+        state.live.insert(number, Arc::clone(&fresh));
+        Ok(fresh)
+    }
+
+    /// An entry of an export with the guest's node id and inode number.
+    pub(super) fn entry(&self, export: &Export, mut entry: Entry) -> io::Result<Entry> {
+        let node = NodeId {
+            export: export.number,
+            inode: entry.inode,
+        };
+        entry.inode = node.to_guest()?;
+        entry.attr = self.shown(export, entry.attr);
+        Ok(entry)
+    }
+
+    /// Attributes with an inode number that no other file of the share has (as far as the host's numbers
+    /// stay below 2^48, as they do everywhere but on stacked file systems with `xino`).
+    pub(super) fn shown(&self, export: &Export, mut stat: stat64) -> stat64 {
+        let mut state = self.lock();
+        let next = state.next_device;
+        let number = *state
+            .devices
+            .entry((export.number, stat.st_dev))
+            .or_insert(next);
+        if number == next {
+            state.next_device = next.wrapping_add(1);
+        }
+        stat.st_ino ^= u64::from(number) << 48;
+        stat
+    }
+}
+
+fn open_export(
+    number: u32,
+    directory: &Path,
+    path: PathBuf,
+    options: FsOptions,
+) -> io::Result<Export> {
+    let timeout = if path.file_name().is_some_and(|name| name == ROOTFS) {
+        ROOTFS_TIMEOUT
+    } else {
+        VOLUME_TIMEOUT
+    };
+    let fs = PassthroughFs::new(Config {
+        root_dir: directory
+            .to_str()
+            .ok_or_else(|| errno(libc::EINVAL))?
+            .to_owned(),
+        attr_timeout: timeout,
+        entry_timeout: timeout,
+        cache_policy: CachePolicy::Auto,
+        // Names are checked in the instance too.
+        do_import: true,
+        xattr: true,
+        killpriv_v2: true,
+        writeback: false,
+        no_open: false,
+        no_opendir: false,
+        inode_file_handles: false,
+        allow_direct_io: false,
+        dax_file_size: None,
+        ..Config::default()
+    })?;
+    // Opens the top and takes the options in.
+    fs.init(options)?;
+    let (top, _) = fs.getattr(&Context::default(), ROOT_ID, None)?;
+    Ok(Export {
+        number,
+        fs,
+        path,
+        device: top.st_dev,
+        top: top.st_ino,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_id_is_an_export_and_an_inode() {
+        let node = NodeId {
+            export: 7,
+            inode: 12,
+        };
+        assert_eq!(NodeId::from_guest(node.to_guest().unwrap()), node);
+        assert_eq!(
+            NodeId::from_guest(ROOT_ID),
+            NodeId {
+                export: ROOT_EXPORT,
+                inode: ROOT_ID
+            }
+        );
+        let most = NodeId::from_guest(u64::MAX);
+        assert_eq!(NodeId::from_guest(most.to_guest().unwrap()), most);
+        let too_far = NodeId {
+            export: 1,
+            inode: 1 << INODE_BITS,
+        };
+        assert!(too_far.to_guest().is_err());
+    }
+}

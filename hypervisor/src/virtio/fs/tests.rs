@@ -1,0 +1,434 @@
+//! The device as a guest sees it.
+
+mod client;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::Path;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use proptest::prelude::*;
+
+use super::*;
+use client::*;
+
+fn share() -> tempfile::TempDir {
+    let share = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::write(share.path().join("file"), "content").unwrap();
+    fs::create_dir(share.path().join("dir")).unwrap();
+    fs::write(share.path().join("dir/inner"), "x").unwrap();
+    symlink("/etc", share.path().join("link")).unwrap();
+    share
+}
+
+#[test]
+fn the_configuration_space_holds_the_tag_and_one_queue() {
+    let share = share();
+    let (device, _) = Fs::with_root("brig", share.path()).unwrap();
+    let mut bytes = [0xff; 44];
+    device.config().read(0, &mut bytes);
+    assert_eq!(&bytes[..5], b"brig\0");
+    assert_eq!(bytes[36..40], 1u32.to_le_bytes());
+    assert_eq!(bytes[40..], [0; 4]);
+    assert_eq!(device.device_type(), 26);
+    assert!(Fs::with_root("", share.path()).is_err());
+    assert!(Fs::with_root(&"x".repeat(37), share.path()).is_err());
+    assert!(Fs::with_root(&"x".repeat(36), share.path()).is_ok());
+}
+
+#[test]
+fn a_file_is_found_read_and_written() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    let file = client.lookup(ROOT, "file").unwrap();
+    assert_eq!(file.size, 7);
+    assert_eq!(file.mode & libc::S_IFMT, libc::S_IFREG);
+
+    let mut body = [0; 16].to_vec();
+    body[0] = 0;
+    let attributes = client.call(GETATTR, file.node, &body).unwrap();
+    assert_eq!(u64_at(&attributes, 16), file.ino);
+
+    let handle = client.open(OPEN, file.node, libc::O_RDWR).unwrap();
+    assert_eq!(
+        client.read(READ, file.node, handle, 0, 4096).unwrap(),
+        b"content"
+    );
+    assert_eq!(client.read(READ, file.node, handle, 3, 2).unwrap(), b"te");
+    assert_eq!(client.write(file.node, handle, b"CON").unwrap(), 3);
+    assert_eq!(fs::read(share.path().join("file")).unwrap(), b"CONtent");
+    assert_eq!(client.lookup(ROOT, "absent").unwrap_err(), libc::ENOENT);
+}
+
+#[test]
+fn unaligned_direct_io_of_the_guest_works_on_the_host() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    let file = client.lookup(ROOT, "file").unwrap();
+    let handle = client
+        .open(OPEN, file.node, libc::O_RDWR | libc::O_DIRECT)
+        .unwrap();
+    assert_eq!(client.read(READ, file.node, handle, 1, 3).unwrap(), b"ont");
+}
+
+#[test]
+fn a_directory_lists_the_numbers_that_lookup_gives() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    let names = client.list(ROOT);
+    assert_eq!(
+        names
+            .iter()
+            .map(|(name, _, _)| name.as_str())
+            .collect::<Vec<_>>(),
+        ["dir", "file", "link"]
+    );
+    for (name, entry, attribute) in names {
+        let found = client.lookup(ROOT, &name).unwrap();
+        assert_eq!(entry, found.ino, "{name}");
+        assert_eq!(attribute, found.ino, "{name}");
+    }
+}
+
+#[test]
+fn what_a_user_creates_is_his() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let share = share();
+    let mut client = Client::new(share.path());
+    client.ids = (1234, 4321);
+    let file = client.create(ROOT, "new", 0o640);
+    // The directory is root's and this process has not the jail's securebits, so it may be refused:
+    // what counts is that it is never made as root.
+    if let Ok(file) = file {
+        assert_eq!(file.uid, 1234);
+        let metadata = fs::metadata(share.path().join("new")).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (1234, 4321));
+    } else {
+        assert!(!share.path().join("new").exists());
+    }
+    assert_eq!(
+        nix::unistd::geteuid().as_raw(),
+        0,
+        "and the thread is root's again"
+    );
+}
+
+/// Makes this thread what the file server's is in the jail.
+fn jailed_credentials() -> bool {
+    if !nix::unistd::geteuid().is_root() {
+        return false;
+    }
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: numbers only; the securebits are this thread's.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0) };
+    assert_eq!(set, 0);
+    let kept = crate::jail::allow::CAPABILITIES.iter().copied().collect();
+    for set in [caps::CapSet::Effective, caps::CapSet::Permitted] {
+        caps::set(None, set, &kept).unwrap();
+    }
+    true
+}
+
+#[test]
+fn a_supplementary_groups_volume_can_be_written() {
+    let share = share();
+    let directory = share.path().join("dir");
+    std::os::unix::fs::chown(&directory, Some(0), Some(2000)).unwrap();
+    fs::set_permissions(
+        &directory,
+        std::os::unix::fs::PermissionsExt::from_mode(0o2770),
+    )
+    .unwrap();
+    if !jailed_credentials() {
+        return;
+    }
+    let mut client = Client::new(share.path());
+    // The guest's kernel has seen the group and allowed it; the request names only the primary one.
+    client.ids = (1000, 1000);
+    let parent = client.lookup(ROOT, "dir").unwrap().node;
+    let file = client.create(parent, "new", 0o640).unwrap();
+    assert_eq!(file.uid, 1000);
+    let metadata = fs::metadata(directory.join("new")).unwrap();
+    assert_eq!(
+        (metadata.uid(), metadata.gid()),
+        (1000, 2000),
+        "set-group-id directory"
+    );
+}
+
+#[test]
+fn a_hard_link_needs_no_capability() {
+    let share = share();
+    nix::unistd::mkfifo(&share.path().join("fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+    if !jailed_credentials() {
+        return;
+    }
+    let mut client = Client::new(share.path());
+    let directory = client.walk("dir").node;
+    for name in ["file", "link", "fifo"] {
+        let node = client.lookup(ROOT, name).unwrap();
+        // The credentials change between the lookup and the link.
+        client.ids = (1000, 1000);
+        let _ = client.create(ROOT, "other", 0o600);
+        client.ids = (0, 0);
+        let mut body = node.node.to_le_bytes().to_vec();
+        body.extend(format!("linked-{name}\0").as_bytes());
+        let linked = Found::parse(&client.call(LINK, directory, &body).unwrap());
+        assert_eq!((linked.node, linked.ino), (node.node, node.ino), "{name}");
+        let metadata = fs::symlink_metadata(share.path().join(format!("dir/linked-{name}")));
+        assert_eq!(metadata.unwrap().nlink(), 2, "{name}");
+    }
+}
+
+#[test]
+fn dot_dot_is_refused_from_every_directory() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    let directory = client.walk("dir").node;
+    for node in [ROOT, directory] {
+        for name in ["..", ".", "", "../file", "dir/inner", "/etc"] {
+            assert_eq!(
+                client.lookup(node, name).unwrap_err(),
+                libc::EINVAL,
+                "{name:?}"
+            );
+        }
+        assert_eq!(client.create(node, "..", 0o600).unwrap_err(), libc::EINVAL);
+        assert_eq!(
+            client.create(node, "../x", 0o600).unwrap_err(),
+            libc::EINVAL
+        );
+    }
+    // A link is the guest's to follow.
+    let link = client.lookup(ROOT, "link").unwrap();
+    assert_eq!(link.mode & libc::S_IFMT, libc::S_IFLNK);
+    assert_eq!(
+        client.lookup(link.node, "passwd").unwrap_err(),
+        libc::ENOTDIR
+    );
+    assert!(client.open(OPEN, link.node, 0).is_err());
+}
+
+#[test]
+fn trusted_attributes_are_kept_apart_from_the_hosts() {
+    let share = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    fs::write(share.path().join("file"), "").unwrap();
+    let mut client = Client::new(share.path());
+    let file = client.lookup(ROOT, "file").unwrap().node;
+    if client.set_attribute(file, "user.a", b"1") == Err(libc::EOPNOTSUPP) {
+        return;
+    }
+    client
+        .set_attribute(file, "trusted.overlay.opaque", b"y")
+        .unwrap();
+    assert_eq!(
+        client.set_attribute(file, "user.brig.trusted.x", b"y"),
+        Err(libc::EPERM)
+    );
+    let mut names: Vec<_> = client
+        .attributes(file)
+        .split('\0')
+        .map(str::to_owned)
+        .collect();
+    names.sort();
+    assert_eq!(names, ["", "trusted.overlay.opaque", "user.a"]);
+    assert_eq!(
+        rustix::fs::getxattr(
+            share.path().join("file"),
+            "trusted.overlay.opaque",
+            &mut [0u8; 8][..]
+        ),
+        Err(rustix::io::Errno::NODATA)
+    );
+}
+
+/// A mount namespace of the test's own, with a share whose `v` and `c/rootfs` are mounts.
+fn mounted_share() -> Option<tempfile::TempDir> {
+    if !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+    let share = share();
+    for path in ["v", "c", "c/rootfs"] {
+        fs::create_dir(share.path().join(path)).unwrap();
+    }
+    for path in ["v", "c/rootfs"] {
+        mount_tmpfs(&share.path().join(path));
+        fs::write(share.path().join(path).join("same"), path).unwrap();
+    }
+    Some(share)
+}
+
+fn mount_tmpfs(path: &Path) {
+    mount(
+        Some("brig-test"),
+        path,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .unwrap();
+}
+
+fn unmount(path: &Path) -> nix::Result<()> {
+    umount2(path, MntFlags::empty())
+}
+
+#[test]
+fn files_of_two_mounts_have_different_inode_numbers() {
+    let Some(share) = mounted_share() else { return };
+    let of = |path: &str| fs::metadata(share.path().join(path)).unwrap().ino();
+    assert_eq!(
+        of("v/same"),
+        of("c/rootfs/same"),
+        "the test wants a collision"
+    );
+    let mut client = Client::new(share.path());
+    let first = client.walk("v/same");
+    let second = client.walk("c/rootfs/same");
+    assert_ne!(first.node, second.node);
+    assert_ne!(first.ino, second.ino);
+    assert_eq!(client.walk("v/same").ino, first.ino, "and keep them");
+    assert_eq!(client.walk("v").entry_seconds, 0);
+    assert_eq!(first.entry_seconds, 1);
+    assert_eq!(second.entry_seconds, 3600);
+}
+
+#[test]
+fn a_forgotten_mount_is_free_and_its_inodes_are_stale() {
+    let Some(share) = mounted_share() else { return };
+    let mut client = Client::new(share.path());
+    let volume = client.walk("v").node;
+    let file = client.walk("v/same").node;
+    let handle = client.open(OPEN, file, libc::O_RDONLY).unwrap();
+    let other = client.walk("c/rootfs/same").node;
+    client.list(ROOT);
+    assert_eq!(unmount(&share.path().join("v")), Err(nix::Error::EBUSY));
+
+    client.handle.forget("v");
+    unmount(&share.path().join("v")).unwrap();
+    assert_eq!(
+        client.read(READ, file, handle, 0, 10).unwrap_err(),
+        libc::ESTALE
+    );
+    assert_eq!(client.lookup(volume, "same").unwrap_err(), libc::ESTALE);
+    assert!(
+        client.open(OPEN, other, libc::O_RDONLY).is_ok(),
+        "another mount's are not"
+    );
+
+    // A FORGET for what is gone is no error, and the path can be used again.
+    let bytes = client.header(48, FORGET, file);
+    let request = [bytes, 1u64.to_le_bytes().to_vec()].concat();
+    assert_eq!(client.raw(&request, 0), 0);
+    mount_tmpfs(&share.path().join("v"));
+    fs::write(share.path().join("v/fresh"), "").unwrap();
+    let again = client.walk("v/fresh");
+    assert_ne!(again.node, file);
+    client.handle.forget("");
+    unmount(&share.path().join("v")).unwrap();
+    unmount(&share.path().join("c/rootfs")).unwrap();
+}
+
+#[test]
+fn a_mount_that_was_replaced_without_notice_is_not_mixed_up() {
+    let Some(share) = mounted_share() else { return };
+    let mut client = Client::new(share.path());
+    let before = client.walk("v/same");
+    umount2(&share.path().join("v"), MntFlags::MNT_DETACH).unwrap();
+    mount_tmpfs(&share.path().join("v"));
+    fs::write(share.path().join("v/same"), "longer content").unwrap();
+    let after = client.walk("v/same");
+    assert_ne!(after.node, before.node);
+    assert_eq!(after.size, 14);
+    client.handle.forget("");
+}
+
+#[test]
+fn nothing_is_renamed_between_mounts() {
+    let Some(share) = mounted_share() else { return };
+    let mut client = Client::new(share.path());
+    let from = client.walk("v").node;
+    let to = client.walk("c/rootfs").node;
+    let mut body = to.to_le_bytes().to_vec();
+    body.extend([0; 8]);
+    body.extend(b"same\0moved\0");
+    assert_eq!(client.call(RENAME2, from, &body).unwrap_err(), libc::EXDEV);
+    client.handle.forget("");
+}
+
+#[test]
+fn a_reset_ends_the_session() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    let file = client.lookup(ROOT, "file").unwrap().node;
+    client.harness.deactivate();
+    client.harness.activate(0);
+    let body = [0; 16];
+    assert_eq!(client.call(GETATTR, file, &body).unwrap_err(), libc::EBADF);
+    assert!(client.lookup(ROOT, "file").is_ok());
+}
+
+#[test]
+fn lengths_that_lie_are_no_way_out_of_the_buffer() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    for length in [0, 1, 39, 40, 41, 4096, 1 << 20, u32::MAX] {
+        for opcode in 0..64 {
+            let bytes = client.header(length, opcode, ROOT);
+            client.raw(&bytes, BUFFER);
+            client.raw(&bytes, 0);
+            client.raw(&bytes, 8);
+        }
+    }
+    // A listing larger than any buffer.
+    let handle = client.open(OPENDIR, ROOT, 0);
+    if let Ok(handle) = handle {
+        assert!(client.read(READDIRPLUS, ROOT, handle, 0, u32::MAX).is_err());
+    }
+    assert!(
+        client.lookup(ROOT, "file").is_ok(),
+        "and the server goes on"
+    );
+}
+
+#[test]
+fn a_chain_without_end_needs_a_reset() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    let queue = &mut client.harness.queues[usize::from(REQUEST)];
+    queue.raw_descriptor(0, client.request, 64, crate::virtio::testing::NEXT, 0);
+    queue.make_available(0);
+    queue.kick();
+    assert!(matches!(
+        client.harness.try_run(),
+        Err(DeviceError::Guest { .. })
+    ));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn no_request_brings_the_server_down(
+        // Not DESTROY, SETATTR and the like on purpose: all of them, on a throw-away directory.
+        opcode in 0u32..60,
+        node in prop_oneof![Just(ROOT), 0u64..8, any::<u64>()],
+        length in prop_oneof![Just(None), any::<u32>().prop_map(Some)],
+        body in proptest::collection::vec(any::<u8>(), 0..200),
+        room in prop_oneof![Just(0u32), Just(BUFFER), 1u32..200],
+    ) {
+        let share = share();
+        let mut client = Client::new(share.path());
+        client.lookup(ROOT, "dir").unwrap();
+        let length = length.unwrap_or(u32::try_from(40 + body.len()).unwrap());
+        let mut bytes = client.header(length, opcode, node);
+        bytes.extend(body);
+        let written = client.raw(&bytes, room);
+        prop_assert!(written <= room as usize);
+    }
+}

@@ -1,0 +1,383 @@
+//! The network device's queues and configuration (virtio 1.3 §5.1.2, §5.1.4, §5.1.6.5).
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+
+use super::header::feature;
+use super::pair::{Pair, Rules, Stop};
+use super::tap::{NetError, Tap};
+use crate::virtio::chain::Chain;
+use crate::virtio::ring::{Ring, take_queue};
+use crate::virtio::{
+    Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice,
+};
+
+const NAME: &str = "net";
+/// Device id (§5.1.1).
+const DEVICE_TYPE: u16 = 1;
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_SIZE: u16 = 64;
+/// The most queue pairs; a tap allows 256, the interrupt budget far fewer.
+pub const MAX_PAIRS: usize = 16;
+/// The smallest maximum transmission unit, §5.1.4.1.
+const MIN_MTU: u16 = 68;
+
+const CONTROL: u32 = 0x100;
+const TAP: u32 = 0x200;
+/// Control commands per event.
+const CONTROL_BUDGET: usize = 16;
+
+/// `VIRTIO_NET_CTRL_MQ`, `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET` (§5.1.6.5.5).
+const SET_PAIRS: [u8; 2] = [4, 0];
+const ACK: u8 = 0;
+const REFUSED: u8 = 1;
+
+struct Active {
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+    rules: Rules,
+    pairs: Vec<Pair>,
+    control: Option<Ring>,
+    /// Pairs that the driver uses; the host's frames go to these.
+    in_use: usize,
+}
+
+/// A tap and whether it is known to have nothing to read, or to take nothing.
+struct Lane {
+    tap: Tap,
+    readable: bool,
+}
+
+/// A network interface on a tap.
+pub struct Net {
+    lanes: Vec<Lane>,
+    mtu: u16,
+    config: Arc<Vec<u8>>,
+    active: Option<Active>,
+}
+
+impl Net {
+    /// An interface with one queue pair for each descriptor of a tap that was opened with
+    /// `IFF_VNET_HDR | IFF_NO_PI`. `mtu` is in bytes.
+    ///
+    /// # Errors
+    /// If there are no or too many taps, or one refuses to be set up.
+    pub fn new(taps: Vec<OwnedFd>, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+        if taps.is_empty() || taps.len() > MAX_PAIRS {
+            return Err(NetError::Taps(taps.len(), MAX_PAIRS));
+        }
+        let taps = taps.into_iter().map(Tap::new).collect::<Result<_, _>>()?;
+        Ok(Self::with_taps(taps, mac, mtu))
+    }
+
+    /// As [`Self::new`], with taps that are set up.
+    pub(super) fn with_taps(taps: Vec<Tap>, mac: [u8; 6], mtu: u16) -> Self {
+        let mtu = mtu.max(MIN_MTU);
+        // At most MAX_PAIRS.
+        let pairs = u16::try_from(taps.len()).unwrap_or(1);
+        let mut config = mac.to_vec();
+        // `status` is not offered, so it stays zero.
+        config.extend([0, 0]);
+        config.extend(pairs.to_le_bytes());
+        config.extend(mtu.to_le_bytes());
+        let lanes = taps
+            .into_iter()
+            .map(|tap| Lane {
+                tap,
+                readable: false,
+            })
+            .collect();
+        Self {
+            lanes,
+            mtu,
+            config: Arc::new(config),
+            active: None,
+        }
+    }
+
+    /// Host to guest, from one tap. With fewer pairs in use than taps, several taps share a pair.
+    fn receive(&mut self, lane: usize) -> Result<(), DeviceError> {
+        let (Some(active), Some(lane_state)) = (self.active.as_mut(), self.lanes.get_mut(lane))
+        else {
+            return Ok(());
+        };
+        if !lane_state.readable {
+            return Ok(());
+        }
+        let memory = active.memory.memory();
+        let Some(pair) = active.pairs.get_mut(lane % active.in_use) else {
+            return Ok(());
+        };
+        match pair.receive(&lane_state.tap, active.rules, &memory, &*active.interrupt)? {
+            Stop::Tap => lane_state.readable = false,
+            Stop::Queue => {}
+            Stop::Budget => pair.receive.call_again()?,
+        }
+        Ok(())
+    }
+
+    /// Guest to host, from one pair.
+    fn transmit(&mut self, index: usize) -> Result<(), DeviceError> {
+        let (Some(active), Some(lane)) = (self.active.as_mut(), self.lanes.get(index)) else {
+            return Ok(());
+        };
+        let Some(pair) = active.pairs.get_mut(index) else {
+            return Ok(());
+        };
+        let memory = active.memory.memory();
+        match pair.transmit(&lane.tap, active.rules, &memory, &*active.interrupt)? {
+            // The tap's event, or the driver's kick, brings us back.
+            Stop::Tap | Stop::Queue => Ok(()),
+            Stop::Budget => pair.transmit.call_again(),
+        }
+    }
+
+    /// Receives from every tap that delivers to this pair.
+    fn receive_into(&mut self, pair: usize) -> Result<(), DeviceError> {
+        let Some(in_use) = self.active.as_ref().map(|active| active.in_use) else {
+            return Ok(());
+        };
+        for lane in (pair..self.lanes.len()).step_by(in_use) {
+            if pair < in_use {
+                self.receive(lane)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn control(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = self.active.as_mut() else {
+            return Ok(());
+        };
+        let Some(ring) = active.control.as_mut() else {
+            return Ok(());
+        };
+        ring.acknowledge();
+        let memory = active.memory.memory();
+        for _ in 0..CONTROL_BUDGET {
+            match ring.pop(&memory)? {
+                Some(mut chain) => {
+                    let answer = match asked_pairs(&mut chain) {
+                        Some(count) if (1..=active.pairs.len()).contains(&count) => {
+                            active.in_use = count;
+                            ACK
+                        }
+                        _ => REFUSED,
+                    };
+                    let written = chain.writable.copy_from(&[answer]);
+                    ring.push(&memory, chain.head, u32::from(written > 0))?;
+                }
+                None if ring.enable_kick(&memory)? => {}
+                None => {
+                    ring.notify(&memory, &*active.interrupt)?;
+                    // Frames may be waiting for a pair that is now in use.
+                    for pair in 0..self.lanes.len() {
+                        self.receive_into(pair)?;
+                    }
+                    return Ok(());
+                }
+            }
+        }
+        ring.call_again()?;
+        ring.notify(&memory, &*active.interrupt)
+    }
+}
+
+/// The number of pairs a control command asks for, if that is what it asks.
+fn asked_pairs(chain: &mut Chain<'_>) -> Option<usize> {
+    if chain.readable.copy_array::<2>()? != SET_PAIRS {
+        return None;
+    }
+    let count = chain.readable.copy_array::<2>()?;
+    Some(usize::from(u16::from_le_bytes(count)))
+}
+
+/// Where a queue pair's kick arrives: 2n for receive, 2n + 1 for transmit, like the queue's index.
+fn queue_token(index: usize) -> u32 {
+    // At most 2 * MAX_PAIRS.
+    u32::try_from(index).unwrap_or(CONTROL - 1)
+}
+
+impl VirtioDevice for Net {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        let multiple = if self.lanes.len() > 1 {
+            feature::CTRL_VQ | feature::MQ
+        } else {
+            0
+        };
+        feature::CSUM
+            | feature::GUEST_CSUM
+            | feature::MTU
+            | feature::MAC
+            | feature::GUEST_TSO4
+            | feature::GUEST_TSO6
+            | feature::GUEST_ECN
+            | feature::HOST_TSO4
+            | feature::HOST_TSO6
+            | feature::HOST_ECN
+            | feature::MRG_RXBUF
+            | multiple
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let mut sizes = vec![QUEUE_SIZE; 2 * self.lanes.len()];
+        if self.lanes.len() > 1 {
+            sizes.push(CONTROL_SIZE);
+        }
+        sizes
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        self.config.clone()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut Sources<'_>,
+    ) -> Result<(), DeviceError> {
+        let Activation {
+            memory,
+            features,
+            mut queues,
+            interrupt,
+        } = activation;
+        // Left for `deactivate` to take apart if anything fails.
+        let active = self.active.insert(Active {
+            memory,
+            interrupt,
+            rules: Rules::new(features, self.mtu),
+            pairs: Vec::new(),
+            control: None,
+            in_use: 1,
+        });
+        let mut result = Ok(());
+        let multiple = features & feature::MQ != 0;
+        let pairs = if multiple { self.lanes.len() } else { 1 };
+        for pair in 0..pairs {
+            result = result.and_then(|()| {
+                active
+                    .pairs
+                    .push(open_pair(pair, &mut queues, features, sources)?);
+                Ok(())
+            });
+        }
+        if features & feature::CTRL_VQ != 0 {
+            result = result.and_then(|()| {
+                let index = u16::try_from(2 * pairs).unwrap_or(u16::MAX);
+                let queue = take_queue(&mut queues, NAME, index)?;
+                active.control = Some(Ring::new(queue, NAME, features, CONTROL, sources)?);
+                Ok(())
+            });
+        }
+        for (token, lane) in (TAP..).zip(&mut self.lanes) {
+            result = result.and_then(|()| {
+                lane.readable = true;
+                lane.tap
+                    .set_offloads(features)
+                    .map_err(|error| DeviceError::Host {
+                        device: NAME,
+                        source: std::io::Error::other(error),
+                    })?;
+                sources
+                    .add(
+                        lane.tap.as_fd(),
+                        token,
+                        EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
+                    )
+                    .map_err(|source| DeviceError::Host {
+                        device: NAME,
+                        source,
+                    })
+            });
+        }
+        if result.is_err() {
+            self.deactivate(sources);
+        }
+        result
+    }
+
+    fn process(
+        &mut self,
+        token: u32,
+        events: EventSet,
+        _sources: &mut Sources<'_>,
+    ) -> Result<(), DeviceError> {
+        if token == CONTROL {
+            return self.control();
+        }
+        if token >= TAP {
+            let lane = (token - TAP) as usize;
+            if events.contains(EventSet::IN)
+                && let Some(lane) = self.lanes.get_mut(lane)
+            {
+                lane.readable = true;
+            }
+            self.receive(lane)?;
+            return self.transmit(lane);
+        }
+        let pair = (token / 2) as usize;
+        let Some(queues) = self.active.as_ref().and_then(|a| a.pairs.get(pair)) else {
+            return Ok(());
+        };
+        if token.is_multiple_of(2) {
+            queues.receive.acknowledge();
+            self.receive_into(pair)
+        } else {
+            queues.transmit.acknowledge();
+            self.transmit(pair)
+        }
+    }
+
+    fn deactivate(&mut self, sources: &mut Sources<'_>) {
+        let Some(active) = self.active.take() else {
+            return;
+        };
+        for pair in active.pairs {
+            pair.receive.release(sources);
+            pair.transmit.release(sources);
+        }
+        if let Some(control) = active.control {
+            control.release(sources);
+        }
+        for lane in &self.lanes {
+            // It was not added if activation failed before.
+            let _ = sources.remove(lane.tap.as_fd());
+        }
+    }
+}
+
+fn open_pair(
+    pair: usize,
+    queues: &mut Vec<crate::virtio::ActiveQueue>,
+    features: u64,
+    sources: &mut Sources<'_>,
+) -> Result<Pair, DeviceError> {
+    let index = u16::try_from(2 * pair).unwrap_or(u16::MAX - 1);
+    let receive = take_queue(queues, NAME, index)?;
+    let transmit = take_queue(queues, NAME, index + 1)?;
+    let receive = Ring::new(receive, NAME, features, queue_token(2 * pair), sources)?;
+    match Ring::new(transmit, NAME, features, queue_token(2 * pair + 1), sources) {
+        Ok(transmit) => Ok(Pair { receive, transmit }),
+        Err(error) => {
+            receive.release(sources);
+            Err(error)
+        }
+    }
+}

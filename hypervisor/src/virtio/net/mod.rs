@@ -1,0 +1,15 @@
+//! The network device (virtio 1.3 §5.1) on taps: one tap descriptor and one queue pair for each
+//! lane, frames moved between tap and guest memory without a copy of ours.
+//!
+//! The tap checks what is in a frame, as it does for any program; we check the virtio header, so
+//! that the host's segmentation code sees only what was negotiated. CNI's rules apply to the tap.
+
+mod device;
+mod header;
+mod pair;
+mod tap;
+#[cfg(test)]
+mod tests;
+
+pub use device::Net;
+pub use tap::NetError;

@@ -1,0 +1,117 @@
+//! A tap queue: the descriptor that the shim made, set up for virtio headers.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::header::{HEADER, feature};
+
+mod requests {
+    //! `linux/if_tun.h`.
+    nix::ioctl_write_ptr!(set_header_size, b'T', 216, libc::c_int);
+    nix::ioctl_write_int!(set_offload, b'T', 208);
+}
+
+const TUN_F_CSUM: u64 = 1;
+const TUN_F_TSO4: u64 = 2;
+const TUN_F_TSO6: u64 = 4;
+const TUN_F_TSO_ECN: u64 = 8;
+
+/// Why a network device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// There has to be one tap for each queue pair, 1 to this many.
+    #[error("{0} tap descriptors are not between 1 and {1}")]
+    Taps(usize, usize),
+    /// A tap refuses to be set up.
+    #[error("cannot {what} of a tap: {source}")]
+    Tap {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// One tap queue.
+#[derive(Debug)]
+pub struct Tap {
+    fd: OwnedFd,
+    is_tap: bool,
+}
+
+impl Tap {
+    /// Makes it non-blocking and sets the header's size; offloads stay off until the driver has
+    /// said which it takes.
+    pub fn new(fd: OwnedFd) -> Result<Self, NetError> {
+        let tap = Self { fd, is_tap: true };
+        tap.set_nonblocking()?;
+        // 12.
+        let size = libc::c_int::try_from(HEADER).unwrap_or(12);
+        // SAFETY: the request reads one int, which lives during the call.
+        unsafe { requests::set_header_size(tap.fd.as_raw_fd(), &raw const size) }
+            .map_err(|error| failed("set the header size", error))?;
+        tap.set_offloads(0)?;
+        Ok(tap)
+    }
+
+    /// Something that keeps packets apart as a tap does, but knows no requests.
+    #[cfg(test)]
+    pub fn fake(fd: OwnedFd) -> Self {
+        let tap = Self { fd, is_tap: false };
+        tap.set_nonblocking().unwrap();
+        tap
+    }
+
+    fn set_nonblocking(&self) -> Result<(), NetError> {
+        let flags =
+            fcntl(&self.fd, FcntlArg::F_GETFL).map_err(|error| failed("get the flags", error))?;
+        let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+        fcntl(&self.fd, FcntlArg::F_SETFL(flags))
+            .map(drop)
+            .map_err(|error| failed("set the flags", error))
+    }
+
+    /// Lets the host send what a driver with these virtio features takes.
+    pub fn set_offloads(&self, features: u64) -> Result<(), NetError> {
+        if !self.is_tap {
+            return Ok(());
+        }
+        let mut offloads = 0;
+        for (guest, host) in [
+            (feature::GUEST_CSUM, TUN_F_CSUM),
+            (feature::GUEST_TSO4, TUN_F_TSO4),
+            (feature::GUEST_TSO6, TUN_F_TSO6),
+            (feature::GUEST_ECN, TUN_F_TSO_ECN),
+        ] {
+            if features & guest != 0 {
+                offloads |= host;
+            }
+        }
+        if offloads & TUN_F_CSUM == 0 {
+            // Segments need partial checksums.
+            offloads = 0;
+        }
+        if offloads & (TUN_F_TSO4 | TUN_F_TSO6) == 0 {
+            offloads &= TUN_F_CSUM;
+        }
+        // SAFETY: the request takes a plain number.
+        unsafe { requests::set_offload(self.fd.as_raw_fd(), offloads) }
+            .map(drop)
+            .map_err(|error| failed("set the offloads", error))
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn failed(what: &'static str, error: nix::Error) -> NetError {
+    NetError::Tap {
+        what,
+        source: error.into(),
+    }
+}

@@ -1,0 +1,225 @@
+//! A device's side of one split queue (virtio 1.3 §2.7): take chains, return them, tell the driver.
+//!
+//! Wraps rust-vmm's queue so that a broken ring or chain is an error of the guest
+//! ([`DeviceError::Guest`]) instead of a silent end, and so that each device suppresses
+//! notifications in the same way.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::{Chain, ChainError};
+use super::{ActiveQueue, DeviceError, Interrupt, Sources};
+
+/// One active queue of a device.
+pub struct Ring {
+    active: ActiveQueue,
+    device: &'static str,
+    unannounced: bool,
+}
+
+impl Ring {
+    /// Takes a queue over and waits for its kicks under `token`.
+    ///
+    /// # Errors
+    /// If its event cannot be waited for.
+    pub fn new(
+        mut active: ActiveQueue,
+        device: &'static str,
+        features: u64,
+        token: u32,
+        sources: &mut Sources<'_>,
+    ) -> Result<Self, DeviceError> {
+        active
+            .queue
+            .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        sources
+            .add(borrow_event(&active.kick), token, EventSet::IN)
+            .map_err(|source| DeviceError::Host { device, source })?;
+        Ok(Self {
+            active,
+            device,
+            unannounced: false,
+        })
+    }
+
+    /// Stops waiting for kicks.
+    pub fn release(self, sources: &mut Sources<'_>) {
+        // It was added in `new`; if the epoll set is gone there is nothing to remove.
+        let _ = sources.remove(borrow_event(&self.active.kick));
+    }
+
+    /// Clears the kick event; call it before looking at the queue.
+    pub fn acknowledge(&self) {
+        // The only error is that there was no kick.
+        let _ = self.active.kick.read();
+    }
+
+    /// Kicks itself: the device has met its bound of work and wants to be called again.
+    ///
+    /// # Errors
+    /// If the event cannot be written.
+    pub fn call_again(&self) -> Result<(), DeviceError> {
+        self.active
+            .kick
+            .write(1)
+            .map_err(|source| self.host(source))
+    }
+
+    /// The next available chain.
+    ///
+    /// # Errors
+    /// If the ring or the chain breaks the rules.
+    pub fn pop<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<Chain<'m>>, DeviceError> {
+        let next = match self.active.queue.iter(memory) {
+            Ok(mut available) => available.next(),
+            Err(_) => return Err(self.guest(ChainError::AvailableIndex)),
+        };
+        match next {
+            None => Ok(None),
+            Some(descriptors) => Chain::parse(descriptors, memory)
+                .map(Some)
+                .map_err(|error| self.guest(error)),
+        }
+    }
+
+    /// The next available chain as virtio-queue has it, unchecked: for the fs device, whose library
+    /// reads chains itself.
+    ///
+    /// # Errors
+    /// If the ring breaks the rules.
+    pub fn pop_descriptors<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<virtio_queue::DescriptorChain<&'m GuestMemoryMmap>>, DeviceError> {
+        match self.active.queue.iter(memory) {
+            Ok(mut available) => Ok(available.next()),
+            Err(_) => Err(self.guest(ChainError::AvailableIndex)),
+        }
+    }
+
+    /// Puts the chain that was popped last back.
+    pub fn undo_pop(&mut self) {
+        self.active.queue.go_to_previous_position();
+    }
+
+    /// Returns a chain into which `written` bytes were put.
+    ///
+    /// # Errors
+    /// If the used ring is not in RAM.
+    pub fn push(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        written: u32,
+    ) -> Result<(), DeviceError> {
+        self.active
+            .queue
+            .add_used(memory, head, written)
+            .map_err(|error| self.guest(error))?;
+        self.unannounced = true;
+        Ok(())
+    }
+
+    /// Interrupts the driver if chains were returned since the last call and it wants to know.
+    ///
+    /// # Errors
+    /// If the ring is not in RAM or the interrupt cannot be sent.
+    pub fn notify(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        interrupt: &dyn Interrupt,
+    ) -> Result<(), DeviceError> {
+        if !std::mem::take(&mut self.unannounced) {
+            return Ok(());
+        }
+        let wanted = self
+            .active
+            .queue
+            .needs_notification(memory)
+            .map_err(|error| self.guest(error))?;
+        if wanted {
+            interrupt
+                .queue(self.active.index)
+                .map_err(|source| self.host(source))?;
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for a kick when it adds chains; true if some came in between.
+    ///
+    /// # Errors
+    /// If the ring is not in RAM.
+    pub fn enable_kick(&mut self, memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+        self.active
+            .queue
+            .enable_notification(memory)
+            .map_err(|error| self.guest(error))
+    }
+
+    /// Tells the driver that kicks are not needed for now (a hint).
+    ///
+    /// # Errors
+    /// If the ring is not in RAM.
+    pub fn disable_kick(&mut self, memory: &GuestMemoryMmap) -> Result<(), DeviceError> {
+        self.active
+            .queue
+            .disable_notification(memory)
+            .map_err(|error| self.guest(error))
+    }
+
+    /// Entries of the queue.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.active.queue.size()
+    }
+
+    /// An error of the driver on this device.
+    #[must_use]
+    pub fn guest(&self, reason: impl ToString) -> DeviceError {
+        DeviceError::Guest {
+            device: self.device,
+            reason: reason.to_string(),
+        }
+    }
+
+    fn host(&self, source: io::Error) -> DeviceError {
+        DeviceError::Host {
+            device: self.device,
+            source,
+        }
+    }
+}
+
+/// The descriptor of an event, to wait on it.
+#[must_use]
+pub fn borrow_event(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as `event`, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// Takes queue `index` out of an activation.
+///
+/// # Errors
+/// If the driver did not enable it.
+pub fn take_queue(
+    queues: &mut Vec<ActiveQueue>,
+    device: &'static str,
+    index: u16,
+) -> Result<ActiveQueue, DeviceError> {
+    match queues.iter().position(|queue| queue.index == index) {
+        Some(position) => Ok(queues.swap_remove(position)),
+        None => Err(DeviceError::Guest {
+            device,
+            reason: format!("queue {index} is not enabled"),
+        }),
+    }
+}

@@ -1,0 +1,66 @@
+//! The binary containerd runs for the runtime `io.containerd.brig.v2`. containerd is trusted.
+
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use brig_shim::bootstrap::args::{self, Action, Args};
+use brig_shim::bootstrap::{delete, info, start};
+use brig_shim::error::{Error, Result};
+use brig_shim::server;
+use brig_shim::vm::host::Node;
+
+/// More than containerd ever sends to `start`.
+const MAX_STDIN: u64 = 16 << 20;
+
+fn main() -> ExitCode {
+    let args = match args::parse(std::env::args().skip(1)) {
+        Ok(args) => args,
+        Err(error) => {
+            eprintln!("containerd-shim-brig-v2: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("brig: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let encoding = |error: protobuf::Error| Error::internal(error.to_string());
+    match args.action {
+        Action::Serve => server::serve(args, Arc::new(Node)),
+        Action::Start => print(&start::start(args, &read_stdin()?)?),
+        Action::Delete => print(&delete::delete(args)?),
+        Action::Info => print(&info::encode().map_err(encoding)?),
+        Action::Version => print(version().as_bytes()),
+    }
+}
+
+fn version() -> String {
+    format!(
+        "containerd-shim-brig-v2:\n  Version:  {}\n  Runtime:  io.containerd.brig.v2\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+fn read_stdin() -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    io::stdin()
+        .take(MAX_STDIN)
+        .read_to_end(&mut bytes)
+        .map_err(|error| Error::io("standard input", &error))?;
+    Ok(bytes)
+}
+
+fn print(bytes: &[u8]) -> Result<()> {
+    let mut stdout = io::stdout();
+    stdout
+        .write_all(bytes)
+        .and_then(|()| stdout.flush())
+        .map_err(|error| Error::io("standard output", &error))
+}

@@ -1,0 +1,12 @@
+//! How containerd runs the shim's binary: `start`, `delete`, `-info`, `-v`, and the server that
+//! `start` leaves behind.
+//!
+//! The contract differs by containerd's version (research/peers.md section 4.2); what differs is in
+//! [`reply`]. containerd is trusted.
+
+pub mod args;
+pub mod delete;
+pub mod info;
+pub mod options;
+pub mod reply;
+pub mod start;

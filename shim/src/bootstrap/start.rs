@@ -1,0 +1,181 @@
+//! `start`: makes the server's socket, leaves the server behind and prints its address.
+//!
+//! The server is this binary again, without an action. Its listening socket is its standard input,
+//! so that no descriptor number has to be agreed on; `start`'s standard output and error are not
+//! inherited, because containerd waits until they are closed.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::SystemTime;
+
+use sha2::{Digest, Sha256};
+
+use super::args::Args;
+use super::reply::{self, Input};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Where containerd's shims have their sockets unless BootstrapParams say otherwise.
+pub const SOCKET_DIR: &str = "/run/containerd/s";
+/// The environment variable that names containerd's ttrpc socket, for events.
+pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+/// Tells the server when `start` began: nanoseconds since the epoch.
+pub const STARTED_AT: &str = "BRIG_STARTED_AT";
+/// In the bundle: the server's address, for containerd's reload and for `delete`.
+pub const ADDRESS_FILE: &str = "address";
+
+/// Runs `start` with what came on standard input; returns what to print.
+///
+/// # Errors
+/// A sentence for containerd's log; nothing is left behind.
+pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
+    let began = SystemTime::now();
+    // A configuration nobody can use should fail here, where containerd shows the sentence.
+    Config::load(None)?;
+    let input = reply::classify(stdin, &args.namespace, &args.id);
+    let (mut dir, mut ttrpc, mut debug) = (PathBuf::from(SOCKET_DIR), None, args.debug);
+    if let Input::Params(params) = &input {
+        if let Some(socket_dir) = params.socket_dir.as_deref().filter(|dir| !dir.is_empty()) {
+            dir = PathBuf::from(socket_dir);
+        }
+        let address = params.containerd_ttrpc_address.as_str();
+        ttrpc = (!address.is_empty()).then(|| address.to_owned());
+        debug |= params.log_level.value() < 0;
+    }
+    let socket = socket_path(&dir, args);
+    let address = format!("unix://{}", socket.display());
+    let encoded = reply::encode(&input, &address).map_err(|e| Error::internal(e.to_string()))?;
+    if let Some(listener) = listen(&socket)? {
+        let spawned = spawn_server(args, &socket, listener, ttrpc, debug, began);
+        if let Err(error) = spawned.and_then(|()| write_address(&address)) {
+            let _ = fs::remove_file(&socket);
+            return Err(error);
+        }
+    } else {
+        write_address(&address)?;
+    }
+    Ok(encoded)
+}
+
+/// The socket of a container, as containerd's own shims name theirs.
+#[must_use]
+pub fn socket_path(dir: &Path, args: &Args) -> PathBuf {
+    let name = Path::new(&args.address)
+        .join(&args.namespace)
+        .join(&args.id);
+    let digest = Sha256::digest(name.as_os_str().as_encoded_bytes());
+    let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    dir.join(hex)
+}
+
+/// Binds the socket; `None` when a server is alive on it already.
+fn listen(socket: &Path) -> Result<Option<UnixListener>> {
+    let failed = |error: io::Error| {
+        Error::io(
+            format_args!("cannot listen on {}", socket.display()),
+            &error,
+        )
+    };
+    if let Some(dir) = socket.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(dir)
+            .map_err(failed)?;
+    }
+    match UnixListener::bind(socket) {
+        Ok(listener) => return Ok(Some(listener)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+        Err(error) => return Err(failed(error)),
+    }
+    if UnixStream::connect(socket).is_ok() {
+        return Ok(None);
+    }
+    fs::remove_file(socket).map_err(failed)?;
+    UnixListener::bind(socket).map(Some).map_err(failed)
+}
+
+fn spawn_server(
+    args: &Args,
+    socket: &Path,
+    listener: UnixListener,
+    ttrpc: Option<String>,
+    debug: bool,
+    began: SystemTime,
+) -> Result<()> {
+    let failed = |error: io::Error| Error::io("cannot start the shim's server", &error);
+    let since = began
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let mut command = Command::new(std::env::current_exe().map_err(failed)?);
+    command
+        .args(["-namespace", &args.namespace, "-id", &args.id])
+        .args(["-address", &args.address])
+        .arg("-socket")
+        .arg(socket)
+        .env(STARTED_AT, since.as_nanos().to_string())
+        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdout(Stdio::null())
+        .stderr(server_stderr());
+    if debug {
+        command.arg("-debug");
+    }
+    if let Some(ttrpc) = ttrpc {
+        command.env(TTRPC_ADDRESS, ttrpc);
+    }
+    // The server outlives us and becomes init's child; we must not wait for it.
+    command.spawn().map(drop).map_err(failed)
+}
+
+/// A panic of the server should be read somewhere: the bundle's log.
+fn server_stderr() -> Stdio {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("log")
+        .map_or_else(|_| Stdio::null(), Stdio::from)
+}
+
+fn write_address(address: &str) -> Result<()> {
+    let new = ".address.new";
+    File::create(new)
+        .and_then(|mut file| io::Write::write_all(&mut file, address.as_bytes()))
+        .and_then(|()| fs::rename(new, ADDRESS_FILE))
+        .map_err(|error| Error::io("cannot write the bundle's address file", &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_named_by_daemon_namespace_and_id() {
+        let args = |id: &str| Args {
+            namespace: "default".into(),
+            id: id.into(),
+            address: "/run/containerd/containerd.sock".into(),
+            ..Args::default()
+        };
+        let dir = Path::new(SOCKET_DIR);
+        let path = socket_path(dir, &args("c1"));
+        assert_eq!(path, socket_path(dir, &args("c1")));
+        assert_ne!(path, socket_path(dir, &args("c2")));
+        assert_eq!(path.as_os_str().len(), SOCKET_DIR.len() + 1 + 64);
+    }
+
+    #[test]
+    fn a_live_socket_is_kept_and_a_stale_one_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("deep/s");
+        let first = listen(&socket).unwrap().unwrap();
+        assert!(listen(&socket).unwrap().is_none());
+        drop(first);
+        assert!(listen(&socket).unwrap().is_some());
+    }
+}

@@ -1,0 +1,360 @@
+//! The pod's host cgroup: where shim and VMM live, so that the node accounts for the pod there.
+//!
+//! cgroup v2 with `cgroupsPath` as a path or as systemd's `slice:prefix:name`; cgroup v1 by the best
+//! effort of one directory per controller. Paths come from containerd; `..` in one is refused.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags, inotify};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::journal::ignore_missing;
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// Directories of one creation that a concurrent removal may take away before we try again.
+const ATTEMPTS: usize = 8;
+
+/// A cgroup we made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Its directories: one on v2, one a controller on v1.
+    dirs: Vec<PathBuf>,
+    /// Directories above that did not exist before, outermost first.
+    parents: Vec<PathBuf>,
+    /// Where the shim was before; it returns there so that the cgroup can be removed.
+    home: Option<PathBuf>,
+}
+
+impl Cgroup {
+    /// Makes the cgroup of this `cgroupsPath`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a path that is none, else what the host says.
+    pub fn create(cgroups_path: &str) -> Result<Self> {
+        Self::create_below(Path::new(ROOT), cgroups_path)
+    }
+
+    fn create_below(root: &Path, cgroups_path: &str) -> Result<Self> {
+        let relative = relative_path(cgroups_path)?;
+        let mut cgroup = Self {
+            dirs: Vec::new(),
+            parents: Vec::new(),
+            home: None,
+        };
+        for hierarchy in hierarchies(root) {
+            let dir = hierarchy.join(&relative);
+            make(&hierarchy, &relative, &mut cgroup.parents).map_err(|error| {
+                cgroup.remove_dirs();
+                Error::io(
+                    format_args!("cannot make the cgroup {}", dir.display()),
+                    &error,
+                )
+            })?;
+            cgroup.dirs.push(dir);
+        }
+        cgroup.home = own_cgroup(root);
+        Ok(cgroup)
+    }
+
+    /// An open directory to be born into, on v2.
+    #[must_use]
+    pub fn open(&self, v2: bool) -> Option<OwnedFd> {
+        if !v2 {
+            return None;
+        }
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        rustix::fs::open(self.dirs.first()?, flags, Mode::empty()).ok()
+    }
+
+    /// Open `cgroup.procs` files of the v1 hierarchies.
+    #[must_use]
+    pub fn open_procs(&self, v2: bool) -> Vec<OwnedFd> {
+        if v2 {
+            return Vec::new();
+        }
+        let open = |dir: &PathBuf| {
+            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+            rustix::fs::open(dir.join("cgroup.procs"), flags, Mode::empty()).ok()
+        };
+        self.dirs.iter().filter_map(open).collect()
+    }
+
+    /// Moves this process in.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn join(&self) -> io::Result<()> {
+        for dir in &self.dirs {
+            fs::write(dir.join("cgroup.procs"), std::process::id().to_string())?;
+        }
+        Ok(())
+    }
+
+    /// How often the kernel killed something in here for memory (v2).
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        let count = || -> Option<u64> {
+            let events = fs::read_to_string(self.dirs.first()?.join("memory.events")).ok()?;
+            let line = events.lines().find(|line| line.starts_with("oom_kill "))?;
+            line.split_ascii_whitespace().nth(1)?.parse().ok()
+        };
+        count().unwrap_or(0)
+    }
+
+    /// Moves this process out and removes the cgroup, which must hold nobody else.
+    ///
+    /// # Errors
+    /// What the host says; a cgroup that is gone is no error.
+    pub fn leave_and_remove(&self) -> io::Result<()> {
+        for dir in &self.dirs {
+            let procs = match &self.home {
+                Some(home) if home.is_dir() => home.join("cgroup.procs"),
+                _ => hierarchy_of(dir).join("cgroup.procs"),
+            };
+            ignore_missing(fs::write(procs, std::process::id().to_string()))?;
+        }
+        self.remove_dirs();
+        match self.dirs.iter().find(|dir| dir.exists()) {
+            None => Ok(()),
+            Some(dir) => Err(io::Error::other(format!(
+                "{} is still in use",
+                dir.display()
+            ))),
+        }
+    }
+
+    /// Kills whatever is left inside and removes the cgroup.
+    ///
+    /// # Errors
+    /// `TimedOut` when something in it does not end.
+    pub fn kill_and_remove(&self, timeout: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + timeout;
+        for dir in &self.dirs {
+            if dir.exists() {
+                // v1 has no such file; there the journal's processes are killed one by one.
+                let _ = fs::write(dir.join("cgroup.kill"), "1");
+                wait_empty(dir, deadline)?;
+            }
+        }
+        self.remove_dirs();
+        Ok(())
+    }
+
+    /// Removes what is empty: our directories, then the parents we made, innermost first.
+    fn remove_dirs(&self) {
+        for dir in self.dirs.iter().chain(self.parents.iter().rev()) {
+            let _ = fs::remove_dir(dir);
+        }
+    }
+}
+
+/// Whether this host has the unified hierarchy.
+#[must_use]
+pub fn is_v2() -> bool {
+    Path::new(ROOT).join("cgroup.controllers").exists()
+}
+
+fn hierarchies(root: &Path) -> Vec<PathBuf> {
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.to_owned()];
+    }
+    let Ok(entries) = fs::read_dir(root) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            // Combined controllers are one directory with symbolic links to it.
+            let real = entry.file_type().ok()?.is_dir();
+            let path = entry.path();
+            (real && path.join("cgroup.procs").exists() && entry.file_name() != "unified")
+                .then_some(path)
+        })
+        .collect()
+}
+
+fn hierarchy_of(dir: &Path) -> PathBuf {
+    if is_v2() {
+        return PathBuf::from(ROOT);
+    }
+    dir.components().take(5).collect()
+}
+
+/// The cgroup of this process on v2.
+fn own_cgroup(root: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    root.join("cgroup.controllers")
+        .exists()
+        .then(|| root.join(path))
+}
+
+/// Turns `cgroupsPath` into a path below the hierarchy's root.
+fn relative_path(cgroups_path: &str) -> Result<PathBuf> {
+    let invalid = || Error::invalid(format!("cgroupsPath {cgroups_path:?} is not a cgroup path"));
+    let parts: Vec<&str> = cgroups_path.split(':').collect();
+    let path = if let [slice, prefix, name] = parts[..] {
+        let mut path = expand_slice(slice).ok_or_else(invalid)?;
+        path.push(if prefix.is_empty() {
+            format!("{name}.scope")
+        } else {
+            format!("{prefix}-{name}.scope")
+        });
+        path
+    } else {
+        PathBuf::from(cgroups_path.trim_start_matches('/'))
+    };
+    let plain = path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    if path.as_os_str().is_empty() || !plain {
+        return Err(invalid());
+    }
+    Ok(path)
+}
+
+/// `a-b.slice` lies at `a.slice/a-b.slice` (systemd.slice(5)).
+fn expand_slice(slice: &str) -> Option<PathBuf> {
+    let mut path = PathBuf::new();
+    if slice.is_empty() {
+        return Some(PathBuf::from("system.slice"));
+    }
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(path);
+    }
+    let mut prefix = String::new();
+    for part in name.split('-') {
+        if part.is_empty() {
+            return None;
+        }
+        if !prefix.is_empty() {
+            prefix.push('-');
+        }
+        prefix.push_str(part);
+        path.push(format!("{prefix}.slice"));
+    }
+    Some(path)
+}
+
+/// `mkdir -p` that notes which parents are ours, and tries again when another pod's removal takes one
+/// away in between.
+fn make(hierarchy: &Path, relative: &Path, created: &mut Vec<PathBuf>) -> io::Result<()> {
+    let mut last = Ok(());
+    for _ in 0..ATTEMPTS {
+        last = make_once(hierarchy, relative, created);
+        match &last {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            _ => return last,
+        }
+    }
+    last
+}
+
+fn make_once(hierarchy: &Path, relative: &Path, created: &mut Vec<PathBuf>) -> io::Result<()> {
+    let mut path = hierarchy.to_owned();
+    let leaf = hierarchy.join(relative);
+    for part in relative.components() {
+        path.push(part);
+        match fs::create_dir(&path) {
+            Ok(()) if path != leaf && !created.contains(&path) => created.push(path.clone()),
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until nobody is in the cgroup: `cgroup.events` is modified when that changes.
+fn wait_empty(dir: &Path, deadline: Instant) -> io::Result<()> {
+    let events = dir.join("cgroup.events");
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+    if inotify::add_watch(&watch, &events, inotify::WatchFlags::MODIFY).is_err() {
+        return Ok(());
+    }
+    loop {
+        let Ok(text) = fs::read_to_string(&events) else {
+            return Ok(());
+        };
+        if !text.lines().any(|line| line == "populated 1") {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = rustix::event::Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut fds = [rustix::event::PollFd::new(
+            &watch,
+            rustix::event::PollFlags::IN,
+        )];
+        if left.is_zero() || rustix::event::poll(&mut fds, Some(&limit))? == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("processes in {} do not end", dir.display()),
+            ));
+        }
+        let mut buffer = [0u8; 1024];
+        let _ = rustix::io::read(&watch, &mut buffer)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_notations_of_a_path_are_understood() {
+        for (given, expected) in [
+            ("/default/c1", "default/c1"),
+            ("kubepods/pod1/c1", "kubepods/pod1/c1"),
+            ("system.slice:brig:c1", "system.slice/brig-c1.scope"),
+            (
+                "kubepods-burstable-pod_1.slice:cri-containerd:c1",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod_1.slice/cri-containerd-c1.scope",
+            ),
+            ("-.slice::c1", "c1.scope"),
+            (":brig:c1", "system.slice/brig-c1.scope"),
+        ] {
+            assert_eq!(
+                relative_path(given).unwrap(),
+                Path::new(expected),
+                "{given}"
+            );
+        }
+    }
+
+    #[test]
+    fn paths_that_climb_or_are_empty_are_refused() {
+        for given in [
+            "",
+            "/",
+            "a/../b",
+            "../x",
+            "a--b.slice:p:n",
+            "x:p:n",
+            "a.slice::../x",
+        ] {
+            assert!(relative_path(given).is_err(), "{given}");
+        }
+    }
+
+    #[test]
+    fn what_was_made_is_removed_and_what_was_there_stays() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "").unwrap();
+        fs::create_dir(root.path().join("old")).unwrap();
+        let a = Cgroup::create_below(root.path(), "/old/new/a").unwrap();
+        let b = Cgroup::create_below(root.path(), "/old/new/b").unwrap();
+        assert!(root.path().join("old/new/a").is_dir());
+        a.remove_dirs();
+        assert!(root.path().join("old/new/b").is_dir());
+        b.remove_dirs();
+        a.remove_dirs();
+        assert!(!root.path().join("old/new").exists());
+        assert!(root.path().join("old").is_dir());
+    }
+}

@@ -1,0 +1,137 @@
+//! The work that takes time: calls of the agent, streams, mounts. No state is kept here.
+
+use brig_agent_protocol::agent::{CreateExecRequest, ProcessRef, SignalRequest};
+use slog::warn;
+use ttrpc::context;
+
+use super::Context;
+use crate::error::{Kind, Result};
+use crate::process::Io;
+use crate::stdio::{Ends, Stdio};
+use crate::vm::Vm;
+
+fn process(id: &str, exec_id: &str) -> ProcessRef {
+    ProcessRef {
+        id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        ..ProcessRef::default()
+    }
+}
+
+/// Starts the init process.
+pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<()> {
+    let request = process(id, "");
+    let answer = vm
+        .agent()
+        .start_process(context::Context::default(), &request);
+    vm.call("StartProcess", answer).await.map(drop)
+}
+
+/// Opens an exec's streams, makes it in the guest and starts it; nothing is left when that fails.
+pub(super) async fn start_exec(
+    context: &Context,
+    vm: &Vm,
+    id: &str,
+    exec_id: &str,
+    io: &Io,
+    spec: Vec<u8>,
+) -> Result<Stdio> {
+    let ends = Ends::open(io, &context.namespace, id, context.drain).await?;
+    let stdio = ends.connect(vm).await?;
+    let request = CreateExecRequest {
+        id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        process: spec,
+        stdio: Some(stdio.numbers.clone()).into(),
+        ..CreateExecRequest::default()
+    };
+    let answer = vm
+        .agent()
+        .create_exec(context::Context::default(), &request);
+    let created = vm.call("CreateExec", answer).await;
+    let in_guest = created.is_ok();
+    let started = match created {
+        Ok(_) => {
+            let request = process(id, exec_id);
+            let answer = vm
+                .agent()
+                .start_process(context::Context::default(), &request);
+            vm.call("StartProcess", answer).await.map(drop)
+        }
+        Err(error) => Err(error),
+    };
+    if let Err(error) = started {
+        stdio.abandon(vm).await;
+        if in_guest {
+            delete_in_guest(context, vm, id, exec_id).await;
+        }
+        return Err(error);
+    }
+    Ok(stdio)
+}
+
+/// Lets a process go that has ended: output is delivered first, then the agent forgets it.
+pub(super) async fn release(
+    context: &Context,
+    vm: &Vm,
+    id: &str,
+    exec_id: &str,
+    stdio: Option<Stdio>,
+    in_guest: bool,
+) {
+    if let Some(stdio) = stdio
+        && !stdio.finish(vm, context.drain).await
+    {
+        warn!(context.logger, "output was cut off: the stream did not end in time";
+            "container" => id, "exec" => exec_id);
+    }
+    if in_guest {
+        delete_in_guest(context, vm, id, exec_id).await;
+    }
+}
+
+async fn delete_in_guest(context: &Context, vm: &Vm, id: &str, exec_id: &str) {
+    if vm.death().is_some() {
+        return;
+    }
+    let request = process(id, exec_id);
+    let answer = vm
+        .agent()
+        .delete_process(context::Context::default(), &request);
+    match vm.call("DeleteProcess", answer).await {
+        Ok(_) => {}
+        Err(error) if error.kind == Kind::NotFound => {}
+        Err(error) => {
+            warn!(context.logger, "the agent did not let go of a process";
+                "container" => id, "exec" => exec_id, "error" => error.message);
+        }
+    }
+}
+
+/// Kills an init process that was never started. The agent's DeleteProcess waits for its end.
+pub(super) async fn kill_created(vm: &Vm, id: &str) {
+    if vm.death().is_some() {
+        return;
+    }
+    let request = SignalRequest {
+        id: id.to_owned(),
+        signal: libc::SIGKILL.unsigned_abs(),
+        all: true,
+        ..SignalRequest::default()
+    };
+    let answer = vm
+        .agent()
+        .signal_process(context::Context::default(), &request);
+    let _ = vm.call("SignalProcess", answer).await;
+}
+
+/// Takes a container's mounts away; with the VM they are gone anyway.
+pub(super) async fn detach(context: &Context, vm: &Vm, id: &str, attached: &[String]) {
+    if vm.death().is_some() {
+        return;
+    }
+    if let Err(error) = vm.detach(attached).await {
+        warn!(context.logger, "a mount of the pod is still held";
+            "container" => id, "error" => error.message);
+    }
+}

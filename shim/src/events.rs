@@ -1,0 +1,424 @@
+//! Task events to containerd, over its ttrpc socket: in order, each until containerd has taken it.
+//!
+//! One queue and one task. While containerd restarts, the queue grows to a bound and the task tries
+//! to reconnect; beyond the bound the newest events are refused and logged. Publishing never blocks.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
+};
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim::events::ForwardRequest;
+use containerd_shim_protos::shim_async::{Client, EventsClient};
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{MessageField, MessageFull};
+use slog::{Logger, error, warn};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
+use ttrpc::context;
+
+use crate::process::{Exit, Io};
+
+/// Events kept while containerd is away.
+const QUEUE: usize = 4096;
+/// Between attempts to reach containerd: there is nothing to wait for but its socket.
+const RETRY: Duration = Duration::from_millis(200);
+/// How long containerd may take for one event.
+const FORWARD: Duration = Duration::from_secs(10);
+
+/// What happened to a task; each becomes one containerd event.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TaskEvent {
+    /// A container was created.
+    Create {
+        /// Container id.
+        id: String,
+        /// Its bundle.
+        bundle: String,
+        /// Its root file system, as containerd gave it.
+        rootfs: Vec<containerd_shim_protos::api::Mount>,
+        /// Its stdio, as containerd gave it.
+        io: Io,
+        /// The VMM's pid.
+        pid: u32,
+    },
+    /// Its init process runs.
+    Start {
+        /// Container id.
+        id: String,
+        /// The VMM's pid.
+        pid: u32,
+    },
+    /// An exec was added.
+    ExecAdded {
+        /// Container id.
+        id: String,
+        /// Exec id.
+        exec_id: String,
+    },
+    /// An exec runs.
+    ExecStarted {
+        /// Container id.
+        id: String,
+        /// Exec id.
+        exec_id: String,
+        /// The VMM's pid.
+        pid: u32,
+    },
+    /// A process ended; for init the exec id is the container's.
+    Exit {
+        /// Container id.
+        id: String,
+        /// Exec id, or the container id.
+        process: String,
+        /// The VMM's pid.
+        pid: u32,
+        /// How it ended.
+        exit: Exit,
+    },
+    /// A container was deleted.
+    Delete {
+        /// Container id.
+        id: String,
+        /// The VMM's pid.
+        pid: u32,
+        /// How its init process ended.
+        exit: Exit,
+    },
+    /// The guest's kernel killed a process of the container for memory.
+    Oom {
+        /// Container id.
+        id: String,
+    },
+    /// A container was paused.
+    Paused {
+        /// Container id.
+        id: String,
+    },
+    /// A container was resumed.
+    Resumed {
+        /// Container id.
+        id: String,
+    },
+}
+
+impl TaskEvent {
+    /// Topic and message, as containerd defines them.
+    fn encode(self) -> (&'static str, protobuf::Result<Any>) {
+        use containerd_shim_protos::topics as t;
+        match self {
+            Self::Create {
+                id,
+                bundle,
+                rootfs,
+                io,
+                pid,
+            } => pack(
+                t::TASK_CREATE_EVENT_TOPIC,
+                &TaskCreate {
+                    container_id: id,
+                    bundle,
+                    rootfs,
+                    io: MessageField::some(TaskIO {
+                        stdin: io.stdin,
+                        stdout: io.stdout,
+                        stderr: io.stderr,
+                        terminal: io.terminal,
+                        ..TaskIO::default()
+                    }),
+                    pid,
+                    ..TaskCreate::default()
+                },
+            ),
+            Self::Start { id, pid } => pack(
+                t::TASK_START_EVENT_TOPIC,
+                &TaskStart {
+                    container_id: id,
+                    pid,
+                    ..TaskStart::default()
+                },
+            ),
+            Self::ExecAdded { id, exec_id } => pack(
+                t::TASK_EXEC_ADDED_EVENT_TOPIC,
+                &TaskExecAdded {
+                    container_id: id,
+                    exec_id,
+                    ..TaskExecAdded::default()
+                },
+            ),
+            Self::ExecStarted { id, exec_id, pid } => pack(
+                t::TASK_EXEC_STARTED_EVENT_TOPIC,
+                &TaskExecStarted {
+                    container_id: id,
+                    exec_id,
+                    pid,
+                    ..TaskExecStarted::default()
+                },
+            ),
+            Self::Exit {
+                id,
+                process,
+                pid,
+                exit,
+            } => pack(
+                t::TASK_EXIT_EVENT_TOPIC,
+                &TaskExit {
+                    container_id: id,
+                    id: process,
+                    pid,
+                    exit_status: exit.status,
+                    exited_at: MessageField::some(Timestamp::from(exit.at)),
+                    ..TaskExit::default()
+                },
+            ),
+            Self::Delete { id, pid, exit } => pack(
+                t::TASK_DELETE_EVENT_TOPIC,
+                &TaskDelete {
+                    container_id: id,
+                    pid,
+                    exit_status: exit.status,
+                    exited_at: MessageField::some(Timestamp::from(exit.at)),
+                    ..TaskDelete::default()
+                },
+            ),
+            Self::Oom { id } => pack(
+                t::TASK_OOM_EVENT_TOPIC,
+                &TaskOOM {
+                    container_id: id,
+                    ..TaskOOM::default()
+                },
+            ),
+            Self::Paused { id } => pack(
+                t::TASK_PAUSED_EVENT_TOPIC,
+                &TaskPaused {
+                    container_id: id,
+                    ..TaskPaused::default()
+                },
+            ),
+            Self::Resumed { id } => pack(
+                t::TASK_RESUMED_EVENT_TOPIC,
+                &TaskResumed {
+                    container_id: id,
+                    ..TaskResumed::default()
+                },
+            ),
+        }
+    }
+}
+
+fn pack<M: MessageFull>(topic: &'static str, message: &M) -> (&'static str, protobuf::Result<Any>) {
+    let any = message.write_to_bytes().map(|value| Any {
+        type_url: M::descriptor().full_name().to_owned(),
+        value,
+        ..Any::default()
+    });
+    (topic, any)
+}
+
+enum Entry {
+    Event(Box<Envelope>),
+    Flush(oneshot::Sender<()>),
+}
+
+/// The sending side; cheap to clone.
+#[derive(Clone)]
+pub struct Publisher {
+    queue: mpsc::Sender<Entry>,
+    namespace: String,
+    logger: Logger,
+}
+
+impl Publisher {
+    /// A publisher to the ttrpc socket at `address`; without one, events go nowhere.
+    #[must_use]
+    pub fn new(address: Option<String>, namespace: String, logger: Logger) -> Self {
+        let (queue, entries) = mpsc::channel(QUEUE);
+        tokio::spawn(forward_all(address, entries, logger.clone()));
+        Self {
+            queue,
+            namespace,
+            logger,
+        }
+    }
+
+    /// Puts an event into the queue.
+    pub fn publish(&self, event: TaskEvent) {
+        let (topic, packed) = event.encode();
+        let Ok(packed) = packed else {
+            error!(self.logger, "an event cannot be encoded"; "topic" => topic);
+            return;
+        };
+        let envelope = Envelope {
+            timestamp: MessageField::some(Timestamp::from(SystemTime::now())),
+            namespace: self.namespace.clone(),
+            topic: topic.to_owned(),
+            event: MessageField::some(packed),
+            ..Envelope::default()
+        };
+        if self
+            .queue
+            .try_send(Entry::Event(Box::new(envelope)))
+            .is_err()
+        {
+            error!(self.logger, "an event is lost: containerd has not taken any for too long";
+                "topic" => topic, "queued" => QUEUE);
+        }
+    }
+
+    /// Waits until everything published before has been taken, at most so long.
+    pub async fn flush(&self, limit: Duration) {
+        let (done, flushed) = oneshot::channel();
+        let all = async {
+            if self.queue.send(Entry::Flush(done)).await.is_ok() {
+                let _ = flushed.await;
+            }
+        };
+        if timeout(limit, all).await.is_err() {
+            warn!(self.logger, "the last events were not taken by containerd");
+        }
+    }
+}
+
+async fn forward_all(address: Option<String>, mut entries: mpsc::Receiver<Entry>, logger: Logger) {
+    let address = address
+        .filter(|address| !address.is_empty())
+        .map(|address| {
+            let path = address.strip_prefix("unix://").unwrap_or(&address);
+            format!("unix://{}", Path::new(path).display())
+        });
+    let mut client = None;
+    while let Some(entry) = entries.recv().await {
+        match (entry, &address) {
+            (Entry::Flush(done), _) => {
+                let _ = done.send(());
+            }
+            (Entry::Event(_), None) => {}
+            (Entry::Event(envelope), Some(address)) => {
+                forward(address, &mut client, *envelope, &logger).await;
+            }
+        }
+    }
+}
+
+/// Sends one event, again after each broken connection, until containerd has answered.
+async fn forward(
+    address: &str,
+    client: &mut Option<EventsClient>,
+    envelope: Envelope,
+    logger: &Logger,
+) {
+    let topic = envelope.topic.clone();
+    let request = ForwardRequest {
+        envelope: MessageField::some(envelope),
+        ..ForwardRequest::default()
+    };
+    loop {
+        let connected = match client {
+            Some(client) => client,
+            None => match Client::connect(address).await {
+                Ok(connection) => client.insert(EventsClient::new(connection)),
+                Err(_) => {
+                    sleep(RETRY).await;
+                    continue;
+                }
+            },
+        };
+        match timeout(
+            FORWARD,
+            connected.forward(context::Context::default(), &request),
+        )
+        .await
+        {
+            Ok(Ok(_)) => return,
+            Ok(Err(ttrpc::Error::RpcStatus(status))) => {
+                error!(logger, "containerd refused an event"; "topic" => topic, "error" => status.message);
+                return;
+            }
+            Ok(Err(_)) | Err(_) => *client = None,
+        }
+        sleep(RETRY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use protobuf::well_known_types::empty::Empty;
+    use std::sync::Arc;
+    use tokio::sync::mpsc::UnboundedSender;
+    use ttrpc::asynchronous::{Server, TtrpcContext};
+
+    struct Containerd {
+        seen: UnboundedSender<(String, String)>,
+    }
+
+    #[async_trait::async_trait]
+    impl Events for Containerd {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let envelope = request.envelope.unwrap();
+            self.seen
+                .send((envelope.topic, envelope.event.type_url.clone()))
+                .unwrap();
+            Ok(Empty::default())
+        }
+    }
+
+    async fn containerd(path: &Path, seen: UnboundedSender<(String, String)>) -> Server {
+        let _ = std::fs::remove_file(path);
+        let mut server = Server::new()
+            .bind(&format!("unix://{}", path.display()))
+            .unwrap()
+            .register_service(create_events(Arc::new(Containerd { seen })));
+        server.start().await.unwrap();
+        server
+    }
+
+    fn paused(n: u32) -> TaskEvent {
+        TaskEvent::Start {
+            id: "c".into(),
+            pid: n,
+        }
+    }
+
+    #[tokio::test]
+    async fn events_arrive_in_order_across_a_restart_of_containerd() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("containerd.sock.ttrpc");
+        let (seen, mut arrived) = mpsc::unbounded_channel();
+        let logger = Logger::root(slog::Discard, slog::o!());
+        let address = path.to_str().unwrap().to_owned();
+        let publisher = Publisher::new(Some(address), "ns".into(), logger);
+
+        // containerd is not there yet.
+        publisher.publish(TaskEvent::Paused { id: "c".into() });
+        let mut first = containerd(&path, seen.clone()).await;
+        assert_eq!(arrived.recv().await.unwrap().0, "/tasks/paused");
+
+        first.shutdown().await.unwrap();
+        publisher.publish(paused(1));
+        publisher.publish(TaskEvent::Resumed { id: "c".into() });
+        publisher.publish(TaskEvent::Oom { id: "c".into() });
+        let _second = containerd(&path, seen).await;
+        let mut topics = Vec::new();
+        for _ in 0..3 {
+            topics.push(arrived.recv().await.unwrap());
+        }
+        let names: Vec<&str> = topics.iter().map(|(topic, _)| topic.as_str()).collect();
+        assert_eq!(names, ["/tasks/start", "/tasks/resumed", "/tasks/oom"]);
+        assert_eq!(topics[0].1, "containerd.events.TaskStart");
+        publisher.flush(Duration::from_secs(5)).await;
+    }
+
+    #[tokio::test]
+    async fn without_an_address_publishing_and_flushing_do_nothing() {
+        let logger = Logger::root(slog::Discard, slog::o!());
+        let publisher = Publisher::new(None, "ns".into(), logger);
+        publisher.publish(paused(1));
+        publisher.flush(Duration::from_secs(5)).await;
+    }
+}

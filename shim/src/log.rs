@@ -1,0 +1,228 @@
+//! The shim's log: logfmt lines to containerd's `log` FIFO in the bundle, never blocking.
+//!
+//! containerd copies what it reads there to its own log. The FIFO is opened for reading and writing,
+//! so that it outlives a restart of containerd; when it is full, lines are dropped. Text from the
+//! guest is escaped and goes through a [`Gate`], because the guest may write as much as it likes.
+
+use std::fmt::{self, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{Mode, OFlags};
+use slog::{Drain, KV, Key, Level, Logger, Never, OwnedKVList, Record};
+
+/// `PIPE_BUF`: the kernel does not interleave writes up to this size.
+const MAX_LINE: usize = 4096;
+
+/// A slog drain that writes one line a record.
+struct FifoDrain {
+    fd: OwnedFd,
+    level: Level,
+}
+
+impl Drain for FifoDrain {
+    type Ok = ();
+    type Err = Never;
+
+    fn log(&self, record: &Record<'_>, values: &OwnedKVList) -> Result<(), Never> {
+        if record.level().is_at_least(self.level) {
+            let line = format_line(SystemTime::now(), record, values);
+            // Full, or nobody there: the log must never hold up a pod.
+            let _ = rustix::io::write(&self.fd, line.as_bytes());
+        }
+        Ok(())
+    }
+}
+
+/// Opens the bundle's `log` FIFO; standard error where there is none.
+pub fn open(path: &Path, debug: bool) -> Logger {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let fd = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(fd) => Some(fd),
+        Err(_) => rustix::io::dup(rustix::stdio::stderr()).ok(),
+    };
+    let level = if debug { Level::Debug } else { Level::Info };
+    match fd {
+        Some(fd) => Logger::root(FifoDrain { fd, level }, slog::o!("runtime" => "brig")),
+        None => Logger::root(slog::Discard, slog::o!()),
+    }
+}
+
+fn format_line(now: SystemTime, record: &Record<'_>, values: &OwnedKVList) -> String {
+    let level = match record.level() {
+        Level::Critical => "fatal",
+        Level::Error => "error",
+        Level::Warning => "warning",
+        Level::Info => "info",
+        Level::Debug | Level::Trace => "debug",
+    };
+    let mut line = format!("time=\"{}\" level={level} msg=", rfc3339(now));
+    push_quoted(&mut line, &record.msg().to_string());
+    let mut fields = Fields { line };
+    // Writing to a String cannot fail.
+    let _ = record.kv().serialize(record, &mut fields);
+    let _ = values.serialize(record, &mut fields);
+    let mut line = fields.line;
+    if line.len() >= MAX_LINE {
+        let mut end = MAX_LINE - 1;
+        while !line.is_char_boundary(end) {
+            end -= 1;
+        }
+        line.truncate(end);
+    }
+    line.push('\n');
+    line
+}
+
+struct Fields {
+    line: String,
+}
+
+impl slog::Serializer for Fields {
+    fn emit_arguments(&mut self, key: Key, value: &fmt::Arguments<'_>) -> slog::Result {
+        self.line.push(' ');
+        self.line.push_str(key.as_ref());
+        self.line.push('=');
+        push_quoted(&mut self.line, &value.to_string());
+        Ok(())
+    }
+}
+
+fn push_quoted(line: &mut String, text: &str) {
+    line.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => line.push_str("\\\""),
+            '\\' => line.push_str("\\\\"),
+            '\n' => line.push_str("\\n"),
+            c if c.is_control() => {
+                let _ = write!(line, "\\x{:02x}", u32::from(c));
+            }
+            c => line.push(c),
+        }
+    }
+    line.push('"');
+}
+
+/// The time in UTC as RFC 3339 with milliseconds.
+#[must_use]
+pub fn rfc3339(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // Civil date from a day count: years that begin in March make the leap day the last one.
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60,
+        since.subsec_millis()
+    )
+}
+
+/// Bounds what the guest can make the shim log: a burst, then a steady rate.
+#[derive(Debug)]
+pub struct Gate {
+    tokens: u32,
+    last: Instant,
+    suppressed: u64,
+}
+
+/// What a [`Gate`] decided for one line.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// Log it; so many lines before it were suppressed.
+    Yes {
+        /// Lines dropped since the last one that passed.
+        suppressed: u64,
+    },
+    /// Drop it.
+    No,
+}
+
+impl Gate {
+    const BURST: u32 = 400;
+    const PER_SECOND: u32 = 20;
+
+    /// A full gate.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            tokens: Self::BURST,
+            last: Instant::now(),
+            suppressed: 0,
+        }
+    }
+
+    /// Whether a line may pass at this moment.
+    pub fn pass(&mut self, now: Instant) -> Passed {
+        let elapsed = now.saturating_duration_since(self.last).as_millis();
+        let earned = elapsed * u128::from(Self::PER_SECOND) / 1000;
+        if earned > 0 {
+            let earned = u32::try_from(earned).unwrap_or(Self::BURST);
+            self.tokens = self.tokens.saturating_add(earned).min(Self::BURST);
+            self.last = now;
+        }
+        if self.tokens == 0 {
+            self.suppressed += 1;
+            return Passed::No;
+        }
+        self.tokens -= 1;
+        Passed::Yes {
+            suppressed: std::mem::take(&mut self.suppressed),
+        }
+    }
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_civil() {
+        let at = |secs| rfc3339(UNIX_EPOCH + Duration::from_secs(secs));
+        assert_eq!(at(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000Z");
+        assert_eq!(at(1_795_199_430), "2026-11-20T18:30:30.000Z");
+    }
+
+    #[test]
+    fn text_of_the_guest_cannot_forge_a_line() {
+        let mut line = String::new();
+        push_quoted(&mut line, "a\"\nlevel=error\u{1b}");
+        assert_eq!(line, "\"a\\\"\\nlevel=error\\x1b\"");
+    }
+
+    #[test]
+    fn a_flood_is_cut_and_the_loss_is_told() {
+        let mut gate = Gate::new();
+        let start = gate.last;
+        for _ in 0..Gate::BURST {
+            assert_eq!(gate.pass(start), Passed::Yes { suppressed: 0 });
+        }
+        assert_eq!(gate.pass(start), Passed::No);
+        assert_eq!(gate.pass(start), Passed::No);
+        let later = start + Duration::from_millis(50);
+        assert_eq!(gate.pass(later), Passed::Yes { suppressed: 2 });
+        assert_eq!(gate.pass(later), Passed::No);
+    }
+}

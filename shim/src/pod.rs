@@ -1,0 +1,429 @@
+//! The pod: one VM and the containers in it. An actor like a container: it routes, starts the VM for
+//! the first container, ends it after the last, and keeps the journal and the timeline.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use brig_agent_protocol::agent::{Event, event};
+use slog::{Logger, info, warn};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::{Config, MIB};
+use crate::container::{self, ContainerHandle, Context, Creation, Reply};
+use crate::error::{Error, Result};
+use crate::events::Publisher;
+use crate::identity::Identity;
+use crate::journal::{Journal, StateDir};
+use crate::process::Exit;
+use crate::spec::{Network, Spec};
+use crate::timeline::Timeline;
+use crate::vm::boot::{Boot, News, Sandbox};
+use crate::vm::death::Death;
+use crate::vm::{Host, Plan, Vm};
+
+/// Messages that wait for the pod.
+const MAILBOX: usize = 128;
+/// News of the VM that wait for the pod.
+const NEWS: usize = 256;
+/// Guest memory on top of a container's own limit, for kernel and agent, in bytes.
+const GUEST_OVERHEAD: u64 = 64 * MIB;
+
+/// What the pod is told at its beginning.
+pub struct Setup {
+    /// containerd namespace.
+    pub namespace: String,
+    /// The pod's id.
+    pub id: String,
+    /// Its directory, which exists.
+    pub state: StateDir,
+    /// What is in the journal so far.
+    pub journal: Journal,
+    /// When `start` was called.
+    pub began: SystemTime,
+    /// The node.
+    pub host: Arc<dyn Host>,
+    /// Events to containerd.
+    pub publisher: Publisher,
+    /// The log.
+    pub logger: Logger,
+}
+
+enum Message {
+    Create {
+        creation: Box<Creation>,
+        config: Box<Config>,
+        reply: Reply<u32>,
+    },
+    Find {
+        id: String,
+        reply: Reply<ContainerHandle>,
+    },
+    Vm {
+        reply: oneshot::Sender<Option<Arc<Vm>>>,
+    },
+    VmEnded(Death),
+    Shutdown {
+        even_if_busy: bool,
+        reply: oneshot::Sender<bool>,
+    },
+    Stopped,
+}
+
+/// The way to the pod; cheap to clone.
+#[derive(Clone)]
+pub struct PodHandle {
+    mailbox: mpsc::Sender<Message>,
+}
+
+impl PodHandle {
+    /// Creates a container; the first one starts the VM. Returns the VMM's pid.
+    ///
+    /// # Errors
+    /// `AlreadyExists`, and whatever goes wrong.
+    pub async fn create(&self, creation: Creation, config: Config) -> Result<u32> {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Create {
+            creation: Box::new(creation),
+            config: Box::new(config),
+            reply,
+        };
+        self.mailbox.send(message).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// The container of this id.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn find(&self, id: &str) -> Result<ContainerHandle> {
+        let (reply, answer) = oneshot::channel();
+        let id = id.to_owned();
+        let message = Message::Find { id, reply };
+        self.mailbox.send(message).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// The VM, as far as there is one.
+    pub async fn vm(&self) -> Option<Arc<Vm>> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(Message::Vm { reply }).await.ok()?;
+        answer.await.ok().flatten()
+    }
+
+    /// Ends the pod when no container remains (or regardless): the VM is stopped and reaped, and
+    /// nothing is left on the host. False when containers remain.
+    pub async fn shutdown(&self, even_if_busy: bool) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Shutdown {
+            even_if_busy,
+            reply,
+        };
+        if self.mailbox.send(message).await.is_err() {
+            return true;
+        }
+        answer.await.unwrap_or(true)
+    }
+}
+
+fn gone() -> Error {
+    Error::unavailable("the pod has ended")
+}
+
+/// Where the pod's VM is.
+#[derive(Debug)]
+enum Stage {
+    Empty,
+    Up(Boot),
+    Stopping,
+    Stopped,
+}
+
+struct Pod {
+    setup: Setup,
+    mailbox: mpsc::Sender<Message>,
+    context: Context,
+    news: mpsc::Sender<News>,
+    stage: Stage,
+    containers: HashMap<String, ContainerHandle>,
+    timeline: Timeline,
+    waiting: Vec<oneshot::Sender<bool>>,
+}
+
+/// Starts the pod's actor.
+#[must_use]
+pub fn spawn(setup: Setup) -> PodHandle {
+    let (mailbox, messages) = mpsc::channel(MAILBOX);
+    let (news, news_in) = mpsc::channel(NEWS);
+    let (removed, removed_in) = mpsc::unbounded_channel();
+    let context = Context {
+        namespace: setup.namespace.clone(),
+        publisher: setup.publisher.clone(),
+        logger: setup.logger.clone(),
+        news: news.clone(),
+        removed,
+        drain: Duration::from_secs(10),
+    };
+    let mut timeline = Timeline::new(setup.began);
+    timeline.mark("shim.serving", SystemTime::now());
+    let pod = Pod {
+        setup,
+        mailbox: mailbox.clone(),
+        context,
+        news,
+        stage: Stage::Empty,
+        containers: HashMap::new(),
+        timeline,
+        waiting: Vec::new(),
+    };
+    tokio::spawn(pod.run(messages, news_in, removed_in));
+    PodHandle { mailbox }
+}
+
+impl Pod {
+    async fn run(
+        mut self,
+        mut messages: mpsc::Receiver<Message>,
+        mut news: mpsc::Receiver<News>,
+        mut removed: mpsc::UnboundedReceiver<String>,
+    ) {
+        loop {
+            // Removals first: a Shutdown that follows a Delete must see it.
+            tokio::select! {
+                biased;
+                Some(id) = removed.recv() => self.removed(&id),
+                Some(news) = news.recv() => self.news(news).await,
+                message = messages.recv() => match message {
+                    Some(message) => self.handle(message).await,
+                    None => return,
+                }
+            }
+        }
+    }
+
+    async fn handle(&mut self, message: Message) {
+        match message {
+            Message::Create {
+                creation,
+                config,
+                reply,
+            } => self.create(*creation, *config, reply),
+            Message::Find { id, reply } => {
+                let found = self.containers.get(&id).cloned();
+                let _ = reply.send(
+                    found.ok_or_else(|| Error::not_found(format!("container {id} not found"))),
+                );
+            }
+            Message::Vm { reply } => {
+                let vm = match &self.stage {
+                    Stage::Up(boot) => boot.vm(),
+                    _ => None,
+                };
+                let _ = reply.send(vm);
+            }
+            Message::VmEnded(death) => {
+                for container in self.containers.values() {
+                    container.vm_ended(death.clone()).await;
+                }
+            }
+            Message::Shutdown {
+                even_if_busy,
+                reply,
+            } => {
+                if !self.containers.is_empty() && !even_if_busy {
+                    let _ = reply.send(false);
+                } else if matches!(self.stage, Stage::Stopped) {
+                    let _ = reply.send(true);
+                } else {
+                    self.waiting.push(reply);
+                    self.stop();
+                }
+            }
+            Message::Stopped => {
+                self.stage = Stage::Stopped;
+                for waiting in self.waiting.drain(..) {
+                    let _ = waiting.send(true);
+                }
+            }
+        }
+    }
+
+    fn create(&mut self, creation: Creation, config: Config, reply: Reply<u32>) {
+        let refused = match self.stage {
+            Stage::Stopping | Stage::Stopped => Some(Error::state("the pod has ended")),
+            _ if self.containers.contains_key(&creation.id) => Some(Error::already_exists(
+                format!("container {} exists already", creation.id),
+            )),
+            _ => None,
+        };
+        if let Some(error) = refused {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        let boot = match &self.stage {
+            Stage::Up(boot) => boot.clone(),
+            _ => match self.boot(&creation.spec, config) {
+                Ok(boot) => boot,
+                Err(error) => {
+                    let _ = reply.send(Err(error));
+                    return;
+                }
+            },
+        };
+        let id = creation.id.clone();
+        let handle = container::spawn(self.context.clone(), creation, boot, reply);
+        self.containers.insert(id, handle);
+    }
+
+    fn boot(&mut self, spec: &Spec, config: Config) -> Result<Boot> {
+        self.timeline.mark("create.received", SystemTime::now());
+        let network: Network = spec.network()?;
+        self.context.drain = config.timeout(10);
+        let wanted = spec
+            .memory_limit()
+            .map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
+        let memory = config.memory.max(wanted.min(node_memory()));
+        let sandbox = Sandbox {
+            id: self.setup.id.clone(),
+            hostname: spec.hostname().to_owned(),
+        };
+        let plan = Plan {
+            memory,
+            network,
+            cgroup: None,
+            cgroup_path: spec.cgroups_path().map(str::to_owned),
+            oom_score_adj: spec.oom_score_adj().unwrap_or(0),
+            config,
+        };
+        info!(self.setup.logger, "a VM is started";
+            "vcpus" => plan.config.vcpus, "memory_mib" => memory / MIB);
+        let host = Arc::clone(&self.setup.host);
+        let logger = self.setup.logger.clone();
+        let boot = Boot::start(host, plan, sandbox, self.news.clone(), logger);
+        self.stage = Stage::Up(boot.clone());
+        Ok(boot)
+    }
+
+    async fn news(&mut self, news: News) {
+        match news {
+            News::Cgroup(cgroup) => {
+                self.setup.journal.cgroup = Some(cgroup);
+                self.write_journal().await;
+            }
+            News::Launched(vm) => {
+                self.setup.journal.vmm = Identity::of(vm.pid());
+                self.write_journal().await;
+                let mailbox = self.mailbox.clone();
+                tokio::spawn(async move {
+                    let death = vm.ended().await;
+                    let _ = mailbox.send(Message::VmEnded(death)).await;
+                });
+            }
+            News::Mark(name, at) => {
+                self.timeline.mark(&name, at);
+                if name.starts_with("container.") {
+                    self.write_timeline().await;
+                }
+            }
+            News::Exits(exits) => {
+                self.timeline.exits = exits.into_iter().take(64).collect::<BTreeMap<_, _>>();
+                self.write_timeline().await;
+            }
+            News::Agent(event) => self.agent_event(*event).await,
+        }
+    }
+
+    /// What the agent says is believed only about containers that exist.
+    async fn agent_event(&mut self, event: Event) {
+        match event.kind {
+            Some(event::Kind::Exit(exit)) => {
+                let Some(container) = self.containers.get(&exit.id) else {
+                    return;
+                };
+                let status = exit.exit.status;
+                let at = Duration::from_nanos(exit.exit.exited_at_unix_ns);
+                let at = SystemTime::UNIX_EPOCH + at;
+                container.exited(exit.exec_id, Exit { status, at }).await;
+            }
+            Some(event::Kind::Oom(oom)) => {
+                if let Some(container) = self.containers.get(&oom.id) {
+                    container.oom().await;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn removed(&mut self, id: &str) {
+        self.containers.remove(id);
+        if self.containers.is_empty() && matches!(self.stage, Stage::Up(_)) {
+            self.stop();
+        }
+    }
+
+    /// Ends the VM and undoes what the pod left on the host; repeatable.
+    fn stop(&mut self) {
+        let boot = match std::mem::replace(&mut self.stage, Stage::Stopping) {
+            Stage::Up(boot) => Some(boot),
+            Stage::Empty => None,
+            stage @ (Stage::Stopping | Stage::Stopped) => {
+                self.stage = stage;
+                return;
+            }
+        };
+        let state = self.setup.state.clone();
+        let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
+        let cgroup = self.setup.journal.cgroup.clone();
+        tokio::spawn(async move {
+            if let Some(boot) = boot {
+                end_vm(&boot).await;
+            }
+            let cleaned = tokio::task::spawn_blocking(move || {
+                let left = cgroup.map_or(Ok(()), |cgroup| cgroup.leave_and_remove());
+                state.remove();
+                left
+            })
+            .await;
+            if let Ok(Err(error)) = cleaned {
+                warn!(logger, "the pod's cgroup is left"; "error" => %error);
+            }
+            let _ = mailbox.send(Message::Stopped).await;
+        });
+    }
+
+    async fn write_journal(&self) {
+        let (state, journal) = (self.setup.state.clone(), self.setup.journal.clone());
+        let written = tokio::task::spawn_blocking(move || state.write(&journal)).await;
+        if let Ok(Err(error)) = written {
+            warn!(self.setup.logger, "the journal cannot be written"; "error" => error.message);
+        }
+    }
+
+    async fn write_timeline(&self) {
+        let Ok(bytes) = serde_json::to_vec(&self.timeline) else {
+            return;
+        };
+        let state = self.setup.state.clone();
+        // For show only; the directory may be gone already.
+        let _ = tokio::task::spawn_blocking(move || state.write_timeline(&bytes)).await;
+    }
+}
+
+/// Powers off a VM that is up; one that is still booting is killed.
+async fn end_vm(boot: &Boot) {
+    if let Ok(vm) = boot.launched().await {
+        if boot.is_ready() {
+            vm.stop().await;
+        } else {
+            vm.kill();
+            vm.ended().await;
+        }
+    }
+    boot.settled().await;
+}
+
+/// The node's memory in bytes: more than it has is no use to a VM.
+fn node_memory() -> u64 {
+    let info = nix::sys::sysinfo::sysinfo();
+    info.map_or(u64::MAX, |info| info.ram_total())
+}

@@ -1,0 +1,216 @@
+//! The server process: one thread, the Task service v2 and v3 on the socket that `start` made, and an
+//! orderly end, whether containerd or a signal brings it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use containerd_shim_protos::shim_async::create_task;
+use rustix::fs::{Mode, OFlags};
+use slog::{Logger, error, info};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::{MethodHandler, Server, Service, TtrpcContext};
+
+use crate::bootstrap::args::Args;
+use crate::bootstrap::start::{STARTED_AT, TTRPC_ADDRESS};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::events::Publisher;
+use crate::identity::Identity;
+use crate::journal::{Journal, StateDir, ignore_missing};
+use crate::log;
+use crate::pod::{self, PodHandle, Setup};
+use crate::service::TaskService;
+use crate::vm::Host;
+
+/// The two names of one service.
+const TASK_NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+/// Brig's own service on the same socket, for `brig counters`.
+pub const DEBUG_SERVICE: &str = "brig.Debug";
+/// Its method: the VMM's counters as JSON.
+pub const COUNTERS_METHOD: &str = "Counters";
+/// How long containerd may take for the last events.
+const FLUSH: Duration = Duration::from_secs(5);
+
+/// Serves until the pod has ended.
+///
+/// # Errors
+/// When the server cannot be set up; the log has it too.
+pub fn serve(args: &Args, host: Arc<dyn Host>) -> Result<()> {
+    let logger = log::open(Path::new("log"), args.debug);
+    let result = set_up_and_run(args, host, &logger);
+    if let Err(error) = &result {
+        error!(logger, "the shim has failed"; "error" => &error.message);
+    }
+    result
+}
+
+fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<()> {
+    let failed = |error: io::Error| Error::io("cannot set up the shim's server", &error);
+    // Not a member of containerd's session: its terminal's signals are not ours.
+    let _ = rustix::process::setsid();
+    let listener = take_listener().map_err(failed)?;
+    adjust_oom_score();
+    let base = Config::load(None).map_or_else(|_| PathBuf::from("/run/brig"), |c| c.state_dir);
+    let state = StateDir::new(&base, &args.namespace, &args.id)?;
+    state.create()?;
+    let socket = (!args.socket.is_empty()).then(|| PathBuf::from(&args.socket));
+    let journal = Journal {
+        shim: Identity::of(std::process::id())
+            .ok_or_else(|| Error::internal("/proc is not mounted"))?,
+        vmm: None,
+        cgroup: None,
+        socket: socket.clone(),
+    };
+    state.write(&journal)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(8)
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+        .map_err(failed)?;
+    let began = started_at();
+    let ttrpc_address = std::env::var(TTRPC_ADDRESS).ok();
+    let result = runtime.block_on(async {
+        let publisher = Publisher::new(ttrpc_address, args.namespace.clone(), logger.clone());
+        let pod = pod::spawn(Setup {
+            namespace: args.namespace.clone(),
+            id: args.id.clone(),
+            state: state.clone(),
+            journal,
+            began,
+            host,
+            publisher: publisher.clone(),
+            logger: logger.clone(),
+        });
+        run(listener, socket.as_deref(), pod, publisher, logger).await
+    });
+    state.remove();
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn run(
+    listener: UnixListener,
+    socket: Option<&Path>,
+    pod: PodHandle,
+    publisher: Publisher,
+    logger: &Logger,
+) -> Result<()> {
+    let failed = |error: io::Error| Error::io("cannot serve", &error);
+    let done = Arc::new(Notify::new());
+    let service = TaskService::new(pod.clone(), Arc::clone(&done));
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
+    let mut server = Server::new()
+        .add_listener(Listener::from(listener))
+        .register_service(debug_service(pod.clone()));
+    for name in TASK_NAMES {
+        server = server.register_service(renamed(create_task(Arc::new(service.clone())), name));
+    }
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    server
+        .start()
+        .await
+        .map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
+    info!(logger, "the shim is serving"; "version" => env!("CARGO_PKG_VERSION"));
+    tokio::select! {
+        () = done.notified() => {}
+        _ = terminate.recv() => { pod.shutdown(true).await; }
+        _ = interrupt.recv() => { pod.shutdown(true).await; }
+    }
+    // The socket goes first, so that nobody new finds a server that is about to end.
+    if let Some(socket) = socket {
+        ignore_missing(fs::remove_file(socket)).map_err(failed)?;
+    }
+    publisher.flush(FLUSH).await;
+    let _ = tokio::time::timeout(FLUSH, server.shutdown()).await;
+    info!(logger, "the shim has ended");
+    Ok(())
+}
+
+/// The generated table has one entry, under v3's name.
+fn renamed(services: HashMap<String, Service>, name: &str) -> HashMap<String, Service> {
+    services
+        .into_values()
+        .map(|service| (name.to_owned(), service))
+        .collect()
+}
+
+struct CountersHandler {
+    pod: PodHandle,
+}
+
+#[async_trait]
+impl MethodHandler for CountersHandler {
+    async fn handler(&self, _: TtrpcContext, _: ttrpc::Request) -> ttrpc::Result<ttrpc::Response> {
+        let counters: Result<Vec<u8>> = async {
+            let vm = self.pod.vm().await;
+            let vm = vm.ok_or_else(|| Error::state("the pod has no VM"))?;
+            let counters = match vm.control().counters().await {
+                Ok(counters) => counters,
+                Err(error) => return Err(vm.explain(error).await),
+            };
+            serde_json::to_vec(&counters).map_err(|error| Error::internal(error.to_string()))
+        }
+        .await;
+        let mut response = ttrpc::Response::new();
+        match counters {
+            Ok(payload) => {
+                response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
+                response.payload = payload;
+            }
+            Err(error) => {
+                let code = error.code();
+                response.set_status(ttrpc::get_status(code, error.message));
+            }
+        }
+        Ok(response)
+    }
+}
+
+fn debug_service(pod: PodHandle) -> HashMap<String, Service> {
+    let handler: Box<dyn MethodHandler + Send + Sync> = Box::new(CountersHandler { pod });
+    let service = Service {
+        methods: HashMap::from([(COUNTERS_METHOD.to_owned(), handler)]),
+        streams: HashMap::new(),
+    };
+    HashMap::from([(DEBUG_SERVICE.to_owned(), service)])
+}
+
+/// Standard input is the listening socket; /dev/null takes its place.
+fn take_listener() -> io::Result<UnixListener> {
+    let socket: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    let listener = UnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn started_at() -> SystemTime {
+    let since: Option<u64> = std::env::var(STARTED_AT)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    since.map_or_else(SystemTime::now, |ns| {
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(ns)
+    })
+}
+
+/// One step easier to kill than containerd, as containerd's own shims are.
+fn adjust_oom_score() {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    let own = fs::read_to_string(PATH).ok();
+    if let Some(own) = own.and_then(|text| text.trim().parse::<i32>().ok()) {
+        let _ = fs::write(PATH, own.saturating_add(1).min(1000).to_string());
+    }
+}

@@ -1,0 +1,50 @@
+//! `brig-bench`: figures of Brig beside what a user would pick instead, in one node and one run,
+//! interleaved and repeated; a table and JSON.
+//!
+//! Counts do not depend on the clock. Times do, and under emulation only their ratios mean anything,
+//! which the output says.
+
+mod boot;
+mod containers;
+mod qemu;
+mod report;
+mod syscalls;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR]";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("brig-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut rounds = 7;
+    let mut results = PathBuf::from("/host/results");
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--rounds" => rounds = value()?.parse::<usize>()?.max(1),
+            "--results" => results = value()?.into(),
+            // Run under strace by this program itself: one boot, nothing else.
+            "--boot-brig-once" => return boot::brig_once(),
+            "--boot-qemu-once" => return boot::qemu_once(),
+            _ => bail!("unknown argument {arg}\n{USAGE}"),
+        }
+    }
+    let mut report = report::Report::new(rounds);
+    boot::measure(&mut report, rounds)?;
+    containers::measure(&mut report, rounds)?;
+    report.print();
+    report.write(&results.join("bench.json"))
+}

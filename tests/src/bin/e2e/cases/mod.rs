@@ -1,0 +1,81 @@
+//! All cases, by group.
+
+mod attach;
+mod crash;
+mod devices;
+mod errors;
+mod events;
+mod exec;
+mod exit;
+mod hostile;
+mod images;
+mod leaks;
+mod mounts;
+mod resources;
+mod security;
+mod signals;
+mod stdio;
+mod terminal;
+
+use crate::suite::Case;
+
+/// In the order they run: what everything else needs comes first.
+const GROUPS: &[&[Case]] = &[
+    exit::CASES,
+    stdio::CASES,
+    exec::CASES,
+    terminal::CASES,
+    signals::CASES,
+    attach::CASES,
+    security::CASES,
+    resources::CASES,
+    mounts::CASES,
+    events::CASES,
+    images::CASES,
+    devices::CASES,
+    errors::CASES,
+    hostile::CASES,
+    leaks::CASES,
+    crash::CASES,
+];
+
+/// Every case.
+pub fn all() -> Vec<&'static Case> {
+    GROUPS.iter().flat_map(|group| group.iter()).collect()
+}
+
+/// Which of `of` parts, from 0, a case belongs to: whole groups, so that pods stay shared.
+pub fn shard_of(case: &Case, of: usize) -> usize {
+    // The two groups that take longest go to different parts.
+    match case.group {
+        "leaks" | "errors" => 0,
+        "crash" => 1 % of,
+        group => {
+            GROUPS
+                .iter()
+                .position(|cases| cases.first().is_some_and(|first| first.group == group))
+                .unwrap_or(0)
+                % of
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_unique() {
+        let names: BTreeSet<_> = all().iter().map(|case| (case.group, case.name)).collect();
+        assert_eq!(names.len(), all().len());
+    }
+
+    #[test]
+    fn every_case_is_in_exactly_one_part() {
+        for case in all() {
+            assert_eq!(shard_of(case, 1), 0);
+            assert!(shard_of(case, 2) < 2);
+        }
+    }
+}

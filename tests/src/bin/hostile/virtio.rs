@@ -1,0 +1,195 @@
+//! A virtio driver that does what it is told, right or wrong (virtio 1.3 §2.7, §4.1.4.3).
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::dma::Page;
+use crate::pci::Function;
+
+/// Size of the queues made here, in descriptors: everything fits in one page.
+pub const SIZE: u16 = 16;
+const AVAIL: usize = 0x400;
+const USED: usize = 0x800;
+
+/// Descriptor flags.
+pub const NEXT: u16 = 1;
+/// The device writes.
+pub const WRITE: u16 = 2;
+/// The buffer is a table of descriptors.
+pub const INDIRECT: u16 = 4;
+
+const VERSION_1: u32 = 1;
+
+impl Function {
+    fn common8(&self, offset: usize, value: u8) {
+        self.bar.write(self.common.offset + offset, value);
+    }
+
+    /// Writes a 16-bit field of the common configuration.
+    pub fn common16(&self, offset: usize, value: u16) {
+        self.bar.write(self.common.offset + offset, value);
+    }
+
+    /// Writes a 32-bit field of the common configuration.
+    pub fn common32(&self, offset: usize, value: u32) {
+        self.bar.write(self.common.offset + offset, value);
+    }
+
+    fn common64(&self, offset: usize, value: u64) {
+        let bytes = value.to_le_bytes();
+        let (low, high) = bytes.split_at(4);
+        let half = |part: &[u8]| part.try_into().map_or(0, u32::from_le_bytes);
+        self.common32(offset, half(low));
+        self.common32(offset + 4, half(high));
+    }
+
+    /// device_status.
+    pub fn status(&self) -> u8 {
+        self.bar.read(self.common.offset + 0x14)
+    }
+
+    /// Sets device_status.
+    pub fn set_status(&self, value: u8) {
+        self.common8(0x14, value);
+    }
+
+    /// num_queues.
+    pub fn queues(&self) -> u16 {
+        self.bar.read(self.common.offset + 0x12)
+    }
+
+    /// Resets and waits until the device has.
+    pub fn reset(&self) -> Result<()> {
+        self.set_status(0);
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.status() != 0 {
+            if Instant::now() > end {
+                bail!("device {} does not reset", self.kind);
+            }
+        }
+        Ok(())
+    }
+
+    /// Resets, accepts VIRTIO_F_VERSION_1 and nothing else, up to FEATURES_OK.
+    pub fn negotiate(&self) -> Result<()> {
+        self.reset()?;
+        self.set_status(1);
+        self.set_status(3);
+        self.common32(0x08, 0);
+        self.common32(0x0c, 0);
+        self.common32(0x08, 1);
+        self.common32(0x0c, VERSION_1);
+        self.set_status(0xb);
+        if self.status() & 8 == 0 {
+            bail!("device {} refuses its own features", self.kind);
+        }
+        Ok(())
+    }
+
+    /// Describes a queue to the device and enables it.
+    pub fn set_queue(&self, index: u16, size: u16, desc: u64, avail: u64, used: u64) {
+        self.common16(0x16, index);
+        self.common16(0x18, size);
+        self.common64(0x20, desc);
+        self.common64(0x28, avail);
+        self.common64(0x30, used);
+        self.common16(0x1c, 1);
+    }
+
+    /// Notifies a queue.
+    pub fn kick(&self, index: u16) {
+        self.common16(0x16, index);
+        let offset: u16 = self.bar.read(self.common.offset + 0x1e);
+        let at = self.notify.offset + usize::from(offset) * self.notify_multiplier;
+        self.bar.write(at, index);
+    }
+
+    /// Brings the device up with every queue in a page of its own.
+    pub fn start(&self) -> Result<Vec<Ring>> {
+        self.negotiate()?;
+        let mut rings = Vec::new();
+        for index in 0..self.queues().min(8) {
+            let ring = Ring::new(index)?;
+            ring.attach(self);
+            rings.push(ring);
+        }
+        self.set_status(0xf);
+        Ok(rings)
+    }
+}
+
+/// A split queue in one page.
+pub struct Ring {
+    /// Its index in the device.
+    pub index: u16,
+    /// The page.
+    pub page: Page,
+}
+
+impl Ring {
+    /// An empty queue.
+    pub fn new(index: u16) -> Result<Self> {
+        Ok(Self {
+            index,
+            page: Page::new()?,
+        })
+    }
+
+    /// Describes it to the device.
+    pub fn attach(&self, function: &Function) {
+        let base = self.page.address;
+        function.set_queue(
+            self.index,
+            SIZE,
+            base,
+            base + AVAIL as u64,
+            base + USED as u64,
+        );
+    }
+
+    /// Writes a descriptor.
+    pub fn descriptor(&self, index: u16, address: u64, length: u32, flags: u16, next: u16) {
+        let mut bytes = [0u8; 16];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&length.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&next.to_le_bytes());
+        self.page.write(usize::from(index % SIZE) * 16, &bytes);
+    }
+
+    /// Makes a descriptor available without telling the device.
+    pub fn offer(&self, head: u16) {
+        let position = self.page.read16(AVAIL + 2);
+        let slot = AVAIL + 4 + usize::from(position % SIZE) * 2;
+        self.page.write(slot, &head.to_le_bytes());
+        self.set_position(position.wrapping_add(1));
+    }
+
+    /// Sets the driver's position in the ring of available descriptors.
+    pub fn set_position(&self, position: u16) {
+        self.page.write(AVAIL + 2, &position.to_le_bytes());
+    }
+
+    /// The driver's position.
+    pub fn position(&self) -> u16 {
+        self.page.read16(AVAIL + 2)
+    }
+
+    /// How many the device has used.
+    pub fn used(&self) -> u16 {
+        self.page.read16(USED + 2)
+    }
+
+    /// Waits until the device has used `count`; false if it does not.
+    pub fn wait_used(&self, count: u16, within: Duration) -> bool {
+        let end = Instant::now() + within;
+        while self.used() != count {
+            if Instant::now() > end {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
+    }
+}

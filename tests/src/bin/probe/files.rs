@@ -1,0 +1,76 @@
+//! What a container can do with files, and the names of the errors it meets.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result};
+use brig_tests::pattern::{self, Checksum};
+use nix::errno::Errno;
+use serde_json::{Value, json};
+
+/// The symbolic name of an error, "EROFS".
+pub fn errno_name(error: &io::Error) -> String {
+    error.raw_os_error().map_or_else(
+        || error.to_string(),
+        |code| format!("{:?}", Errno::from_raw(code)),
+    )
+}
+
+/// "ok", or the name of the error, of creating the file and removing it again.
+pub fn attempt_write(path: &str) -> String {
+    match fs::write(path, b"x") {
+        Ok(()) => {
+            let _ = fs::remove_file(path);
+            "ok".to_owned()
+        }
+        Err(error) => errno_name(&error),
+    }
+}
+
+/// Prints a file.
+pub fn read(path: &str) -> Result<u8> {
+    let data = fs::read(path).with_context(|| format!("cannot read {path}"))?;
+    io::stdout().write_all(&data)?;
+    Ok(0)
+}
+
+/// Writes text to a file that may exist.
+pub fn write(path: &str, text: &str) -> Result<u8> {
+    fs::write(path, text).with_context(|| format!("cannot write {path}"))?;
+    Ok(0)
+}
+
+/// Owner, mode and size.
+pub fn stat(path: &str) -> Result<Value> {
+    let meta = fs::symlink_metadata(path).with_context(|| format!("cannot stat {path}"))?;
+    Ok(json!({
+        "uid": meta.uid(),
+        "gid": meta.gid(),
+        "mode": format!("{:o}", meta.mode() & 0o7777),
+        "size": meta.size(),
+    }))
+}
+
+/// Names in a directory, sorted.
+pub fn list(path: &str) -> Result<Value> {
+    let mut names: Vec<String> = fs::read_dir(path)
+        .with_context(|| format!("cannot list {path}"))?
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    Ok(json!(names))
+}
+
+/// Writes the pattern, makes it durable, says so, and waits to be killed.
+pub fn write_fsync(path: &str, bytes: u64) -> Result<u8> {
+    let mut file = fs::File::create(path).with_context(|| format!("cannot create {path}"))?;
+    pattern::write(&mut file, bytes)?;
+    file.sync_all()?;
+    let mut sum = Checksum::default();
+    pattern::write(&mut sum, bytes)?;
+    println!("synced {}", sum.hex());
+    io::stdout().flush()?;
+    crate::actions::sleep(None)
+}

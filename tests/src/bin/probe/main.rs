@@ -1,0 +1,117 @@
+//! `brig-probe`: one static program that a container runs to say what it sees and to do, on request,
+//! what a test needs done.
+//!
+//! Facts go to stdout as one JSON object; a failed action is one line on stderr and exit 2. It
+//! trusts nothing and is trusted by nobody: the suite compares what it says with what was asked for.
+
+mod actions;
+mod facts;
+mod files;
+mod memory;
+mod privileges;
+mod terminal;
+mod vsock;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "usage: brig-probe COMMAND
+  facts                      everything below as one JSON object
+  exit N                     exit with N
+  echo TEXT [N]              print TEXT, exit with N
+  die SIGNAL                 end by a signal
+  sleep [SECONDS]            wait; SIGTERM ends it by its default action (exit 143 as PID 1)
+  trap SIGNAL N              print 'ready', wait for the signal, print it, exit with N
+  await-trap SIGNAL          return once PID 1 traps it
+  flood BYTES [stderr]       write the pattern and exit at once
+  sum | cat                  checksum or copy stdin
+  tty                        terminal facts, then each SIGWINCH; SIGINT exits 130
+  spawn-background N         leave N sleeping children and wait
+  fork-bomb N                children that could be made, of N
+  eat MIB                    allocate and touch that much
+  touch-free MIB             touch; at a line on stdin free; at the next exit
+  burn MILLISECONDS          CPU time got in that wall time
+  longest-gap                until SIGTERM; the longest time it did not run
+  random                     a random number, boot id
+  write-fsync PATH BYTES     write the pattern, fsync, print its checksum, wait
+  read PATH | write PATH TEXT | stat PATH | list PATH
+  privileges PATH            facts as seen by the program at PATH (setuid, setcap)
+  vsock-dial CID:PORT...     try to connect to each
+  connect IP:PORT            dial TCP, send a line, print the answer
+  sysrq LETTER               write to /proc/sysrq-trigger";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("brig-probe: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run() -> Result<u8> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    if std::env::args().next().as_deref() == Some("/init") {
+        // Booted in the place of the agent: one that never answers.
+        return actions::sleep(None);
+    }
+    match words.as_slice() {
+        ["facts"] => print(&facts::all()),
+        ["exit", code] => Ok(number(code)?),
+        ["echo", text] => {
+            println!("{text}");
+            Ok(0)
+        }
+        ["echo", text, code] => {
+            println!("{text}");
+            Ok(number(code)?)
+        }
+        ["die", signal] => actions::die(signal),
+        ["sleep"] => actions::sleep(None),
+        ["sleep", seconds] => actions::sleep(Some(number(seconds)?)),
+        ["trap", signal, code] => actions::trap(signal, number(code)?),
+        ["await-trap", signal] => actions::await_trap(signal),
+        ["flood", bytes] => actions::flood(number(bytes)?, false),
+        ["flood", bytes, "stderr"] => actions::flood(number(bytes)?, true),
+        ["sum"] => print(&actions::sum()?),
+        ["cat"] => actions::cat(),
+        ["tty"] => terminal::watch(),
+        ["spawn-background", count] => actions::spawn_background(number(count)?),
+        ["fork-bomb", count] => print(&actions::fork_bomb(number(count)?)),
+        ["eat", mib] => memory::eat(number(mib)?),
+        ["touch-free", mib] => memory::touch_free(number(mib)?),
+        ["burn", millis] => print(&actions::burn(number(millis)?)?),
+        ["longest-gap"] => actions::longest_gap(),
+        ["random"] => print(&facts::random()?),
+        ["write-fsync", path, bytes] => files::write_fsync(path, number(bytes)?),
+        ["read", path] => files::read(path),
+        ["write", path, text] => files::write(path, text),
+        ["stat", path] => print(&files::stat(path)?),
+        ["list", path] => print(&files::list(path)?),
+        ["privileges", path] => privileges::exec_facts(path),
+        ["vsock-dial", targets @ ..] => print(&vsock::dial_all(targets)),
+        ["connect", target] => actions::connect(target),
+        ["sysrq", letter] => files::write("/proc/sysrq-trigger", letter),
+        [] => {
+            println!("{USAGE}");
+            Ok(0)
+        }
+        _ => bail!("unknown command {words:?}\n{USAGE}"),
+    }
+}
+
+fn print(value: &serde_json::Value) -> Result<u8> {
+    println!("{value}");
+    Ok(0)
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> Result<T>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    text.parse()
+        .with_context(|| format!("'{text}' is not a number in range"))
+}

@@ -1,0 +1,84 @@
+//! Using memory: too much of it, or some and then none.
+
+use std::io::{self, BufRead, Write};
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+use anyhow::{Context, Result};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+const MIB: usize = 1024 * 1024;
+const PAGE: usize = 4096;
+
+/// An anonymous mapping of which every page has been written.
+struct Touched {
+    start: NonNull<std::ffi::c_void>,
+    length: usize,
+}
+
+impl Touched {
+    fn new(mib: usize) -> Result<Self> {
+        let length = mib.saturating_mul(MIB);
+        let size = NonZeroUsize::new(length).context("nothing to allocate")?;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
+        let start = unsafe {
+            mmap_anonymous(
+                None,
+                size,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_PRIVATE,
+            )
+        }
+        .context("cannot map memory")?;
+        let touched = Self { start, length };
+        let mut value = 0x5bu8;
+        for offset in (0..length).step_by(PAGE) {
+            value = value.wrapping_mul(31).wrapping_add(7);
+            // SAFETY: offset is below the length of the mapping, which is writable and ours.
+            unsafe {
+                touched
+                    .start
+                    .as_ptr()
+                    .cast::<u8>()
+                    .add(offset)
+                    .write_volatile(value | 1);
+            }
+        }
+        Ok(touched)
+    }
+}
+
+impl Drop for Touched {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing refers to it any more.
+        let _ = unsafe { munmap(self.start, self.length) };
+    }
+}
+
+/// Touches `mib` MiB in steps, saying how far it got; the OOM killer may end it.
+pub fn eat(mib: usize) -> Result<u8> {
+    let mut held = Vec::new();
+    let mut done = 0;
+    while done < mib {
+        let step = (mib - done).min(8);
+        held.push(Touched::new(step)?);
+        done += step;
+        println!("ate {done}");
+        io::stdout().flush()?;
+    }
+    Ok(0)
+}
+
+/// Touches `mib` MiB; a line on stdin makes it free them, another ends it.
+pub fn touch_free(mib: usize) -> Result<u8> {
+    let mut lines = io::stdin().lock().lines();
+    let touched = Touched::new(mib)?;
+    println!("touched");
+    io::stdout().flush()?;
+    let _ = lines.next();
+    drop(touched);
+    println!("freed");
+    io::stdout().flush()?;
+    let _ = lines.next();
+    Ok(0)
+}

@@ -1,0 +1,11 @@
+//! What Brig's tests share: the drivers that run on the node, and the few things that the programs
+//! in the guest must agree on with them.
+//!
+//! Guest programs build this with no features, statically; everything that drives containerd or the
+//! VMM is behind `node`.
+
+pub mod cpio;
+pub mod pattern;
+
+#[cfg(feature = "node")]
+pub mod node;

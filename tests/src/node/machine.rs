@@ -1,0 +1,232 @@
+//! brig-vmm without containerd: launched in its jail and driven over its control socket, with any
+//! initramfs. For hostile guests and for measuring boots.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use brig_hypervisor::control::{
+    self, Counters, Event, FromVmm, ReplyBody, Request, RequestBody, VmConfig,
+};
+use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch};
+
+use super::process::readable;
+
+/// What to boot.
+pub struct Boot {
+    /// The brig-vmm binary.
+    pub vmm: PathBuf,
+    /// vmlinux.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// CPUs.
+    pub vcpus: u8,
+    /// Appended to the command line.
+    pub cmdline: String,
+    /// Console lines come as events.
+    pub debug_console: bool,
+    /// Serve an (empty) share.
+    pub share: bool,
+    /// Where the VMM logs.
+    pub log: PathBuf,
+}
+
+impl Boot {
+    /// The installed guest with one CPU and 256 MiB.
+    #[must_use]
+    pub fn installed(log: &Path) -> Self {
+        let bin = Path::new("/host/bin");
+        Self {
+            vmm: bin.join("brig-vmm"),
+            kernel: bin.join("vmlinux"),
+            initramfs: bin.join("brig-initramfs.cpio"),
+            memory: 256 << 20,
+            vcpus: 1,
+            cmdline: String::new(),
+            debug_console: false,
+            share: true,
+            log: log.to_owned(),
+        }
+    }
+}
+
+/// A running VMM.
+pub struct Machine {
+    process: VmmProcess,
+    control: OwnedFd,
+    _agent: UnixStream,
+    next_request: u64,
+    /// When it was launched.
+    pub started: Instant,
+}
+
+/// What a VMM says or does next.
+pub enum Next {
+    /// An event.
+    Event(Event),
+    /// It is gone.
+    Ended(VmmExit),
+}
+
+impl Machine {
+    /// Launches the VMM and starts its CPUs.
+    ///
+    /// # Errors
+    /// What the launch or the VMM says.
+    pub fn start(boot: &Boot) -> Result<Self> {
+        let open = |path: &Path| {
+            File::open(path).with_context(|| format!("cannot open {}", path.display()))
+        };
+        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+        let kernel = open(&boot.kernel)?;
+        let initramfs = open(&boot.initramfs)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&boot.log)
+            .with_context(|| format!("cannot open {}", boot.log.display()))?;
+        let started = Instant::now();
+        let mut process = launch(LaunchOptions {
+            vmm: boot.vmm.clone(),
+            netns: None,
+            cgroup: None,
+            cgroup_procs: Vec::new(),
+            stderr: log.into(),
+            max_files: 4096,
+        })?;
+        process.wait_jailed()?;
+        let control = process.take_control().context("no control socket")?;
+        let mut machine = Self {
+            process,
+            control,
+            _agent: ours,
+            next_request: 1,
+            started,
+        };
+        let config = VmConfig {
+            vcpus: boot.vcpus,
+            memory_bytes: boot.memory,
+            kvm: 0,
+            kernel: 1,
+            initramfs: 2,
+            cmdline: boot.cmdline.clone(),
+            agent: 3,
+            nets: Vec::new(),
+            disks: Vec::new(),
+            share_tag: boot.share.then(|| "brig".to_owned()),
+            debug_console: boot.debug_console,
+            allow_slow_kvm: false,
+        };
+        let fds = [
+            kvm.as_fd(),
+            kernel.as_fd(),
+            initramfs.as_fd(),
+            theirs.as_fd(),
+        ];
+        let id = machine.number();
+        control::send(
+            machine.control.as_fd(),
+            &Request {
+                id,
+                body: RequestBody::Start(Box::new(config)),
+            },
+            &fds,
+        )?;
+        match machine.reply(id, super::clock::seconds(6))? {
+            ReplyBody::Done => Ok(machine),
+            other @ ReplyBody::Counters(_) => bail!("unexpected reply {other:?}"),
+        }
+    }
+
+    /// The VMM's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn number(&mut self) -> u64 {
+        let number = self.next_request;
+        self.next_request += 1;
+        number
+    }
+
+    fn receive(&mut self, within: Duration) -> Result<Option<FromVmm>> {
+        if !readable(&self.control, within)? {
+            bail!("the VMM said nothing for {} s", within.as_secs());
+        }
+        match control::receive::<FromVmm>(self.control.as_fd()) {
+            Ok(message) => Ok(message.map(|(message, _)| message)),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn reply(&mut self, id: u64, within: Duration) -> Result<ReplyBody> {
+        let end = Instant::now() + within;
+        loop {
+            match self.receive(end.saturating_duration_since(Instant::now()))? {
+                Some(FromVmm::Reply(reply)) if reply.id == id => {
+                    return reply.result.map_err(Into::into);
+                }
+                Some(_) => {}
+                None => bail!("the VMM ended: {:?}", self.process.wait()?),
+            }
+        }
+    }
+
+    /// Waits for the next event or the end.
+    ///
+    /// # Errors
+    /// If nothing happens in time.
+    pub fn next(&mut self, within: Duration) -> Result<Next> {
+        loop {
+            match self.receive(within)? {
+                Some(FromVmm::Event(event)) => return Ok(Next::Event(event)),
+                Some(FromVmm::Reply(_)) => {}
+                None => return Ok(Next::Ended(self.process.wait()?)),
+            }
+        }
+    }
+
+    /// Waits for the agent's stream; returns the microseconds since the VMM's exec.
+    ///
+    /// # Errors
+    /// If it does not come in time, or the VMM ends.
+    pub fn agent_connected(&mut self, within: Duration) -> Result<u64> {
+        let end = Instant::now() + within;
+        loop {
+            match self.next(end.saturating_duration_since(Instant::now()))? {
+                Next::Event(Event::AgentConnected { micros }) => return Ok(micros),
+                Next::Event(_) => {}
+                Next::Ended(exit) => bail!("the VMM ended before the agent came: {exit:?}"),
+            }
+        }
+    }
+
+    /// Boot marks and exit counters.
+    ///
+    /// # Errors
+    /// If the VMM does not answer.
+    pub fn counters(&mut self) -> Result<Counters> {
+        let id = self.number();
+        control::send(
+            self.control.as_fd(),
+            &Request {
+                id,
+                body: RequestBody::Counters,
+            },
+            &[],
+        )?;
+        match self.reply(id, super::clock::seconds(3))? {
+            ReplyBody::Counters(counters) => Ok(counters),
+            ReplyBody::Done => bail!("no counters in the reply"),
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! The side of the tests that runs on the worker node: containerd through `ctr`, its events, the
+//! shim's own socket, terminals, and what is left on the host afterwards.
+//!
+//! It trusts the node and containerd; it does not trust what a runtime says of itself where the node
+//! can be asked instead.
+
+pub mod check;
+pub mod clock;
+pub mod ctr;
+pub mod events;
+pub mod leaks;
+pub mod machine;
+pub mod memory;
+pub mod process;
+pub mod task;
+pub mod terminal;
