@@ -38,10 +38,22 @@ fn run(socket: &Path, state: &Path) -> io::Result<()> {
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWNET,
     )?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )?;
     let cgroup_root = state.join("cgroup");
     fs::create_dir_all(&cgroup_root)?;
-    mount(Some("cgroup2"), &cgroup_root, Some("cgroup2"), MsFlags::empty(), None::<&str>)?;
+    mount(
+        Some("cgroup2"),
+        &cgroup_root,
+        Some("cgroup2"),
+        MsFlags::empty(),
+        None::<&str>,
+    )?;
     let cgroup_base = cgroup_root.join(format!("brig-test-{}", std::process::id()));
     // SAFETY: the process has one thread, so the child may do anything.
     let outcome = match unsafe { fork() }? {
@@ -78,7 +90,9 @@ fn as_init(places: Places, binary: OwnedFd, socket: &Path) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), quiet, None::<&str>)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         network::loopback_up().await.map_err(io::Error::other)?;
         let log = LogRing::new(true);
@@ -87,7 +101,12 @@ fn as_init(places: Places, binary: OwnedFd, socket: &Path) -> io::Result<()> {
         streams.push(".streams");
         let stream_listener = UnixListener::bind(PathBuf::from(streams))?;
         let listener = UnixListener::bind(socket)?;
-        tokio::spawn(parts.streams.clone().serve_unix(stream_listener, log, parts.logger.clone()));
+        tokio::spawn(
+            parts
+                .streams
+                .clone()
+                .serve_unix(stream_listener, log, parts.logger.clone()),
+        );
         let (connection, _) = listener.accept().await?;
         serve::serve(parts, connection).await
     })

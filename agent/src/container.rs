@@ -23,31 +23,60 @@ use crate::{
 /// What the container's task is asked.
 pub enum Command {
     /// Prepare another process.
-    CreateExec { exec_id: String, process: Box<spec::Process>, stdio: agent::Stdio, reply: Reply<()> },
+    CreateExec {
+        exec_id: String,
+        process: Box<spec::Process>,
+        stdio: agent::Stdio,
+        reply: Reply<()>,
+    },
     /// Let a prepared process run. An empty `exec_id` is the init process, here and below.
     Start { exec_id: String, reply: Reply<u32> },
     /// Send a signal to one process or to all.
-    Signal { exec_id: String, signal: i32, all: bool, reply: Reply<()> },
+    Signal {
+        exec_id: String,
+        signal: i32,
+        all: bool,
+        reply: Reply<()>,
+    },
     /// Set a terminal's size in characters.
-    Resize { exec_id: String, rows: u32, columns: u32, reply: Reply<()> },
+    Resize {
+        exec_id: String,
+        rows: u32,
+        columns: u32,
+        reply: Reply<()>,
+    },
     /// Close a process's stdin.
     CloseStdin { exec_id: String, reply: Reply<()> },
     /// Forget an ended process, or remove the container.
-    Delete { exec_id: String, reply: Reply<agent::ProcessExited> },
+    Delete {
+        exec_id: String,
+        reply: Reply<agent::ProcessExited>,
+    },
     /// The pids of all processes.
     List { reply: Reply<Vec<u32>> },
     /// Freeze or thaw.
     Freeze { frozen: bool, reply: Reply<()> },
     /// Change limits.
-    Update { resources: Box<Resources>, reply: Reply<()> },
+    Update {
+        resources: Box<Resources>,
+        reply: Reply<()>,
+    },
     /// Read statistics.
     Stats { reply: Reply<StatsResponse> },
     /// From the task that prepared an exec.
-    Prepared { exec_id: String, result: Result<Process>, reply: Reply<()> },
+    Prepared {
+        exec_id: String,
+        result: Result<Process>,
+        reply: Reply<()>,
+    },
     /// From the task that started a process.
     Started { exec_id: String, result: Result<()> },
     /// From the reaper.
-    Exited { exec_id: String, serial: u64, exit: Exit },
+    Exited {
+        exec_id: String,
+        serial: u64,
+        exit: Exit,
+    },
     /// memory.events changed.
     MemoryEvent,
 }
@@ -87,7 +116,17 @@ pub struct Container {
 impl Container {
     /// A container whose init process waits for its start.
     pub fn new(parts: Parts, context: Arc<Context>, mailbox: Mailbox, init: Process) -> Self {
-        Self { parts, context, mailbox, init, execs: HashMap::new(), paused: false, oom_kills: 0, serial: 0, deletion: None }
+        Self {
+            parts,
+            context,
+            mailbox,
+            init,
+            execs: HashMap::new(),
+            paused: false,
+            oom_kills: 0,
+            serial: 0,
+            deletion: None,
+        }
     }
 
     /// Answers commands until the container is removed.
@@ -116,17 +155,47 @@ impl Container {
     /// Does one command; `true` when the container is gone.
     async fn handle(&mut self, command: Command) -> bool {
         match command {
-            Command::CreateExec { exec_id, process, stdio, reply } => self.create_exec(exec_id, *process, stdio, reply),
-            Command::Prepared { exec_id, result, reply } => self.prepared(&exec_id, result, reply),
+            Command::CreateExec {
+                exec_id,
+                process,
+                stdio,
+                reply,
+            } => self.create_exec(exec_id, *process, stdio, reply),
+            Command::Prepared {
+                exec_id,
+                result,
+                reply,
+            } => self.prepared(&exec_id, result, reply),
             Command::Start { exec_id, reply } => self.start(exec_id, reply),
             Command::Started { exec_id, result } => self.started(&exec_id, result),
-            Command::Exited { exec_id, serial, exit } => return self.exited(&exec_id, serial, exit).await,
-            Command::Signal { exec_id, signal, all, reply } => {
-                let outcome = if all { self.signal_all(signal).await } else { self.signal(&exec_id, signal) };
+            Command::Exited {
+                exec_id,
+                serial,
+                exit,
+            } => return self.exited(&exec_id, serial, exit).await,
+            Command::Signal {
+                exec_id,
+                signal,
+                all,
+                reply,
+            } => {
+                let outcome = if all {
+                    self.signal_all(signal).await
+                } else {
+                    self.signal(&exec_id, signal)
+                };
                 let _ = reply.send(outcome);
             }
-            Command::Resize { exec_id, rows, columns, reply } => {
-                let _ = reply.send(self.process(&exec_id).and_then(|p| p.stdio.resize(rows, columns)));
+            Command::Resize {
+                exec_id,
+                rows,
+                columns,
+                reply,
+            } => {
+                let _ = reply.send(
+                    self.process(&exec_id)
+                        .and_then(|p| p.stdio.resize(rows, columns)),
+                );
             }
             Command::CloseStdin { exec_id, reply } => {
                 let _ = reply.send(self.process(&exec_id).map(|p| p.stdio.close_stdin()));
@@ -159,7 +228,13 @@ impl Container {
             .ok_or_else(|| Error::NotFound(format!("container {id} has no exec process {exec_id}")))
     }
 
-    fn create_exec(&mut self, exec_id: String, process: spec::Process, stdio: agent::Stdio, reply: Reply<()>) {
+    fn create_exec(
+        &mut self,
+        exec_id: String,
+        process: spec::Process,
+        stdio: agent::Stdio,
+        reply: Reply<()>,
+    ) {
         let init_pid = match self.may_exec(&exec_id) {
             Ok(pid) => pid,
             Err(error) => {
@@ -169,7 +244,8 @@ impl Container {
         };
         self.serial += 1;
         let serial = self.serial;
-        self.execs.insert(exec_id.clone(), Process::preparing(serial));
+        self.execs
+            .insert(exec_id.clone(), Process::preparing(serial));
         let mut cgroups = vec![self.parts.cgroup.path().to_owned()];
         cgroups.extend(self.context.cgroup_of(init_pid));
         let instructions = Instructions::Exec(Box::new(Exec {
@@ -183,23 +259,41 @@ impl Container {
         }));
         let (context, mailbox) = (Arc::clone(&self.context), self.mailbox.clone());
         tokio::spawn(async move {
-            let result = prepare(&context, &instructions, &stdio, &mailbox, (&exec_id, serial)).await;
-            let _ = mailbox.send(Command::Prepared { exec_id, result, reply });
+            let result = prepare(
+                &context,
+                &instructions,
+                &stdio,
+                &mailbox,
+                (&exec_id, serial),
+            )
+            .await;
+            let _ = mailbox.send(Command::Prepared {
+                exec_id,
+                result,
+                reply,
+            });
         });
     }
 
     fn may_exec(&self, exec_id: &str) -> Result<i32> {
         let id = &self.parts.id;
         if self.execs.contains_key(exec_id) {
-            return Err(Error::AlreadyExists(format!("container {id} already has an exec process {exec_id}")));
+            return Err(Error::AlreadyExists(format!(
+                "container {id} already has an exec process {exec_id}"
+            )));
         }
         if !matches!(self.init.phase, Phase::Running) {
-            return Err(Error::FailedPrecondition(format!("container {id} is not running")));
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is not running"
+            )));
         }
         if self.paused {
-            return Err(Error::FailedPrecondition(format!("container {id} is paused; resume it first")));
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is paused; resume it first"
+            )));
         }
-        i32::try_from(self.init.pid()).map_err(|_| Error::Internal("the init process has no pid".into()))
+        i32::try_from(self.init.pid())
+            .map_err(|_| Error::Internal("the init process has no pid".into()))
     }
 
     fn prepared(&mut self, exec_id: &str, result: Result<Process>, reply: Reply<()>) {
@@ -214,7 +308,9 @@ impl Container {
             }
             (None, Ok(process)) => {
                 let _ = process.signal(libc::SIGKILL);
-                Err(Error::NotFound(format!("exec process {exec_id} was deleted while it was set up")))
+                Err(Error::NotFound(format!(
+                    "exec process {exec_id} was deleted while it was set up"
+                )))
             }
         };
         let _ = reply.send(outcome);
@@ -250,8 +346,14 @@ impl Container {
 
     fn started(&mut self, exec_id: &str, result: Result<()>) {
         let (context, id) = (Arc::clone(&self.context), self.parts.id.clone());
-        let Ok(process) = self.process(exec_id) else { return };
-        let Phase::Starting { reply, early } = std::mem::replace(&mut process.phase, Phase::Running) else { return };
+        let Ok(process) = self.process(exec_id) else {
+            return;
+        };
+        let Phase::Starting { reply, early } =
+            std::mem::replace(&mut process.phase, Phase::Running)
+        else {
+            return;
+        };
         let pid = process.pid();
         match (result, early) {
             (Ok(()), None) => {
@@ -265,7 +367,10 @@ impl Container {
             // Not an exit of the program: it never ran, and the caller gets the reason.
             (Err(error), early) => {
                 let _ = process.signal(libc::SIGKILL);
-                process.phase = Phase::Stopped(early.unwrap_or(Exit { status: 255, at: SystemTime::now() }));
+                process.phase = Phase::Stopped(early.unwrap_or(Exit {
+                    status: 255,
+                    at: SystemTime::now(),
+                }));
                 let _ = reply.send(Err(error));
             }
         }
@@ -275,7 +380,9 @@ impl Container {
     async fn exited(&mut self, exec_id: &str, serial: u64, exit: Exit) -> bool {
         let (context, id) = (Arc::clone(&self.context), self.parts.id.clone());
         let is_init = exec_id.is_empty();
-        let Some(process) = self.process(exec_id).ok().filter(|p| p.serial == serial) else { return false };
+        let Some(process) = self.process(exec_id).ok().filter(|p| p.serial == serial) else {
+            return false;
+        };
         match &mut process.phase {
             Phase::Starting { early, .. } => {
                 *early = Some(exit);
@@ -340,11 +447,15 @@ impl Container {
     async fn freeze(&mut self, frozen: bool) -> Result<()> {
         let id = &self.parts.id;
         if frozen && !matches!(self.init.phase, Phase::Running) {
-            return Err(Error::FailedPrecondition(format!("container {id} is not running")));
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is not running"
+            )));
         }
         if frozen == self.paused {
             let state = if frozen { "already" } else { "not" };
-            return Err(Error::FailedPrecondition(format!("container {id} is {state} paused")));
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is {state} paused"
+            )));
         }
         self.parts.cgroup.freeze(frozen).await?;
         self.paused = frozen;
@@ -369,7 +480,10 @@ impl Container {
                     self.deletion = Some(reply);
                     return false;
                 }
-                killed.map(|()| Exit { status: 137, at: SystemTime::now() })
+                killed.map(|()| Exit {
+                    status: 137,
+                    at: SystemTime::now(),
+                })
             }
             _ => Err(Error::FailedPrecondition(format!(
                 "process {exec_id:?} of container {id} has not stopped; kill it first"
@@ -406,7 +520,10 @@ impl Container {
 /// The terminal that the streams ask for.
 pub fn terminal_of(stdio: &agent::Stdio) -> Option<Terminal> {
     let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-    stdio.terminal.then(|| Terminal { rows: size(stdio.rows), columns: size(stdio.columns) })
+    stdio.terminal.then(|| Terminal {
+        rows: size(stdio.rows),
+        columns: size(stdio.columns),
+    })
 }
 
 /// Connects the streams, runs the helper to the point where the process waits for its start, and
@@ -429,9 +546,16 @@ pub async fn prepare(
     };
     let (mailbox, exec_id) = (mailbox.clone(), exec_id.to_owned());
     let on_exit = move |exit| {
-        let _ = mailbox.send(Command::Exited { exec_id, serial, exit });
+        let _ = mailbox.send(Command::Exited {
+            exec_id,
+            serial,
+            exit,
+        });
     };
-    let mut prepared: Prepared = context.launcher.prepare(instructions, ends, on_exit).await?;
+    let mut prepared: Prepared = context
+        .launcher
+        .prepare(instructions, ends, on_exit)
+        .await?;
     let stdio: Running = pumps.start(prepared.terminal.take())?;
     let done = stdio.output_done();
     context.outputs.spawn(done);

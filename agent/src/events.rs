@@ -22,7 +22,10 @@ pub struct Events {
 impl Default for Events {
     fn default() -> Self {
         let (tx, rx) = unbounded_channel();
-        Self { tx, rx: Mutex::new(Some(rx)) }
+        Self {
+            tx,
+            rx: Mutex::new(Some(rx)),
+        }
     }
 }
 
@@ -32,8 +35,13 @@ impl Events {
     /// # Errors
     /// `FailedPrecondition` at the second call.
     pub fn subscribe(&self) -> Result<UnboundedReceiver<Event>> {
-        let taken = self.rx.lock().unwrap_or_else(PoisonError::into_inner).take();
-        taken.ok_or_else(|| Error::FailedPrecondition("the events have a subscriber already".into()))
+        let taken = self
+            .rx
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        taken
+            .ok_or_else(|| Error::FailedPrecondition("the events have a subscriber already".into()))
     }
 
     /// A process has ended.
@@ -49,12 +57,18 @@ impl Events {
 
     /// The kernel killed a process of the container for memory.
     pub fn oom(&self, id: &str) {
-        self.send(event::Kind::Oom(event::Oom { id: id.into(), ..Default::default() }));
+        self.send(event::Kind::Oom(event::Oom {
+            id: id.into(),
+            ..Default::default()
+        }));
     }
 
     fn send(&self, kind: event::Kind) {
         // The receiver goes only with the connection, and then the guest powers off.
-        let _ = self.tx.send(Event { kind: Some(kind), ..Default::default() });
+        let _ = self.tx.send(Event {
+            kind: Some(kind),
+            ..Default::default()
+        });
     }
 }
 

@@ -57,7 +57,11 @@ pub struct Prepared {
 impl Launcher {
     /// `binary` is executed for each helper; see [`open_binary`].
     pub fn new(binary: OwnedFd, reaper: Reaper, logger: slog::Logger) -> Self {
-        Self { binary, reaper, logger }
+        Self {
+            binary,
+            reaper,
+            logger,
+        }
     }
 
     /// Starts a helper with `ends` as its stdio and waits until it is ready. `on_exit` is called
@@ -72,8 +76,11 @@ impl Launcher {
         on_exit: impl FnOnce(Exit) + Send + 'static,
     ) -> Result<Prepared> {
         let launch = self.reaper.launch();
-        let control = self.spawn(instructions, ends).map_err(|e| Error::io("cannot start the container helper", e))?;
-        let control = readiness::register(control, Interest::READABLE).map_err(|e| Error::io("helper socket", e))?;
+        let control = self
+            .spawn(instructions, ends)
+            .map_err(|e| Error::io("cannot start the container helper", e))?;
+        let control = readiness::register(control, Interest::READABLE)
+            .map_err(|e| Error::io("helper socket", e))?;
         let mut process = None;
         let prepared = timeout(SETUP_TIME, async {
             let mut on_exit = Some(on_exit);
@@ -88,10 +95,15 @@ impl Launcher {
                         if let Some(on_exit) = on_exit.take() {
                             self.reaper.watch(&launch, pid, on_exit);
                         }
-                        process = Some((pid, fd.map_err(|e| Error::io("the process ended at once", e))?));
+                        process = Some((
+                            pid,
+                            fd.map_err(|e| Error::io("the process ended at once", e))?,
+                        ));
                     }
                     (Message::Terminal, fd) => terminal = fd,
-                    (Message::Warning(text), _) => slog::warn!(self.logger, "container helper"; "note" => text),
+                    (Message::Warning(text), _) => {
+                        slog::warn!(self.logger, "container helper"; "note" => text)
+                    }
                     (Message::Failed(text), _) => return Err(Error::InvalidArgument(text)),
                     (Message::Ready, _) => ready = true,
                 }
@@ -100,11 +112,23 @@ impl Launcher {
         })
         .await;
         let (error, started) = match (prepared, process) {
-            (Ok(Ok(terminal)), Some((pid, pidfd))) => return Ok(Prepared { pid, pidfd, terminal, control }),
-            (Ok(Ok(_)), None) => return Err(Error::Internal("the container helper gave no pid".into())),
+            (Ok(Ok(terminal)), Some((pid, pidfd))) => {
+                return Ok(Prepared {
+                    pid,
+                    pidfd,
+                    terminal,
+                    control,
+                });
+            }
+            (Ok(Ok(_)), None) => {
+                return Err(Error::Internal("the container helper gave no pid".into()));
+            }
             (Ok(Err(error)), started) => (error, started),
             (Err(_), started) => (
-                Error::DeadlineExceeded(format!("setting up the process took longer than {} s", SETUP_TIME.as_secs())),
+                Error::DeadlineExceeded(format!(
+                    "setting up the process took longer than {} s",
+                    SETUP_TIME.as_secs()
+                )),
                 started,
             ),
         };
@@ -124,8 +148,15 @@ impl Launcher {
         rustix::io::ioctl_fionbio(&ours, true)?;
         let memory = instructions_file(instructions)?;
         let mut command = Command::new(format!("/proc/self/fd/{}", self.binary.as_raw_fd()));
-        command.arg0("brig-agent").arg("container-init").env_clear().current_dir("/");
-        command.stdin(ends.stdin).stdout(ends.stdout).stderr(ends.stderr);
+        command
+            .arg0("brig-agent")
+            .arg("container-init")
+            .env_clear()
+            .current_dir("/");
+        command
+            .stdin(ends.stdin)
+            .stdout(ends.stdout)
+            .stderr(ends.stderr);
         let (control_fd, memory_fd) = (theirs.as_raw_fd(), memory.as_raw_fd());
         // SAFETY: between fork and exec only async-signal-safe calls are made (fcntl, dup2), on
         // descriptors that are open in the parent. Both are first moved out of the way, so that
@@ -155,8 +186,9 @@ impl Prepared {
     /// # Errors
     /// `InvalidArgument` with the helper's sentence when the program cannot be executed.
     pub async fn go(&self) -> Result<()> {
-        rustix::net::send(self.control.get_ref(), GO, SendFlags::NOSIGNAL)
-            .map_err(|e| Error::FailedPrecondition(format!("the process ended before its start: {e}")))?;
+        rustix::net::send(self.control.get_ref(), GO, SendFlags::NOSIGNAL).map_err(|e| {
+            Error::FailedPrecondition(format!("the process ended before its start: {e}"))
+        })?;
         let outcome = timeout(SETUP_TIME, async {
             loop {
                 match receive(&self.control).await? {
@@ -166,31 +198,48 @@ impl Prepared {
                 }
             }
         });
-        outcome.await.unwrap_or_else(|_| Err(Error::DeadlineExceeded("the program did not start in time".into())))
+        outcome.await.unwrap_or_else(|_| {
+            Err(Error::DeadlineExceeded(
+                "the program did not start in time".into(),
+            ))
+        })
     }
 }
 
 async fn receive(control: &AsyncFd<OwnedFd>) -> Result<Option<(Message, Option<OwnedFd>)>> {
-    let received = control.async_io(Interest::READABLE, |fd| control::receive(fd.as_fd())).await;
+    let received = control
+        .async_io(Interest::READABLE, |fd| control::receive(fd.as_fd()))
+        .await;
     received.map_err(|e| Error::io("container helper", e))
 }
 
 async fn next(control: &AsyncFd<OwnedFd>) -> Result<(Message, Option<OwnedFd>)> {
-    receive(control)
-        .await?
-        .ok_or_else(|| Error::Internal("the container helper ended without a word; was it killed for memory?".into()))
+    receive(control).await?.ok_or_else(|| {
+        Error::Internal(
+            "the container helper ended without a word; was it killed for memory?".into(),
+        )
+    })
 }
 
 fn pidfd(pid: Pid) -> io::Result<OwnedFd> {
     let pid = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+    Ok(rustix::process::pidfd_open(
+        pid,
+        rustix::process::PidfdFlags::empty(),
+    )?)
 }
 
 fn instructions_file(instructions: &Instructions) -> io::Result<OwnedFd> {
-    let fd = rustix::fs::memfd_create("instructions", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let fd = rustix::fs::memfd_create(
+        "instructions",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )?;
     let mut file = File::from(fd);
     file.write_all(&serde_json::to_vec(instructions)?)?;
-    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    rustix::fs::fcntl_add_seals(
+        &file,
+        SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL,
+    )?;
     Ok(file.into())
 }
 
@@ -205,7 +254,10 @@ pub fn open_binary(path: &str) -> io::Result<OwnedFd> {
         path,
         OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
     )?;
-    let change = crate::mount_attr::Change { set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID, ..Default::default() };
+    let change = crate::mount_attr::Change {
+        set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID,
+        ..Default::default()
+    };
     crate::mount_attr::apply(tree.as_fd(), &change, false)?;
     // Out of the way of the descriptors that a helper gets.
     Ok(rustix::io::fcntl_dupfd_cloexec(&tree, FIRST_FREE_FD)?)

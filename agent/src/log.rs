@@ -43,7 +43,11 @@ impl LogRing {
     /// An empty ring; with `echo` each line also goes to stderr.
     pub fn new(echo: bool) -> Self {
         Self {
-            shared: Arc::new(Shared { lines: Mutex::default(), added: Notify::new(), echo }),
+            shared: Arc::new(Shared {
+                lines: Mutex::default(),
+                added: Notify::new(),
+                echo,
+            }),
         }
     }
 
@@ -53,7 +57,10 @@ impl LogRing {
     }
 
     fn lines(&self) -> MutexGuard<'_, Lines> {
-        self.shared.lines.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn push(&self, line: String) {
@@ -81,7 +88,9 @@ impl LogRing {
                 (lines.queue.pop_front(), std::mem::take(&mut lines.dropped))
             };
             if dropped > 0 {
-                let note = format!("{{\"level\":\"WARN\",\"msg\":\"log lines dropped\",\"count\":{dropped}}}\n");
+                let note = format!(
+                    "{{\"level\":\"WARN\",\"msg\":\"log lines dropped\",\"count\":{dropped}}}\n"
+                );
                 stream.write_all(note.as_bytes()).await?;
             }
             match line {
@@ -98,10 +107,14 @@ impl Drain for LogRing {
 
     fn log(&self, record: &Record<'_>, values: &OwnedKVList) -> Result<(), slog::Never> {
         let mut line = Line(Map::new());
-        let ts = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let ts = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         line.0.insert("ts".into(), Value::from(ts.as_secs_f64()));
-        line.0.insert("level".into(), Value::from(record.level().as_str()));
-        line.0.insert("msg".into(), Value::from(record.msg().to_string()));
+        line.0
+            .insert("level".into(), Value::from(record.level().as_str()));
+        line.0
+            .insert("msg".into(), Value::from(record.msg().to_string()));
         let _ = record.kv().serialize(record, &mut line);
         let _ = values.serialize(record, &mut line);
         let mut text = Value::Object(line.0).to_string();
@@ -128,7 +141,8 @@ impl Serializer for Line {
         emit_i8: i8, emit_i16: i16, emit_i32: i32, emit_i64: i64, emit_isize: isize, emit_bool: bool);
 
     fn emit_arguments(&mut self, key: Key, value: &fmt::Arguments<'_>) -> slog::Result {
-        self.0.insert(key.to_string(), Value::from(value.to_string()));
+        self.0
+            .insert(key.to_string(), Value::from(value.to_string()));
         Ok(())
     }
 }

@@ -34,7 +34,9 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
         ["container-init"] => init::main(),
-        ["--serve-unix", socket, "--state", state] => component::main(Path::new(socket), Path::new(state)),
+        ["--serve-unix", socket, "--state", state] => {
+            component::main(Path::new(socket), Path::new(state))
+        }
         // The kernel passes unknown command line words on to init.
         _ if std::process::id() == 1 => pid1::main(),
         _ => {

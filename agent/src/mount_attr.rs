@@ -42,5 +42,9 @@ pub fn apply(fd: BorrowedFd<'_>, change: &Change, recursive: bool) -> io::Result
             size_of::<libc::mount_attr>(),
         )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

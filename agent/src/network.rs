@@ -1,10 +1,6 @@
 //! Links, addresses, routes and neighbours of the sandbox, as the host's network plug-in set them
 //! up for the pod. The network namespace is the guest's own: the VM is the boundary.
-use std::{
-    fs,
-    net::IpAddr,
-    time::Duration,
-};
+use std::{fs, net::IpAddr, time::Duration};
 
 use brig_agent_protocol::agent::{Interface, Neighbour, Route, StartSandboxRequest};
 use futures::TryStreamExt as _;
@@ -30,8 +26,13 @@ type Prefix = (IpAddr, u8);
 ///
 /// # Errors
 /// `InvalidArgument` for what does not parse, `Internal` for what the kernel refuses, naming it.
-pub async fn apply(request: &StartSandboxRequest, rescan: bool, logger: &slog::Logger) -> Result<()> {
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
+pub async fn apply(
+    request: &StartSandboxRequest,
+    rescan: bool,
+    logger: &slog::Logger,
+) -> Result<()> {
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
     let connection = tokio::spawn(connection);
     let outcome = apply_all(&handle, request, rescan).await;
     connection.abort();
@@ -49,7 +50,8 @@ async fn apply_all(handle: &Handle, request: &StartSandboxRequest, rescan: bool)
         add_neighbour(handle, neighbour).await?;
     }
     // Routes to a gateway need the route that reaches the gateway.
-    let (via, direct): (Vec<&Route>, Vec<&Route>) = request.routes.iter().partition(|r| !r.gateway.is_empty());
+    let (via, direct): (Vec<&Route>, Vec<&Route>) =
+        request.routes.iter().partition(|r| !r.gateway.is_empty());
     for route in direct.into_iter().chain(via) {
         add_route(handle, route).await?;
     }
@@ -61,11 +63,16 @@ async fn apply_all(handle: &Handle, request: &StartSandboxRequest, rescan: bool)
 /// # Errors
 /// `Internal`.
 pub async fn loopback_up() -> Result<()> {
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
     let connection = tokio::spawn(connection);
     let outcome = match index_of(&handle, "lo").await {
         Ok(index) => {
-            let up = handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await;
+            let up = handle
+                .link()
+                .set(LinkUnspec::new_with_index(index).up().build())
+                .execute()
+                .await;
             up.map_err(|e| refused("interface lo", &e))
         }
         Err(error) => Err(error),
@@ -81,25 +88,41 @@ fn refused(what: impl std::fmt::Display, error: &rtnetlink::Error) -> Error {
 async fn add_interface(handle: &Handle, interface: &Interface, rescan: bool) -> Result<()> {
     let name = &interface.name;
     let mac = parse_mac(&interface.mac)?;
-    let addresses = interface.addresses.iter().map(|a| parse_prefix(a)).collect::<Result<Vec<_>>>()?;
+    let addresses = interface
+        .addresses
+        .iter()
+        .map(|a| parse_prefix(a))
+        .collect::<Result<Vec<_>>>()?;
     let (index, current) = find_by_mac(handle, &mac, rescan).await?;
     if !name.is_empty() && *name != current {
         // A name changes only while the interface is down, as a new one is.
         let message = LinkUnspec::new_with_index(index).name(name.clone()).build();
-        handle.link().set(message).execute().await.map_err(|e| refused(format_args!("interface {name}"), &e))?;
+        handle
+            .link()
+            .set(message)
+            .execute()
+            .await
+            .map_err(|e| refused(format_args!("interface {name}"), &e))?;
     }
     let mut up = LinkUnspec::new_with_index(index).up();
     if interface.mtu != 0 {
         up = up.mtu(interface.mtu);
     }
-    handle.link().set(up.build()).execute().await.map_err(|e| refused(format_args!("interface {name}"), &e))?;
+    handle
+        .link()
+        .set(up.build())
+        .execute()
+        .await
+        .map_err(|e| refused(format_args!("interface {name}"), &e))?;
     for (address, length) in addresses {
         let mut request = handle.address().add(index, address, length);
         let message = request.message_mut();
         if address.is_ipv6() {
             // The host's side holds the same address: detection would find a duplicate.
             message.header.flags |= AddressHeaderFlags::Nodad;
-            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            message
+                .attributes
+                .push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
         let added = request.replace().execute().await;
         added.map_err(|e| refused(format_args!("address {address}/{length} of {name}"), &e))?;
@@ -112,8 +135,15 @@ async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u3
     let mut scanned = false;
     loop {
         let mut links = handle.link().get().execute();
-        while let Some(link) = links.try_next().await.map_err(|e| refused("interfaces", &e))? {
-            let has_mac = link.attributes.iter().any(|a| matches!(a, LinkAttribute::Address(m) if m == mac));
+        while let Some(link) = links
+            .try_next()
+            .await
+            .map_err(|e| refused("interfaces", &e))?
+        {
+            let has_mac = link
+                .attributes
+                .iter()
+                .any(|a| matches!(a, LinkAttribute::Address(m) if m == mac));
             if has_mac {
                 let name = link.attributes.iter().find_map(|a| match a {
                     LinkAttribute::IfName(name) => Some(name.clone()),
@@ -123,12 +153,16 @@ async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u3
             }
         }
         if !rescan || Instant::now() >= deadline {
-            return Err(Error::InvalidArgument(format!("the guest has no interface with address {}", show_mac(mac))));
+            return Err(Error::InvalidArgument(format!(
+                "the guest has no interface with address {}",
+                show_mac(mac)
+            )));
         }
         if !scanned {
             scanned = true;
             let scan = tokio::task::spawn_blocking(|| fs::write("/sys/bus/pci/rescan", "1")).await;
-            scan.map_err(|e| Error::Internal(e.to_string()))?.map_err(|e| Error::io("PCI rescan", e))?;
+            scan.map_err(|e| Error::Internal(e.to_string()))?
+                .map_err(|e| Error::io("PCI rescan", e))?;
         } else {
             // The driver's probe is not awaited by the scan, and a link has no file to watch before
             // it exists.
@@ -141,17 +175,28 @@ async fn index_of(handle: &Handle, name: &str) -> Result<u32> {
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
     match links.try_next().await {
         Ok(Some(link)) => Ok(link.header.index),
-        _ => Err(Error::InvalidArgument(format!("the guest has no interface {name:?}"))),
+        _ => Err(Error::InvalidArgument(format!(
+            "the guest has no interface {name:?}"
+        ))),
     }
 }
 
 async fn add_route(handle: &Handle, route: &Route) -> Result<()> {
     let what = format!("route {:?} via {:?}", route.destination, route.gateway);
     let message = route_message(route, index_of(handle, &route.interface).await?)?;
-    handle.route().add(message).replace().execute().await.map_err(|e| refused(what, &e))
+    handle
+        .route()
+        .add(message)
+        .replace()
+        .execute()
+        .await
+        .map_err(|e| refused(what, &e))
 }
 
-fn route_message(route: &Route, index: u32) -> Result<rtnetlink::packet_route::route::RouteMessage> {
+fn route_message(
+    route: &Route,
+    index: u32,
+) -> Result<rtnetlink::packet_route::route::RouteMessage> {
     fn bad(error: impl std::fmt::Display) -> Error {
         Error::InvalidArgument(format!("route: {error}"))
     }
@@ -170,7 +215,12 @@ fn route_message(route: &Route, index: u32) -> Result<rtnetlink::packet_route::r
         Ok(253) => RouteScope::Link,
         Ok(254) => RouteScope::Host,
         Ok(other) => RouteScope::Other(other),
-        Err(_) => return Err(Error::InvalidArgument(format!("route scope {} is out of range", route.scope))),
+        Err(_) => {
+            return Err(Error::InvalidArgument(format!(
+                "route scope {} is out of range",
+                route.scope
+            )));
+        }
     };
     let mut builder = RouteMessageBuilder::<IpAddr>::new()
         .output_interface(index)
@@ -196,16 +246,28 @@ async fn add_neighbour(handle: &Handle, neighbour: &Neighbour) -> Result<()> {
     let address = parse_address(&neighbour.address)?;
     let mac = parse_mac(&neighbour.mac)?;
     let index = index_of(handle, &neighbour.interface).await?;
-    let request = handle.neighbours().add(index, address).link_layer_address(&mac).replace();
-    request.execute().await.map_err(|e| refused(format_args!("neighbour {address}"), &e))
+    let request = handle
+        .neighbours()
+        .add(index, address)
+        .link_layer_address(&mac)
+        .replace();
+    request
+        .execute()
+        .await
+        .map_err(|e| refused(format_args!("neighbour {address}"), &e))
 }
 
 fn parse_address(text: &str) -> Result<IpAddr> {
-    text.parse().map_err(|_| Error::InvalidArgument(format!("{text:?} is not an IP address")))
+    text.parse()
+        .map_err(|_| Error::InvalidArgument(format!("{text:?} is not an IP address")))
 }
 
 fn parse_optional(text: &str) -> Result<Option<IpAddr>> {
-    if text.is_empty() { Ok(None) } else { parse_address(text).map(Some) }
+    if text.is_empty() {
+        Ok(None)
+    } else {
+        parse_address(text).map(Some)
+    }
 }
 
 /// CIDR notation; a bare address is a host's.
@@ -218,7 +280,11 @@ fn parse_prefix(text: &str) -> Result<Prefix> {
     let address: IpAddr = address.parse().map_err(|_| bad())?;
     let widest = if address.is_ipv4() { 32 } else { 128 };
     let length: u8 = length.map_or(Ok(widest), str::parse).map_err(|_| bad())?;
-    if length > widest { Err(bad()) } else { Ok((address, length)) }
+    if length > widest {
+        Err(bad())
+    } else {
+        Ok((address, length))
+    }
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6]> {
@@ -229,7 +295,11 @@ fn parse_mac(text: &str) -> Result<[u8; 6]> {
         let part = parts.next().filter(|p| p.len() == 2).ok_or_else(bad)?;
         *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
     }
-    if parts.next().is_some() { Err(bad()) } else { Ok(mac) }
+    if parts.next().is_some() {
+        Err(bad())
+    } else {
+        Ok(mac)
+    }
 }
 
 fn show_mac(mac: &[u8; 6]) -> String {
@@ -244,13 +314,25 @@ mod tests {
 
     #[test]
     fn cidr_and_mac_are_checked() {
-        assert_eq!(parse_prefix("10.0.0.2/24").unwrap(), ("10.0.0.2".parse().unwrap(), 24));
+        assert_eq!(
+            parse_prefix("10.0.0.2/24").unwrap(),
+            ("10.0.0.2".parse().unwrap(), 24)
+        );
         assert_eq!(parse_prefix("fd00::2").unwrap().1, 128);
         for bad in ["10.0.0.2/33", "x/3", "10.0.0.2/", "/8", "fd00::/129"] {
             assert!(parse_prefix(bad).is_err(), "{bad}");
         }
-        assert_eq!(parse_mac("02:00:0a:FF:00:01").unwrap(), [2, 0, 10, 255, 0, 1]);
-        for bad in ["", "02:00:0a:ff:00", "02:00:0a:ff:00:01:02", "2:0:0:0:0:1", "0x:00:00:00:00:00"] {
+        assert_eq!(
+            parse_mac("02:00:0a:FF:00:01").unwrap(),
+            [2, 0, 10, 255, 0, 1]
+        );
+        for bad in [
+            "",
+            "02:00:0a:ff:00",
+            "02:00:0a:ff:00:01:02",
+            "2:0:0:0:0:1",
+            "0x:00:00:00:00:00",
+        ] {
             assert!(parse_mac(bad).is_err(), "{bad}");
         }
     }
@@ -258,10 +340,33 @@ mod tests {
     #[test]
     fn a_default_route_takes_its_family_from_the_gateway_or_the_field() {
         let family = |route: Route| route_message(&route, 2).unwrap().header.address_family;
-        assert_eq!(family(Route { gateway: "fd00::1".into(), ..Default::default() }), AddressFamily::Inet6);
-        assert_eq!(family(Route { gateway: "10.0.0.1".into(), ..Default::default() }), AddressFamily::Inet);
-        assert_eq!(family(Route { family: 6, ..Default::default() }), AddressFamily::Inet6);
-        let link = Route { destination: "169.254.1.1/32".into(), scope: 253, metric: 7, ..Default::default() };
+        assert_eq!(
+            family(Route {
+                gateway: "fd00::1".into(),
+                ..Default::default()
+            }),
+            AddressFamily::Inet6
+        );
+        assert_eq!(
+            family(Route {
+                gateway: "10.0.0.1".into(),
+                ..Default::default()
+            }),
+            AddressFamily::Inet
+        );
+        assert_eq!(
+            family(Route {
+                family: 6,
+                ..Default::default()
+            }),
+            AddressFamily::Inet6
+        );
+        let link = Route {
+            destination: "169.254.1.1/32".into(),
+            scope: 253,
+            metric: 7,
+            ..Default::default()
+        };
         let message = route_message(&link, 2).unwrap();
         assert_eq!(message.header.scope, RouteScope::Link);
         assert!(message.attributes.contains(&RouteAttribute::Priority(7)));

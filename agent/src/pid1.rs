@@ -46,7 +46,10 @@ trait Step<T> {
 
 impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     fn step(self, step: &'static str) -> Result<T, BootError> {
-        self.map_err(|source| BootError { step, source: source.into() })
+        self.map_err(|source| BootError {
+            step,
+            source: source.into(),
+        })
     }
 }
 
@@ -55,7 +58,8 @@ fn boot() -> Result<(), BootError> {
     mount_kernel_file_systems()?;
     // The agent outlives every container's hunger for memory.
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
-    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).step("undumpable")?;
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+        .step("undumpable")?;
     raise_descriptor_limit().step("descriptor limit")?;
     let places = Places {
         run: PathBuf::from("/run/brig"),
@@ -64,18 +68,31 @@ fn boot() -> Result<(), BootError> {
         cgroup_base: PathBuf::from("/sys/fs/cgroup/brig"),
         owns_machine: true,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().step("runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .step("runtime")?;
     runtime.block_on(run(places, binary))
 }
 
 async fn run(places: Places, binary: OwnedFd) -> Result<(), BootError> {
-    network::loopback_up().await.map_err(io::Error::other).step("loopback")?;
+    network::loopback_up()
+        .await
+        .map_err(io::Error::other)
+        .step("loopback")?;
     let log = LogRing::new(false);
     let parts = serve::Parts::new(places, binary, log.clone()).step("agent")?;
     // Listening before dialling: once the host sees the agent it may open streams.
     let listener = streams::listen_vsock().step("vsock")?;
-    tokio::spawn(parts.streams.clone().serve_vsock(listener, log, parts.logger.clone()));
-    let host = VsockStream::connect(VsockAddr::new(HOST_CID, AGENT_PORT)).await.step("dialling the host")?;
+    tokio::spawn(
+        parts
+            .streams
+            .clone()
+            .serve_vsock(listener, log, parts.logger.clone()),
+    );
+    let host = VsockStream::connect(VsockAddr::new(HOST_CID, AGENT_PORT))
+        .await
+        .step("dialling the host")?;
     boot_mark(BootMark::AgentReady);
     serve::serve(parts, host).await.step("serving")
 }
@@ -84,8 +101,14 @@ async fn run(places: Places, binary: OwnedFd) -> Result<(), BootError> {
 /// agent's binary, as helpers will execute it.
 fn leave_initramfs() -> Result<OwnedFd, BootError> {
     fs::create_dir_all("/newroot").step("new root")?;
-    mount(Some("root"), "/newroot", Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755,size=16m"))
-        .step("new root")?;
+    mount(
+        Some("root"),
+        "/newroot",
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=755,size=16m"),
+    )
+    .step("new root")?;
     // The binary stays where it is, in the initramfs; the new root shows it, read-only.
     fs::write("/newroot/init", "").step("new root")?;
     let tree = open_tree(
@@ -94,10 +117,19 @@ fn leave_initramfs() -> Result<OwnedFd, BootError> {
         OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
     )
     .step("the agent's binary")?;
-    let readonly = crate::mount_attr::Change { set: libc::MOUNT_ATTR_RDONLY, ..Default::default() };
+    let readonly = crate::mount_attr::Change {
+        set: libc::MOUNT_ATTR_RDONLY,
+        ..Default::default()
+    };
     crate::mount_attr::apply(tree.as_fd(), &readonly, false).step("the agent's binary")?;
-    move_mount(&tree, "", rustix::fs::CWD, "/newroot/init", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .step("the agent's binary")?;
+    move_mount(
+        &tree,
+        "",
+        rustix::fs::CWD,
+        "/newroot/init",
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .step("the agent's binary")?;
     drop(tree);
     std::env::set_current_dir("/newroot").step("new root")?;
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).step("new root")?;
@@ -112,9 +144,19 @@ fn mount_kernel_file_systems() -> Result<(), BootError> {
         ("/proc", "proc", quiet, None),
         ("/sys", "sysfs", quiet, None),
         ("/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=755")),
-        ("/dev/pts", "devpts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some("mode=620,ptmxmode=666")),
+        (
+            "/dev/pts",
+            "devpts",
+            MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+            Some("mode=620,ptmxmode=666"),
+        ),
         ("/sys/fs/cgroup", "cgroup2", quiet, None),
-        ("/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755")),
+        (
+            "/run",
+            "tmpfs",
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            Some("mode=755"),
+        ),
     ];
     for (at, kind, flags, data) in mounts {
         // /sys/fs/cgroup exists in sysfs; the others on file systems that take directories.
@@ -129,7 +171,13 @@ fn mount_kernel_file_systems() -> Result<(), BootError> {
 fn raise_descriptor_limit() -> io::Result<()> {
     use rustix::process::{Resource, Rlimit, setrlimit};
     let many = Some(65_536);
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: many, maximum: many })?)
+    Ok(setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: many,
+            maximum: many,
+        },
+    )?)
 }
 
 /// Reports a moment of the boot to the host by a port write. Without the port the host knows less.
@@ -152,7 +200,10 @@ fn boot_mark(mark: BootMark) {
 /// The last words: into the kernel's log at the level that reaches every console.
 fn complain(text: &str) {
     let line = format!("<0>brig-agent: {}\n", text.replace('\n', " "));
-    let written = fs::OpenOptions::new().write(true).open("/dev/kmsg").and_then(|mut f| f.write_all(line.as_bytes()));
+    let written = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/kmsg")
+        .and_then(|mut f| f.write_all(line.as_bytes()));
     if written.is_err() {
         let _ = io::stderr().write_all(line.as_bytes());
     }

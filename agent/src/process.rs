@@ -47,7 +47,12 @@ pub struct Process {
 impl Process {
     /// One that a helper has just begun to set up.
     pub fn preparing(serial: u64) -> Self {
-        Self { serial, phase: Phase::Preparing, stdio: Running::default(), identity: None }
+        Self {
+            serial,
+            phase: Phase::Preparing,
+            stdio: Running::default(),
+            identity: None,
+        }
     }
 
     /// One that waits for its start.
@@ -55,14 +60,25 @@ impl Process {
     /// # Errors
     /// `Internal` when descriptors run out.
     pub fn created(serial: u64, prepared: Prepared, stdio: Running) -> Result<Self> {
-        let pidfd = prepared.pidfd.try_clone().map_err(|e| Error::io("pidfd", e))?;
+        let pidfd = prepared
+            .pidfd
+            .try_clone()
+            .map_err(|e| Error::io("pidfd", e))?;
         let identity = Some((prepared.pid, pidfd));
-        Ok(Self { serial, phase: Phase::Created(prepared), stdio, identity })
+        Ok(Self {
+            serial,
+            phase: Phase::Created(prepared),
+            stdio,
+            identity,
+        })
     }
 
     /// Its pid in the agent's namespace; 0 before it has one.
     pub fn pid(&self) -> u32 {
-        self.identity.as_ref().and_then(|(pid, _)| u32::try_from(pid.as_raw()).ok()).unwrap_or(0)
+        self.identity
+            .as_ref()
+            .and_then(|(pid, _)| u32::try_from(pid.as_raw()).ok())
+            .unwrap_or(0)
     }
 
     /// Sends `signal`, also a real-time one, through the pidfd: never to a recycled pid.
@@ -74,11 +90,19 @@ impl Process {
             return Err(finished());
         }
         let Some((_, pidfd)) = &self.identity else {
-            return Err(Error::FailedPrecondition("the process is still being set up".into()));
+            return Err(Error::FailedPrecondition(
+                "the process is still being set up".into(),
+            ));
         };
         // SAFETY: the descriptor is a live pidfd; no siginfo is passed.
         let result = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0)
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                pidfd.as_raw_fd(),
+                signal,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
         };
         match (result, nix::errno::Errno::last()) {
             (0, _) => Ok(()),

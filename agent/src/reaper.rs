@@ -61,7 +61,9 @@ impl Reaper {
     /// Announces that a process is about to be started whose pid becomes known only later.
     pub fn launch(&self) -> Launch {
         self.table().launches += 1;
-        Launch { reaper: self.clone() }
+        Launch {
+            reaper: self.clone(),
+        }
     }
 
     /// Calls `on_exit` once, when `pid` has been reaped. The [`Launch`] that covers the start of
@@ -93,7 +95,10 @@ impl Reaper {
 
     fn reap(&self) {
         while let Some((pid, status)) = wait_any() {
-            let exit = Exit { status, at: SystemTime::now() };
+            let exit = Exit {
+                status,
+                at: SystemTime::now(),
+            };
             let mut table = self.table();
             if let Some(callback) = table.waiting.remove(&pid) {
                 drop(table);
@@ -149,23 +154,44 @@ mod tests {
         let reaper = Reaper::default();
         let (tx, mut rx) = mpsc::unbounded_channel();
         let launch = reaper.launch();
-        reaper.table().unclaimed.insert(7, Exit { status: 5, at: SystemTime::UNIX_EPOCH });
-        reaper.watch(&launch, Pid::from_raw(7), move |exit| tx.send(exit.status).unwrap());
+        reaper.table().unclaimed.insert(
+            7,
+            Exit {
+                status: 5,
+                at: SystemTime::UNIX_EPOCH,
+            },
+        );
+        reaper.watch(&launch, Pid::from_raw(7), move |exit| {
+            tx.send(exit.status).unwrap()
+        });
         assert_eq!(rx.try_recv().unwrap(), 5);
-        reaper.table().unclaimed.insert(8, Exit { status: 0, at: SystemTime::UNIX_EPOCH });
+        reaper.table().unclaimed.insert(
+            8,
+            Exit {
+                status: 0,
+                at: SystemTime::UNIX_EPOCH,
+            },
+        );
         drop(launch);
         assert!(reaper.table().unclaimed.is_empty());
     }
 
     #[test]
+    #[allow(clippy::zombie_processes)] // The reaper waits for it: that is the test.
     fn the_sigchld_of_a_real_child_reaches_its_watcher() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.block_on(async {
             let reaper = Reaper::default();
             let children = Reaper::listen().unwrap();
             let task = tokio::spawn(reaper.clone().run(children));
             let launch = reaper.launch();
-            let child = Command::new("/bin/sh").args(["-c", "exit 42"]).spawn().unwrap();
+            let child = Command::new("/bin/sh")
+                .args(["-c", "exit 42"])
+                .spawn()
+                .unwrap();
             let (tx, mut rx) = mpsc::unbounded_channel();
             let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
             reaper.watch(&launch, pid, move |exit| tx.send(exit.status).unwrap());

@@ -50,7 +50,9 @@ pub struct Outputs {
 
 impl Default for Outputs {
     fn default() -> Self {
-        Self { busy: watch::Sender::new(0) }
+        Self {
+            busy: watch::Sender::new(0),
+        }
     }
 }
 
@@ -101,7 +103,13 @@ impl Context {
     ///
     /// # Errors
     /// When the agent's directories or cgroups cannot be made.
-    pub fn new(places: Places, binary: OwnedFd, reaper: Reaper, streams: Streams, logger: slog::Logger) -> io::Result<Self> {
+    pub fn new(
+        places: Places,
+        binary: OwnedFd,
+        reaper: Reaper,
+        streams: Streams,
+        logger: slog::Logger,
+    ) -> io::Result<Self> {
         fs::create_dir_all(places.run.join("containers"))?;
         fs::create_dir_all(places.run.join("shm"))?;
         fs::create_dir_all(&places.share)?;
@@ -119,7 +127,9 @@ impl Context {
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where to send commands for a container.
@@ -129,8 +139,12 @@ impl Context {
     pub fn mailbox(&self, id: &str) -> Result<Mailbox> {
         match self.containers().get(id) {
             Some(Entry::Ready(mailbox)) => Ok(mailbox.clone()),
-            Some(Entry::Creating) => Err(Error::FailedPrecondition(format!("container {id} is still being created"))),
-            None => Err(Error::NotFound(format!("there is no container {id} in this sandbox"))),
+            Some(Entry::Creating) => Err(Error::FailedPrecondition(format!(
+                "container {id} is still being created"
+            ))),
+            None => Err(Error::NotFound(format!(
+                "there is no container {id} in this sandbox"
+            ))),
         }
     }
 
@@ -153,21 +167,27 @@ impl Context {
     pub async fn create(self: &Arc<Self>, request: agent::CreateContainerRequest) -> Result<u32> {
         validate::id(&request.id)?;
         validate::share_path(&request.rootfs)?;
-        let spec: Spec = spec::parse(&request.spec)
-            .map_err(|e| Error::InvalidArgument(format!("the spec of container {}: {e}", request.id)))?;
+        let spec: Spec = spec::parse(&request.spec).map_err(|e| {
+            Error::InvalidArgument(format!("the spec of container {}: {e}", request.id))
+        })?;
         validate::spec(&spec)?;
         let mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
         {
             let mut containers = self.containers();
             if containers.contains_key(&request.id) {
-                return Err(Error::AlreadyExists(format!("container {} already exists", request.id)));
+                return Err(Error::AlreadyExists(format!(
+                    "container {} already exists",
+                    request.id
+                )));
             }
             containers.insert(request.id.clone(), Entry::Creating);
         }
         let id = request.id.clone();
         let outcome = self.build(request, spec, mount_sources).await;
         match &outcome {
-            Ok(pid) => slog::info!(self.logger, "container created"; "container" => &id, "pid" => pid),
+            Ok(pid) => {
+                slog::info!(self.logger, "container created"; "container" => &id, "pid" => pid)
+            }
             Err(error) => {
                 slog::warn!(self.logger, "container not created"; "container" => &id, "error" => %error);
                 self.forget(&id);
@@ -188,7 +208,10 @@ impl Context {
         let dir = self.places.run.join("containers").join(&id);
         let root_mount = dir.join("rootfs");
         fs::create_dir_all(&root_mount).map_err(|e| Error::io("container directory", e))?;
-        let cgroup = Cgroup::create(self.places.cgroup_base.join(&id), spec.linux.resources.as_ref());
+        let cgroup = Cgroup::create(
+            self.places.cgroup_base.join(&id),
+            spec.linux.resources.as_ref(),
+        );
         let cgroup = cgroup.inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
         let pid_namespace = match wants_shared_pids(&spec) {
             true => Some(self.shared_pid_namespace().await?),
@@ -235,8 +258,14 @@ impl Context {
     fn note_ignored(&self, id: &str, spec: &Spec) {
         let process = spec.process.as_ref();
         let ignored = [
-            ("apparmorProfile", process.is_some_and(|p| !p.apparmor_profile.is_empty())),
-            ("selinuxLabel", process.is_some_and(|p| !p.selinux_label.is_empty())),
+            (
+                "apparmorProfile",
+                process.is_some_and(|p| !p.apparmor_profile.is_empty()),
+            ),
+            (
+                "selinuxLabel",
+                process.is_some_and(|p| !p.selinux_label.is_empty()),
+            ),
             ("mountLabel", !spec.linux.mount_label.is_empty()),
         ];
         for (field, _) in ignored.iter().filter(|(_, present)| *present) {
@@ -251,9 +280,13 @@ impl Context {
             .pid_holder
             .get_or_try_init(async || {
                 let ended = self.logger.clone();
-                let on_exit = move |_| slog::error!(ended, "the holder of the shared pid namespace ended");
+                let on_exit =
+                    move |_| slog::error!(ended, "the holder of the shared pid namespace ended");
                 let instructions = Instructions::HoldPidNamespace;
-                let prepared = self.launcher.prepare(&instructions, ChildEnds::null(), on_exit).await?;
+                let prepared = self
+                    .launcher
+                    .prepare(&instructions, ChildEnds::null(), on_exit)
+                    .await?;
                 Ok(prepared.pid.as_raw())
             })
             .await?;
@@ -273,7 +306,11 @@ impl Context {
     ///
     /// # Errors
     /// The container's own, or `NotFound` when it went away meanwhile.
-    pub async fn ask<T>(&self, id: &str, command: impl FnOnce(crate::process::Reply<T>) -> Command) -> Result<T> {
+    pub async fn ask<T>(
+        &self,
+        id: &str,
+        command: impl FnOnce(crate::process::Reply<T>) -> Command,
+    ) -> Result<T> {
         let (reply, answer) = tokio::sync::oneshot::channel();
         let gone = || Error::NotFound(format!("container {id} has just been removed"));
         self.mailbox(id)?.send(command(reply)).map_err(|_| gone())?;
@@ -282,5 +319,9 @@ impl Context {
 }
 
 fn wants_shared_pids(spec: &Spec) -> bool {
-    !spec.linux.namespaces.iter().any(|n| n.kind == "pid" && n.path.is_empty())
+    !spec
+        .linux
+        .namespaces
+        .iter()
+        .any(|n| n.kind == "pid" && n.path.is_empty())
 }

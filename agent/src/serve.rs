@@ -47,8 +47,18 @@ impl Parts {
         tokio::spawn(reaper.clone().run(children));
         let streams = Streams::default();
         let logger = log.logger();
-        let context = Arc::new(Context::new(places, binary, reaper, streams.clone(), logger.clone())?);
-        Ok(Self { streams, logger, context })
+        let context = Arc::new(Context::new(
+            places,
+            binary,
+            reaper,
+            streams.clone(),
+            logger.clone(),
+        )?);
+        Ok(Self {
+            streams,
+            logger,
+            context,
+        })
     }
 }
 
@@ -64,11 +74,15 @@ where
     let (shutdown, mut shut_down) = mpsc::unbounded_channel();
     let (ended, end) = oneshot::channel();
     let service = Service::new(Arc::clone(&parts.context), shutdown);
-    let connection = Watched { inner: connection, _ended: ended };
+    let connection = Watched {
+        inner: connection,
+        _ended: ended,
+    };
     // One connection and then nothing, for ever: the host dials nobody else.
     let incoming = futures::stream::iter([Ok(connection)]);
-    let mut server =
-        Server::new().add_listener(Listener::new(incoming)).register_service(create_agent(Arc::new(service)));
+    let mut server = Server::new()
+        .add_listener(Listener::new(incoming))
+        .register_service(create_agent(Arc::new(service)));
     server.start().await.map_err(io::Error::other)?;
     tokio::select! {
         // The sender was dropped with the connection.
@@ -92,13 +106,21 @@ struct Watched<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().inner).poll_read(cx, buf)
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
     }
     fn poll_flush(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {

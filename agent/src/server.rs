@@ -4,9 +4,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use brig_agent_protocol::{
     agent::{
-        ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited, ProcessList, ProcessRef,
-        ProcessStarted, ResizePtyRequest, SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse,
-        UpdateRequest,
+        ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited,
+        ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest,
+        StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
     },
     agent_ttrpc::Agent,
 };
@@ -32,27 +32,45 @@ pub struct Service {
 impl Service {
     /// A service over `context`; `shutdown` is sent to once the containers have ended.
     pub fn new(context: Arc<Context>, shutdown: mpsc::UnboundedSender<()>) -> Self {
-        Self { context, started: OnceCell::new(), shutdown }
+        Self {
+            context,
+            started: OnceCell::new(),
+            shutdown,
+        }
     }
 
-    async fn ask<T>(&self, id: &str, command: impl FnOnce(Reply<T>) -> Command) -> ttrpc::Result<T> {
+    async fn ask<T>(
+        &self,
+        id: &str,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> ttrpc::Result<T> {
         Ok(self.context.ask(id, command).await?)
     }
 }
 
 /// Runs a request to its end even when the caller gives up: half a container must not be left.
-async fn to_the_end<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> ttrpc::Result<T> {
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
     let outcome = tokio::spawn(work).await;
-    Ok(outcome.unwrap_or_else(|e| Err(Error::Internal(format!("the request was given up: {e}"))))?)
+    Ok(outcome
+        .unwrap_or_else(|e| Err(Error::Internal(format!("the request was given up: {e}"))))?)
 }
 
 fn started(pid: u32) -> ProcessStarted {
-    ProcessStarted { pid, ..Default::default() }
+    ProcessStarted {
+        pid,
+        ..Default::default()
+    }
 }
 
 #[async_trait]
 impl Agent for Service {
-    async fn start_sandbox(&self, _: &TtrpcContext, request: StartSandboxRequest) -> ttrpc::Result<StartSandboxResponse> {
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StartSandboxRequest,
+    ) -> ttrpc::Result<StartSandboxResponse> {
         let mut fresh = false;
         let response = self
             .started
@@ -62,89 +80,193 @@ impl Agent for Service {
             })
             .await?;
         if !fresh {
-            return Err(Error::FailedPrecondition("the sandbox has been started already".into()).into());
+            return Err(
+                Error::FailedPrecondition("the sandbox has been started already".into()).into(),
+            );
         }
         Ok(response.clone())
     }
 
-    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> ttrpc::Result<ProcessStarted> {
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<ProcessStarted> {
         if !self.started.initialized() {
             return Err(Error::FailedPrecondition("start the sandbox first".into()).into());
         }
         let context = Arc::clone(&self.context);
-        to_the_end(async move { context.create(request).await }).await.map(started)
+        to_the_end(async move { context.create(request).await })
+            .await
+            .map(started)
     }
 
-    async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> ttrpc::Result<Empty> {
+    async fn create_exec(
+        &self,
+        _: &TtrpcContext,
+        request: CreateExecRequest,
+    ) -> ttrpc::Result<Empty> {
         validate::id(&request.exec_id)?;
-        let process: spec::Process = spec::parse(&request.process)
-            .map_err(|e| Error::InvalidArgument(format!("the process of exec {}: {e}", request.exec_id)))?;
+        let process: spec::Process = spec::parse(&request.process).map_err(|e| {
+            Error::InvalidArgument(format!("the process of exec {}: {e}", request.exec_id))
+        })?;
         validate::process(&process)?;
-        let (exec_id, stdio) = (request.exec_id, request.stdio.into_option().unwrap_or_default());
-        self.ask(&request.id, |reply| Command::CreateExec { exec_id, process: Box::new(process), stdio, reply }).await?;
+        let (exec_id, stdio) = (
+            request.exec_id,
+            request.stdio.into_option().unwrap_or_default(),
+        );
+        self.ask(&request.id, |reply| Command::CreateExec {
+            exec_id,
+            process: Box::new(process),
+            stdio,
+            reply,
+        })
+        .await?;
         Ok(Empty::new())
     }
 
-    async fn start_process(&self, _: &TtrpcContext, request: ProcessRef) -> ttrpc::Result<ProcessStarted> {
+    async fn start_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRef,
+    ) -> ttrpc::Result<ProcessStarted> {
         let exec_id = request.exec_id;
-        self.ask(&request.id, |reply| Command::Start { exec_id, reply }).await.map(started)
+        self.ask(&request.id, |reply| Command::Start { exec_id, reply })
+            .await
+            .map(started)
     }
 
-    async fn signal_process(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
-        let signal = i32::try_from(request.signal).ok().filter(|s| (0..=64).contains(s));
-        let signal = signal.ok_or_else(|| Error::InvalidArgument(format!("{} is not a signal", request.signal)))?;
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalRequest,
+    ) -> ttrpc::Result<Empty> {
+        let signal = i32::try_from(request.signal)
+            .ok()
+            .filter(|s| (0..=64).contains(s));
+        let signal = signal
+            .ok_or_else(|| Error::InvalidArgument(format!("{} is not a signal", request.signal)))?;
         if request.all && !request.exec_id.is_empty() {
-            return Err(Error::InvalidArgument("a signal to all processes takes no exec id".into()).into());
+            return Err(Error::InvalidArgument(
+                "a signal to all processes takes no exec id".into(),
+            )
+            .into());
         }
         let (exec_id, all) = (request.exec_id, request.all);
-        self.ask(&request.id, |reply| Command::Signal { exec_id, signal, all, reply }).await?;
+        self.ask(&request.id, |reply| Command::Signal {
+            exec_id,
+            signal,
+            all,
+            reply,
+        })
+        .await?;
         Ok(Empty::new())
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        let ResizePtyRequest { exec_id, rows, columns, .. } = request;
-        self.ask(&request.id, |reply| Command::Resize { exec_id, rows, columns, reply }).await?;
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let ResizePtyRequest {
+            exec_id,
+            rows,
+            columns,
+            ..
+        } = request;
+        self.ask(&request.id, |reply| Command::Resize {
+            exec_id,
+            rows,
+            columns,
+            reply,
+        })
+        .await?;
         Ok(Empty::new())
     }
 
     async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRef) -> ttrpc::Result<Empty> {
         let exec_id = request.exec_id;
-        self.ask(&request.id, |reply| Command::CloseStdin { exec_id, reply }).await?;
+        self.ask(&request.id, |reply| Command::CloseStdin { exec_id, reply })
+            .await?;
         Ok(Empty::new())
     }
 
-    async fn delete_process(&self, _: &TtrpcContext, request: ProcessRef) -> ttrpc::Result<ProcessExited> {
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRef,
+    ) -> ttrpc::Result<ProcessExited> {
         let exec_id = request.exec_id;
-        self.ask(&request.id, |reply| Command::Delete { exec_id, reply }).await
+        self.ask(&request.id, |reply| Command::Delete { exec_id, reply })
+            .await
     }
 
-    async fn list_processes(&self, _: &TtrpcContext, request: ContainerRef) -> ttrpc::Result<ProcessList> {
-        let pids = self.ask(&request.id, |reply| Command::List { reply }).await?;
-        Ok(ProcessList { pids, ..Default::default() })
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRef,
+    ) -> ttrpc::Result<ProcessList> {
+        let pids = self
+            .ask(&request.id, |reply| Command::List { reply })
+            .await?;
+        Ok(ProcessList {
+            pids,
+            ..Default::default()
+        })
     }
 
-    async fn pause_container(&self, _: &TtrpcContext, request: ContainerRef) -> ttrpc::Result<Empty> {
-        self.ask(&request.id, |reply| Command::Freeze { frozen: true, reply }).await?;
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRef,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(&request.id, |reply| Command::Freeze {
+            frozen: true,
+            reply,
+        })
+        .await?;
         Ok(Empty::new())
     }
 
-    async fn resume_container(&self, _: &TtrpcContext, request: ContainerRef) -> ttrpc::Result<Empty> {
-        self.ask(&request.id, |reply| Command::Freeze { frozen: false, reply }).await?;
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRef,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(&request.id, |reply| Command::Freeze {
+            frozen: false,
+            reply,
+        })
+        .await?;
         Ok(Empty::new())
     }
 
-    async fn update_container(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateRequest,
+    ) -> ttrpc::Result<Empty> {
         let resources = spec::parse(&request.resources)
             .map_err(|e| Error::InvalidArgument(format!("the resources of {}: {e}", request.id)))?;
-        self.ask(&request.id, |reply| Command::Update { resources: Box::new(resources), reply }).await?;
+        self.ask(&request.id, |reply| Command::Update {
+            resources: Box::new(resources),
+            reply,
+        })
+        .await?;
         Ok(Empty::new())
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRef) -> ttrpc::Result<StatsResponse> {
-        self.ask(&request.id, |reply| Command::Stats { reply }).await
+        self.ask(&request.id, |reply| Command::Stats { reply })
+            .await
     }
 
-    async fn events(&self, _: &TtrpcContext, _: Empty, sender: ServerStreamSender<Event>) -> ttrpc::Result<()> {
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        _: Empty,
+        sender: ServerStreamSender<Event>,
+    ) -> ttrpc::Result<()> {
         let mut events = self.context.events.subscribe()?;
         while let Some(event) = events.recv().await {
             sender.send(&event).await?;

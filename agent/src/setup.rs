@@ -17,14 +17,21 @@ const DEFAULT_SHM: u64 = 64 << 20;
 ///
 /// # Errors
 /// `InvalidArgument` or `Internal` naming the part that failed.
-pub async fn sandbox(context: &Context, request: StartSandboxRequest) -> Result<StartSandboxResponse> {
+pub async fn sandbox(
+    context: &Context,
+    request: StartSandboxRequest,
+) -> Result<StartSandboxResponse> {
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname).map_err(|e| Error::io("hostname", e))?;
     }
     if context.places.owns_machine && request.unix_time_ns != 0 {
         set_clock(request.unix_time_ns)?;
     }
-    let shm_size = if request.shm_size == 0 { DEFAULT_SHM } else { request.shm_size };
+    let shm_size = if request.shm_size == 0 {
+        DEFAULT_SHM
+    } else {
+        request.shm_size
+    };
     mount_shm(&context.places.run.join("shm"), shm_size)?;
     if context.places.owns_machine && !request.share_tag.is_empty() {
         let (tag, share) = (request.share_tag.clone(), context.places.share.clone());
@@ -36,9 +43,13 @@ pub async fn sandbox(context: &Context, request: StartSandboxRequest) -> Result<
     for (key, value) in &request.sysctls {
         set_sysctl(key, value)?;
     }
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").map_err(|e| Error::io("kernel release", e))?;
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_err(|e| Error::io("kernel release", e))?;
     slog::info!(context.logger, "sandbox started"; "sandbox" => &request.id, "interfaces" => request.interfaces.len());
-    Ok(StartSandboxResponse { kernel_release: release.trim().to_owned(), ..Default::default() })
+    Ok(StartSandboxResponse {
+        kernel_release: release.trim().to_owned(),
+        ..Default::default()
+    })
 }
 
 fn set_clock(unix_ns: u64) -> Result<()> {
@@ -54,21 +65,35 @@ fn set_clock(unix_ns: u64) -> Result<()> {
 fn mount_shm(at: &Path, size: u64) -> Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let data = format!("size={size},mode=1777");
-    mount(Some("shm"), at, Some("tmpfs"), flags, Some(data.as_str())).map_err(|e| Error::io("/dev/shm of the sandbox", e))
+    mount(Some("shm"), at, Some("tmpfs"), flags, Some(data.as_str()))
+        .map_err(|e| Error::io("/dev/shm of the sandbox", e))
 }
 
 fn mount_share(tag: &str, at: &Path) -> Result<()> {
-    mount(Some(tag), at, Some("virtiofs"), MsFlags::empty(), None::<&str>)
-        .map_err(|e| Error::io(format_args!("the share {tag:?} (virtiofs)"), e))
+    mount(
+        Some(tag),
+        at,
+        Some("virtiofs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .map_err(|e| Error::io(format_args!("the share {tag:?} (virtiofs)"), e))
 }
 
 fn set_sysctl(key: &str, value: &str) -> Result<()> {
     let path = init::sysctl_path(key);
-    if path.split('/').any(|c| c.is_empty() || c == "." || c == "..") {
-        return Err(Error::InvalidArgument(format!("sysctl {key:?} is not a name")));
+    if path
+        .split('/')
+        .any(|c| c.is_empty() || c == "." || c == "..")
+    {
+        return Err(Error::InvalidArgument(format!(
+            "sysctl {key:?} is not a name"
+        )));
     }
     fs::write(Path::new("/proc/sys").join(path), value).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Error::InvalidArgument(format!("the guest kernel has no sysctl {key}")),
+        io::ErrorKind::NotFound => {
+            Error::InvalidArgument(format!("the guest kernel has no sysctl {key}"))
+        }
         _ => Error::InvalidArgument(format!("sysctl {key} = {value:?}: {error}")),
     })
 }

@@ -415,7 +415,10 @@ mod tests {
         assert_eq!(process.rlimits[0].hard, u64::MAX);
         assert!(spec.mounts.is_empty());
         let resources = spec.linux.resources.unwrap();
-        assert_eq!(resources.block_io.unwrap().throttle_read_iops_device[0].rate, 3);
+        assert_eq!(
+            resources.block_io.unwrap().throttle_read_iops_device[0].rate,
+            3
+        );
         assert_eq!(spec.linux.seccomp.unwrap().syscalls[0].args[0].value_two, 3);
         assert_eq!(spec.linux.namespaces[1].path, "/x");
     }

@@ -49,7 +49,9 @@ impl HostStreams {
     /// Those of [`Streams::take`], and `InvalidArgument` for a terminal with a stderr.
     pub async fn connect(streams: &Streams, wanted: &agent::Stdio) -> Result<Self> {
         if wanted.terminal && wanted.stderr != 0 {
-            return Err(Error::InvalidArgument("a process with a terminal has no stderr stream".into()));
+            return Err(Error::InvalidArgument(
+                "a process with a terminal has no stderr stream".into(),
+            ));
         }
         let take = async |number| match number {
             0 => Ok(None),
@@ -57,7 +59,11 @@ impl HostStreams {
         };
         let (stdin, stdout, stderr) =
             futures::try_join!(take(wanted.stdin), take(wanted.stdout), take(wanted.stderr))?;
-        Ok(Self { stdin, stdout, stderr })
+        Ok(Self {
+            stdin,
+            stdout,
+            stderr,
+        })
     }
 }
 
@@ -74,7 +80,11 @@ pub struct ChildEnds {
 impl ChildEnds {
     /// Three times /dev/null, for a process whose terminal is made later.
     pub fn null() -> Self {
-        Self { stdin: Stdio::null(), stdout: Stdio::null(), stderr: Stdio::null() }
+        Self {
+            stdin: Stdio::null(),
+            stdout: Stdio::null(),
+            stderr: Stdio::null(),
+        }
     }
 }
 
@@ -105,17 +115,20 @@ impl Pumps {
         let mut pumps = Self::default();
         if host.stdin.is_some() {
             let (ours, theirs) = pipe_for(true)?;
-            pumps.stdin = Some(pipe::Sender::from_owned_fd(ours).map_err(|e| Error::io("stdin pipe", e))?);
+            pumps.stdin =
+                Some(pipe::Sender::from_owned_fd(ours).map_err(|e| Error::io("stdin pipe", e))?);
             ends.stdin = theirs.into();
         }
         if host.stdout.is_some() {
             let (ours, theirs) = pipe_for(false)?;
-            pumps.stdout = Some(pipe::Receiver::from_owned_fd(ours).map_err(|e| Error::io("stdout pipe", e))?);
+            pumps.stdout =
+                Some(pipe::Receiver::from_owned_fd(ours).map_err(|e| Error::io("stdout pipe", e))?);
             ends.stdout = theirs.into();
         }
         if host.stderr.is_some() {
             let (ours, theirs) = pipe_for(false)?;
-            pumps.stderr = Some(pipe::Receiver::from_owned_fd(ours).map_err(|e| Error::io("stderr pipe", e))?);
+            pumps.stderr =
+                Some(pipe::Receiver::from_owned_fd(ours).map_err(|e| Error::io("stderr pipe", e))?);
             ends.stderr = theirs.into();
         }
         pumps.host = host;
@@ -124,7 +137,10 @@ impl Pumps {
 
     /// Without pipes: the terminal comes with [`Pumps::start_terminal`].
     pub fn for_terminal(host: HostStreams) -> Self {
-        Self { host, ..Self::default() }
+        Self {
+            host,
+            ..Self::default()
+        }
     }
 
     /// Starts to copy, through `terminal` (a pty master) if there is one.
@@ -137,7 +153,10 @@ impl Pumps {
         running.output_done = Some(output_done);
         if let Some(master) = terminal {
             rustix::io::ioctl_fionbio(&master, true).map_err(|e| Error::io("terminal", e))?;
-            let master = Arc::new(readiness::register(master, Interest::READABLE | Interest::WRITABLE).map_err(|e| Error::io("terminal", e))?);
+            let master = Arc::new(
+                readiness::register(master, Interest::READABLE | Interest::WRITABLE)
+                    .map_err(|e| Error::io("terminal", e))?,
+            );
             if let Some(stream) = self.host.stdin {
                 let (read, write) = tokio::io::split(stream);
                 tokio::spawn(stdin_to_terminal(read, write, Arc::clone(&master)));
@@ -157,7 +176,10 @@ impl Pumps {
             let (read, write) = tokio::io::split(stream);
             tokio::spawn(stdin_to_pipe(read, write, pipe, close));
         }
-        let outputs = [(self.host.stdout, self.stdout), (self.host.stderr, self.stderr)];
+        let outputs = [
+            (self.host.stdout, self.stdout),
+            (self.host.stderr, self.stderr),
+        ];
         for (stream, pipe) in outputs {
             if let (Some(stream), Some(pipe)) = (stream, pipe) {
                 let done = done.clone();
@@ -183,10 +205,13 @@ impl Running {
     /// `FailedPrecondition` without a terminal.
     pub fn resize(&self, rows: u32, columns: u32) -> Result<()> {
         let Some(terminal) = &self.terminal else {
-            return Err(Error::FailedPrecondition("the process has no terminal to resize".into()));
+            return Err(Error::FailedPrecondition(
+                "the process has no terminal to resize".into(),
+            ));
         };
         let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-        set_window_size(terminal.get_ref(), size(rows), size(columns)).map_err(|e| Error::io("resize", e))
+        set_window_size(terminal.get_ref(), size(rows), size(columns))
+            .map_err(|e| Error::io("resize", e))
     }
 
     /// Resolves when every output stream has been copied to its end.
@@ -205,7 +230,12 @@ impl Running {
 /// # Errors
 /// Those of the ioctl.
 pub fn set_window_size(terminal: &OwnedFd, rows: u16, columns: u16) -> io::Result<()> {
-    let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = rustix::termios::Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     rustix::termios::tcsetwinsize(terminal.as_fd(), size)?;
     Ok(())
 }
@@ -213,7 +243,11 @@ pub fn set_window_size(terminal: &OwnedFd, rows: u16, columns: u16) -> io::Resul
 /// A pipe: the agent's end first. `write` tells which end that is.
 fn pipe_for(write: bool) -> Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::io("pipe", e))?;
-    let (ours, theirs) = if write { (writer, reader) } else { (reader, writer) };
+    let (ours, theirs) = if write {
+        (writer, reader)
+    } else {
+        (reader, writer)
+    };
     // Only the agent's end is non-blocking: the flag belongs to the open file, which each end has
     // for itself, and a program may not expect it.
     rustix::io::ioctl_fionbio(&ours, true).map_err(|e| Error::io("pipe", e))?;
@@ -250,12 +284,18 @@ async fn stdin_to_pipe(
     let _ = host.shutdown().await;
 }
 
-async fn stdin_to_terminal(mut stream: ReadHalf<Stream>, mut host: WriteHalf<Stream>, master: Arc<AsyncFd<OwnedFd>>) {
+async fn stdin_to_terminal(
+    mut stream: ReadHalf<Stream>,
+    mut host: WriteHalf<Stream>,
+    master: Arc<AsyncFd<OwnedFd>>,
+) {
     let mut buffer = vec![0; CHUNK];
     'copy: while let Ok(count @ 1..) = stream.read(&mut buffer).await {
         let mut rest = &buffer[..count];
         while !rest.is_empty() {
-            let written = master.async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd, rest)?)).await;
+            let written = master
+                .async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd, rest)?))
+                .await;
             match written {
                 Ok(n) => rest = &rest[n..],
                 Err(_) => break 'copy,
@@ -289,7 +329,12 @@ async fn terminal_to_stream(master: &AsyncFd<OwnedFd>, mut stream: Stream) {
     let mut buffer = vec![0; CHUNK];
     loop {
         // EIO is how a pty master reports that the last slave was closed.
-        match master.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut *buffer)?)).await {
+        match master
+            .async_io(Interest::READABLE, |fd| {
+                Ok(rustix::io::read(fd, &mut *buffer)?)
+            })
+            .await
+        {
             Ok(0) | Err(_) => break,
             Ok(n) => {
                 if stream.write_all(&buffer[..n]).await.is_err() {
@@ -305,7 +350,10 @@ async fn terminal_to_stream(master: &AsyncFd<OwnedFd>, mut stream: Stream) {
 async fn finish(mut stream: Stream) {
     if stream.shutdown().await.is_ok() {
         let mut byte = [0; 64];
-        let _ = timeout(LINGER, async { while let Ok(1..) = stream.read(&mut byte).await {} }).await;
+        let _ = timeout(LINGER, async {
+            while let Ok(1..) = stream.read(&mut byte).await {}
+        })
+        .await;
     }
 }
 
@@ -342,7 +390,13 @@ mod tests {
         let close = Arc::new(Notify::new());
         close.notify_one();
         let (read, write) = tokio::io::split(Stream::Unix(guest));
-        stdin_to_pipe(read, write, pipe::Sender::from_owned_fd(ours).unwrap(), close).await;
+        stdin_to_pipe(
+            read,
+            write,
+            pipe::Sender::from_owned_fd(ours).unwrap(),
+            close,
+        )
+        .await;
         assert_eq!(io::read_to_string(file(theirs)).unwrap(), "last words");
     }
 

@@ -43,7 +43,11 @@ pub enum Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Vsock(s) => Pin::new(s).poll_read(cx, buf),
             Self::Unix(s) => Pin::new(s).poll_read(cx, buf),
@@ -52,7 +56,11 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Vsock(s) => Pin::new(s).poll_write(cx, buf),
             Self::Unix(s) => Pin::new(s).poll_write(cx, buf),
@@ -102,7 +110,9 @@ impl Streams {
                 Some(Slot::Arrived(stream)) => return Ok(stream),
                 Some(wanted @ Slot::Wanted(_)) => {
                     slots.insert(number, wanted);
-                    return Err(Error::InvalidArgument(format!("stream {number} is already waited for")));
+                    return Err(Error::InvalidArgument(format!(
+                        "stream {number} is already waited for"
+                    )));
                 }
                 None => {
                     let (tx, rx) = oneshot::channel();
@@ -244,9 +254,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stream_that_never_comes_is_a_deadline_and_reserved_numbers_are_refused() {
         let (streams, ..) = setup();
-        assert!(matches!(streams.take(99).await, Err(Error::DeadlineExceeded(_))));
+        assert!(matches!(
+            streams.take(99).await,
+            Err(Error::DeadlineExceeded(_))
+        ));
         assert!(streams.slots().is_empty());
-        assert!(matches!(streams.take(1).await, Err(Error::InvalidArgument(_))));
+        assert!(matches!(
+            streams.take(1).await,
+            Err(Error::InvalidArgument(_))
+        ));
     }
 
     #[tokio::test]
@@ -255,7 +271,9 @@ mod tests {
         let mut hosts = Vec::new();
         for n in 0..MAX_UNCLAIMED as u64 + 5 {
             let (mut host, guest) = UnixStream::pair().unwrap();
-            host.write_all(&(FIRST_PROCESS_STREAM + n).to_le_bytes()).await.unwrap();
+            host.write_all(&(FIRST_PROCESS_STREAM + n).to_le_bytes())
+                .await
+                .unwrap();
             streams.spawn_place(Stream::Unix(guest), &log, &logger);
             hosts.push(host);
         }

@@ -23,9 +23,15 @@ const MAX_ID: usize = 128;
 pub fn id(id: &str) -> Result<()> {
     let fine = !id.is_empty()
         && id.len() <= MAX_ID
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
         && id.starts_with(|c: char| c.is_ascii_alphanumeric());
-    if fine { Ok(()) } else { Err(Error::InvalidArgument(format!("{id:?} is not an id"))) }
+    if fine {
+        Ok(())
+    } else {
+        Err(Error::InvalidArgument(format!("{id:?} is not an id")))
+    }
 }
 
 /// A relative path of plain names.
@@ -33,8 +39,17 @@ pub fn id(id: &str) -> Result<()> {
 /// # Errors
 /// `InvalidArgument`.
 pub fn share_path(path: &str) -> Result<()> {
-    let plain = !path.is_empty() && Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));
-    if plain { Ok(()) } else { Err(Error::InvalidArgument(format!("{path:?} is not a path under the share"))) }
+    let plain = !path.is_empty()
+        && Path::new(path)
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)));
+    if plain {
+        Ok(())
+    } else {
+        Err(Error::InvalidArgument(format!(
+            "{path:?} is not a path under the share"
+        )))
+    }
 }
 
 /// The sources of bind mounts by index into the specification's mounts.
@@ -48,7 +63,9 @@ pub fn mount_sources(spec: &Spec, sources: &[agent::MountSource]) -> Result<BTre
         let index = source.index;
         let exists = usize::try_from(index).is_ok_and(|i| i < spec.mounts.len());
         if !exists || map.insert(index, source.share_path.clone()).is_some() {
-            return Err(Error::InvalidArgument(format!("mount source {index} names no mount, or one twice")));
+            return Err(Error::InvalidArgument(format!(
+                "mount source {index} names no mount, or one twice"
+            )));
         }
     }
     Ok(map)
@@ -96,7 +113,11 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
         match namespace.kind.as_str() {
             "pid" | "mount" | "ipc" | "uts" | "network" | "cgroup" => {}
             "time" if namespace.path.is_empty() => {}
-            other => return Err(format!("linux.namespaces: a {other:?} namespace is not supported in a Brig guest")),
+            other => {
+                return Err(format!(
+                    "linux.namespaces: a {other:?} namespace is not supported in a Brig guest"
+                ));
+            }
         }
     }
     let has_time = spec.linux.namespaces.iter().any(|n| n.kind == "time");
@@ -105,10 +126,16 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
     }
     for mount in &spec.mounts {
         if !mount.destination.starts_with('/') {
-            return Err(format!("mounts: destination {:?} is not an absolute path", mount.destination));
+            return Err(format!(
+                "mounts: destination {:?} is not an absolute path",
+                mount.destination
+            ));
         }
         if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-            return Err(format!("mounts {}: uidMappings and gidMappings are not supported", mount.destination));
+            return Err(format!(
+                "mounts {}: uidMappings and gidMappings are not supported",
+                mount.destination
+            ));
         }
     }
     init::check_sysctl(&spec.linux.sysctl)?;
@@ -127,7 +154,10 @@ fn check_hooks(hooks: &Hooks) -> std::result::Result<(), String> {
         ("poststart", &hooks.poststart),
         ("poststop", &hooks.poststop),
     ];
-    match stages.iter().find_map(|(name, hooks)| Some((name, hooks.first()?))) {
+    match stages
+        .iter()
+        .find_map(|(name, hooks)| Some((name, hooks.first()?)))
+    {
         Some((name, hook)) => Err(format!(
             "hooks.{name} ({}) is not supported: hooks are programs of the host, which has no part in a guest",
             hook.path
@@ -156,17 +186,38 @@ mod tests {
         for (value, word) in [
             (json!({"vm": {}}), "vm"),
             (json!({"windows": {}}), "windows"),
-            (json!({"hooks": {"prestart": [{"path": "/bin/h"}]}}), "hooks.prestart (/bin/h)"),
-            (json!({"hooks": {"createContainer": [{"path": "/x"}]}}), "createContainer"),
+            (
+                json!({"hooks": {"prestart": [{"path": "/bin/h"}]}}),
+                "hooks.prestart (/bin/h)",
+            ),
+            (
+                json!({"hooks": {"createContainer": [{"path": "/x"}]}}),
+                "createContainer",
+            ),
             (json!({"linux": {"intelRdt": {}}}), "intelRdt"),
             (json!({"linux": {"netDevices": {"eth1": {}}}}), "netDevices"),
             (json!({"linux": {"namespaces": [{"type": "user"}]}}), "user"),
-            (json!({"linux": {"namespaces": [{"type": "time", "path": "/x"}]}}), "time"),
-            (json!({"linux": {"timeOffsets": {"monotonic": {"secs": 1}}}}), "timeOffsets"),
-            (json!({"linux": {"sysctl": {"kernel.core_pattern": "x"}}}), "kernel.core_pattern"),
-            (json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}}}), "SCMP_ACT_NOTIFY"),
+            (
+                json!({"linux": {"namespaces": [{"type": "time", "path": "/x"}]}}),
+                "time",
+            ),
+            (
+                json!({"linux": {"timeOffsets": {"monotonic": {"secs": 1}}}}),
+                "timeOffsets",
+            ),
+            (
+                json!({"linux": {"sysctl": {"kernel.core_pattern": "x"}}}),
+                "kernel.core_pattern",
+            ),
+            (
+                json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}}}),
+                "SCMP_ACT_NOTIFY",
+            ),
             (json!({"mounts": [{"destination": "x"}]}), "destination"),
-            (json!({"mounts": [{"destination": "/x", "uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}]}), "uidMappings"),
+            (
+                json!({"mounts": [{"destination": "/x", "uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}]}),
+                "uidMappings",
+            ),
         ] {
             let refused = with(&value).unwrap_err();
             assert!(refused.contains(word), "{word}: {refused}");

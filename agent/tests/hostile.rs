@@ -37,7 +37,10 @@ async fn mount_points_and_devices_through_symlinks_stay_in_the_root() {
     if created.is_ok() {
         guest.delete("c1", "").await.unwrap();
     }
-    assert!(fs::read_dir(&outside).unwrap().next().is_none(), "the outside was written");
+    assert!(
+        fs::read_dir(&outside).unwrap().next().is_none(),
+        "the outside was written"
+    );
     guest.stop().await;
 }
 
@@ -66,8 +69,9 @@ async fn the_agents_binary_cannot_be_written_through_a_helper() {
         "while :; do for p in /proc/[0-9]*; do [ $p = /proc/1 ] && continue; case $(readlink $p/exe) in *busybox) ;; ?*) \
          (printf overwritten > $p/exe) 2>/dev/null && echo WRITTEN; [ -e $p/exe ] && echo met >> /tmp/met;; esac; done; done",
     );
-    let all: Vec<String> = (0..41).filter_map(|n| caps_name(n)).collect();
-    attack["process"]["capabilities"] = json!({"bounding": all, "effective": all, "permitted": all});
+    let all: Vec<String> = (0..41).filter_map(caps_name).collect();
+    attack["process"]["capabilities"] =
+        json!({"bounding": all, "effective": all, "permitted": all});
     attack["process"]["noNewPrivileges"] = false.into();
     attack["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
     let (stdio, ends) = guest.stdio(false, false).await;
@@ -75,18 +79,36 @@ async fn the_agents_binary_cannot_be_written_through_a_helper() {
     guest.run("c1", "").await.unwrap();
     let before = fs::read(env!("CARGO_BIN_EXE_brig-agent")).unwrap();
     for n in 0..40 {
-        assert_eq!(guest.exec("c1", &format!("e{n}"), &shell("exit 0")).await.status, 0);
+        assert_eq!(
+            guest
+                .exec("c1", &format!("e{n}"), &shell("exit 0"))
+                .await
+                .status,
+            0
+        );
     }
     guest.kill("c1", "", libc::SIGKILL, true).await.unwrap();
     assert_eq!(ends.read_all().await.0, "");
-    assert!(fs::read(env!("CARGO_BIN_EXE_brig-agent")).unwrap() == before, "the binary was changed");
+    assert!(
+        fs::read(env!("CARGO_BIN_EXE_brig-agent")).unwrap() == before,
+        "the binary was changed"
+    );
     guest.stop().await;
 }
 
 fn caps_name(n: u8) -> Option<String> {
-    ["CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_KILL", "CAP_MKNOD", "CAP_SYS_CHROOT", "CAP_SETPCAP"]
-        .get(usize::from(n))
-        .map(|s| (*s).to_owned())
+    [
+        "CAP_SYS_ADMIN",
+        "CAP_SYS_PTRACE",
+        "CAP_DAC_OVERRIDE",
+        "CAP_DAC_READ_SEARCH",
+        "CAP_KILL",
+        "CAP_MKNOD",
+        "CAP_SYS_CHROOT",
+        "CAP_SETPCAP",
+    ]
+    .get(usize::from(n))
+    .map(|s| (*s).to_owned())
 }
 
 /// CVE-2024-21626: a working directory behind a descriptor of the runtime.

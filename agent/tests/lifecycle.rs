@@ -10,12 +10,26 @@ use ttrpc::Code;
 async fn a_container_runs_and_its_output_and_status_are_exact() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    let outcome = guest.whole("c1", &spec("echo out; echo err >&2; exit 42")).await;
-    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str(), outcome.status), ("out\n", "err\n", 42));
+    let outcome = guest
+        .whole("c1", &spec("echo out; echo err >&2; exit 42"))
+        .await;
+    assert_eq!(
+        (
+            outcome.stdout.as_str(),
+            outcome.stderr.as_str(),
+            outcome.status
+        ),
+        ("out\n", "err\n", 42)
+    );
     // The id is free again.
-    guest.create("c1", &spec("exit 3"), Stdio::default()).await.unwrap();
+    guest
+        .create("c1", &spec("exit 3"), Stdio::default())
+        .await
+        .unwrap();
     guest.rootfs("c2");
-    let outcome = guest.whole("c2", &spec("sh -c 'kill -11 $$'; exit $?")).await;
+    let outcome = guest
+        .whole("c2", &spec("sh -c 'kill -11 $$'; exit $?"))
+        .await;
     assert_eq!(outcome.status, 139);
     guest.stop().await;
 }
@@ -25,7 +39,14 @@ async fn large_output_is_complete_and_stdin_reaches_the_process() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(true, false).await;
-    guest.create("c1", &spec("cat; head -c 3000000 /dev/zero | tr '\\0' x"), stdio).await.unwrap();
+    guest
+        .create(
+            "c1",
+            &spec("cat; head -c 3000000 /dev/zero | tr '\\0' x"),
+            stdio,
+        )
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
     let mut stdin = ends.stdin.take().unwrap();
     stdin.write_all(b"from the host\n").await.unwrap();
@@ -42,12 +63,29 @@ async fn close_stdin_ends_a_reader() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(true, false).await;
-    guest.create("c1", &spec("cat; echo done"), stdio).await.unwrap();
+    guest
+        .create("c1", &spec("cat; echo done"), stdio)
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
-    ends.stdin.as_mut().unwrap().write_all(b"x\n").await.unwrap();
-    guest.client.close_stdin(ctx(), &reference("c1", "")).await.unwrap();
+    ends.stdin
+        .as_mut()
+        .unwrap()
+        .write_all(b"x\n")
+        .await
+        .unwrap();
+    guest
+        .client
+        .close_stdin(ctx(), &reference("c1", ""))
+        .await
+        .unwrap();
     let mut text = String::new();
-    ends.stdout.as_mut().unwrap().read_to_string(&mut text).await.unwrap();
+    ends.stdout
+        .as_mut()
+        .unwrap()
+        .read_to_string(&mut text)
+        .await
+        .unwrap();
     assert_eq!(text, "x\ndone\n");
     guest.stop().await;
 }
@@ -58,23 +96,43 @@ async fn states_are_enforced_with_their_codes() {
     guest.rootfs("c1");
     assert_eq!(refusal(guest.run("nope", "").await).0, Code::NOT_FOUND);
     let (stdio, _ends) = guest.stdio(false, false).await;
-    guest.create("c1", &spec("sleep 1000"), stdio).await.unwrap();
+    guest
+        .create("c1", &spec("sleep 1000"), stdio)
+        .await
+        .unwrap();
     let again = guest.create("c1", &spec("true"), Stdio::default()).await;
     assert_eq!(refusal(again).0, Code::ALREADY_EXISTS);
     // Not running yet: no exec, no pause.
-    let exec = guest.create_exec("c1", "e1", &shell("true"), Stdio::default()).await;
+    let exec = guest
+        .create_exec("c1", "e1", &shell("true"), Stdio::default())
+        .await;
     assert_eq!(refusal(exec).0, Code::FAILED_PRECONDITION);
     guest.run("c1", "").await.unwrap();
-    assert_eq!(refusal(guest.run("c1", "").await).0, Code::FAILED_PRECONDITION);
-    assert_eq!(refusal(guest.delete("c1", "").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(
+        refusal(guest.run("c1", "").await).0,
+        Code::FAILED_PRECONDITION
+    );
+    assert_eq!(
+        refusal(guest.delete("c1", "").await).0,
+        Code::FAILED_PRECONDITION
+    );
     assert_eq!(refusal(guest.delete("c1", "e9").await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(guest.kill("c1", "", 99, false).await).0, Code::INVALID_ARGUMENT);
+    assert_eq!(
+        refusal(guest.kill("c1", "", 99, false).await).0,
+        Code::INVALID_ARGUMENT
+    );
     guest.kill("c1", "", libc::SIGKILL, false).await.unwrap();
     assert_eq!(guest.exit_of("c1", "").await.status, 137);
-    assert_eq!(refusal(guest.kill("c1", "", libc::SIGTERM, false).await).0, Code::NOT_FOUND);
+    assert_eq!(
+        refusal(guest.kill("c1", "", libc::SIGTERM, false).await).0,
+        Code::NOT_FOUND
+    );
     assert_eq!(guest.delete("c1", "").await.unwrap().status, 137);
     assert_eq!(refusal(guest.delete("c1", "").await).0, Code::NOT_FOUND);
-    let twice = guest.client.start_sandbox(ctx(), &StartSandboxRequest::default()).await;
+    let twice = guest
+        .client
+        .start_sandbox(ctx(), &StartSandboxRequest::default())
+        .await;
     assert_eq!(refusal(twice).0, Code::FAILED_PRECONDITION);
     guest.client.ping(ctx(), &Empty::new()).await.unwrap();
     guest.stop().await;
@@ -84,9 +142,15 @@ async fn states_are_enforced_with_their_codes() {
 async fn a_created_container_can_be_deleted_without_a_start() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    guest.create("c1", &spec("true"), Stdio::default()).await.unwrap();
+    guest
+        .create("c1", &spec("true"), Stdio::default())
+        .await
+        .unwrap();
     assert_eq!(guest.delete("c1", "").await.unwrap().status, 137);
-    guest.create("c1", &spec("true"), Stdio::default()).await.unwrap();
+    guest
+        .create("c1", &spec("true"), Stdio::default())
+        .await
+        .unwrap();
     guest.stop().await;
 }
 
@@ -98,13 +162,23 @@ async fn what_cannot_be_executed_is_told_as_other_runtimes_do() {
     bad["process"]["args"] = serde_json::json!(["nope"]);
     let (code, text) = refusal(guest.create("c1", &bad, Stdio::default()).await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
-    assert!(text.ends_with("exec: \"nope\": executable file not found in $PATH"), "{text}");
+    assert!(
+        text.ends_with("exec: \"nope\": executable file not found in $PATH"),
+        "{text}"
+    );
     bad["process"]["args"] = serde_json::json!(["/no/such"]);
     let (_, text) = refusal(guest.create("c1", &bad, Stdio::default()).await);
-    assert!(text.ends_with("exec: \"/no/such\": stat /no/such: no such file or directory"), "{text}");
+    assert!(
+        text.ends_with("exec: \"/no/such\": stat /no/such: no such file or directory"),
+        "{text}"
+    );
     // Found, but not a program: that shows at the start.
     std::fs::write(guest.share().join("c1/rootfs/bin/junk"), "not a program").unwrap();
-    std::fs::set_permissions(guest.share().join("c1/rootfs/bin/junk"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(
+        guest.share().join("c1/rootfs/bin/junk"),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
     bad["process"]["args"] = serde_json::json!(["junk"]);
     guest.create("c1", &bad, Stdio::default()).await.unwrap();
     let (_, text) = refusal(guest.run("c1", "").await);
@@ -120,18 +194,41 @@ async fn exec_joins_the_container_and_has_its_own_life() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
     let (stdio, _ends) = guest.stdio(false, false).await;
-    guest.create("c1", &spec("echo kept > /tmp/f; sleep 1000"), stdio).await.unwrap();
+    guest
+        .create("c1", &spec("echo kept > /tmp/f; sleep 1000"), stdio)
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
-    let outcome = guest.exec("c1", "e1", &shell("while [ ! -s /tmp/f ]; do :; done; cat /tmp/f; cat /proc/1/comm; exit 7")).await;
-    assert_eq!((outcome.stdout.as_str(), outcome.status), ("kept\nsleep\n", 7), "{}", outcome.stderr);
+    let outcome = guest
+        .exec(
+            "c1",
+            "e1",
+            &shell("while [ ! -s /tmp/f ]; do :; done; cat /tmp/f; cat /proc/1/comm; exit 7"),
+        )
+        .await;
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.status),
+        ("kept\nsleep\n", 7),
+        "{}",
+        outcome.stderr
+    );
     // Same namespaces as init.
     let compare = "for n in mnt pid ipc uts net cgroup; do [ $(readlink /proc/1/ns/$n) = $(readlink /proc/self/ns/$n) ] || echo $n; done";
     assert_eq!(guest.exec("c1", "e2", &shell(compare)).await.stdout, "");
-    assert_eq!(guest.exec("c1", "e3", &shell("grep ^0: /proc/self/cgroup")).await.stdout, "0::/\n");
+    assert_eq!(
+        guest
+            .exec("c1", "e3", &shell("grep ^0: /proc/self/cgroup"))
+            .await
+            .stdout,
+        "0::/\n"
+    );
     let mut bad = shell("");
     bad["args"] = serde_json::json!(["nope"]);
     let (_, text) = refusal(guest.create_exec("c1", "e4", &bad, Stdio::default()).await);
-    assert!(text.ends_with("exec: \"nope\": executable file not found in $PATH"), "{text}");
+    assert!(
+        text.ends_with("exec: \"nope\": executable file not found in $PATH"),
+        "{text}"
+    );
     // The id of a failed exec is free.
     assert_eq!(guest.exec("c1", "e4", &shell("exit 0")).await.status, 0);
     guest.stop().await;
@@ -141,13 +238,29 @@ async fn exec_joins_the_container_and_has_its_own_life() {
 async fn the_exits_of_execs_come_before_that_of_init() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    guest.create("c1", &spec("sleep 1000"), Stdio::default()).await.unwrap();
+    guest
+        .create("c1", &spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
     for exec in ["e1", "e2", "e3"] {
-        guest.create_exec("c1", exec, &shell("sleep 1000"), Stdio::default()).await.unwrap();
+        guest
+            .create_exec("c1", exec, &shell("sleep 1000"), Stdio::default())
+            .await
+            .unwrap();
         guest.run("c1", exec).await.unwrap();
     }
-    let list = guest.client.list_processes(ctx(), &ContainerRef { id: "c1".into(), ..Default::default() }).await.unwrap();
+    let list = guest
+        .client
+        .list_processes(
+            ctx(),
+            &ContainerRef {
+                id: "c1".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
     assert_eq!(list.pids.len(), 4, "{list:?}");
     guest.kill("c1", "", libc::SIGKILL, false).await.unwrap();
     guest.exit_of("c1", "").await;
@@ -162,11 +275,26 @@ async fn signals_reach_one_process_or_all() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(false, false).await;
-    guest.create("c1", &spec("trap 'echo usr1; exit 5' USR1; echo ready; while :; do sleep 1; done"), stdio).await.unwrap();
+    guest
+        .create(
+            "c1",
+            &spec("trap 'echo usr1; exit 5' USR1; echo ready; while :; do sleep 1; done"),
+            stdio,
+        )
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
     let mut ready = [0; 6];
-    ends.stdout.as_mut().unwrap().read_exact(&mut ready).await.unwrap();
-    guest.create_exec("c1", "e1", &shell("sleep 1000"), Stdio::default()).await.unwrap();
+    ends.stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut ready)
+        .await
+        .unwrap();
+    guest
+        .create_exec("c1", "e1", &shell("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
     guest.run("c1", "e1").await.unwrap();
     // A real-time signal, whose default action ends the process.
     guest.kill("c1", "e1", 40, false).await.unwrap();
@@ -181,17 +309,46 @@ async fn signals_reach_one_process_or_all() {
 async fn a_paused_container_stands_still_and_dies_when_killed() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    let reference_to = |id: &str| ContainerRef { id: id.into(), ..Default::default() };
-    guest.create("c1", &spec("sleep 1000"), Stdio::default()).await.unwrap();
-    assert_eq!(refusal(guest.client.pause_container(ctx(), &reference_to("c1")).await).0, Code::FAILED_PRECONDITION);
+    let reference_to = |id: &str| ContainerRef {
+        id: id.into(),
+        ..Default::default()
+    };
+    guest
+        .create("c1", &spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        refusal(
+            guest
+                .client
+                .pause_container(ctx(), &reference_to("c1"))
+                .await
+        )
+        .0,
+        Code::FAILED_PRECONDITION
+    );
     let pid = guest.run("c1", "").await.unwrap();
     assert_ne!(pid, 0);
-    guest.client.pause_container(ctx(), &reference_to("c1")).await.unwrap();
-    let exec = guest.create_exec("c1", "e1", &shell("true"), Stdio::default()).await;
+    guest
+        .client
+        .pause_container(ctx(), &reference_to("c1"))
+        .await
+        .unwrap();
+    let exec = guest
+        .create_exec("c1", "e1", &shell("true"), Stdio::default())
+        .await;
     assert_eq!(refusal(exec).0, Code::FAILED_PRECONDITION);
-    guest.client.resume_container(ctx(), &reference_to("c1")).await.unwrap();
+    guest
+        .client
+        .resume_container(ctx(), &reference_to("c1"))
+        .await
+        .unwrap();
     assert_eq!(guest.exec("c1", "e1", &shell("exit 4")).await.status, 4);
-    guest.client.pause_container(ctx(), &reference_to("c1")).await.unwrap();
+    guest
+        .client
+        .pause_container(ctx(), &reference_to("c1"))
+        .await
+        .unwrap();
     guest.kill("c1", "", libc::SIGKILL, true).await.unwrap();
     assert_eq!(guest.exit_of("c1", "").await.status, 137);
     guest.delete("c1", "").await.unwrap();
@@ -202,11 +359,17 @@ async fn a_paused_container_stands_still_and_dies_when_killed() {
 async fn an_exit_is_told_while_a_grandchild_keeps_the_output_open() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    guest.create("c1", &spec("sleep 1000"), Stdio::default()).await.unwrap();
+    guest
+        .create("c1", &spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
     let (stdio, ends) = guest.stdio(false, false).await;
     let script = "(while [ ! -e /tmp/go ]; do sleep 0.1; done; echo late) & echo early";
-    guest.create_exec("c1", "e1", &shell(script), stdio).await.unwrap();
+    guest
+        .create_exec("c1", "e1", &shell(script), stdio)
+        .await
+        .unwrap();
     guest.run("c1", "e1").await.unwrap();
     assert_eq!(guest.exit_of("c1", "e1").await.status, 0);
     guest.delete("c1", "e1").await.unwrap();
@@ -221,7 +384,8 @@ async fn a_terminal_has_its_size_and_ends_with_its_process() {
     guest.rootfs("c1");
     let (mut stdio, mut ends) = guest.stdio(true, true).await;
     (stdio.rows, stdio.columns) = (30, 100);
-    let mut with_terminal = spec("stty size; tty; ls -l /dev/console | cut -c1; read line; stty size; echo got $line");
+    let mut with_terminal =
+        spec("stty size; tty; ls -l /dev/console | cut -c1; read line; stty size; echo got $line");
     with_terminal["process"]["terminal"] = true.into();
     guest.create("c1", &with_terminal, stdio).await.unwrap();
     guest.run("c1", "").await.unwrap();
@@ -229,14 +393,27 @@ async fn a_terminal_has_its_size_and_ends_with_its_process() {
     let mut seen = String::new();
     while !seen.contains("c\r\n") {
         let mut bytes = [0; 256];
-        let n = tokio::time::timeout(PATIENCE, stdout.read(&mut bytes)).await.unwrap().unwrap();
+        let n = tokio::time::timeout(PATIENCE, stdout.read(&mut bytes))
+            .await
+            .unwrap()
+            .unwrap();
         assert_ne!(n, 0, "{seen}");
         seen.push_str(std::str::from_utf8(&bytes[..n]).unwrap());
     }
     assert_eq!(seen, "30 100\r\n/dev/pts/0\r\nc\r\n");
-    let size = ResizePtyRequest { id: "c1".into(), rows: 50, columns: 132, ..Default::default() };
+    let size = ResizePtyRequest {
+        id: "c1".into(),
+        rows: 50,
+        columns: 132,
+        ..Default::default()
+    };
     guest.client.resize_pty(ctx(), &size).await.unwrap();
-    ends.stdin.as_mut().unwrap().write_all(b"hello\n").await.unwrap();
+    ends.stdin
+        .as_mut()
+        .unwrap()
+        .write_all(b"hello\n")
+        .await
+        .unwrap();
     let stdin = ends.stdin.take();
     let (rest, _) = ends.read_all().await;
     assert_eq!(rest, "hello\r\n50 132\r\ngot hello\r\n");
@@ -249,17 +426,28 @@ async fn a_terminal_has_its_size_and_ends_with_its_process() {
 async fn an_exec_may_have_a_terminal_too() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    guest.create("c1", &spec("sleep 1000"), Stdio::default()).await.unwrap();
+    guest
+        .create("c1", &spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
     let (stdio, ends) = guest.stdio(true, true).await;
     let mut process = shell("tty; id -u; ls -ln $(tty) | awk '{print $3}'");
     process["terminal"] = true.into();
     process["user"] = serde_json::json!({"uid": 33, "gid": 33});
-    guest.create_exec("c1", "e1", &process, stdio).await.unwrap();
+    guest
+        .create_exec("c1", "e1", &process, stdio)
+        .await
+        .unwrap();
     guest.run("c1", "e1").await.unwrap();
     assert_eq!(guest.exit_of("c1", "e1").await.status, 0);
     let Ends { stdout, .. } = ends;
-    let (text, _) = Ends { stdout, ..Ends::default() }.read_all().await;
+    let (text, _) = Ends {
+        stdout,
+        ..Ends::default()
+    }
+    .read_all()
+    .await;
     assert_eq!(text, "/dev/pts/0\r\n33\r\n33\r\n");
     guest.stop().await;
 }
@@ -269,10 +457,18 @@ async fn the_agent_ends_with_its_connection_and_takes_the_containers_along() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(false, false).await;
-    guest.create("c1", &spec("echo up; sleep 1000"), stdio).await.unwrap();
+    guest
+        .create("c1", &spec("echo up; sleep 1000"), stdio)
+        .await
+        .unwrap();
     guest.run("c1", "").await.unwrap();
     let mut up = [0; 3];
-    ends.stdout.as_mut().unwrap().read_exact(&mut up).await.unwrap();
+    ends.stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut up)
+        .await
+        .unwrap();
     guest.stop().await;
     assert_eq!(ends.read_all().await.0, "");
 }

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{VcpuFd, VmFd};
-use slog::{Logger, info, o};
+use slog::{Logger, debug, o};
 use vm_memory::{GuestMemory as _, GuestMemoryAtomic};
 
 use brig_agent_protocol::GUEST_CID;
@@ -208,8 +208,7 @@ pub fn build(
     let kernel_file = File::from(fds.take(config.kernel, "kernel")?);
     let kernel = kernel::load(&ram, &kernel_file)?;
     let initramfs_file = File::from(fds.take(config.initramfs, "initramfs")?);
-    let (initramfs, length, placed) =
-        kernel::load_initramfs(&ram, &initramfs_file, ram_bytes, &kernel)?;
+    let (initramfs, length) = kernel::load_initramfs(&ram, &initramfs_file, ram_bytes, &kernel)?;
     let mmio64 = layout::mmio64(ram_bytes, cpuid::phys_bits(&supported));
     let start_info = boot::write(
         &ram,
@@ -224,9 +223,7 @@ pub fn build(
             },
         },
     )?;
-    info!(log, "guest memory ready"; "ram_bytes" => ram_bytes,
-        "mapped_bytes" => kernel.placed.mapped + placed.mapped,
-        "copied_bytes" => kernel.placed.copied + placed.copied);
+    debug!(log, "guest memory ready"; "ram_bytes" => ram_bytes, "initramfs_bytes" => length);
 
     let ram_regions = u32::try_from(ram.num_regions()).unwrap_or(u32::MAX);
     let mut board = Board::new(&vm, GuestMemoryAtomic::new(ram), mmio64, notifier, log)?;

@@ -198,6 +198,16 @@ pub enum Event {
         /// It ended by a reset: refused by the guest, a limit, or CloseStream.
         reset: bool,
     },
+    /// The guest's cached inodes take most of the descriptors the file server may have: its kernel
+    /// should drop what it does not use. Repeated now and then while that lasts.
+    SharePressure,
+    /// The VM is at its end; the process exits with this code next. Not sent if it dies by a signal.
+    Ended {
+        /// One of [`exit`].
+        code: i32,
+        /// Why, in one sentence.
+        reason: String,
+    },
     /// A line of the guest's console: early messages with `debug_console`, else a panic's. Bounded
     /// in rate and total.
     Console {

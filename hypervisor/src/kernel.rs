@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use vm_memory::GuestMemoryMmap;
 
 use crate::arch::x86_64::layout::{self, PAGE};
-use crate::memory::{self, MemoryError, Placed};
+use crate::memory::{self, MemoryError};
 
 const HEADER_SIZE: usize = 64;
 const PROGRAM_HEADER_SIZE: usize = 56;
@@ -52,8 +52,6 @@ pub struct Kernel {
     pub entry: u64,
     /// First address after its segments, uninitialised data included.
     pub end: u64,
-    /// How its bytes got there.
-    pub placed: Placed,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +72,6 @@ pub fn load(memory: &GuestMemoryMmap, file: &File) -> Result<Kernel, KernelError
     let mut kernel = Kernel {
         entry: u64::from(pvh_entry(file, &segments)?),
         end: 0,
-        placed: Placed::default(),
     };
     for segment in segments.iter().filter(|segment| segment.kind == PT_LOAD) {
         if segment.file_size > segment.memory_size || segment.address < layout::HIMEM {
@@ -89,7 +86,7 @@ pub fn load(memory: &GuestMemoryMmap, file: &File) -> Result<Kernel, KernelError
         kernel.end = kernel.end.max(end);
         if segment.file_size > 0 {
             // The rest, up to the memory size, is zero as all fresh RAM.
-            kernel.placed += memory::place(
+            memory::load(
                 memory,
                 file,
                 segment.offset,
@@ -113,7 +110,7 @@ pub fn load_initramfs(
     file: &File,
     ram_bytes: u64,
     kernel: &Kernel,
-) -> Result<(u64, u64, Placed), KernelError> {
+) -> Result<(u64, u64), KernelError> {
     let length = file.metadata()?.len();
     let ram = ram_bytes.min(layout::LOW_RAM_END);
     let address = ram
@@ -123,8 +120,8 @@ pub fn load_initramfs(
             initramfs: length,
             ram,
         })?;
-    let placed = memory::place(memory, file, 0, address, length)?;
-    Ok((address, length, placed))
+    memory::load(memory, file, 0, address, length)?;
+    Ok((address, length))
 }
 
 fn segments(file: &File) -> Result<Vec<Segment>, KernelError> {
@@ -267,7 +264,6 @@ mod tests {
         let kernel = load(&memory, &file_of(&vmlinux(&text, 5000, &notes))).unwrap();
         assert_eq!(kernel.entry, 0x0100_0200);
         assert_eq!(kernel.end, (16 << 20) + 15_000);
-        assert_eq!(kernel.placed.mapped, 8192);
         let mut loaded = vec![0u8; 10_100];
         memory
             .read_slice(&mut loaded, GuestAddress(16 << 20))
@@ -291,10 +287,9 @@ mod tests {
         let kernel = Kernel {
             entry: 0,
             end: 20 << 20,
-            placed: Placed::default(),
         };
         let ram = 32 << 20;
-        let (address, length, _) =
+        let (address, length) =
             load_initramfs(&memory, &file_of(&[9; 5000]), ram, &kernel).unwrap();
         assert_eq!((address, length), (ram - 8192, 5000));
         let big = file_of(&vec![0; 13 << 20]);

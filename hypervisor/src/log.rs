@@ -14,6 +14,10 @@ use slog::{Drain, KV, Key, Logger, Never, OwnedKVList, Record, Serializer, o};
 /// The most bytes written in the life of the process.
 const MAX_TOTAL: usize = 1 << 20;
 
+/// The tag of the record that says how the VM ended: it is written even when a guest has used up
+/// the limit.
+pub const LAST_WORDS: &str = "last-words";
+
 /// The process's logger.
 pub fn logger() -> Logger {
     Logger::root(
@@ -41,6 +45,7 @@ impl Drain for JsonLines {
             });
         let line = match taken {
             Ok(_) => line,
+            Err(_) if record.tag() == LAST_WORDS => line,
             // Once: the rest of the budget is gone after this.
             Err(left) if left > 0 && self.left.swap(0, Ordering::Relaxed) > 0 => {
                 "{\"level\":\"WARN\",\"msg\":\"log limit reached\",\"component\":\"vmm\"}\n".into()

@@ -21,6 +21,7 @@ use crate::control::{
     StreamConfig, VmConfig, exit, mark,
 };
 use crate::jail::seccomp::{self, ThreadKind};
+use crate::log::LAST_WORDS;
 use crate::notice::{Clock, Ended, Notice, Notifier};
 use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
 
@@ -60,12 +61,17 @@ pub fn serve(control: OwnedFd, clock: Clock, marks: Vec<(u16, u64)>, log: Logger
         code: exit::INTERNAL,
         reason: format!("the control loop failed: {error}"),
     });
-    server.farewell();
+    // Logged before the shim can see the end of the process, and whatever the guest made us log.
     if ended.code == exit::POWER_OFF || ended.code == exit::STOPPED {
-        info!(server.log, "VM ended"; "code" => ended.code, "reason" => &ended.reason);
+        info!(server.log, #LAST_WORDS, "VM ended"; "code" => ended.code, "reason" => &ended.reason);
     } else {
-        warn!(server.log, "VM ended"; "code" => ended.code, "reason" => &ended.reason);
+        warn!(server.log, #LAST_WORDS, "VM ended"; "code" => ended.code, "reason" => &ended.reason);
     }
+    server.event(Event::Ended {
+        code: ended.code,
+        reason: ended.reason,
+    });
+    server.farewell();
     ended.code
 }
 

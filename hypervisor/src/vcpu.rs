@@ -121,12 +121,21 @@ impl Machine {
     /// A triple fault or a write to the reset register: after a panic, that is its last act.
     fn reset(&self) -> Ended {
         let mut console = lock(&self.console);
-        if let Some(line) = console.flush() {
-            self.notifier.send(Notice::Console(line));
-        }
+        self.flush(&mut console);
         match console.panic() {
             Some(panic) => ended(exit::PANIC, format!("the guest's kernel panicked: {panic}")),
             None => ended(exit::REBOOT, "the guest rebooted"),
+        }
+    }
+
+    /// The end of a CPU's run, whatever its reason: an unfinished line may say more about it.
+    fn last_line(&self) {
+        self.flush(&mut lock(&self.console));
+    }
+
+    fn flush(&self, console: &mut Console) {
+        if let Some(line) = console.flush() {
+            self.notifier.send(Notice::Console(line));
         }
     }
 
@@ -164,6 +173,12 @@ fn ended(code: i32, reason: impl Into<String>) -> Ended {
 
 /// Runs a CPU until the VM ends.
 pub fn run(vcpu: &mut VcpuFd, machine: &Arc<Machine>, exits: &ExitCounters) -> Ended {
+    let ended = run_until_end(vcpu, machine, exits);
+    machine.last_line();
+    ended
+}
+
+fn run_until_end(vcpu: &mut VcpuFd, machine: &Machine, exits: &ExitCounters) -> Ended {
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {

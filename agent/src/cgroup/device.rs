@@ -50,7 +50,12 @@ const JEQ_K: u8 = 0x15;
 const EXIT: u8 = 0x95;
 
 fn insn(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> Insn {
-    Insn { code, regs: src << 4 | dst, off, imm }
+    Insn {
+        code,
+        regs: src << 4 | dst,
+        off,
+        imm,
+    }
 }
 
 /// One rule in the kernel's terms. `None` matches everything.
@@ -66,7 +71,13 @@ struct Rule {
 /// What every container may use, after its own rules (as runc does): making nodes, and the
 /// devices that [`crate::init`] puts into /dev.
 fn defaults() -> Vec<Rule> {
-    let rule = |kind, access, major, minor| Rule { allow: true, kind: Some(kind), access, major, minor };
+    let rule = |kind, access, major, minor| Rule {
+        allow: true,
+        kind: Some(kind),
+        access,
+        major,
+        minor,
+    };
     let char_dev = |major, minor| rule(DEV_CHAR, ACC_ALL, Some(major), minor);
     vec![
         rule(DEV_CHAR, ACC_MKNOD, None, None),
@@ -103,7 +114,9 @@ fn rules(spec: &[DeviceRule]) -> Result<Vec<Rule>> {
         }
         let number = |n: Option<i64>| match n {
             None | Some(-1) => Ok(None),
-            Some(n) => i32::try_from(n).map(Some).map_err(|_| bad(&format!("number {n} is out of range"))),
+            Some(n) => i32::try_from(n)
+                .map(Some)
+                .map_err(|_| bad(&format!("number {n} is out of range"))),
         };
         rules.push(Rule {
             allow: rule.allow,
@@ -199,8 +212,19 @@ struct AttachAttr {
 /// `attr` must be the layout that `command` expects, and the memory it points to must be live.
 unsafe fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<libc::c_long> {
     // SAFETY: the caller vouches for `attr`; its size is passed and the kernel keeps no pointer.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attr),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Loads the program for `spec` and attaches it to the cgroup, in place of `old` if given.
@@ -303,7 +327,9 @@ mod tests {
 
     #[test]
     fn an_allow_rule_needs_every_access_asked_for() {
-        let code = built(serde_json::json!([{"allow": true, "type": "c", "major": 226, "minor": 128, "access": "r"}]));
+        let code = built(
+            serde_json::json!([{"allow": true, "type": "c", "major": 226, "minor": 128, "access": "r"}]),
+        );
         assert!(run(&code, DEV_CHAR, ACC_READ, 226, 128));
         assert!(!run(&code, DEV_CHAR, ACC_READ | ACC_WRITE, 226, 128));
         assert!(!run(&code, DEV_CHAR, ACC_READ, 226, 129));

@@ -48,11 +48,16 @@ impl Cgroup {
     /// # Errors
     /// `InvalidArgument` for a limit this kernel cannot set; the directory is then gone again.
     pub fn create(path: PathBuf, resources: Option<&Resources>) -> Result<Self> {
-        fs::create_dir(&path).map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))?;
-        let mut cgroup = Self { path, device_program: None };
+        fs::create_dir(&path)
+            .map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))?;
+        let mut cgroup = Self {
+            path,
+            device_program: None,
+        };
         let default = Resources::default();
         let resources = resources.unwrap_or(&default);
-        let outcome = resources::apply(&cgroup.path, resources).and_then(|()| cgroup.limit_devices(resources));
+        let outcome = resources::apply(&cgroup.path, resources)
+            .and_then(|()| cgroup.limit_devices(resources));
         if let Err(error) = outcome {
             let _ = fs::remove_dir(&cgroup.path);
             return Err(error);
@@ -71,7 +76,11 @@ impl Cgroup {
     /// `InvalidArgument` for a limit that cannot be set.
     pub fn update(&mut self, resources: &Resources) -> Result<()> {
         resources::apply(&self.path, resources)?;
-        if resources.devices.is_empty() { Ok(()) } else { self.limit_devices(resources) }
+        if resources.devices.is_empty() {
+            Ok(())
+        } else {
+            self.limit_devices(resources)
+        }
     }
 
     fn limit_devices(&mut self, resources: &Resources) -> Result<()> {
@@ -87,9 +96,11 @@ impl Cgroup {
     pub async fn freeze(&self, frozen: bool) -> Result<()> {
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
         let wanted = if frozen { "frozen 1" } else { "frozen 0" };
-        watch::until(&self.path.join("cgroup.events"), |text| text.lines().any(|l| l == wanted))
-            .await
-            .map_err(|e| Error::io("cgroup.freeze", e))
+        watch::until(&self.path.join("cgroup.events"), |text| {
+            text.lines().any(|l| l == wanted)
+        })
+        .await
+        .map_err(|e| Error::io("cgroup.freeze", e))
     }
 
     /// Kills every process with SIGKILL, at once.
@@ -117,10 +128,18 @@ impl Cgroup {
     pub async fn remove(&self) -> Result<()> {
         self.kill()?;
         // A frozen cgroup dies too: cgroup.kill wakes it.
-        watch::until(&self.path.join("cgroup.events"), |text| text.lines().any(|l| l == "populated 0"))
-            .await
-            .map_err(|e| Error::io(format_args!("cgroup {} does not empty", self.path.display()), e))?;
-        remove_tree(&self.path, 0).map_err(|e| Error::io(format_args!("cgroup {}", self.path.display()), e))
+        watch::until(&self.path.join("cgroup.events"), |text| {
+            text.lines().any(|l| l == "populated 0")
+        })
+        .await
+        .map_err(|e| {
+            Error::io(
+                format_args!("cgroup {} does not empty", self.path.display()),
+                e,
+            )
+        })?;
+        remove_tree(&self.path, 0)
+            .map_err(|e| Error::io(format_args!("cgroup {}", self.path.display()), e))
     }
 
     fn write(&self, file: &str, value: &str) -> Result<()> {
@@ -132,7 +151,11 @@ fn collect_processes(dir: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Resul
     // EOPNOTSUPP: a threaded cgroup lists its processes in its domain only.
     if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
         // 0 stands for a process outside the agent's pid namespace; there is none.
-        pids.extend(text.lines().filter_map(|l| l.parse::<u32>().ok()).filter(|pid| *pid != 0));
+        pids.extend(
+            text.lines()
+                .filter_map(|l| l.parse::<u32>().ok())
+                .filter(|pid| *pid != 0),
+        );
     }
     if depth < MAX_DEPTH {
         for child in child_dirs(dir)? {

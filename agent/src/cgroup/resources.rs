@@ -14,7 +14,10 @@ use crate::{
 /// # Errors
 /// `InvalidArgument` naming the field that is unsupported or was refused by the kernel.
 pub fn apply(path: &Path, resources: &Resources) -> Result<()> {
-    if let Some(memory) = resources.memory.filter(|m| m.check_before_update == Some(true)) {
+    if let Some(memory) = resources
+        .memory
+        .filter(|m| m.check_before_update == Some(true))
+    {
         check_usage(path, &memory)?;
     }
     for (file, value) in plan(resources)? {
@@ -22,8 +25,12 @@ pub fn apply(path: &Path, resources: &Resources) -> Result<()> {
             Ok(()) => {}
             // The weight has two homes, after the I/O scheduler in use.
             Err(_) if file == "io.bfq.weight" => {}
+            // Without swap there is nothing to limit; CRI always sends this with a memory limit.
+            Err(error) if file == "memory.swap.max" && error.kind() == io::ErrorKind::NotFound => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(Error::InvalidArgument(format!("the guest kernel has no {file}")));
+                return Err(Error::InvalidArgument(format!(
+                    "the guest kernel has no {file}"
+                )));
             }
             Err(error) => return Err(Error::InvalidArgument(format!("{file} = {value}: {error}"))),
         }
@@ -32,11 +39,13 @@ pub fn apply(path: &Path, resources: &Resources) -> Result<()> {
 }
 
 fn check_usage(path: &Path, memory: &Memory) -> Result<()> {
-    let usage = fs::read_to_string(path.join("memory.current")).ok().and_then(|t| t.trim().parse::<i64>().ok());
+    let usage = fs::read_to_string(path.join("memory.current"))
+        .ok()
+        .and_then(|t| t.trim().parse::<i64>().ok());
     match (usage, memory.limit) {
-        (Some(usage), Some(limit)) if limit > 0 && usage > limit => Err(Error::InvalidArgument(format!(
-            "memory limit {limit} is below the {usage} bytes in use (checkBeforeUpdate)"
-        ))),
+        (Some(usage), Some(limit)) if limit > 0 && usage > limit => Err(Error::InvalidArgument(
+            format!("memory limit {limit} is below the {usage} bytes in use (checkBeforeUpdate)"),
+        )),
         _ => Ok(()),
     }
 }
@@ -63,24 +72,43 @@ pub fn plan(resources: &Resources) -> Result<Writes> {
         plan_block_io(block_io, &mut writes)?;
     }
     for limit in &resources.hugepage_limits {
-        if limit.page_size.is_empty() || !limit.page_size.bytes().all(|b| b.is_ascii_alphanumeric()) {
+        if limit.page_size.is_empty() || !limit.page_size.bytes().all(|b| b.is_ascii_alphanumeric())
+        {
             return Err(unsupported("hugepageLimits.pageSize", &limit.page_size));
         }
         for kind in ["max", "rsvd.max"] {
-            put(&mut writes, &format!("hugetlb.{}.{kind}", limit.page_size), limit.limit.to_string());
+            put(
+                &mut writes,
+                &format!("hugetlb.{}.{kind}", limit.page_size),
+                limit.limit.to_string(),
+            );
         }
     }
-    if resources.network.as_ref().is_some_and(|n| n.as_object().is_some_and(|o| !o.is_empty())) {
-        return Err(Error::InvalidArgument("linux.resources.network (classID, priorities) needs cgroup v1".into()));
+    if resources
+        .network
+        .as_ref()
+        .is_some_and(|n| n.as_object().is_some_and(|o| !o.is_empty()))
+    {
+        return Err(Error::InvalidArgument(
+            "linux.resources.network (classID, priorities) needs cgroup v1".into(),
+        ));
     }
     for (device, limit) in &resources.rdma {
         let count = |n: Option<u32>| n.map_or("max".into(), |n| n.to_string());
-        let line = format!("{device} hca_handle={} hca_object={}", count(limit.hca_handles), count(limit.hca_objects));
+        let line = format!(
+            "{device} hca_handle={} hca_object={}",
+            count(limit.hca_handles),
+            count(limit.hca_objects)
+        );
         put(&mut writes, "rdma.max", line);
     }
     for (file, value) in &resources.unified {
         // Only controller files: a name with a slash would leave the directory, and cgroup.* moves processes.
-        if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") || file.starts_with('.') {
+        if file.contains('/')
+            || !file.contains('.')
+            || file.starts_with("cgroup.")
+            || file.starts_with('.')
+        {
             return Err(unsupported("unified", file));
         }
         put(&mut writes, file, value.clone());
@@ -93,17 +121,25 @@ fn put(writes: &mut Writes, file: &str, value: String) {
 }
 
 fn unsupported(field: &str, value: &str) -> Error {
-    Error::InvalidArgument(format!("linux.resources.{field} = {value:?} is not supported"))
+    Error::InvalidArgument(format!(
+        "linux.resources.{field} = {value:?} is not supported"
+    ))
 }
 
 /// Negative numbers are "no limit" in the OCI specification.
 fn or_max(value: i64) -> String {
-    if value < 0 { "max".into() } else { value.to_string() }
+    if value < 0 {
+        "max".into()
+    } else {
+        value.to_string()
+    }
 }
 
 fn plan_memory(memory: &Memory, writes: &mut Writes) -> Result<()> {
     if memory.disable_oom_killer == Some(true) {
-        return Err(Error::InvalidArgument("linux.resources.memory.disableOOMKiller needs cgroup v1".into()));
+        return Err(Error::InvalidArgument(
+            "linux.resources.memory.disableOOMKiller needs cgroup v1".into(),
+        ));
     }
     if let Some(swap) = memory.swap.filter(|s| *s != 0) {
         // v1 counts memory and swap together, v2 apart.
@@ -129,7 +165,9 @@ fn plan_memory(memory: &Memory, writes: &mut Writes) -> Result<()> {
 
 fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
     if cpu.realtime_runtime.is_some_and(|r| r != 0) || cpu.realtime_period.is_some_and(|p| p != 0) {
-        return Err(Error::InvalidArgument("linux.resources.cpu.realtime* needs cgroup v1".into()));
+        return Err(Error::InvalidArgument(
+            "linux.resources.cpu.realtime* needs cgroup v1".into(),
+        ));
     }
     if let Some(idle) = cpu.idle {
         put(writes, "cpu.idle", idle.to_string());
@@ -140,7 +178,10 @@ fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
         put(writes, "cpu.weight", weight_of_shares(shares).to_string());
     }
     if cpu.quota.is_some() || cpu.period.is_some() {
-        let quota = cpu.quota.filter(|q| *q > 0).map_or("max".into(), |q| q.to_string());
+        let quota = cpu
+            .quota
+            .filter(|q| *q > 0)
+            .map_or("max".into(), |q| q.to_string());
         let period = cpu.period.filter(|p| *p != 0).unwrap_or(100_000);
         put(writes, "cpu.max", format!("{quota} {period}"));
     }
@@ -163,7 +204,9 @@ fn weight_of_shares(shares: u64) -> u64 {
 
 fn plan_block_io(block_io: &BlockIo, writes: &mut Writes) -> Result<()> {
     if block_io.leaf_weight.is_some_and(|w| w != 0) {
-        return Err(Error::InvalidArgument("linux.resources.blockIO.leafWeight needs cgroup v1".into()));
+        return Err(Error::InvalidArgument(
+            "linux.resources.blockIO.leafWeight needs cgroup v1".into(),
+        ));
     }
     if let Some(weight) = block_io.weight.filter(|w| *w != 0) {
         put(writes, "io.bfq.weight", weight.to_string());
@@ -173,10 +216,16 @@ fn plan_block_io(block_io: &BlockIo, writes: &mut Writes) -> Result<()> {
     }
     for device in &block_io.weight_device {
         if device.leaf_weight.is_some_and(|w| w != 0) {
-            return Err(Error::InvalidArgument("linux.resources.blockIO.weightDevice.leafWeight needs cgroup v1".into()));
+            return Err(Error::InvalidArgument(
+                "linux.resources.blockIO.weightDevice.leafWeight needs cgroup v1".into(),
+            ));
         }
         if let Some(weight) = device.weight {
-            put(writes, "io.bfq.weight", format!("{}:{} {weight}", device.major, device.minor));
+            put(
+                writes,
+                "io.bfq.weight",
+                format!("{}:{} {weight}", device.major, device.minor),
+            );
         }
     }
     let throttles: [(&str, &[ThrottleDevice]); 4] = [
@@ -187,8 +236,16 @@ fn plan_block_io(block_io: &BlockIo, writes: &mut Writes) -> Result<()> {
     ];
     for (key, devices) in throttles {
         for device in devices {
-            let rate = if device.rate == 0 { "max".into() } else { device.rate.to_string() };
-            put(writes, "io.max", format!("{}:{} {key}={rate}", device.major, device.minor));
+            let rate = if device.rate == 0 {
+                "max".into()
+            } else {
+                device.rate.to_string()
+            };
+            put(
+                writes,
+                "io.max",
+                format!("{}:{} {key}={rate}", device.major, device.minor),
+            );
         }
     }
     Ok(())
@@ -201,11 +258,16 @@ mod tests {
 
     fn planned(value: serde_json::Value) -> Vec<String> {
         let writes = plan(&serde_json::from_value(value).unwrap()).unwrap();
-        writes.into_iter().map(|(f, v)| format!("{f}={v}")).collect()
+        writes
+            .into_iter()
+            .map(|(f, v)| format!("{f}={v}"))
+            .collect()
     }
 
     fn refused(value: serde_json::Value) -> String {
-        plan(&serde_json::from_value(value).unwrap()).unwrap_err().to_string()
+        plan(&serde_json::from_value(value).unwrap())
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -217,18 +279,49 @@ mod tests {
             "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}],
             "unified": {"memory.high": "1000000"}
         }));
-        assert_eq!(got, [
-            "memory.swap.max=33554432", "memory.max=67108864", "memory.low=1048576",
-            "cpu.weight=39", "cpu.max=50000 100000", "cpuset.cpus=0-1", "cpuset.mems=0", "pids.max=100",
-            "hugetlb.2MB.max=4194304", "hugetlb.2MB.rsvd.max=4194304", "memory.high=1000000",
-        ]);
+        assert_eq!(
+            got,
+            [
+                "memory.swap.max=33554432",
+                "memory.max=67108864",
+                "memory.low=1048576",
+                "cpu.weight=39",
+                "cpu.max=50000 100000",
+                "cpuset.cpus=0-1",
+                "cpuset.mems=0",
+                "pids.max=100",
+                "hugetlb.2MB.max=4194304",
+                "hugetlb.2MB.rsvd.max=4194304",
+                "memory.high=1000000",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_kernel_without_swap_takes_a_swap_limit_and_one_without_pids_does_not_take_theirs() {
+        let dir = tempfile::tempdir().unwrap();
+        // Opening creates files here but not in a cgroup: make that fail in the same way.
+        let missing = dir.path().join("gone");
+        let resources: Resources = serde_json::from_value(json!({"memory": {"swap": -1}})).unwrap();
+        assert!(apply(&missing, &resources).is_ok());
+        let resources: Resources = serde_json::from_value(json!({"pids": {"limit": 5}})).unwrap();
+        assert!(apply(&missing, &resources).unwrap_err().to_string().contains("pids.max"));
     }
 
     #[test]
     fn unlimited_is_max_and_zero_is_unset() {
-        assert_eq!(planned(json!({"memory": {"limit": -1, "swap": -1}})), ["memory.swap.max=max", "memory.max=max"]);
-        assert_eq!(planned(json!({"cpu": {"quota": -1}})), ["cpu.max=max 100000"]);
-        assert!(planned(json!({"memory": {"limit": 0}, "cpu": {"shares": 0}, "pids": {"limit": 0}})).is_empty());
+        assert_eq!(
+            planned(json!({"memory": {"limit": -1, "swap": -1}})),
+            ["memory.swap.max=max", "memory.max=max"]
+        );
+        assert_eq!(
+            planned(json!({"cpu": {"quota": -1}})),
+            ["cpu.max=max 100000"]
+        );
+        assert!(
+            planned(json!({"memory": {"limit": 0}, "cpu": {"shares": 0}, "pids": {"limit": 0}}))
+                .is_empty()
+        );
     }
 
     #[test]
@@ -244,18 +337,40 @@ mod tests {
         let got = planned(json!({"blockIO": {"weight": 500,
             "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1024}],
             "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 7}]}}));
-        assert_eq!(got, ["io.bfq.weight=500", "io.weight=4950", "io.max=8:0 rbps=1024", "io.max=8:0 wiops=7"]);
+        assert_eq!(
+            got,
+            [
+                "io.bfq.weight=500",
+                "io.weight=4950",
+                "io.max=8:0 rbps=1024",
+                "io.max=8:0 wiops=7"
+            ]
+        );
     }
 
     #[test]
     fn what_v2_cannot_do_is_refused_by_name() {
-        assert!(refused(json!({"memory": {"disableOOMKiller": true}})).contains("disableOOMKiller"));
+        assert!(
+            refused(json!({"memory": {"disableOOMKiller": true}})).contains("disableOOMKiller")
+        );
         assert!(refused(json!({"cpu": {"realtimeRuntime": 5}})).contains("realtime"));
         assert!(refused(json!({"network": {"classID": 5}})).contains("classID"));
         assert!(refused(json!({"memory": {"limit": 100, "swap": 50}})).contains("swap"));
-        for file in ["../cgroup.procs", "cgroup.procs", "cgroup.subtree_control", ".x", "tasks"] {
-            assert!(refused(json!({"unified": {file: "1"}})).contains("unified"), "{file}");
+        for file in [
+            "../cgroup.procs",
+            "cgroup.procs",
+            "cgroup.subtree_control",
+            ".x",
+            "tasks",
+        ] {
+            assert!(
+                refused(json!({"unified": {file: "1"}})).contains("unified"),
+                "{file}"
+            );
         }
-        assert!(refused(json!({"hugepageLimits": [{"pageSize": "../x", "limit": 1}]})).contains("pageSize"));
+        assert!(
+            refused(json!({"hugepageLimits": [{"pageSize": "../x", "limit": 1}]}))
+                .contains("pageSize")
+        );
     }
 }

@@ -71,10 +71,15 @@ fn flat(text: &str) -> HashMap<String, u64> {
 fn io_line(line: &str) -> Option<stats_response::Io> {
     let mut words = line.split_whitespace();
     let (major, minor) = words.next()?.split_once(':')?;
-    let mut io =
-        stats_response::Io { major: major.parse().ok()?, minor: minor.parse().ok()?, ..Default::default() };
+    let mut io = stats_response::Io {
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+        ..Default::default()
+    };
     for word in words {
-        let Some((key, value)) = word.split_once('=') else { continue };
+        let Some((key, value)) = word.split_once('=') else {
+            continue;
+        };
         let value = value.parse().unwrap_or_default();
         match key {
             "rbytes" => io.rbytes = value,
@@ -95,13 +100,19 @@ mod tests {
     fn every_file_of_a_cgroup_reaches_the_reply() {
         let dir = tempfile::tempdir().unwrap();
         let put = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
-        put("cpu.stat", "usage_usec 10\nuser_usec 7\nsystem_usec 3\nnr_periods 4\nnr_throttled 2\nthrottled_usec 9\n");
+        put(
+            "cpu.stat",
+            "usage_usec 10\nuser_usec 7\nsystem_usec 3\nnr_periods 4\nnr_throttled 2\nthrottled_usec 9\n",
+        );
         put("memory.current", "4096\n");
         put("memory.max", "max\n");
         put("memory.stat", "anon 100\nfile 200\n");
         put("memory.events", "low 0\nhigh 1\nmax 2\noom 3\noom_kill 4\n");
         put("pids.current", "5\n");
-        put("io.stat", "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n7:0 \n");
+        put(
+            "io.stat",
+            "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n7:0 \n",
+        );
         let stats = read(dir.path());
         assert_eq!(stats.cpu.usage_usec, 10);
         assert_eq!(stats.cpu.throttled_usec, 9);
@@ -110,7 +121,10 @@ mod tests {
         assert_eq!(stats.memory.stat["file"], 200);
         assert_eq!(stats.memory.events_oom_kill, 4);
         assert_eq!(stats.pids_current, 5);
-        assert_eq!((stats.io[0].major, stats.io[0].wios, stats.io.len()), (254, 4, 2));
+        assert_eq!(
+            (stats.io[0].major, stats.io[0].wios, stats.io.len()),
+            (254, 4, 2)
+        );
         assert_eq!(oom_kills(dir.path()), 4);
     }
 }

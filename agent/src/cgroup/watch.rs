@@ -25,7 +25,9 @@ impl Watch {
     pub fn new(file: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         inotify.add_watch(file, AddWatchFlags::IN_MODIFY)?;
-        Ok(Self { inotify: readiness::register(OwnedFd::from(inotify), Interest::READABLE)? })
+        Ok(Self {
+            inotify: readiness::register(OwnedFd::from(inotify), Interest::READABLE)?,
+        })
     }
 
     /// Waits for at least one change since the last call.
@@ -34,7 +36,11 @@ impl Watch {
     /// Those of read(2).
     pub async fn changed(&self) -> io::Result<()> {
         let mut events = [0; 4096];
-        self.inotify.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut events)?)).await?;
+        self.inotify
+            .async_io(Interest::READABLE, |fd| {
+                Ok(rustix::io::read(fd, &mut events)?)
+            })
+            .await?;
         Ok(())
     }
 }
@@ -51,5 +57,7 @@ pub async fn until(file: &Path, done: impl Fn(&str) -> bool) -> io::Result<()> {
         }
         Ok(())
     };
-    timeout(PATIENCE, wait).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    timeout(PATIENCE, wait)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

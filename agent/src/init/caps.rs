@@ -32,7 +32,9 @@ fn known(names: &[String]) -> (CapsHashSet, Vec<&str>) {
 impl Sets {
     /// The sets of the specification, without what this kernel does not have.
     pub fn resolve(agent: &Agent, capabilities: Option<&Capabilities>) -> Self {
-        let Some(capabilities) = capabilities else { return Self::default() };
+        let Some(capabilities) = capabilities else {
+            return Self::default();
+        };
         // What the bounding set of this process lacks, the kernel lacks: PID 1 had everything.
         let available = caps::read(None, CapSet::Bounding).unwrap_or_default();
         let resolve = |names: &[String]| {
@@ -64,11 +66,17 @@ impl Sets {
     /// can never hold more.
     pub fn apply(&self) -> Result<()> {
         // Raising a capability to inheritable needs it in permitted or CAP_SETPCAP in effective.
-        caps::set(None, CapSet::Inheritable, &self.inheritable).map_err(|e| failure("inheritable", &e))?;
+        caps::set(None, CapSet::Inheritable, &self.inheritable)
+            .map_err(|e| failure("inheritable", &e))?;
         // Effective must never exceed permitted, and after setuid it is empty.
-        let effective: CapsHashSet = self.effective.intersection(&self.permitted).copied().collect();
+        let effective: CapsHashSet = self
+            .effective
+            .intersection(&self.permitted)
+            .copied()
+            .collect();
         caps::set(None, CapSet::Effective, &effective).map_err(|e| failure("effective", &e))?;
-        caps::set(None, CapSet::Permitted, &self.permitted).map_err(|e| failure("permitted", &e))?;
+        caps::set(None, CapSet::Permitted, &self.permitted)
+            .map_err(|e| failure("permitted", &e))?;
         // A capability is ambient only while permitted and inheritable (capabilities(7)); the
         // rest are left out, as with runc.
         let ambient: CapsHashSet = self

@@ -36,10 +36,16 @@ const LINKS: [(&str, &str); 6] = [
 
 /// The guest's own /dev/null, for masks: the container's could be anything (CVE-2025-31133).
 pub fn open_null() -> Result<OwnedFd> {
-    let null = File::options().read(true).custom_flags_path().open("/dev/null").during("/dev/null")?;
+    let null = File::options()
+        .read(true)
+        .custom_flags_path()
+        .open("/dev/null")
+        .during("/dev/null")?;
     let stat = rustix::fs::fstat(&null).during("/dev/null")?;
     if stat.st_rdev != rustix::fs::makedev(1, 3) {
-        return Err(Failure("the guest's /dev/null is not the null device".into()));
+        return Err(Failure(
+            "the guest's /dev/null is not the null device".into(),
+        ));
     }
     Ok(null.into())
 }
@@ -60,7 +66,14 @@ impl PathOnly for std::fs::OpenOptions {
 pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
     for (path, major, minor) in DEFAULTS {
         if devices.iter().all(|d| d.path != path) {
-            node(root, path, FileType::CharacterDevice, (major, minor), 0o666, (0, 0))?;
+            node(
+                root,
+                path,
+                FileType::CharacterDevice,
+                (major, minor),
+                0o666,
+                (0, 0),
+            )?;
         }
     }
     for device in devices {
@@ -68,14 +81,35 @@ pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
             "c" | "u" => FileType::CharacterDevice,
             "b" => FileType::BlockDevice,
             "p" => FileType::Fifo,
-            other => return Err(Failure(format!("linux.devices {}: type {other:?} is none of c, u, b, p", device.path))),
+            other => {
+                return Err(Failure(format!(
+                    "linux.devices {}: type {other:?} is none of c, u, b, p",
+                    device.path
+                )));
+            }
         };
         let number = |n: i64| {
-            u32::try_from(n).map_err(|_| Failure(format!("linux.devices {}: number {n} is out of range", device.path)))
+            u32::try_from(n).map_err(|_| {
+                Failure(format!(
+                    "linux.devices {}: number {n} is out of range",
+                    device.path
+                ))
+            })
         };
-        let numbers = if kind == FileType::Fifo { (0, 0) } else { (number(device.major)?, number(device.minor)?) };
+        let numbers = if kind == FileType::Fifo {
+            (0, 0)
+        } else {
+            (number(device.major)?, number(device.minor)?)
+        };
         let owner = (device.uid.unwrap_or(0), device.gid.unwrap_or(0));
-        node(root, &device.path, kind, numbers, device.file_mode.unwrap_or(0o666), owner)?;
+        node(
+            root,
+            &device.path,
+            kind,
+            numbers,
+            device.file_mode.unwrap_or(0o666),
+            owner,
+        )?;
     }
     for (path, target) in LINKS {
         let (parent, name) = root.open_parent(path)?;
@@ -88,7 +122,14 @@ pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
     Ok(())
 }
 
-fn node(root: &Root, path: &str, kind: FileType, (major, minor): (u32, u32), mode: u32, owner: (u32, u32)) -> Result<()> {
+fn node(
+    root: &Root,
+    path: &str,
+    kind: FileType,
+    (major, minor): (u32, u32),
+    mode: u32,
+    owner: (u32, u32),
+) -> Result<()> {
     let (parent, name) = root.open_parent(path)?;
     let mode = Mode::from_raw_mode(mode & 0o7777);
     match mknodat(&parent, name, kind, mode, rustix::fs::makedev(major, minor)) {
@@ -99,11 +140,25 @@ fn node(root: &Root, path: &str, kind: FileType, (major, minor): (u32, u32), mod
         Err(error) => return Err(error).during(format_args!("device {path}")),
     }
     let owner = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
-    chownat(&parent, name, owner.0, owner.1, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).during(format_args!("device {path}"))
+    chownat(
+        &parent,
+        name,
+        owner.0,
+        owner.1,
+        rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
+    )
+    .during(format_args!("device {path}"))
 }
 
-fn check_existing(root: &Root, path: &str, kind: FileType, (major, minor): (u32, u32)) -> Result<()> {
-    let fd = root.open(path, OFlags::PATH | OFlags::NOFOLLOW).during(format_args!("device {path}"))?;
+fn check_existing(
+    root: &Root,
+    path: &str,
+    kind: FileType,
+    (major, minor): (u32, u32),
+) -> Result<()> {
+    let fd = root
+        .open(path, OFlags::PATH | OFlags::NOFOLLOW)
+        .during(format_args!("device {path}"))?;
     let stat = rustix::fs::fstat(&fd).during(format_args!("device {path}"))?;
     let same = FileType::from_raw_mode(stat.st_mode) == kind
         && (kind == FileType::Fifo || stat.st_rdev == rustix::fs::makedev(major, minor));
@@ -111,7 +166,11 @@ fn check_existing(root: &Root, path: &str, kind: FileType, (major, minor): (u32,
 }
 
 fn bind_node(root: &Root, path: &str) -> Result<()> {
-    let source = File::options().read(true).custom_flags_path().open(path).during(format_args!("the guest's {path}"))?;
+    let source = File::options()
+        .read(true)
+        .custom_flags_path()
+        .open(path)
+        .during(format_args!("the guest's {path}"))?;
     let tree = clone_mount(source.as_fd(), false).during(format_args!("the guest's {path}"))?;
     let (target, _) = root.open_or_make(path, Missing::File)?;
     attach_on(&tree, target.as_fd()).during(format_args!("device {path}"))

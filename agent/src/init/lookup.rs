@@ -40,9 +40,14 @@ pub fn exec_failure(program: &str, reason: &str) -> Failure {
 /// The environment, with HOME from the container's passwd file if there is none.
 pub fn environment(process: &Process) -> Vec<String> {
     let mut env: Vec<String> = process.env.clone();
-    if !env.iter().any(|v| v.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
+    if !env
+        .iter()
+        .any(|v| v.strip_prefix("HOME=").is_some_and(|home| !home.is_empty()))
+    {
         env.retain(|v| !v.starts_with("HOME="));
-        let home = File::open("/etc/passwd").ok().and_then(|f| home_of(BufReader::new(f.take(MAX_PASSWD)), process.user.uid));
+        let home = File::open("/etc/passwd")
+            .ok()
+            .and_then(|f| home_of(BufReader::new(f.take(MAX_PASSWD)), process.user.uid));
         env.push(format!("HOME={}", home.unwrap_or_else(|| "/".into())));
     }
     env
@@ -70,7 +75,11 @@ pub fn program(process: &Process, env: &[String]) -> Result<CString, NotFound> {
         };
     }
     // The last PATH counts, as in execvpe of a duplicated environment.
-    let path = env.iter().rev().find_map(|v| v.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    let path = env
+        .iter()
+        .rev()
+        .find_map(|v| v.strip_prefix("PATH="))
+        .unwrap_or(DEFAULT_PATH);
     let mut denied = false;
     for dir in path.split(':').filter(|_| !name.is_empty()) {
         let candidate = format!("{}/{name}", if dir.is_empty() { "." } else { dir });
@@ -80,7 +89,11 @@ pub fn program(process: &Process, env: &[String]) -> Result<CString, NotFound> {
             Err(_) => {}
         }
     }
-    Err(bad(if denied { "permission denied" } else { "executable file not found in $PATH" }))
+    Err(bad(if denied {
+        "permission denied"
+    } else {
+        "executable file not found in $PATH"
+    }))
 }
 
 fn c_path(path: &str) -> Option<CString> {
@@ -101,22 +114,42 @@ mod tests {
     use proptest::prelude::*;
 
     fn message(args: &[&str], path: &str) -> String {
-        let process = Process { args: args.iter().map(|a| (*a).to_owned()).collect(), ..Process::default() };
-        program(&process, &[format!("PATH={path}")]).unwrap_err().to_string()
+        let process = Process {
+            args: args.iter().map(|a| (*a).to_owned()).collect(),
+            ..Process::default()
+        };
+        program(&process, &[format!("PATH={path}")])
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
     fn what_cannot_be_executed_reads_as_with_runc() {
         let prefix = "unable to start container process: exec: ";
-        assert_eq!(message(&["nope"], "/bin"), format!("{prefix}\"nope\": executable file not found in $PATH"));
-        assert_eq!(message(&["/no/pe"], ""), format!("{prefix}\"/no/pe\": stat /no/pe: no such file or directory"));
-        assert_eq!(message(&["/etc"], ""), format!("{prefix}\"/etc\": is a directory"));
-        assert_eq!(message(&["/etc/passwd"], ""), format!("{prefix}\"/etc/passwd\": permission denied"));
+        assert_eq!(
+            message(&["nope"], "/bin"),
+            format!("{prefix}\"nope\": executable file not found in $PATH")
+        );
+        assert_eq!(
+            message(&["/no/pe"], ""),
+            format!("{prefix}\"/no/pe\": stat /no/pe: no such file or directory")
+        );
+        assert_eq!(
+            message(&["/etc"], ""),
+            format!("{prefix}\"/etc\": is a directory")
+        );
+        assert_eq!(
+            message(&["/etc/passwd"], ""),
+            format!("{prefix}\"/etc/passwd\": permission denied")
+        );
     }
 
     #[test]
     fn the_path_of_the_process_is_searched() {
-        let process = Process { args: vec!["sh".into()], ..Process::default() };
+        let process = Process {
+            args: vec!["sh".into()],
+            ..Process::default()
+        };
         let found = program(&process, &["PATH=/nope:/bin".into()]).unwrap();
         assert_eq!(found.to_str(), Ok("/bin/sh"));
     }
@@ -132,7 +165,10 @@ mod tests {
 
     #[test]
     fn an_empty_home_counts_as_absent() {
-        let process = Process { env: vec!["HOME=".into(), "A=b".into()], ..Process::default() };
+        let process = Process {
+            env: vec!["HOME=".into(), "A=b".into()],
+            ..Process::default()
+        };
         let env = environment(&process);
         assert_eq!(env.iter().filter(|v| v.starts_with("HOME=")).count(), 1);
         assert!(env.iter().all(|v| v != "HOME="));

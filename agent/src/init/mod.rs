@@ -72,7 +72,9 @@ fn error_text(error: &io::Error) -> String {
     let end = text.find(" (os error").unwrap_or(text.len());
     let mut chars = text.get(..end).unwrap_or_default().chars();
     // Lower case, as the messages of other runtimes that people search for.
-    chars.next().map_or(String::new(), |c| c.to_lowercase().chain(chars).collect())
+    chars
+        .next()
+        .map_or(String::new(), |c| c.to_lowercase().chain(chars).collect())
 }
 
 /// The helper's end of the conversation with the agent.
@@ -92,7 +94,8 @@ impl Agent {
     }
 
     fn give_terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
-        control::send(self.socket.as_fd(), &Message::Terminal, Some(master)).during("passing the terminal")
+        control::send(self.socket.as_fd(), &Message::Terminal, Some(master))
+            .during("passing the terminal")
     }
 
     /// Reports readiness and waits for the word to go on; `false` when the agent hung up.
@@ -113,7 +116,12 @@ impl Agent {
 pub fn main() -> ExitCode {
     // SAFETY: the agent started this helper with exactly these two descriptors besides stdio, and
     // nothing else in this process refers to them.
-    let (socket, memory) = unsafe { (OwnedFd::from_raw_fd(CONTROL_FD), OwnedFd::from_raw_fd(INSTRUCTIONS_FD)) };
+    let (socket, memory) = unsafe {
+        (
+            OwnedFd::from_raw_fd(CONTROL_FD),
+            OwnedFd::from_raw_fd(INSTRUCTIONS_FD),
+        )
+    };
     let agent = Agent { socket };
     match run(&agent, File::from(memory)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -142,8 +150,19 @@ fn run(agent: &Agent, mut memory: File) -> Result<()> {
 /// Nothing but stdio survives the exec, whatever was inherited.
 fn close_on_exec() -> Result<()> {
     // SAFETY: close_range with CLOSE_RANGE_CLOEXEC only sets a flag on descriptors.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()).during("close_range") }
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error()).during("close_range")
+    }
 }
 
 fn create_container(agent: &Agent, create: &Create) -> Result<()> {
@@ -176,7 +195,11 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     };
     sysctl::apply(&spec.linux.sysctl)?;
     process::make_cwd(&container_root, process)?;
-    mounts::mask_paths(&container_root, &spec.linux.masked_paths, &devices::open_null()?)?;
+    mounts::mask_paths(
+        &container_root,
+        &spec.linux.masked_paths,
+        &devices::open_null()?,
+    )?;
     mounts::readonly_paths(&container_root, &spec.linux.readonly_paths)?;
     container_root.pivot(&spec.linux.rootfs_propagation)?;
     if spec.root.as_ref().is_some_and(|root| root.readonly) {
@@ -188,7 +211,11 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     } else {
         terminal::give_stdio_to(process.user.uid)?;
     }
-    sched::apply(process, spec.linux.personality.as_ref(), spec.linux.memory_policy.as_ref())?;
+    sched::apply(
+        process,
+        spec.linux.personality.as_ref(),
+        spec.linux.memory_policy.as_ref(),
+    )?;
     process::become_program(agent, process, spec.linux.seccomp.as_ref())
 }
 

@@ -12,7 +12,8 @@ use rustix::{
     fs::OFlags,
     io::Errno,
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+        fsconfig_set_string, fsmount, fsopen,
     },
 };
 
@@ -32,9 +33,15 @@ use crate::{
 pub fn mount_all(create: &Create, root: &Root) -> Result<bool> {
     let mut needs_devices = true;
     for (index, mount) in create.spec.mounts.iter().enumerate() {
-        let source = u32::try_from(index).ok().and_then(|i| create.mount_sources.get(&i));
-        let bind = mount_one(create, root, mount, source)
-            .map_err(|e| Failure(format!("mounting {:?} at {}: {e}", mount.kind, mount.destination)))?;
+        let source = u32::try_from(index)
+            .ok()
+            .and_then(|i| create.mount_sources.get(&i));
+        let bind = mount_one(create, root, mount, source).map_err(|e| {
+            Failure(format!(
+                "mounting {:?} at {}: {e}",
+                mount.kind, mount.destination
+            ))
+        })?;
         if bind && matches!(mount.destination.trim_end_matches('/'), "/dev") {
             needs_devices = false;
         }
@@ -57,22 +64,35 @@ fn mount_one(create: &Create, root: &Root, mount: &Mount, source: Option<&String
     let destination = match mount.kind.as_str() {
         "proc" | "sysfs" if !bind => root.open_real_dir(&mount.destination)?,
         _ => {
-            let missing = if is_dir { Missing::Directory } else { Missing::File };
+            let missing = if is_dir {
+                Missing::Directory
+            } else {
+                Missing::File
+            };
             root.open_or_make(&mount.destination, missing)?.0
         }
     };
     attach_on(&tree, destination.as_fd()).during("attaching")?;
     // After the attachment: it would make a mount shared again under a shared parent.
     for propagation in &options.propagation {
-        let change = Change { propagation: propagation.flag, ..Change::default() };
-        mount_attr::apply(tree.as_fd(), &change, propagation.recursive).during("mount propagation")?;
+        let change = Change {
+            propagation: propagation.flag,
+            ..Change::default()
+        };
+        mount_attr::apply(tree.as_fd(), &change, propagation.recursive)
+            .during("mount propagation")?;
     }
     Ok(bind)
 }
 
 /// What a bind mount shows, and whether that is a directory. Host paths mean nothing here: a source is
 /// what the shim put into the share, or the sandbox's shared memory.
-fn bind_source(create: &Create, mount: &Mount, source: Option<&String>, recursive: bool) -> Result<(OwnedFd, bool)> {
+fn bind_source(
+    create: &Create,
+    mount: &Mount,
+    source: Option<&String>,
+    recursive: bool,
+) -> Result<(OwnedFd, bool)> {
     let tree = match source {
         Some(path) => clone_from_share(&create.share, path, recursive)?,
         None if mount.destination.trim_end_matches('/') == "/dev/shm" => {
@@ -86,15 +106,23 @@ fn bind_source(create: &Create, mount: &Mount, source: Option<&String>, recursiv
             )));
         }
     };
-    let is_dir = rustix::fs::fstat(&tree).during("mount source")?.st_mode & libc::S_IFMT == libc::S_IFDIR;
+    let is_dir =
+        rustix::fs::fstat(&tree).during("mount source")?.st_mode & libc::S_IFMT == libc::S_IFDIR;
     Ok((tree, is_dir))
 }
 
 /// A detached mount of a new file system.
 fn new_file_system(root: &Root, mount: &Mount, options: &Options) -> Result<OwnedFd> {
     // The container's cgroup namespace makes its own cgroup the root of this mount.
-    let kind = if mount.kind == "cgroup" { "cgroup2" } else { mount.kind.as_str() };
-    let kernel_own = matches!(kind, "proc" | "sysfs" | "cgroup2" | "devpts" | "mqueue" | "tmpfs");
+    let kind = if mount.kind == "cgroup" {
+        "cgroup2"
+    } else {
+        mount.kind.as_str()
+    };
+    let kernel_own = matches!(
+        kind,
+        "proc" | "sysfs" | "cgroup2" | "devpts" | "mqueue" | "tmpfs"
+    );
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
         Errno::NODEV => Failure(format!("the guest kernel has no file system {kind:?}")),
         error => Failure(format!("fsopen: {}", super::error_text(&error.into()))),
@@ -117,7 +145,12 @@ fn new_file_system(root: &Root, mount: &Mount, options: &Options) -> Result<Owne
         fsconfig_set_flag(&context, "ro").during("option ro")?;
     }
     fsconfig_create(&context).map_err(|error| Failure(complaint(&context, error)))?;
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).during("fsmount")
+    fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )
+    .during("fsmount")
 }
 
 /// A tmpfs over a directory of the image keeps that directory's mode.
@@ -134,7 +167,9 @@ fn complaint(context: &OwnedFd, error: Errno) -> String {
     let mut line = [0; 512];
     match rustix::io::read(context, &mut line) {
         // "e tmpfs: Unknown parameter 'x'".
-        Ok(n @ 3..) => String::from_utf8_lossy(line.get(2..n).unwrap_or_default()).trim_end().to_owned(),
+        Ok(n @ 3..) => String::from_utf8_lossy(line.get(2..n).unwrap_or_default())
+            .trim_end()
+            .to_owned(),
         _ => super::error_text(&io::Error::from(error)),
     }
 }
@@ -145,8 +180,11 @@ pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
     for path in paths {
         let what = format_args!("masking {path}").to_string();
-        let Some(target) = existing(root, path)? else { continue };
-        let is_dir = rustix::fs::fstat(&target).during(&what)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
+        let Some(target) = existing(root, path)? else {
+            continue;
+        };
+        let is_dir =
+            rustix::fs::fstat(&target).during(&what)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
         let cover = match &empty {
             _ if !is_dir => clone_mount(null.as_fd(), false).during(&what)?,
             // One tmpfs for all masked directories of a container.
@@ -167,15 +205,25 @@ fn empty_directory() -> Result<OwnedFd> {
     fsconfig_set_string(&context, "nr_inodes", "1").during("mask")?;
     fsconfig_set_string(&context, "mode", "0555").during("mask")?;
     fsconfig_create(&context).during("mask")?;
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY).during("mask")
+    fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_RDONLY,
+    )
+    .during("mask")
 }
 
 /// Makes each path read-only by a bind mount of it on itself.
 pub fn readonly_paths(root: &Root, paths: &[String]) -> Result<()> {
     for path in paths {
-        let Some(target) = existing(root, path)? else { continue };
+        let Some(target) = existing(root, path)? else {
+            continue;
+        };
         let copy = clone_mount(target.as_fd(), true).during(path)?;
-        let change = Change { set: libc::MOUNT_ATTR_RDONLY, ..Change::default() };
+        let change = Change {
+            set: libc::MOUNT_ATTR_RDONLY,
+            ..Change::default()
+        };
         mount_attr::apply(copy.as_fd(), &change, true).during(path)?;
         attach_on(&copy, target.as_fd()).during(path)?;
     }
@@ -193,6 +241,9 @@ fn existing(root: &Root, path: &str) -> Result<Option<OwnedFd>> {
 /// `root.readonly`: the root mount alone, not the volumes on it.
 pub fn make_root_readonly() -> Result<()> {
     let root = fs::File::open("/").during("/")?;
-    let change = Change { set: libc::MOUNT_ATTR_RDONLY, ..Change::default() };
+    let change = Change {
+        set: libc::MOUNT_ATTR_RDONLY,
+        ..Change::default()
+    };
     mount_attr::apply(root.as_fd(), &change, false).during("root.readonly")
 }

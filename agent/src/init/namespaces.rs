@@ -22,11 +22,22 @@ fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<bool> {
     let flags = libc::c_long::from((flags | CloneFlags::CLONE_PARENT).bits());
     // SAFETY: without CLONE_VM and with a null stack this is fork; the process has one thread, so
     // no lock is held by another one in the child.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::c_long::from(libc::SIGCHLD), 0, 0, 0, 0) };
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            flags | libc::c_long::from(libc::SIGCHLD),
+            0,
+            0,
+            0,
+            0,
+        )
+    };
     match pid {
         0 => Ok(true),
         1.. => {
-            agent.tell(&Message::Pid(i32::try_from(pid).map_err(|_| Failure("clone gave no pid".into()))?));
+            agent.tell(&Message::Pid(
+                i32::try_from(pid).map_err(|_| Failure("clone gave no pid".into()))?,
+            ));
             Ok(false)
         }
         _ => Err(io::Error::last_os_error()).during("clone"),
@@ -35,7 +46,10 @@ fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<bool> {
 
 /// Whether the container wants a namespace of its own: listed, and without a path.
 fn wants_own(spec: &Spec, kind: &str) -> bool {
-    spec.linux.namespaces.iter().any(|ns| ns.kind == kind && ns.path.is_empty())
+    spec.linux
+        .namespaces
+        .iter()
+        .any(|ns| ns.kind == kind && ns.path.is_empty())
 }
 
 /// Forks the container's init process into its pid (and time) namespace. `true` in the child.
@@ -60,7 +74,10 @@ fn unshare_time(spec: &Spec) -> Result<()> {
     if unsafe { libc::unshare(libc::CLONE_NEWTIME) } != 0 {
         return Err(io::Error::last_os_error()).during("new time namespace");
     }
-    let mut file = OpenOptions::new().write(true).open("/proc/self/timens_offsets").during("linux.timeOffsets")?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .open("/proc/self/timens_offsets")
+        .during("linux.timeOffsets")?;
     for (clock, TimeOffset { secs, nanosecs }) in &spec.linux.time_offsets {
         file.write_all(format!("{clock} {secs} {nanosecs}\n").as_bytes())
             .during(format_args!("linux.timeOffsets {clock}"))?;
@@ -103,7 +120,8 @@ pub fn unshare_container(spec: &Spec) -> Result<()> {
     }
     if own_uts && !spec.domainname.is_empty() {
         // SAFETY: the pointer and length are those of a live string.
-        let result = unsafe { libc::setdomainname(spec.domainname.as_ptr().cast(), spec.domainname.len()) };
+        let result =
+            unsafe { libc::setdomainname(spec.domainname.as_ptr().cast(), spec.domainname.len()) };
         if result != 0 {
             return Err(io::Error::last_os_error()).during("domainname");
         }
@@ -115,7 +133,8 @@ pub fn unshare_container(spec: &Spec) -> Result<()> {
 pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<bool> {
     // Opened here: afterwards neither the agent's /proc nor its cgroup mount is in sight. They are
     // close-on-exec and gone before anything of the container runs.
-    let pid = rustix::process::Pid::from_raw(exec.init_pid).ok_or_else(|| Failure("no init process".into()))?;
+    let pid = rustix::process::Pid::from_raw(exec.init_pid)
+        .ok_or_else(|| Failure("no init process".into()))?;
     let container = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
         .during("the container's init process")?;
     sched::set_initial_affinity(&exec.process)?;

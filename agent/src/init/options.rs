@@ -94,7 +94,11 @@ fn apply(change: &mut Change, attr: &Attr) {
 pub fn parse(options: &[String]) -> Options {
     let mut parsed = Options::default();
     // An entry may itself hold several, as in fstab(5).
-    for option in options.iter().flat_map(|o| o.split(',')).filter(|o| !o.is_empty()) {
+    for option in options
+        .iter()
+        .flat_map(|o| o.split(','))
+        .filter(|o| !o.is_empty())
+    {
         match option {
             "defaults" => {}
             "bind" => parsed.bind = parsed.bind.or(Some(false)),
@@ -132,8 +136,17 @@ mod tests {
     #[test]
     fn attributes_and_data_are_told_apart() {
         let got = parsed(&["nosuid", "noexec", "mode=755", "size=65536k", "ro"]);
-        assert_eq!(got.own.set, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY);
-        assert_eq!(got.data, [("mode".into(), Some("755".into())), ("size".into(), Some("65536k".into()))]);
+        assert_eq!(
+            got.own.set,
+            libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY
+        );
+        assert_eq!(
+            got.data,
+            [
+                ("mode".into(), Some("755".into())),
+                ("size".into(), Some("65536k".into()))
+            ]
+        );
         assert!(got.readonly);
     }
 
@@ -143,7 +156,10 @@ mod tests {
         assert_eq!((got.own.set, got.own.clear), (0, libc::MOUNT_ATTR_RDONLY));
         assert!(!got.readonly);
         let got = parsed(&["noatime", "strictatime"]);
-        assert_eq!((got.own.set, got.own.clear), (libc::MOUNT_ATTR_STRICTATIME, libc::MOUNT_ATTR__ATIME));
+        assert_eq!(
+            (got.own.set, got.own.clear),
+            (libc::MOUNT_ATTR_STRICTATIME, libc::MOUNT_ATTR__ATIME)
+        );
     }
 
     #[test]
@@ -151,7 +167,13 @@ mod tests {
         let got = parsed(&["rbind", "rro", "rslave", "relatime"]);
         assert_eq!(got.bind, Some(true));
         assert_eq!(got.below.set, libc::MOUNT_ATTR_RDONLY);
-        assert_eq!(got.propagation, [Propagation { flag: libc::MS_SLAVE, recursive: true }]);
+        assert_eq!(
+            got.propagation,
+            [Propagation {
+                flag: libc::MS_SLAVE,
+                recursive: true
+            }]
+        );
         assert_eq!(got.own.clear, libc::MOUNT_ATTR__ATIME);
         assert!(got.data.is_empty());
     }

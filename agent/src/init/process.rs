@@ -23,13 +23,23 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
         return Err("process.args is empty: there is no program to run".into());
     }
     if !process.cwd.starts_with('/') {
-        return Err(format!("process.cwd {:?} is not an absolute path", process.cwd));
+        return Err(format!(
+            "process.cwd {:?} is not an absolute path",
+            process.cwd
+        ));
     }
     if !process.command_line.is_empty() || !process.user.username.is_empty() {
         return Err("process.commandLine and process.user.username are for Windows".into());
     }
-    if let Some(limit) = process.rlimits.iter().find(|limit| resource(&limit.kind).is_none()) {
-        return Err(format!("process.rlimits: {:?} is not a resource limit", limit.kind));
+    if let Some(limit) = process
+        .rlimits
+        .iter()
+        .find(|limit| resource(&limit.kind).is_none())
+    {
+        return Err(format!(
+            "process.rlimits: {:?} is not a resource limit",
+            limit.kind
+        ));
     }
     super::sched::check(process)
 }
@@ -98,28 +108,49 @@ pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp
     }
     let Err(error) = nix::unistd::execve(&program, &args, &env);
     let shown = OsStr::from_bytes(program.to_bytes()).display().to_string();
-    Err(lookup::exec_failure(&shown, &super::error_text(&error.into())))
+    Err(lookup::exec_failure(
+        &shown,
+        &super::error_text(&error.into()),
+    ))
 }
 
 fn c_strings<'a>(strings: impl Iterator<Item = &'a [u8]>) -> Result<Vec<CString>> {
-    strings.map(|s| CString::new(s).map_err(|_| Failure("an argument or variable contains a NUL byte".into()))).collect()
+    strings
+        .map(|s| {
+            CString::new(s)
+                .map_err(|_| Failure("an argument or variable contains a NUL byte".into()))
+        })
+        .collect()
 }
 
 fn enter_cwd(process: &Process) -> Result<()> {
-    nix::unistd::chdir(process.cwd.as_str()).during(format_args!("chdir to cwd ({:?}) set in config.json failed", process.cwd))
+    nix::unistd::chdir(process.cwd.as_str()).during(format_args!(
+        "chdir to cwd ({:?}) set in config.json failed",
+        process.cwd
+    ))
 }
 
 /// The directory must lie in the container: an inherited descriptor behind a magic link could lead
 /// out of it (CVE-2024-21626).
 fn check_cwd() -> Result<()> {
     let inside = nix::unistd::getcwd().is_ok_and(|dir| dir.is_absolute());
-    if inside { Ok(()) } else { Err(Failure("the working directory is outside the container".into())) }
+    if inside {
+        Ok(())
+    } else {
+        Err(Failure(
+            "the working directory is outside the container".into(),
+        ))
+    }
 }
 
 fn set_user(process: &Process) -> Result<()> {
     use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
     let user = &process.user;
-    let groups: Vec<Gid> = user.additional_gids.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    let groups: Vec<Gid> = user
+        .additional_gids
+        .iter()
+        .map(|gid| Gid::from_raw(*gid))
+        .collect();
     setgroups(&groups).during("process.user.additionalGids")?;
     // Capabilities are settled afterwards, by the sets of the specification.
     nix::sys::prctl::set_keepcaps(true).during("keeping capabilities")?;
@@ -154,8 +185,13 @@ fn resource(name: &str) -> Option<Resource> {
 fn set_rlimits(process: &Process) -> Result<()> {
     let value = |n: u64| (n != u64::MAX).then_some(n);
     for limit in &process.rlimits {
-        let Some(resource) = resource(&limit.kind) else { continue };
-        let pair = Rlimit { current: value(limit.soft), maximum: value(limit.hard) };
+        let Some(resource) = resource(&limit.kind) else {
+            continue;
+        };
+        let pair = Rlimit {
+            current: value(limit.soft),
+            maximum: value(limit.hard),
+        };
         setrlimit(resource, pair).during(format_args!("process.rlimits {}", limit.kind))?;
     }
     Ok(())
@@ -170,7 +206,9 @@ fn reset_signals() -> Result<()> {
         // SAFETY: SIG_DFL installs no handler.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
-    nix::sys::signal::SigSet::empty().thread_set_mask().during("signal mask")
+    nix::sys::signal::SigSet::empty()
+        .thread_set_mask()
+        .during("signal mask")
 }
 
 impl From<lookup::NotFound> for Failure {
@@ -192,8 +230,14 @@ mod tests {
         for (value, field) in [
             (serde_json::json!({"cwd": "/"}), "args"),
             (serde_json::json!({"args": ["x"], "cwd": "rel"}), "cwd"),
-            (serde_json::json!({"args": ["x"], "cwd": "/", "rlimits": [{"type": "RLIMIT_X", "soft": 1, "hard": 1}]}), "RLIMIT_X"),
-            (serde_json::json!({"args": ["x"], "cwd": "/", "user": {"username": "u"}}), "username"),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "rlimits": [{"type": "RLIMIT_X", "soft": 1, "hard": 1}]}),
+                "RLIMIT_X",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "user": {"username": "u"}}),
+                "username",
+            ),
         ] {
             assert!(check(&process(value)).unwrap_err().contains(field));
         }

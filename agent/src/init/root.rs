@@ -36,19 +36,35 @@ impl Root {
     /// In the child's new mount namespace: attaches the root file system at the agent's place for it.
     pub fn prepare(create: &Create) -> Result<Self> {
         // Nothing that the container mounts may reach the agent, and the other way round.
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-            .during("making mounts private")?;
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            None::<&str>,
+        )
+        .during("making mounts private")?;
         let tree = clone_from_share(&create.share, &create.rootfs, true)?;
         attach(&tree, &create.root_mount, "root file system")?;
-        let dir = openat(rustix::fs::CWD, &create.root_mount, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .during("root file system")?;
+        let dir = openat(
+            rustix::fs::CWD,
+            &create.root_mount,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .during("root file system")?;
         Ok(Self { dir })
     }
 
     /// The root this process already lives in.
     pub fn current() -> Result<Self> {
-        let dir = openat(rustix::fs::CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .during("/")?;
+        let dir = openat(
+            rustix::fs::CWD,
+            "/",
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .during("/")?;
         Ok(Self { dir })
     }
 
@@ -60,11 +76,22 @@ impl Root {
         self.open_with(path, flags, ResolveFlags::empty())
     }
 
-    fn open_with(&self, path: &str, flags: OFlags, resolve: ResolveFlags) -> rustix::io::Result<OwnedFd> {
+    fn open_with(
+        &self,
+        path: &str,
+        flags: OFlags,
+        resolve: ResolveFlags,
+    ) -> rustix::io::Result<OwnedFd> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | resolve;
         loop {
             // EAGAIN: a rename raced with the resolution of "..".
-            match openat2(&self.dir, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
+            match openat2(
+                &self.dir,
+                path,
+                flags | OFlags::CLOEXEC,
+                Mode::empty(),
+                resolve,
+            ) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return other,
             }
@@ -87,7 +114,11 @@ impl Root {
         let fd = match missing {
             Missing::Directory => make_dir(&parent, last).during(path)?,
             Missing::File => {
-                let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+                let flags = OFlags::CREATE
+                    | OFlags::NOFOLLOW
+                    | OFlags::RDONLY
+                    | OFlags::CLOEXEC
+                    | OFlags::NONBLOCK;
                 openat(&parent, *last, flags, Mode::from_raw_mode(0o644)).during(path)?
             }
         };
@@ -106,7 +137,9 @@ impl Root {
 
     /// Walks as far as directories exist (through symlinks, in the root) and makes the rest.
     fn make_dirs(&self, names: &[&str], whole: &str) -> Result<OwnedFd> {
-        let mut here = self.open("/", OFlags::PATH | OFlags::DIRECTORY).during(whole)?;
+        let mut here = self
+            .open("/", OFlags::PATH | OFlags::DIRECTORY)
+            .during(whole)?;
         for (n, name) in names.iter().enumerate() {
             // From the root each time: a symlink on the way is resolved as the container would.
             let prefix = names.get(..=n).unwrap_or_default().join("/");
@@ -123,8 +156,15 @@ impl Root {
     /// image chose the place, a later path would not lead where it seems to.
     pub fn open_real_dir(&self, path: &str) -> Result<OwnedFd> {
         self.open_or_make(path, Missing::Directory)?;
-        self.open_with(path, OFlags::PATH | OFlags::DIRECTORY, ResolveFlags::NO_SYMLINKS).map_err(|error| match error {
-            Errno::LOOP => Failure(format!("{path}: the image has a symlink there; this mount needs an ordinary directory")),
+        self.open_with(
+            path,
+            OFlags::PATH | OFlags::DIRECTORY,
+            ResolveFlags::NO_SYMLINKS,
+        )
+        .map_err(|error| match error {
+            Errno::LOOP => Failure(format!(
+                "{path}: the image has a symlink there; this mount needs an ordinary directory"
+            )),
             error => Failure(format!("{path}: {}", super::error_text(&error.into()))),
         })
     }
@@ -138,11 +178,18 @@ impl Root {
         umount2(".", MntFlags::MNT_DETACH).during("leaving the guest's root")?;
         nix::unistd::chdir("/").during("/")?;
         if !propagation.is_empty() {
-            let change = super::options::propagation(propagation)
-                .ok_or_else(|| Failure(format!("linux.rootfsPropagation {propagation:?} is not known")))?;
+            let change = super::options::propagation(propagation).ok_or_else(|| {
+                Failure(format!(
+                    "linux.rootfsPropagation {propagation:?} is not known"
+                ))
+            })?;
             let root = Self::current()?;
-            let change_set = mount_attr::Change { propagation: change.flag, ..Default::default() };
-            mount_attr::apply(root.dir.as_fd(), &change_set, change.recursive).during("linux.rootfsPropagation")?;
+            let change_set = mount_attr::Change {
+                propagation: change.flag,
+                ..Default::default()
+            };
+            mount_attr::apply(root.dir.as_fd(), &change_set, change.recursive)
+                .during("linux.rootfsPropagation")?;
         }
         Ok(())
     }
@@ -153,7 +200,12 @@ fn make_dir(parent: &OwnedFd, name: &str) -> rustix::io::Result<OwnedFd> {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(error),
     }
-    openat(parent, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+    openat(
+        parent,
+        name,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 /// The names of an absolute path, without "." and with ".." taken lexically.
@@ -174,11 +226,22 @@ fn plain_names(path: &str) -> Result<Vec<&str>> {
 /// A detached copy of the mount at `path` under the share. The path is the shim's and has no symlink
 /// of its own; refusing them keeps what a guest can write there from leading elsewhere.
 pub fn clone_from_share(share: &Path, path: &str, recursive: bool) -> Result<OwnedFd> {
-    let base = openat(rustix::fs::CWD, share, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .during("the share")?;
+    let base = openat(
+        rustix::fs::CWD,
+        share,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .during("the share")?;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
-    let source = openat2(&base, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
-        .during(format_args!("{path} in the share"))?;
+    let source = openat2(
+        &base,
+        path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        resolve,
+    )
+    .during(format_args!("{path} in the share"))?;
     clone_mount(source.as_fd(), recursive).during(format_args!("{path} in the share"))
 }
 
@@ -187,7 +250,9 @@ pub fn clone_from_share(share: &Path, path: &str, recursive: bool) -> Result<Own
 /// # Errors
 /// Those of open_tree(2).
 pub fn clone_mount(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
@@ -195,7 +260,14 @@ pub fn clone_mount(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedF
 }
 
 fn attach(tree: &OwnedFd, at: &Path, what: &str) -> Result<()> {
-    move_mount(tree, "", rustix::fs::CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).during(what)
+    move_mount(
+        tree,
+        "",
+        rustix::fs::CWD,
+        at,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .during(what)
 }
 
 /// Attaches a detached mount on what `at` refers to.
@@ -213,7 +285,9 @@ mod tests {
     use std::{fs, os::unix::fs::symlink};
 
     fn root(dir: &Path) -> Root {
-        Root { dir: fs::File::open(dir).unwrap().into() }
+        Root {
+            dir: fs::File::open(dir).unwrap().into(),
+        }
     }
 
     #[test]
@@ -236,7 +310,12 @@ mod tests {
     fn missing_parents_are_made_and_dots_are_lexical() {
         let image = tempfile::tempdir().unwrap();
         let root = root(image.path());
-        assert!(!root.open_or_make("/a/b/../c/file", Missing::File).unwrap().1);
+        assert!(
+            !root
+                .open_or_make("/a/b/../c/file", Missing::File)
+                .unwrap()
+                .1
+        );
         assert!(image.path().join("a/c/file").is_file());
         assert!(root.open_or_make("/a/c/file", Missing::File).unwrap().1);
     }

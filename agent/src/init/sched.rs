@@ -33,7 +33,11 @@ pub fn set_initial_affinity(process: &Process) -> Result<()> {
 }
 
 /// The rest of it, in the container's cgroup.
-pub fn apply(process: &Process, personality: Option<&Personality>, memory_policy: Option<&Value>) -> Result<()> {
+pub fn apply(
+    process: &Process,
+    personality: Option<&Personality>,
+    memory_policy: Option<&Value>,
+) -> Result<()> {
     if let Some(affinity) = &process.exec_cpu_affinity {
         set_affinity(&affinity.final_)?;
     }
@@ -54,20 +58,30 @@ pub fn apply(process: &Process, personality: Option<&Personality>, memory_policy
         let domain: libc::c_ulong = match personality.domain.as_str() {
             "LINUX" => 0,
             "LINUX32" => 8,
-            other => return Err(Failure::from(format!("linux.personality.domain {other:?} is not known"))),
+            other => {
+                return Err(Failure::from(format!(
+                    "linux.personality.domain {other:?} is not known"
+                )));
+            }
         };
         // SAFETY: personality takes an integer only.
         let result = unsafe { libc::personality(domain) };
         check_result(result.into(), "linux.personality")?;
     }
     if memory_policy.is_some() {
-        return Err(Failure::from("linux.memoryPolicy is not supported: a guest has one NUMA node".to_owned()));
+        return Err(Failure::from(
+            "linux.memoryPolicy is not supported: a guest has one NUMA node".to_owned(),
+        ));
     }
     Ok(())
 }
 
 fn check_result(result: libc::c_long, what: &str) -> Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()).during(what) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error()).during(what)
+    } else {
+        Ok(())
+    }
 }
 
 fn set_affinity(list: &str) -> Result<()> {
@@ -79,7 +93,8 @@ fn set_affinity(list: &str) -> Result<()> {
     for cpu in cpus {
         set.set(cpu).during("process.execCPUAffinity")?;
     }
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).during("process.execCPUAffinity")
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)
+        .during("process.execCPUAffinity")
 }
 
 /// `0-3,7` as numbers.
@@ -156,7 +171,10 @@ fn io_priority(priority: &IoPriority) -> std::result::Result<i32, String> {
         other => return Err(format!("process.ioPriority.class {other:?} is not known")),
     };
     if !(0..=7).contains(&priority.priority) {
-        return Err(format!("process.ioPriority.priority {} is not in 0 to 7", priority.priority));
+        return Err(format!(
+            "process.ioPriority.priority {} is not in 0 to 7",
+            priority.priority
+        ));
     }
     Ok(class << 13 | priority.priority)
 }
@@ -182,9 +200,27 @@ mod tests {
 
     #[test]
     fn unknown_names_are_refused() {
-        assert!(attributes(&Scheduler { policy: "SCHED_X".into(), ..Scheduler::default() }).is_err());
-        assert_eq!(io_priority(&IoPriority { class: "IOPRIO_CLASS_BE".into(), priority: 4 }), Ok(2 << 13 | 4));
-        assert!(io_priority(&IoPriority { class: "IOPRIO_CLASS_BE".into(), priority: 9 }).is_err());
+        assert!(
+            attributes(&Scheduler {
+                policy: "SCHED_X".into(),
+                ..Scheduler::default()
+            })
+            .is_err()
+        );
+        assert_eq!(
+            io_priority(&IoPriority {
+                class: "IOPRIO_CLASS_BE".into(),
+                priority: 4
+            }),
+            Ok(2 << 13 | 4)
+        );
+        assert!(
+            io_priority(&IoPriority {
+                class: "IOPRIO_CLASS_BE".into(),
+                priority: 9
+            })
+            .is_err()
+        );
     }
 
     proptest! {

@@ -7,12 +7,13 @@
 use std::collections::BTreeMap;
 
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
 };
 
 use super::{
     Agent, Failure,
-    filter::{Filters, newer_than},
+    filter::{Filters, refuse_newer},
     syscalls,
 };
 use crate::spec::{Seccomp, Syscall, SyscallArg};
@@ -35,7 +36,10 @@ pub fn compile(agent: &Agent, profile: &Seccomp) -> super::Result<Filters> {
     let (filters, unknown) = build(profile).map_err(Failure::from)?;
     if !unknown.is_empty() {
         // Names of other architectures are ordinary in profiles: one line for all.
-        agent.warn(format!("linux.seccomp: {} unknown system calls were left out", unknown.len()));
+        agent.warn(format!(
+            "linux.seccomp: {} unknown system calls were left out",
+            unknown.len()
+        ));
     }
     Ok(filters)
 }
@@ -45,7 +49,11 @@ fn build(profile: &Seccomp) -> Result<(Filters, Vec<String>), String> {
         return Err("linux.seccomp.listenerPath (user notification) is not supported".into());
     }
     let flags = flags(&profile.flags)?;
-    let default = action(&profile.default_action, profile.default_errno_ret, "defaultAction")?;
+    let default = action(
+        &profile.default_action,
+        profile.default_errno_ret,
+        "defaultAction",
+    )?;
     let mut named = Rules::new();
     let mut by_action: Vec<(SeccompAction, Rules)> = Vec::new();
     let mut unknown = Vec::new();
@@ -63,29 +71,51 @@ fn build(profile: &Seccomp) -> Result<(Filters, Vec<String>), String> {
             }
             add(&mut named, number, &rules);
             if verdict != SeccompAction::Allow {
-                let index = by_action.iter().position(|(a, _)| *a == verdict).unwrap_or_else(|| {
-                    by_action.push((verdict.clone(), Rules::new()));
-                    by_action.len() - 1
-                });
+                let index = by_action
+                    .iter()
+                    .position(|(a, _)| *a == verdict)
+                    .unwrap_or_else(|| {
+                        by_action.push((verdict.clone(), Rules::new()));
+                        by_action.len() - 1
+                    });
                 if let Some((_, entry)) = by_action.get_mut(index) {
                     add(entry, number, &rules);
                 }
             }
         }
     }
+    // A program that refuses seccomp itself lets no further one in: it comes last.
+    let last_words = |rules: &Rules| rules.contains_key(&libc::SYS_seccomp);
     let mut programs = Vec::new();
-    let newest = named.keys().next_back().copied();
+    let mut last = Vec::new();
     if default != SeccompAction::Allow {
-        programs.push(program(named, default.clone(), SeccompAction::Allow)?);
+        let refuses_seccomp = !last_words(&named);
+        let newest = named
+            .keys()
+            .next_back()
+            .and_then(|n| u32::try_from(*n).ok());
+        let mut main = program(named, default.clone(), SeccompAction::Allow)?;
+        if let (SeccompAction::Errno(_), Some(newest)) = (&default, newest) {
+            main = refuse_newer(main, newest, libc::ENOSYS.unsigned_abs());
+        }
+        if refuses_seccomp {
+            last.push(main)
+        } else {
+            programs.push(main)
+        }
     }
     for (verdict, rules) in by_action {
-        programs.push(program(rules, SeccompAction::Allow, verdict)?);
+        let list = if last_words(&rules) {
+            &mut last
+        } else {
+            &mut programs
+        };
+        list.push(program(rules, SeccompAction::Allow, verdict)?);
     }
-    if let (SeccompAction::Errno(_), Some(newest)) = (&default, newest)
-        && let Ok(newest) = u32::try_from(newest)
-    {
-        programs.push(newer_than(newest, libc::ENOSYS.unsigned_abs()));
+    if last.len() > 1 {
+        return Err("linux.seccomp: two actions for the system call seccomp".into());
     }
+    programs.extend(last);
     Ok((Filters { programs, flags }, unknown))
 }
 
@@ -100,8 +130,13 @@ fn add(rules: &mut Rules, number: i64, more: &[SeccompRule]) {
     }
 }
 
-fn program(rules: Rules, mismatch: SeccompAction, matched: SeccompAction) -> Result<BpfProgram, String> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|e| format!("linux.seccomp: {e}"))?;
+fn program(
+    rules: Rules,
+    mismatch: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram, String> {
+    let arch =
+        TargetArch::try_from(std::env::consts::ARCH).map_err(|e| format!("linux.seccomp: {e}"))?;
     SeccompFilter::new(rules, mismatch, matched, arch)
         .and_then(BpfProgram::try_from)
         .map_err(|e| format!("linux.seccomp: {e}"))
@@ -141,16 +176,32 @@ fn rules_of(syscall: &Syscall) -> Result<Vec<SeccompRule>, String> {
     if syscall.args.is_empty() {
         return Ok(Vec::new());
     }
-    let conditions: Vec<(u8, SeccompCondition)> =
-        syscall.args.iter().map(|arg| Ok((arg.index, condition(arg)?))).collect::<Result<_, String>>()?;
+    let conditions: Vec<(u8, SeccompCondition)> = syscall
+        .args
+        .iter()
+        .map(|arg| Ok((arg.index, condition(arg)?)))
+        .collect::<Result<_, String>>()?;
     let repeated = conditions.iter().enumerate().any(|(n, (index, _))| {
-        conditions.iter().skip(n + 1).any(|(other, _)| other == index)
+        conditions
+            .iter()
+            .skip(n + 1)
+            .any(|(other, _)| other == index)
     });
-    let rule = |conditions| SeccompRule::new(conditions).map_err(|e| format!("linux.seccomp.syscalls.args: {e}"));
+    let rule = |conditions| {
+        SeccompRule::new(conditions).map_err(|e| format!("linux.seccomp.syscalls.args: {e}"))
+    };
     if repeated {
-        conditions.into_iter().map(|(_, condition)| rule(vec![condition])).collect()
+        conditions
+            .into_iter()
+            .map(|(_, condition)| rule(vec![condition]))
+            .collect()
     } else {
-        Ok(vec![rule(conditions.into_iter().map(|(_, condition)| condition).collect())?])
+        Ok(vec![rule(
+            conditions
+                .into_iter()
+                .map(|(_, condition)| condition)
+                .collect(),
+        )?])
     }
 }
 
@@ -163,7 +214,11 @@ fn condition(arg: &SyscallArg) -> Result<SeccompCondition, String> {
         "SCMP_CMP_GE" => (SeccompCmpOp::Ge, arg.value),
         "SCMP_CMP_GT" => (SeccompCmpOp::Gt, arg.value),
         "SCMP_CMP_MASKED_EQ" => (SeccompCmpOp::MaskedEq(arg.value), arg.value_two),
-        other => return Err(format!("linux.seccomp.syscalls.args.op: {other:?} is not known")),
+        other => {
+            return Err(format!(
+                "linux.seccomp.syscalls.args.op: {other:?} is not known"
+            ));
+        }
     };
     SeccompCondition::new(arg.index, SeccompCmpArgLen::Qword, op, value)
         .map_err(|e| format!("linux.seccomp.syscalls.args: {e}"))
@@ -232,16 +287,54 @@ mod tests {
             ]
         }));
         let errno = |n| libc::SECCOMP_RET_ERRNO | n;
-        assert_eq!(verdict(&filters, libc::SYS_read, 0), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(
+            verdict(&filters, libc::SYS_read, 0),
+            libc::SECCOMP_RET_ALLOW
+        );
         assert_eq!(verdict(&filters, libc::SYS_mount, 0), errno(1));
-        assert_eq!(verdict(&filters, libc::SYS_personality, 8), libc::SECCOMP_RET_ALLOW);
-        assert_eq!(verdict(&filters, libc::SYS_personality, 0xffff_ffff), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(
+            verdict(&filters, libc::SYS_personality, 8),
+            libc::SECCOMP_RET_ALLOW
+        );
+        assert_eq!(
+            verdict(&filters, libc::SYS_personality, 0xffff_ffff),
+            libc::SECCOMP_RET_ALLOW
+        );
         assert_eq!(verdict(&filters, libc::SYS_personality, 9), errno(1));
-        assert_eq!(verdict(&filters, libc::SYS_clone, 0x11), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(
+            verdict(&filters, libc::SYS_clone, 0x11),
+            libc::SECCOMP_RET_ALLOW
+        );
         assert_eq!(verdict(&filters, libc::SYS_clone, 0x1000_0000), errno(1));
         assert_eq!(verdict(&filters, libc::SYS_clone3, 0), errno(38));
         // Newer than the newest named: not there, rather than forbidden.
         assert_eq!(verdict(&filters, 462, 0), errno(38));
+    }
+
+    #[test]
+    fn the_program_that_refuses_seccomp_itself_is_installed_last() {
+        let named = json!([
+            {"names": ["read", "mkdir"], "action": "SCMP_ACT_ALLOW"},
+            {"names": ["rmdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13},
+            {"names": ["seccomp"], "action": "SCMP_ACT_ERRNO", "errnoRet": 14}
+        ]);
+        for syscalls in [named.clone(), json!([named[0], named[1]])] {
+            let filters = filters(json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": syscalls}));
+            let (last, earlier) = filters.programs.split_last().unwrap();
+            let judged = |program: &BpfProgram| {
+                let one = Filters {
+                    programs: vec![program.clone()],
+                    flags: 0,
+                };
+                verdict(&one, libc::SYS_seccomp, 0)
+            };
+            assert_ne!(judged(last), libc::SECCOMP_RET_ALLOW);
+            assert!(earlier.iter().all(|p| judged(p) == libc::SECCOMP_RET_ALLOW));
+            assert_eq!(
+                verdict(&filters, libc::SYS_rmdir, 0),
+                libc::SECCOMP_RET_ERRNO | 13
+            );
+        }
     }
 
     #[test]
@@ -254,9 +347,18 @@ mod tests {
                 {"names": ["sync"], "action": "SCMP_ACT_LOG"}
             ]
         }));
-        assert_eq!(verdict(&filters, libc::SYS_read, 0), libc::SECCOMP_RET_ALLOW);
-        assert_eq!(verdict(&filters, libc::SYS_mkdir, 0), libc::SECCOMP_RET_ERRNO | 13);
-        assert_eq!(verdict(&filters, libc::SYS_rmdir, 0), libc::SECCOMP_RET_KILL_PROCESS);
+        assert_eq!(
+            verdict(&filters, libc::SYS_read, 0),
+            libc::SECCOMP_RET_ALLOW
+        );
+        assert_eq!(
+            verdict(&filters, libc::SYS_mkdir, 0),
+            libc::SECCOMP_RET_ERRNO | 13
+        );
+        assert_eq!(
+            verdict(&filters, libc::SYS_rmdir, 0),
+            libc::SECCOMP_RET_KILL_PROCESS
+        );
         assert_eq!(verdict(&filters, libc::SYS_sync, 0), libc::SECCOMP_RET_LOG);
         assert_eq!(verdict(&filters, 462, 0), libc::SECCOMP_RET_ALLOW);
     }
@@ -268,19 +370,40 @@ mod tests {
             "syscalls": [{"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [
                 {"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 2, "op": "SCMP_CMP_EQ"}]}]
         }));
-        assert_eq!(verdict(&filters, libc::SYS_socket, 1), libc::SECCOMP_RET_ALLOW);
-        assert_eq!(verdict(&filters, libc::SYS_socket, 2), libc::SECCOMP_RET_ALLOW);
-        assert_eq!(verdict(&filters, libc::SYS_socket, 40), libc::SECCOMP_RET_ERRNO | 5);
+        assert_eq!(
+            verdict(&filters, libc::SYS_socket, 1),
+            libc::SECCOMP_RET_ALLOW
+        );
+        assert_eq!(
+            verdict(&filters, libc::SYS_socket, 2),
+            libc::SECCOMP_RET_ALLOW
+        );
+        assert_eq!(
+            verdict(&filters, libc::SYS_socket, 40),
+            libc::SECCOMP_RET_ERRNO | 5
+        );
     }
 
     #[test]
     fn what_cannot_be_enforced_is_refused_by_name() {
         for (value, word) in [
-            (json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "SCMP_ACT_NOTIFY"),
-            (json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"}), "listenerPath"),
-            (json!({"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]}), "WAIT_KILLABLE"),
-            (json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW",
-                "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_X"}]}]}), "SCMP_CMP_X"),
+            (
+                json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
+                "SCMP_ACT_NOTIFY",
+            ),
+            (
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"}),
+                "listenerPath",
+            ),
+            (
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]}),
+                "WAIT_KILLABLE",
+            ),
+            (
+                json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW",
+                "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_X"}]}]}),
+                "SCMP_CMP_X",
+            ),
         ] {
             let refused = build(&serde_json::from_value(value).unwrap()).unwrap_err();
             assert!(refused.contains(word), "{refused}");

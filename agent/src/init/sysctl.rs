@@ -26,7 +26,8 @@ const IPC: [&str; 8] = [
 pub fn check(sysctls: &BTreeMap<String, String>) -> std::result::Result<(), String> {
     for key in sysctls.keys() {
         let key = key.replace('/', ".");
-        let namespaced = key.starts_with("net.") || key.starts_with("fs.mqueue.") || IPC.contains(&key.as_str());
+        let namespaced =
+            key.starts_with("net.") || key.starts_with("fs.mqueue.") || IPC.contains(&key.as_str());
         if !namespaced || key.split('.').any(str::is_empty) {
             return Err(format!(
                 "linux.sysctl {key} is not in a namespace of the container; set it for the sandbox instead"
@@ -44,12 +45,24 @@ pub fn apply(sysctls: &BTreeMap<String, String>) -> Result<()> {
     }
     let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC).during("proc for sysctl")?;
     fsconfig_create(&context).during("proc for sysctl")?;
-    let proc = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).during("proc for sysctl")?;
+    let proc = fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )
+    .during("proc for sysctl")?;
     for (key, value) in sysctls {
         let what = format_args!("linux.sysctl {key}").to_string();
         let path = format!("sys/{}", path_of(key));
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-        let file = openat2(&proc, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty(), resolve).during(&what)?;
+        let file = openat2(
+            &proc,
+            path,
+            OFlags::WRONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+            resolve,
+        )
+        .during(&what)?;
         rustix::io::write(&file, value.as_bytes()).during(&what)?;
     }
     Ok(())
@@ -58,7 +71,11 @@ pub fn apply(sysctls: &BTreeMap<String, String>) -> Result<()> {
 /// `net.ipv4.ip_forward` is `net/ipv4/ip_forward`; a key written with slashes keeps its dots
 /// (interface names have some).
 pub fn path_of(key: &str) -> String {
-    if key.contains('/') { key.to_owned() } else { key.replace('.', "/") }
+    if key.contains('/') {
+        key.to_owned()
+    } else {
+        key.replace('.', "/")
+    }
 }
 
 #[cfg(test)]

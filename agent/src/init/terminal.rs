@@ -24,7 +24,9 @@ pub struct Terminal {
 /// Opens a pty of the container's /dev/pts.
 pub fn open(root: &Root, size: control::Terminal) -> Result<Terminal> {
     let what = "opening a terminal of the container's /dev/pts";
-    let master = root.open("/dev/pts/ptmx", OFlags::RDWR | OFlags::NOCTTY).during(what)?;
+    let master = root
+        .open("/dev/pts/ptmx", OFlags::RDWR | OFlags::NOCTTY)
+        .during(what)?;
     // The image decides what is at that path; only the kernel's own file will do.
     let stat = rustix::fs::fstat(&master).during(what)?;
     let file_system = rustix::fs::fstatfs(&master).during(what)?;
@@ -38,7 +40,13 @@ pub fn open(root: &Root, size: control::Terminal) -> Result<Terminal> {
     }
     // By ioctl and not by path: the peer is the one of this master, whatever is mounted where.
     // SAFETY: TIOCGPTPEER takes open flags and gives a new descriptor.
-    let slave = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
+    let slave = unsafe {
+        libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCGPTPEER,
+            libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC,
+        )
+    };
     if slave < 0 {
         return Err(io::Error::last_os_error()).during(what);
     }
@@ -73,7 +81,11 @@ impl Terminal {
 /// Pipes belong to the process's user, so that it may open /dev/stdout. Devices (/dev/null) stay
 /// root's.
 pub fn give_stdio_to(uid: u32) -> Result<()> {
-    for fd in [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()] {
+    for fd in [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ] {
         let stat = rustix::fs::fstat(fd).during("stdio")?;
         if stat.st_mode & libc::S_IFMT == libc::S_IFIFO {
             rustix::fs::fchown(fd, Some(Uid::from_raw(uid)), None).during("stdio owner")?;

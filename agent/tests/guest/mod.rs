@@ -1,5 +1,5 @@
 //! A running agent in component-test mode, and containers from busybox in it. Needs root.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 use std::{
     collections::HashMap,
     fs,
@@ -53,7 +53,12 @@ pub struct Ends {
 
 impl Guest {
     pub async fn start() -> Self {
-        Self::start_with(StartSandboxRequest { id: "sandbox".into(), hostname: "pod-1".into(), ..Default::default() }).await
+        Self::start_with(StartSandboxRequest {
+            id: "sandbox".into(),
+            hostname: "pod-1".into(),
+            ..Default::default()
+        })
+        .await
     }
 
     pub async fn start_with(request: StartSandboxRequest) -> Self {
@@ -78,9 +83,19 @@ impl Guest {
         .await
         .expect("the agent listens");
         let client = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(connection)));
-        let events = client.events(ttrpc::context::Context::default(), &Empty::new()).await.unwrap();
+        let events = client
+            .events(ttrpc::context::Context::default(), &Empty::new())
+            .await
+            .unwrap();
         client.start_sandbox(ctx(), &request).await.unwrap();
-        Self { client, dir, events, seen: Vec::new(), next_stream: 16, child }
+        Self {
+            client,
+            dir,
+            events,
+            seen: Vec::new(),
+            next_stream: 16,
+            child,
+        }
     }
 
     pub fn share(&self) -> PathBuf {
@@ -90,15 +105,28 @@ impl Guest {
     /// A root file system of busybox for container `id`.
     pub fn rootfs(&self, id: &str) -> PathBuf {
         let root = self.share().join(id).join("rootfs");
-        for dir in ["bin", "etc", "proc", "sys", "dev", "tmp", "root", "home/web"] {
+        for dir in [
+            "bin", "etc", "proc", "sys", "dev", "tmp", "root", "home/web",
+        ] {
             fs::create_dir_all(root.join(dir)).unwrap();
         }
         fs::copy("/usr/bin/busybox", root.join("bin/busybox")).expect("apt package busybox-static");
-        let list = Command::new("/usr/bin/busybox").arg("--list").output().unwrap();
-        for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|a| *a != "busybox") {
+        let list = Command::new("/usr/bin/busybox")
+            .arg("--list")
+            .output()
+            .unwrap();
+        for applet in String::from_utf8(list.stdout)
+            .unwrap()
+            .lines()
+            .filter(|a| *a != "busybox")
+        {
             symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
-        fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nweb:x:33:33::/home/web:/bin/sh\n").unwrap();
+        fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\nweb:x:33:33::/home/web:/bin/sh\n",
+        )
+        .unwrap();
         fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
         root
     }
@@ -107,13 +135,18 @@ impl Guest {
     pub async fn open_stream(&mut self) -> (u64, UnixStream) {
         let number = self.next_stream;
         self.next_stream += 1;
-        let mut stream = UnixStream::connect(self.dir.path().join("agent.sock.streams")).await.unwrap();
+        let mut stream = UnixStream::connect(self.dir.path().join("agent.sock.streams"))
+            .await
+            .unwrap();
         stream.write_all(&stream_header(number)).await.unwrap();
         (number, stream)
     }
 
     pub async fn stdio(&mut self, stdin: bool, terminal: bool) -> (Stdio, Ends) {
-        let mut stdio = Stdio { terminal, ..Default::default() };
+        let mut stdio = Stdio {
+            terminal,
+            ..Default::default()
+        };
         let mut ends = Ends::default();
         if stdin {
             let (number, stream) = self.open_stream().await;
@@ -131,11 +164,22 @@ impl Guest {
         (stdio, ends)
     }
 
-    pub async fn create(&mut self, id: &str, spec: &Value, stdio: Stdio) -> ttrpc::Result<ProcessStarted> {
+    pub async fn create(
+        &mut self,
+        id: &str,
+        spec: &Value,
+        stdio: Stdio,
+    ) -> ttrpc::Result<ProcessStarted> {
         self.create_with(id, spec, stdio, vec![]).await
     }
 
-    pub async fn create_with(&mut self, id: &str, spec: &Value, stdio: Stdio, mounts: Vec<MountSource>) -> ttrpc::Result<ProcessStarted> {
+    pub async fn create_with(
+        &mut self,
+        id: &str,
+        spec: &Value,
+        stdio: Stdio,
+        mounts: Vec<MountSource>,
+    ) -> ttrpc::Result<ProcessStarted> {
         let request = CreateContainerRequest {
             id: id.into(),
             spec: serde_json::to_vec(spec).unwrap(),
@@ -149,7 +193,11 @@ impl Guest {
 
     /// Starts a process and returns its pid.
     pub async fn run(&mut self, id: &str, exec_id: &str) -> ttrpc::Result<u32> {
-        Ok(self.client.start_process(ctx(), &reference(id, exec_id)).await?.pid)
+        Ok(self
+            .client
+            .start_process(ctx(), &reference(id, exec_id))
+            .await?
+            .pid)
     }
 
     /// Creates, runs and deletes a container.
@@ -157,7 +205,12 @@ impl Guest {
         self.whole_with(id, spec, vec![]).await
     }
 
-    pub async fn whole_with(&mut self, id: &str, spec: &Value, mounts: Vec<MountSource>) -> Outcome {
+    pub async fn whole_with(
+        &mut self,
+        id: &str,
+        spec: &Value,
+        mounts: Vec<MountSource>,
+    ) -> Outcome {
         let (stdio, ends) = self.stdio(false, false).await;
         self.create_with(id, spec, stdio, mounts).await.unwrap();
         self.run(id, "").await.unwrap();
@@ -165,7 +218,11 @@ impl Guest {
         let status = self.exit_of(id, "").await.status;
         let deleted = self.delete(id, "").await.unwrap();
         assert_eq!(deleted.status, status);
-        Outcome { stdout, stderr, status }
+        Outcome {
+            stdout,
+            stderr,
+            status,
+        }
     }
 
     /// Runs one process in a running container and deletes it.
@@ -176,10 +233,20 @@ impl Guest {
         let (stdout, stderr) = ends.read_all().await;
         let status = self.exit_of(id, exec_id).await.status;
         self.delete(id, exec_id).await.unwrap();
-        Outcome { stdout, stderr, status }
+        Outcome {
+            stdout,
+            stderr,
+            status,
+        }
     }
 
-    pub async fn create_exec(&mut self, id: &str, exec_id: &str, process: &Value, stdio: Stdio) -> ttrpc::Result<Empty> {
+    pub async fn create_exec(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+        process: &Value,
+        stdio: Stdio,
+    ) -> ttrpc::Result<Empty> {
         let request = CreateExecRequest {
             id: id.into(),
             exec_id: exec_id.into(),
@@ -191,10 +258,18 @@ impl Guest {
     }
 
     pub async fn delete(&mut self, id: &str, exec_id: &str) -> ttrpc::Result<ProcessExited> {
-        self.client.delete_process(ctx(), &reference(id, exec_id)).await
+        self.client
+            .delete_process(ctx(), &reference(id, exec_id))
+            .await
     }
 
-    pub async fn kill(&mut self, id: &str, exec_id: &str, signal: i32, all: bool) -> ttrpc::Result<Empty> {
+    pub async fn kill(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+        signal: i32,
+        all: bool,
+    ) -> ttrpc::Result<Empty> {
         let request = SignalRequest {
             id: id.into(),
             exec_id: exec_id.into(),
@@ -209,13 +284,18 @@ impl Guest {
     pub async fn exit_of(&mut self, id: &str, exec_id: &str) -> ProcessExited {
         loop {
             let found = self.seen.iter().find_map(|event| match &event.kind {
-                Some(event::Kind::Exit(exit)) if exit.id == id && exit.exec_id == exec_id => Some(exit.exit.clone().unwrap()),
+                Some(event::Kind::Exit(exit)) if exit.id == id && exit.exec_id == exec_id => {
+                    Some(exit.exit.clone().unwrap())
+                }
                 _ => None,
             });
             if let Some(exit) = found {
                 return exit;
             }
-            let event = timeout(PATIENCE, self.events.recv()).await.expect("an exit event").unwrap();
+            let event = timeout(PATIENCE, self.events.recv())
+                .await
+                .expect("an exit event")
+                .unwrap();
             self.seen.extend(event);
         }
     }
@@ -234,7 +314,10 @@ impl Guest {
     /// Ends the agent and waits for it.
     pub async fn stop(mut self) {
         self.client.shutdown(ctx(), &Empty::new()).await.unwrap();
-        let status = tokio::task::spawn_blocking(move || self.child.wait()).await.unwrap().unwrap();
+        let status = tokio::task::spawn_blocking(move || self.child.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert!(status.success(), "the agent ended with {status}");
     }
 }
@@ -245,18 +328,29 @@ impl Ends {
         let read = async |stream: Option<UnixStream>| {
             let mut text = Vec::new();
             if let Some(mut stream) = stream {
-                timeout(PATIENCE, stream.read_to_end(&mut text)).await.expect("the end of a stream").unwrap();
+                timeout(PATIENCE, stream.read_to_end(&mut text))
+                    .await
+                    .expect("the end of a stream")
+                    .unwrap();
             }
             String::from_utf8(text).unwrap()
         };
-        let Self { stdin, stdout, stderr } = self;
+        let Self {
+            stdin,
+            stdout,
+            stderr,
+        } = self;
         drop(stdin);
         tokio::join!(read(stdout), read(stderr))
     }
 }
 
 pub fn reference(id: &str, exec_id: &str) -> ProcessRef {
-    ProcessRef { id: id.into(), exec_id: exec_id.into(), ..Default::default() }
+    ProcessRef {
+        id: id.into(),
+        exec_id: exec_id.into(),
+        ..Default::default()
+    }
 }
 
 /// A process that runs `script` in a shell.
@@ -273,8 +367,20 @@ pub fn shell(script: &str) -> Value {
 
 /// containerd's default capabilities.
 pub const CAPS: [&str; 14] = [
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
-    "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
 ];
 
 /// A spec as containerd writes it, running `script` in a shell.
@@ -313,7 +419,10 @@ pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, St
 
 /// `key: value` lines as a map.
 pub fn fields(text: &str) -> HashMap<String, String> {
-    text.lines().filter_map(|l| l.split_once(':')).map(|(k, v)| (k.trim().into(), v.trim().into())).collect()
+    text.lines()
+        .filter_map(|l| l.split_once(':'))
+        .map(|(k, v)| (k.trim().into(), v.trim().into()))
+        .collect()
 }
 
 pub fn exists(path: &Path) -> bool {

@@ -42,8 +42,6 @@ pub const DESCRIPTORS: &[&str] = &[
     "socket:*",
     "anon_inode:[eventfd]",
     "anon_inode:[eventpoll]",
-    "anon_inode:[timerfd]",
-    "anon_inode:[signalfd]",
     "anon_inode:kvm-vm",
     "anon_inode:kvm-vcpu:*",
     "anon_inode:kvm-vcpu-stats:*",
@@ -157,7 +155,6 @@ const EPOLL: &[Allowed] = allow![
     SYS_epoll_ctl,
     SYS_poll,
     SYS_ppoll,
-    SYS_timerfd_settime,
     SYS_eventfd2,
     SYS_fcntl one_of(1, &FCNTL),
 ];
@@ -221,14 +218,11 @@ const WORKER: &[Allowed] = allow![
     SYS_sendto,
     SYS_recvfrom,
     SYS_shutdown,
-    SYS_splice,
     // Disks.
     SYS_pread64,
     SYS_pwrite64,
     SYS_preadv,
     SYS_pwritev,
-    SYS_preadv2,
-    SYS_pwritev2,
     SYS_fdatasync,
     SYS_fsync,
     SYS_fallocate,
@@ -237,8 +231,6 @@ const WORKER: &[Allowed] = allow![
     SYS_newfstatat,
     // Taps, interrupts and discard.
     SYS_ioctl one_of(1, &WORKER_IOCTL),
-    // Draining in-flight work at a reset joins nothing, but waits on timers.
-    SYS_timerfd_create,
 ];
 
 const WORKER_IOCTL: [u32; 8] = [
@@ -258,7 +250,6 @@ const FS: &[Allowed] = allow![
     SYS_newfstatat,
     SYS_fstat,
     SYS_statx,
-    SYS_statfs,
     SYS_fstatfs,
     SYS_getdents64,
     SYS_lseek,
@@ -267,8 +258,6 @@ const FS: &[Allowed] = allow![
     SYS_pwrite64,
     SYS_preadv,
     SYS_pwritev,
-    SYS_preadv2,
-    SYS_pwritev2,
     SYS_ftruncate,
     SYS_fallocate,
     SYS_fsync,

@@ -75,6 +75,7 @@ pub fn enter() -> Result<Landlock, JailError> {
 }
 
 fn close() -> Result<Landlock, JailError> {
+    seccomp::prepare();
     privileges::close_other_descriptors(JAIL_REPORT_FD + 1)?;
     privileges::forbid_namespaces()?;
     root::replace()?;

@@ -73,6 +73,13 @@ fn stop_is_answered_before_the_end() {
     let reply = shim.ask(7, RequestBody::Stop);
     assert_eq!(reply.id, 7);
     assert!(reply.result.is_ok());
+    match control::receive::<FromVmm>(shim.control.as_fd()) {
+        Ok(Some((FromVmm::Event(Event::Ended { code, reason }), _))) => {
+            assert_eq!(code, exit::STOPPED);
+            assert!(reason.contains("stopped"));
+        }
+        other => panic!("expected the end, got {other:?}"),
+    }
     assert_eq!(shim.server.join().unwrap(), exit::STOPPED);
 }
 

@@ -329,6 +329,13 @@ impl<D: VirtioDevice> Harness<D> {
         panic!("the device does not come to rest");
     }
 
+    /// Hands the device an event that may be stale.
+    pub fn deliver(&mut self, token: u32, events: EventSet) {
+        self.device
+            .process(token, events, &mut Sources::new(&self.epoll, 0))
+            .unwrap();
+    }
+
     /// Waits up to `milliseconds` for events and hands them to the device; returns their number.
     pub fn step(&mut self, milliseconds: i32) -> Result<usize, DeviceError> {
         let mut events = vec![EpollEvent::default(); 16];

@@ -69,7 +69,12 @@ impl Ctr {
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.args(["--namespace", &self.namespace]).args(args);
+        // The default is 10 s, which many clients at once exceed on an emulated node.
+        let connect = format!("{}s", clock::seconds(10).as_secs());
+        command
+            .args(["--connect-timeout", &connect])
+            .args(["--namespace", &self.namespace])
+            .args(args);
         command
     }
 

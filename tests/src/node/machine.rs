@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use brig_hypervisor::control::{
-    self, Counters, Event, FromVmm, ReplyBody, Request, RequestBody, VmConfig,
+    self, Counters, DiskConfig, Event, FromVmm, NetConfig, ReplyBody, Request, RequestBody,
+    VmConfig,
 };
 use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch};
 
@@ -35,6 +36,10 @@ pub struct Boot {
     pub share: bool,
     /// Where the VMM logs.
     pub log: PathBuf,
+    /// A tap for a network interface.
+    pub tap: Option<OwnedFd>,
+    /// Raw disks, and whether each is read-only; their serials are "disk0", "disk1".
+    pub disks: Vec<(PathBuf, bool)>,
 }
 
 impl Boot {
@@ -52,6 +57,8 @@ impl Boot {
             debug_console: false,
             share: true,
             log: log.to_owned(),
+            tap: None,
+            disks: Vec::new(),
         }
     }
 }
@@ -110,6 +117,41 @@ impl Machine {
             next_request: 1,
             started,
         };
+        let mut fds = vec![
+            kvm.as_fd(),
+            kernel.as_fd(),
+            initramfs.as_fd(),
+            theirs.as_fd(),
+        ];
+        let mut nets = Vec::new();
+        if let Some(tap) = &boot.tap {
+            nets.push(NetConfig {
+                taps: vec![fds.len()],
+                mac: [0x02, 0, 0, 0, 0, 1],
+                mtu: 1500,
+            });
+            fds.push(tap.as_fd());
+        }
+        let files = boot
+            .disks
+            .iter()
+            .map(|(path, readonly)| {
+                File::options()
+                    .read(true)
+                    .write(!readonly)
+                    .open(path)
+                    .with_context(|| format!("cannot open {}", path.display()))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut disks = Vec::new();
+        for (number, (file, (_, readonly))) in files.iter().zip(&boot.disks).enumerate() {
+            disks.push(DiskConfig {
+                file: fds.len(),
+                readonly: *readonly,
+                serial: format!("disk{number}"),
+            });
+            fds.push(file.as_fd());
+        }
         let config = VmConfig {
             vcpus: boot.vcpus,
             memory_bytes: boot.memory,
@@ -118,18 +160,12 @@ impl Machine {
             initramfs: 2,
             cmdline: boot.cmdline.clone(),
             agent: 3,
-            nets: Vec::new(),
-            disks: Vec::new(),
+            nets,
+            disks,
             share_tag: boot.share.then(|| "brig".to_owned()),
             debug_console: boot.debug_console,
             allow_slow_kvm: false,
         };
-        let fds = [
-            kvm.as_fd(),
-            kernel.as_fd(),
-            initramfs.as_fd(),
-            theirs.as_fd(),
-        ];
         let id = machine.number();
         control::send(
             machine.control.as_fd(),
@@ -206,6 +242,32 @@ impl Machine {
                 Next::Event(Event::AgentConnected { micros }) => return Ok(micros),
                 Next::Event(_) => {}
                 Next::Ended(exit) => bail!("the VMM ended before the agent came: {exit:?}"),
+            }
+        }
+    }
+
+    /// Waits for a console line with `text`; returns what follows it.
+    ///
+    /// # Errors
+    /// If it does not come in time, or the VMM ends; with the lines that came.
+    pub fn console(&mut self, text: &str, within: Duration) -> Result<String> {
+        let end = Instant::now() + within;
+        let mut seen = Vec::new();
+        loop {
+            match self.next(end.saturating_duration_since(Instant::now())) {
+                Ok(Next::Event(Event::Console { line })) => {
+                    if let Some((_, rest)) = line.split_once(text) {
+                        return Ok(rest.trim().to_owned());
+                    }
+                    seen.push(line);
+                }
+                Ok(Next::Event(_)) => {}
+                Ok(Next::Ended(exit)) => {
+                    bail!("the VMM ended with {exit:?} before it said '{text}', after {seen:?}")
+                }
+                Err(error) => {
+                    return Err(error.context(format!("no console line '{text}', but {seen:?}")));
+                }
             }
         }
     }

@@ -12,5 +12,6 @@ pub mod leaks;
 pub mod machine;
 pub mod memory;
 pub mod process;
+pub mod tap;
 pub mod task;
 pub mod terminal;

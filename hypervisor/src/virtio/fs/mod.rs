@@ -90,6 +90,13 @@ impl FsHandle {
     pub fn forget(&self, path: &str) {
         self.served.forget_path(path);
     }
+
+    /// Sets what is called, on the file server's thread, when the guest's inodes have taken three quarters
+    /// of the descriptors: the guest should drop its inode cache, or it will meet `ENFILE`. Repeated
+    /// now and then while that lasts. The first caller stays.
+    pub fn on_pressure(&self, told: impl Fn() + Send + Sync + 'static) {
+        self.served.on_pressure(Box::new(told));
+    }
 }
 
 impl Fs {

@@ -79,6 +79,10 @@ impl Served {
         self.exports.forget_path(path);
     }
 
+    pub(super) fn on_pressure(&self, told: Box<dyn Fn() + Send + Sync>) {
+        self.budget.on_pressure(told);
+    }
+
     pub(super) fn reset(&self) {
         self.exports.reset();
     }

@@ -19,6 +19,10 @@ use crate::virtio::chain::Buffers;
 const MAX_STRAY: usize = 256;
 /// Last packets of connections that have ended; more are dropped.
 const MAX_FAREWELL: usize = MAX_STRAY + 2 * MAX_STREAMS;
+/// Bits of a token that name a slot, and the count at which generations begin again.
+const SLOT_BITS: u32 = 11;
+const GENERATIONS: u32 = 1 << 18;
+const _: () = assert!(MAX_STREAMS < 1 << SLOT_BITS);
 /// Where host ports begin; each stream gets a fresh one.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
@@ -28,6 +32,8 @@ pub struct Mux {
     agent: Option<OwnedFd>,
     slots: Vec<Option<Box<Connection>>>,
     vacant: Vec<usize>,
+    /// How often each slot was vacated, a part of its tokens.
+    generations: Vec<u32>,
     by_key: HashMap<Key, usize>,
     by_stream: HashMap<u64, usize>,
     /// Packets of no connection.
@@ -54,6 +60,7 @@ impl Mux {
             agent: Some(agent),
             slots: Vec::new(),
             vacant: Vec::new(),
+            generations: Vec::new(),
             by_key: HashMap::new(),
             by_stream: HashMap::new(),
             control: VecDeque::new(),
@@ -120,13 +127,14 @@ impl Mux {
         }
     }
 
-    /// Tokens of a connection: its input's, and one more, its output's.
+    /// Tokens of a connection: its input's, and one more, its output's. They tell it from the
+    /// connection that had the slot before, an event of which may be under way.
     fn token(&self, slot: usize) -> io::Result<u32> {
+        let generation = self.generations.get(slot).copied().unwrap_or(0) % GENERATIONS;
         u32::try_from(slot)
             .ok()
-            .and_then(|slot| slot.checked_mul(2))
-            .and_then(|offset| offset.checked_add(self.first_token))
-            .filter(|token| *token < u32::MAX)
+            .filter(|slot| *slot < 1 << SLOT_BITS)
+            .map(|slot| self.first_token + (((generation << SLOT_BITS) | slot) << 1))
             .ok_or_else(|| io::Error::other("no token left"))
     }
 
@@ -139,6 +147,7 @@ impl Mux {
             return Err(io::Error::other("too many streams"));
         }
         self.slots.push(None);
+        self.generations.push(0);
         Ok(self.slots.len() - 1)
     }
 
@@ -274,14 +283,16 @@ impl Mux {
 
     /// An event of a connection's descriptor: `offset` is its token less the first one.
     pub fn endpoint_ready(&mut self, offset: u32, sources: &mut Sources<'_>) {
-        let slot = (offset / 2) as usize;
+        let slot = ((offset >> 1) & ((1 << SLOT_BITS) - 1)) as usize;
+        let generation = offset >> (SLOT_BITS + 1);
         let direction = if offset.is_multiple_of(2) {
             Direction::Input
         } else {
             Direction::Output
         };
-        // An event may outlive its connection in the same round of the worker. If the slot is
-        // taken again, the new connection merely tries in vain.
+        if self.generations.get(slot).map(|count| count % GENERATIONS) != Some(generation) {
+            return;
+        }
         if let Some(mut connection) = self.slots.get_mut(slot).and_then(Option::take) {
             connection.endpoint_ready(direction, sources);
             self.settle(slot, connection, sources);
@@ -356,6 +367,7 @@ impl Mux {
             self.by_stream.remove(&stream);
         }
         connection.release(sources);
+        self.generations[slot] = self.generations[slot].wrapping_add(1);
         self.vacant.push(slot);
         self.report_closed(origin, reset);
     }

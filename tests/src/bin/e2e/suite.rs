@@ -1,6 +1,7 @@
 //! What cases share: containerd, its events, and one long-lived pod for assertions that need no pod
 //! of their own.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use anyhow::{Context, Result};
 use brig_tests::node::ctr::{self, Container, Ctr, Run};
 use brig_tests::node::events::Events;
 use brig_tests::node::{clock, process};
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
 
 use crate::options::Options;
@@ -98,11 +100,26 @@ pub struct Suite {
     shared: Option<Container>,
     /// Some container has run: what the runtime makes once is there.
     pub warm: bool,
+    _lock: Flock<File>,
+}
+
+/// Two suites in one node would take each other's containers for leftovers: the second waits.
+fn only_one() -> Result<Flock<File>> {
+    let file = File::create("/run/brig-e2e.lock")?;
+    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => return Ok(lock),
+        Err((file, _)) => file,
+    };
+    eprintln!("brig-e2e: another run is in progress in this node; waiting for it");
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .context("cannot lock /run/brig-e2e.lock")
 }
 
 impl Suite {
     /// Switches containerd if asked to, imports images, follows events.
     pub fn prepare(options: &Options) -> Result<Self> {
+        let lock = only_one()?;
         if let Some(version) = &options.containerd {
             let mut command = Command::new("use-containerd");
             command.arg(version);
@@ -135,6 +152,7 @@ impl Suite {
             events: None,
             shared: None,
             warm: false,
+            _lock: lock,
         };
         // Always: it may have been rebuilt since.
         suite.ctr.ok(&["image", "import", "/host/bin/probe.tar"])?;

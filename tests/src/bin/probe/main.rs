@@ -7,6 +7,7 @@
 mod actions;
 mod facts;
 mod files;
+mod init;
 mod memory;
 mod privileges;
 mod terminal;
@@ -55,8 +56,8 @@ fn run() -> Result<u8> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     if std::env::args().next().as_deref() == Some("/init") {
-        // Booted in the place of the agent: one that never answers.
-        return actions::sleep(None);
+        // Booted in the place of the agent, which it does not answer for.
+        return init::run();
     }
     match words.as_slice() {
         ["facts"] => print(&facts::all()),

@@ -163,7 +163,14 @@ impl Client {
             .map(|bytes| u64_at(&bytes, 0))
     }
 
-    pub(super) fn read(&mut self, opcode: u32, node: u64, handle: u64, offset: u64, size: u32) -> Reply {
+    pub(super) fn read(
+        &mut self,
+        opcode: u32,
+        node: u64,
+        handle: u64,
+        offset: u64,
+        size: u32,
+    ) -> Reply {
         let mut body = handle.to_le_bytes().to_vec();
         body.extend(offset.to_le_bytes());
         body.extend(size.to_le_bytes());
@@ -226,4 +233,3 @@ impl Client {
         names
     }
 }
-

@@ -1,19 +1,10 @@
 //! Who may talk to whom: addresses, the agent's one connection, packets of no connection.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-
-use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::vsock::credit::BUFFER;
-use crate::virtio::vsock::handle::MAX_STREAMS;
-use crate::virtio::vsock::packet::{Header, TYPE_STREAM, op, shutdown};
-use crate::virtio::vsock::testing::{GUEST, Guest, PORT, payload};
-use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
-use crate::virtio::{DeviceError, VirtioDevice};
+use crate::virtio::vsock::packet::{op, shutdown};
+use crate::virtio::vsock::testing::{GUEST, Guest, payload};
 
 #[test]
 fn packets_with_a_foreign_address_are_dropped_without_an_answer() {

@@ -1,19 +1,13 @@
 //! Flow control, receive buffers and notifications.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use proptest::prelude::*;
-
 use super::*;
+use crate::virtio::vsock::StreamParams;
 use crate::virtio::vsock::credit::BUFFER;
-use crate::virtio::vsock::handle::MAX_STREAMS;
-use crate::virtio::vsock::packet::{Header, TYPE_STREAM, op, shutdown};
-use crate::virtio::vsock::testing::{GUEST, Guest, PORT, payload};
-use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
-use crate::virtio::{DeviceError, VirtioDevice};
+use crate::virtio::vsock::packet::op;
+use crate::virtio::vsock::testing::{Guest, PORT, payload};
 
 #[test]
 fn no_more_is_sent_than_the_guest_has_room_for() {

@@ -1,19 +1,13 @@
 //! How streams end: complete output, half-closed directions, resets.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use proptest::prelude::*;
-
 use super::*;
-use crate::virtio::vsock::credit::BUFFER;
-use crate::virtio::vsock::handle::MAX_STREAMS;
-use crate::virtio::vsock::packet::{Header, TYPE_STREAM, op, shutdown};
-use crate::virtio::vsock::testing::{GUEST, Guest, PORT, payload};
-use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
-use crate::virtio::{DeviceError, VirtioDevice};
+use crate::virtio::VirtioDevice;
+use crate::virtio::vsock::packet::{op, shutdown};
+use crate::virtio::vsock::testing::{Guest, PORT, payload};
+use crate::virtio::vsock::{StreamParams, VsockEvent};
 
 #[test]
 fn a_refused_stream_closes_its_output_and_is_reported_as_reset() {
@@ -120,6 +114,24 @@ fn a_reader_that_goes_away_is_told_to_the_guest_and_output_is_discarded() {
     }
     guest.send(port, PORT, op::SHUTDOWN, shutdown::BOTH);
     assert_eq!(guest.reported(), closed(16, false));
+}
+
+#[test]
+fn what_waits_for_a_reader_that_goes_away_gives_credit_back() {
+    let mut guest = Guest::new();
+    let (reader, writer) = pipe();
+    let (_theirs, ours) = UnixStream::pair().unwrap();
+    let port = guest.open(16, Some(ours.into()), Some(writer));
+    for _ in 0..4 {
+        guest.send_data(port, PORT, &[0; 65_536]);
+    }
+    assert!(!guest.received_ops().contains(&op::SHUTDOWN));
+    drop(reader);
+    assert!(guest.received_ops().contains(&op::SHUTDOWN));
+    for _ in 0..4 {
+        guest.send_data(port, PORT, &[0; 65_536]);
+    }
+    assert!(!guest.received_ops().contains(&op::RST));
 }
 
 #[test]

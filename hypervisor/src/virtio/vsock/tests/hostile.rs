@@ -1,19 +1,15 @@
 //! What a hostile guest may send, and that it changes nothing.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::vsock::credit::BUFFER;
-use crate::virtio::vsock::handle::MAX_STREAMS;
+use crate::virtio::DeviceError;
+use crate::virtio::vsock::VsockEvent;
 use crate::virtio::vsock::packet::{Header, TYPE_STREAM, op, shutdown};
-use crate::virtio::vsock::testing::{GUEST, Guest, PORT, payload};
-use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
-use crate::virtio::{DeviceError, VirtioDevice};
+use crate::virtio::vsock::testing::{GUEST, Guest, PORT};
 
 #[test]
 fn packets_out_of_turn_reset_the_connection() {

@@ -2,18 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use proptest::prelude::*;
+use vmm_sys_util::epoll::EventSet;
 
 use super::*;
-use crate::virtio::vsock::credit::BUFFER;
 use crate::virtio::vsock::handle::MAX_STREAMS;
-use crate::virtio::vsock::packet::{Header, TYPE_STREAM, op, shutdown};
+use crate::virtio::vsock::packet::{op, shutdown};
 use crate::virtio::vsock::testing::{GUEST, Guest, PORT, payload};
-use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
-use crate::virtio::{DeviceError, VirtioDevice};
+use crate::virtio::vsock::{StreamParams, VsockError};
 
 #[test]
 fn a_stream_sends_its_header_then_input_then_a_shutdown() {
@@ -175,4 +172,26 @@ fn a_stream_opened_before_the_driver_is_up_waits_for_it() {
     harness.queues[0].add(&[(buffer, 4096, true)]);
     harness.run();
     assert_eq!(harness.queues[0].used().len(), 1);
+}
+
+#[test]
+fn an_event_of_an_ended_stream_is_not_taken_for_its_successor() {
+    use nix::fcntl::{OFlag, open};
+    use nix::sys::stat::Mode;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("stdin");
+    nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+    let reader = open(&path, OFlag::O_RDONLY | OFlag::O_NONBLOCK, Mode::empty()).unwrap();
+    let mut guest = Guest::new();
+    let (_theirs, ours) = UnixStream::pair().unwrap();
+    guest.open(16, Some(ours.into()), None);
+    let tokens: Vec<u32> = (4..4 + 4096).collect();
+    guest.handle.close(16);
+    guest.received();
+    // The successor's input would read as ended if it were read without an event of its own.
+    guest.open(17, Some(reader), None);
+    for token in tokens {
+        guest.harness.deliver(token, EventSet::IN);
+    }
+    assert!(guest.received().is_empty());
 }

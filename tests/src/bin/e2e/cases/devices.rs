@@ -1,14 +1,18 @@
 //! Each device of the VM, by an effect that can be seen from outside.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use brig_tests::cpio;
 use brig_tests::node::check::{equal, that};
+use brig_tests::node::machine::{Boot, Machine};
 use brig_tests::node::process::Lines;
-use brig_tests::node::{leaks, memory};
+use brig_tests::node::{leaks, memory, tap};
 use brig_tests::pattern::{self, Checksum};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -34,6 +38,16 @@ pub const CASES: &[Case] = &[
         "devices",
         "what was synced survives the death of the VMM",
         synced,
+    ),
+    brig(
+        "devices",
+        "a disk keeps what was synced when the VMM dies, and a read-only one refuses writes",
+        disks,
+    ),
+    brig(
+        "devices",
+        "4 MiB each way over a network interface arrive unchanged",
+        network,
     ),
     brig(
         "devices",
@@ -166,5 +180,80 @@ fn processes(suite: &mut Suite) -> Result<()> {
         !mounts
             .lines()
             .any(|line| line.contains("/run/brig") && !line.contains("/run/brig-")),
+    )
+}
+
+/// A boot with the probe as init, told what to do.
+fn probe_guest(what: &str) -> Result<Boot> {
+    let directory = Path::new("/run/brig-e2e");
+    fs::create_dir_all(directory)?;
+    let initramfs = directory.join("probe-init.cpio");
+    fs::write(&initramfs, cpio::init(&fs::read("/host/bin/brig-probe")?)?)?;
+    let mut boot = Boot::installed(&directory.join("devices-vmm.log"));
+    boot.initramfs = initramfs;
+    boot.debug_console = true;
+    boot.cmdline = format!("quiet loglevel=1 printk.devkmsg=on brig.probe={what}");
+    Ok(boot)
+}
+
+fn disks(_: &mut Suite) -> Result<()> {
+    let mut boot = probe_guest("disk")?;
+    let written = Path::new("/run/brig-e2e/written.img");
+    let readonly = Path::new("/run/brig-e2e/readonly.img");
+    fs::File::create(written)?.set_len(16 << 20)?;
+    pattern::write(&mut fs::File::create(readonly)?, SYNCED)?;
+    boot.disks = vec![(written.to_owned(), false), (readonly.to_owned(), true)];
+    let mut machine = Machine::start(&boot)?;
+    equal(
+        "serials",
+        "disk0 disk1",
+        machine.console("probe: serials ", patience())?,
+    )?;
+    equal(
+        "checksum of the read-only disk in the guest",
+        pattern::checksum(SYNCED),
+        machine.console("probe: read ", patience())?,
+    )?;
+    machine.console("probe: the read-only disk refused a write", patience())?;
+    machine.console("probe: synced", patience())?;
+    kill(
+        Pid::from_raw(i32::try_from(machine.pid())?),
+        Signal::SIGKILL,
+    )?;
+    drop(machine);
+    let mut sum = Checksum::default();
+    std::io::copy(&mut fs::File::open(written)?.take(8 << 20), &mut sum)?;
+    equal(
+        "checksum on the node",
+        pattern::checksum(8 << 20),
+        sum.hex(),
+    )?;
+    let mut sum = Checksum::default();
+    std::io::copy(&mut fs::File::open(readonly)?, &mut sum)?;
+    equal("the read-only disk", pattern::checksum(SYNCED), sum.hex())
+}
+
+fn network(_: &mut Suite) -> Result<()> {
+    let mut boot = probe_guest("net")?;
+    boot.tap = Some(tap::open("brig-e2e0", "10.77.0.1/24")?);
+    let mut machine = Machine::start(&boot)?;
+    machine.console("probe: listening", patience())?;
+    let mut stream = TcpStream::connect("10.77.0.2:7777")?;
+    stream.set_read_timeout(Some(patience()))?;
+    pattern::write(&mut stream, SYNCED)?;
+    equal(
+        "checksum in the guest",
+        pattern::checksum(SYNCED),
+        machine.console("probe: received ", patience())?,
+    )?;
+    let mut sum = Checksum::default();
+    std::io::copy(&mut stream.take(SYNCED), &mut sum)?;
+    equal("checksum on the node", pattern::checksum(SYNCED), sum.hex())?;
+    drop(machine);
+    // Our own descriptor is the last one: taps are not persistent.
+    boot.tap = None;
+    that(
+        "no interface is left",
+        !Path::new("/sys/class/net/brig-e2e0").exists(),
     )
 }
