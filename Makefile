@@ -1,6 +1,6 @@
 # Each target is one line that calls the real thing. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help build demo node test test-all check unit e2e bench install uninstall
+.PHONY: help build demo node test test-all bench fuzz install uninstall
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ test-all: ## the long matrix: every containerd, every case
 
 bench: ## tables and JSON: boot, start, memory, exits, against QEMU microvm and runc
 	tests/run --bench
+
+fuzz: ## long runs of every property test over hostile bytes; CASES=… to choose how long
+	tests/fuzz $(CASES)
 
 install: ## install the binaries and the guest under $(PREFIX), default /opt/brig
 	./install $(PREFIX)

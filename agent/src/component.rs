@@ -15,7 +15,7 @@ use nix::{
 };
 use tokio::net::UnixListener;
 
-use crate::{launch, log::LogRing, network, sandbox::Places, serve};
+use crate::{cgroup, launch, log::LogRing, network, sandbox::Places, serve};
 
 /// `--serve-unix SOCKET --state DIR`: serves one connection on SOCKET, streams on SOCKET.streams,
 /// with DIR/share as the share.
@@ -73,8 +73,8 @@ fn run(socket: &Path, state: &Path) -> io::Result<()> {
             std::process::exit(i32::from(served.is_err()));
         }
     };
-    // The containers died with their pid namespace.
-    let _ = fs::remove_dir(&cgroup_base);
+    // The containers died with their pid namespace; their cgroups are empty.
+    let _ = cgroup::remove_tree(&cgroup_base);
     outcome
 }
 

@@ -16,7 +16,7 @@ use crate::{
     process::{Phase, Process, Reply},
     reaper::Exit,
     sandbox::Context,
-    spec::{self, Resources, Seccomp},
+    spec::{self, IdMapping, Resources, Seccomp},
     stdio::{ChildEnds, HostStreams, Pumps, Running},
 };
 
@@ -94,6 +94,10 @@ pub struct Parts {
     pub dir: PathBuf,
     /// The profile for each of its processes.
     pub seccomp: Option<Seccomp>,
+    /// The maps of its user namespace; empty without one.
+    pub uid_mappings: Vec<IdMapping>,
+    /// See `uid_mappings`.
+    pub gid_mappings: Vec<IdMapping>,
     /// It has a time namespace of its own.
     pub time_namespace: bool,
 }
@@ -252,7 +256,8 @@ impl Container {
             process,
             seccomp: self.parts.seccomp.clone(),
             init_pid,
-            user_namespace: false,
+            uid_mappings: self.parts.uid_mappings.clone(),
+            gid_mappings: self.parts.gid_mappings.clone(),
             time_namespace: self.parts.time_namespace,
             cgroups,
             terminal: terminal_of(&stdio),

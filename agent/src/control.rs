@@ -18,7 +18,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{Process, Seccomp, Spec};
+use crate::spec::{IdMapping, Process, Seccomp, Spec};
 
 /// Descriptor of the helper's end of the message socket.
 pub const CONTROL_FD: i32 = 3;
@@ -72,8 +72,10 @@ pub struct Exec {
     pub seccomp: Option<Seccomp>,
     /// Pid of the container's init process.
     pub init_pid: i32,
-    /// The container has a user namespace of its own.
-    pub user_namespace: bool,
+    /// The maps of the container's user namespace; empty without one.
+    pub uid_mappings: Vec<IdMapping>,
+    /// See `uid_mappings`.
+    pub gid_mappings: Vec<IdMapping>,
     /// The container has a time namespace of its own.
     pub time_namespace: bool,
     /// The cgroups to try in turn.

@@ -31,6 +31,9 @@ use crate::{
 /// How long a helper may take for its part: a mount from a slow share is the longest of it.
 const SETUP_TIME: Duration = Duration::from_secs(60);
 
+/// Messages of one helper: pid, terminal, readiness and some warnings.
+const MAX_MESSAGES: usize = 200;
+
 /// Above every descriptor that a helper is given.
 const FIRST_FREE_FD: i32 = 10;
 
@@ -86,9 +89,23 @@ impl Launcher {
             let mut on_exit = Some(on_exit);
             let mut terminal = None;
             let mut ready = false;
+            let mut messages = 0;
             // The pid and the readiness come from two processes, in either order.
             while !ready || process.is_none() {
+                messages += 1;
                 match next(&control).await? {
+                    // The second process may by now stand beside hostile ones: what it says is
+                    // bounded, and it cannot name another pid.
+                    _ if messages > MAX_MESSAGES => {
+                        return Err(Error::Internal(
+                            "the container helper talks too much".into(),
+                        ));
+                    }
+                    (Message::Pid(_), _) if process.is_some() => {
+                        return Err(Error::Internal(
+                            "the container helper named two pids".into(),
+                        ));
+                    }
                     (Message::Pid(raw), _) => {
                         let pid = Pid::from_raw(raw);
                         let fd = pidfd(pid);

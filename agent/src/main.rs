@@ -9,6 +9,7 @@ mod container;
 mod control;
 mod error;
 mod events;
+mod forward;
 mod init;
 mod launch;
 mod log;

@@ -9,7 +9,7 @@ use rtnetlink::{
     packet_route::{
         address::{AddressAttribute, AddressFlags, AddressHeaderFlags},
         link::LinkAttribute,
-        route::RouteScope,
+        route::{RouteAttribute, RouteMetric, RouteScope},
     },
 };
 use tokio::time::{Instant, sleep};
@@ -95,6 +95,7 @@ async fn add_interface(handle: &Handle, interface: &Interface, rescan: bool) -> 
         .collect::<Result<Vec<_>>>()?;
     let (index, current) = find_by_mac(handle, &mac, rescan).await?;
     if !name.is_empty() && *name != current {
+        make_way(handle, name).await?;
         // A name changes only while the interface is down, as a new one is.
         let message = LinkUnspec::new_with_index(index).name(name.clone()).build();
         handle
@@ -117,17 +118,34 @@ async fn add_interface(handle: &Handle, interface: &Interface, rescan: bool) -> 
     for (address, length) in addresses {
         let mut request = handle.address().add(index, address, length);
         let message = request.message_mut();
+        // The routes of its network are among the requested ones, as far as the pod has them.
+        let mut flags = AddressFlags::Noprefixroute;
         if address.is_ipv6() {
             // The host's side holds the same address: detection would find a duplicate.
             message.header.flags |= AddressHeaderFlags::Nodad;
-            message
-                .attributes
-                .push(AddressAttribute::Flags(AddressFlags::Nodad));
+            flags |= AddressFlags::Nodad;
         }
+        message.attributes.push(AddressAttribute::Flags(flags));
         let added = request.replace().execute().await;
         added.map_err(|e| refused(format_args!("address {address}/{length} of {name}"), &e))?;
     }
     Ok(())
+}
+
+/// Gives another name to an interface that has this one by its place on the bus; its own turn comes.
+async fn make_way(handle: &Handle, name: &str) -> Result<()> {
+    let Ok(index) = index_of(handle, name).await else {
+        return Ok(());
+    };
+    let other = LinkUnspec::new_with_index(index)
+        .name(format!("brig-{index}"))
+        .build();
+    handle
+        .link()
+        .set(other)
+        .execute()
+        .await
+        .map_err(|e| refused(format_args!("interface {name}"), &e))
 }
 
 async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u32, String)> {
@@ -228,7 +246,13 @@ fn route_message(
         .destination_prefix(destination.0, destination.1)
         .map_err(bad)?;
     if let Some(gateway) = gateway {
-        builder = builder.gateway(gateway).map_err(bad)?;
+        if gateway.is_ipv4() == destination.0.is_ipv4() {
+            builder = builder.gateway(gateway).map_err(bad)?;
+        } else {
+            // An IPv4 route by way of an IPv6 router.
+            let via = RouteAttribute::Via(gateway.into());
+            builder.get_mut().attributes.push(via);
+        }
     }
     if let Some(source) = source {
         builder = builder.pref_source(source).map_err(bad)?;
@@ -239,7 +263,12 @@ fn route_message(
     if route.onlink {
         builder = builder.onlink();
     }
-    Ok(builder.build())
+    let mut message = builder.build();
+    if route.mtu != 0 {
+        let metrics = vec![RouteMetric::Mtu(route.mtu)];
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
+    Ok(message)
 }
 
 async fn add_neighbour(handle: &Handle, neighbour: &Neighbour) -> Result<()> {
@@ -310,7 +339,7 @@ fn show_mac(mac: &[u8; 6]) -> String {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rtnetlink::packet_route::{AddressFamily, route::RouteAttribute};
+    use rtnetlink::packet_route::AddressFamily;
 
     #[test]
     fn cidr_and_mac_are_checked() {

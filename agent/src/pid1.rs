@@ -150,7 +150,13 @@ fn mount_kernel_file_systems() -> Result<(), BootError> {
             MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
             Some("mode=620,ptmxmode=666"),
         ),
-        ("/sys/fs/cgroup", "cgroup2", quiet, None),
+        // A container that can write its cgroup files may divide its share, not enlarge it.
+        (
+            "/sys/fs/cgroup",
+            "cgroup2",
+            quiet,
+            Some("nsdelegate,memory_recursiveprot"),
+        ),
         (
             "/run",
             "tmpfs",

@@ -205,6 +205,10 @@ impl Context {
         let id = request.id;
         let stdio = request.stdio.into_option().unwrap_or_default();
         self.note_ignored(&id, &spec);
+        let pid_namespace = match wants_shared_pids(&spec) {
+            true => Some(self.shared_pid_namespace().await?),
+            false => None,
+        };
         let dir = self.places.run.join("containers").join(&id);
         let root_mount = dir.join("rootfs");
         fs::create_dir_all(&root_mount).map_err(|e| Error::io("container directory", e))?;
@@ -213,14 +217,12 @@ impl Context {
             spec.linux.resources.as_ref(),
         );
         let cgroup = cgroup.inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
-        let pid_namespace = match wants_shared_pids(&spec) {
-            true => Some(self.shared_pid_namespace().await?),
-            false => None,
-        };
         let parts = Parts {
             id: id.clone(),
             dir,
             seccomp: spec.linux.seccomp.clone(),
+            uid_mappings: spec.linux.uid_mappings.clone(),
+            gid_mappings: spec.linux.gid_mappings.clone(),
             time_namespace: spec.linux.namespaces.iter().any(|n| n.kind == "time"),
             cgroup,
         };

@@ -272,6 +272,8 @@ async fn stdin_to_pipe(
             tokio::select! {
                 read = stream.read(&mut buffer) => read.unwrap_or(0),
                 () = close.notified() => { closing = true; continue }
+                // The last reader has gone: what the host still sends has nowhere to go.
+                _ = pipe.ready(Interest::ERROR) => break,
             }
         };
         if count == 0 || pipe.write_all(&buffer[..count]).await.is_err() {
@@ -398,6 +400,20 @@ mod tests {
         )
         .await;
         assert_eq!(io::read_to_string(file(theirs)).unwrap(), "last words");
+    }
+
+    #[tokio::test]
+    async fn the_host_is_told_when_nobody_reads_stdin_any_more() {
+        let (ours, theirs) = pipe_for(true).unwrap();
+        let (mut host, guest) = UnixStream::pair().unwrap();
+        let (read, write) = tokio::io::split(Stream::Unix(guest));
+        let sender = pipe::Sender::from_owned_fd(ours).unwrap();
+        let copy = tokio::spawn(stdin_to_pipe(read, write, sender, Arc::new(Notify::new())));
+        tokio::task::yield_now().await;
+        drop(theirs);
+        let end = timeout(Duration::from_secs(5), host.read(&mut [0])).await;
+        assert_eq!(end.unwrap().unwrap(), 0);
+        copy.await.unwrap();
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! Streams between the host and the agent: the log and the stdio of processes.
+//! Streams between the host and the agent: the log, the stdio of processes, forwarded ports.
 //!
 //! The host opens each one (vsock port STREAM_PORT, or a Unix socket in component tests) and names
 //! it by eight bytes. Only the host's context id is accepted: any container can open AF_VSOCK, and
@@ -12,7 +12,9 @@ use std::{
     time::Duration,
 };
 
-use brig_agent_protocol::{FIRST_PROCESS_STREAM, HOST_CID, LOG_STREAM, STREAM_PORT};
+use brig_agent_protocol::{
+    FIRST_PROCESS_STREAM, FORWARD_STREAM, HOST_CID, LOG_STREAM, STREAM_PORT,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
@@ -23,6 +25,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
 use crate::{
     error::{Error, Result},
+    forward::{self, Forwarder},
     log::LogRing,
 };
 
@@ -86,6 +89,7 @@ enum Slot {
 #[derive(Clone, Default)]
 pub struct Streams {
     slots: Arc<Mutex<HashMap<u64, Slot>>>,
+    forwarder: Forwarder,
 }
 
 impl Streams {
@@ -99,7 +103,7 @@ impl Streams {
     /// `InvalidArgument` for a number that is reserved or asked for twice, `DeadlineExceeded`
     /// when the host does not open it in time.
     pub async fn take(&self, number: u64) -> Result<Stream> {
-        if number < FIRST_PROCESS_STREAM {
+        if !(FIRST_PROCESS_STREAM..FORWARD_STREAM).contains(&number) {
             return Err(Error::InvalidArgument(format!(
                 "stream {number} is reserved; process streams start at {FIRST_PROCESS_STREAM}"
             )));
@@ -147,6 +151,10 @@ impl Streams {
         if number == LOG_STREAM {
             // A second log stream competes for lines with the first until that one fails.
             let _ = log.drain_to(stream).await;
+            return;
+        }
+        if let Some(port) = forward::port_of(number) {
+            self.forwarder.forward(port, stream, logger).await;
             return;
         }
         {

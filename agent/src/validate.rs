@@ -100,8 +100,6 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
         ("linux.intelRdt", spec.linux.intel_rdt.is_some()),
         ("linux.memoryPolicy", spec.linux.memory_policy.is_some()),
         ("linux.netDevices", !spec.linux.net_devices.is_empty()),
-        ("linux.uidMappings", !spec.linux.uid_mappings.is_empty()),
-        ("linux.gidMappings", !spec.linux.gid_mappings.is_empty()),
     ];
     if let Some((name, _)) = foreign.iter().find(|(_, present)| *present) {
         return Err(format!("{name} is not supported in a Brig guest"));
@@ -111,7 +109,7 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
     }
     for namespace in &spec.linux.namespaces {
         match namespace.kind.as_str() {
-            "pid" | "mount" | "ipc" | "uts" | "network" | "cgroup" => {}
+            "pid" | "mount" | "ipc" | "uts" | "network" | "cgroup" | "user" => {}
             "time" if namespace.path.is_empty() => {}
             other => {
                 return Err(format!(
@@ -120,6 +118,7 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
             }
         }
     }
+    init::check_user_namespace(&spec.linux)?;
     let has_time = spec.linux.namespaces.iter().any(|n| n.kind == "time");
     if !spec.linux.time_offsets.is_empty() && !has_time {
         return Err("linux.timeOffsets needs a time namespace".into());
@@ -196,7 +195,10 @@ mod tests {
             ),
             (json!({"linux": {"intelRdt": {}}}), "intelRdt"),
             (json!({"linux": {"netDevices": {"eth1": {}}}}), "netDevices"),
-            (json!({"linux": {"namespaces": [{"type": "user"}]}}), "user"),
+            (
+                json!({"linux": {"namespaces": [{"type": "user"}]}}),
+                "uidMappings",
+            ),
             (
                 json!({"linux": {"namespaces": [{"type": "time", "path": "/x"}]}}),
                 "time",

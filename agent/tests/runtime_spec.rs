@@ -561,3 +561,72 @@ async fn what_cannot_be_applied_is_refused_over_the_wire() {
     );
     guest.stop().await;
 }
+
+#[tokio::test]
+async fn a_user_namespace_maps_ids_and_keeps_what_is_outside_out_of_reach() {
+    let mut guest = Guest::start().await;
+    let root = guest.rootfs("c1");
+    for entry in ["", "tmp", "home/web", "root"] {
+        std::os::unix::fs::chown(root.join(entry), Some(100_000), Some(100_000)).unwrap();
+    }
+    let script = r#"id -u; awk '{print $1, $2, $3}' /proc/self/uid_map; stat -c '%u %g' /dev /run /tmp
+        readlink /proc/self/ns/user > /tmp/mine && touch /dev/mine && echo writable; echo x > /dev/null && echo null
+        mount -t tmpfs none /root && echo mounted; umount /sys/firmware 2>/dev/null || echo mask locked
+        hostname other 2>/dev/null || echo hostname refused
+        (echo 1 > /proc/sys/net/ipv4/ip_forward) 2>/dev/null || echo sysctl refused; sleep 1000"#;
+    let mut mapped = spec(script);
+    let linux = &mut mapped["linux"];
+    linux["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"type": "user"}));
+    linux["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+    linux["gidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+    let all = json!([
+        "CAP_SYS_ADMIN",
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_SETUID",
+        "CAP_SETGID",
+        "CAP_KILL"
+    ]);
+    mapped["process"]["capabilities"] =
+        json!({"bounding": all, "effective": all, "permitted": all});
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest.create("c1", &mapped, stdio).await.unwrap();
+    guest.run("c1", "").await.unwrap();
+    let expected = "0\n0 100000 1000\n0 0\n0 0\n0 0\nwritable\nnull\nmounted\nmask locked\nhostname refused\nsysctl refused\n";
+    let mut got = vec![0; expected.len()];
+    let stdout = ends.stdout.as_mut().unwrap();
+    let read = tokio::time::timeout(
+        PATIENCE,
+        tokio::io::AsyncReadExt::read_exact(stdout, &mut got),
+    )
+    .await;
+    assert!(
+        read.is_ok_and(|r| r.is_ok()),
+        "{}",
+        String::from_utf8_lossy(&got)
+    );
+    assert_eq!(String::from_utf8(got).unwrap(), expected);
+    let metadata = fs::metadata(root.join("tmp/mine")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&metadata), 100_000);
+    // An exec is inside too, as an ordinary user of it and with a terminal of its own.
+    let mut process =
+        shell("id -u; id -g; stat -c %u /proc/self/fd/1; cat /proc/self/uid_map | wc -l");
+    process["user"] = json!({"uid": 33, "gid": 34});
+    process["noNewPrivileges"] = false.into();
+    assert_eq!(
+        guest.exec("c1", "e1", &process).await.stdout,
+        "33\n34\n33\n1\n"
+    );
+    let same = guest
+        .exec(
+            "c1",
+            "e2",
+            &shell("[ $(cat /tmp/mine) = $(readlink /proc/self/ns/user) ] && echo same"),
+        )
+        .await;
+    assert_eq!(same.stdout, "same\n", "{}", same.stderr);
+    guest.stop().await;
+}

@@ -3,6 +3,8 @@
 //! The configuration and its descriptors come from the shim and are trusted, but checked, since a
 //! wrong one should end in a sentence and not in a guest that hangs.
 
+mod board;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -10,11 +12,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{VcpuFd, VmFd};
-use slog::{Logger, debug, o};
-use vm_memory::{GuestMemory as _, GuestMemoryAtomic};
+use slog::{Logger, debug};
+use vm_memory::{GuestMemory, GuestMemoryAtomic};
 
-use brig_agent_protocol::GUEST_CID;
-
+use self::board::{Board, Handles};
 use crate::arch::x86_64::acpi::Platform;
 use crate::arch::x86_64::boot::{self, BootError, BootInfo};
 use crate::arch::x86_64::regs::{self, Entry};
@@ -23,25 +24,14 @@ use crate::control::{ErrorKind, ErrorReply, FdIndex, VmConfig, exit};
 use crate::exits::ExitCounters;
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kernel::{self, KernelError};
-use crate::kvm::{self, KvmError, KvmNotifier, KvmRoutes};
+use crate::kvm::{self, KvmError};
 use crate::memory::{self, MemoryError};
 use crate::notice::{Notice, Notifier};
-use crate::pci::bus::{Bus, BusFull};
-use crate::pci::host_bridge::HostBridge;
-use crate::pci::mirror::KvmMirror;
-use crate::pci::msix::Msix;
+use crate::pci::bus::BusFull;
 use crate::vcpu::{self, Machine};
-use crate::virtio::balloon::Balloon;
-use crate::virtio::block::Block;
-use crate::virtio::fs::{Fs, FsHandle};
-use crate::virtio::net::Net;
-use crate::virtio::pci::capability::BAR_SIZE;
-use crate::virtio::pci::interrupt::VirtioInterrupt;
-use crate::virtio::pci::{Description, Services, TransportError, VirtioPci};
-use crate::virtio::rng::Rng;
-use crate::virtio::vsock::{Vsock, VsockHandle};
-use crate::virtio::worker::{self, Slot, Worker};
-use crate::virtio::{GuestMemory, VirtioDevice};
+use crate::virtio::pci::TransportError;
+use crate::virtio::vsock::VsockHandle;
+use crate::virtio::worker::Worker;
 
 /// The most CPUs of a VM.
 pub const MAX_VCPUS: u8 = 64;
@@ -97,9 +87,9 @@ impl StartError {
     #[must_use]
     pub fn reply(&self) -> ErrorReply {
         let kind = match self {
-            Self::Invalid(_) | Self::Boot(_) | Self::Kernel(KernelError::Format(_)) => {
-                ErrorKind::Invalid
-            }
+            Self::Invalid(_)
+            | Self::Boot(_)
+            | Self::Kernel(KernelError::Format(_) | KernelError::Load(_)) => ErrorKind::Invalid,
             Self::Kernel(KernelError::NoRoom { .. }) | Self::Bus(_) => ErrorKind::Limit,
             Self::Kvm(_) | Self::Memory(_) | Self::Kernel(_) | Self::Thread { .. } => {
                 ErrorKind::Host
@@ -148,12 +138,6 @@ pub struct Vm {
     handles: Handles,
     _workers: Vec<Worker>,
     _kvm: Arc<VmFd>,
-}
-
-/// How the main thread reaches devices.
-struct Handles {
-    vsock: VsockHandle,
-    share: Option<FsHandle>,
 }
 
 impl Vm {
@@ -324,165 +308,6 @@ fn spawn_vcpu(
         })
         .map(|_| ())
         .map_err(|source| StartError::Thread { name, source })
-}
-
-/// The bus while it is being filled.
-struct Board {
-    bus: Bus,
-    functions: u8,
-    memory: GuestMemory,
-    routes: Arc<KvmRoutes>,
-    ioeventfds: Arc<KvmNotifier>,
-    workers: Vec<Worker>,
-    notifier: Notifier,
-    log: Logger,
-}
-
-impl Board {
-    fn new(
-        vm: &Arc<VmFd>,
-        memory: GuestMemory,
-        mmio64: std::ops::Range<u64>,
-        notifier: &Notifier,
-        log: &Logger,
-    ) -> Result<Self, StartError> {
-        let bus = Bus::new(vec![layout::MMIO32, mmio64]);
-        bus.add(Arc::new(HostBridge::new()))?;
-        Ok(Self {
-            bus,
-            functions: 1,
-            memory,
-            routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
-            ioeventfds: Arc::new(KvmNotifier(Arc::clone(vm))),
-            workers: Vec::new(),
-            notifier: notifier.clone(),
-            log: log.clone(),
-        })
-    }
-
-    /// To be called when all functions are on the bus. Memory slots below `slot` are RAM.
-    fn mirror_configuration(&self, vm: &Arc<VmFd>, slot: u32) -> Result<(), StartError> {
-        let mirror = KvmMirror::new(Arc::clone(vm), slot, self.functions, self.log.clone())?;
-        self.bus.set_mirror(Box::new(mirror));
-        Ok(())
-    }
-
-    fn add_devices(
-        &mut self,
-        config: &VmConfig,
-        fds: &mut Descriptors,
-    ) -> Result<Handles, StartError> {
-        let events = self.notifier.clone();
-        let (device, vsock) = Vsock::new(
-            GUEST_CID,
-            fds.take(config.agent, "agent")?,
-            Box::new(move |event| events.send(Notice::Vsock(event, events.micros()))),
-        );
-        self.add("vsock", ThreadKind::Worker, vec![Box::new(device)])?;
-        let share = match &config.share_tag {
-            Some(tag) => Some(self.add_share(tag)?),
-            None => None,
-        };
-        self.add(
-            "memory",
-            ThreadKind::Worker,
-            vec![Box::new(Rng::new()), Box::new(Balloon::new())],
-        )?;
-        self.add_nets(config, fds)?;
-        self.add_disks(config, fds)?;
-        Ok(Handles { vsock, share })
-    }
-
-    fn add_share(&mut self, tag: &str) -> Result<FsHandle, StartError> {
-        let (device, handle) = Fs::new(tag).map_err(device_error("fs"))?;
-        self.add("fs", ThreadKind::Fs, vec![Box::new(device)])?;
-        Ok(handle)
-    }
-
-    /// All interfaces share a thread: a pod has one, as a rule.
-    fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
-        let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-        for net in &config.nets {
-            let taps = net.taps.iter().map(|tap| fds.take(*tap, "tap"));
-            let taps = taps.collect::<Result<Vec<_>, _>>()?;
-            let device = Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))?;
-            devices.push(Box::new(device));
-        }
-        if devices.is_empty() {
-            return Ok(());
-        }
-        self.add("net", ThreadKind::Worker, devices)
-    }
-
-    /// Each disk has its own thread: its I/O is synchronous.
-    fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
-        for disk in &config.disks {
-            let file = fds.take(disk.file, "disk")?;
-            let device =
-                Block::new(file, disk.readonly, &disk.serial).map_err(device_error("block"))?;
-            self.add("block", ThreadKind::Worker, vec![Box::new(device)])?;
-        }
-        Ok(())
-    }
-
-    /// Puts devices on a thread of their own and each on the bus.
-    fn add(
-        &mut self,
-        thread: &'static str,
-        kind: ThreadKind,
-        devices: Vec<Box<dyn VirtioDevice>>,
-    ) -> Result<(), StartError> {
-        let mut slots = Vec::new();
-        let mut functions = Vec::new();
-        for device in devices {
-            let description = Description::of(&*device);
-            let msix = Msix::new(description.vectors(), self.routes.clone());
-            let interrupt = Arc::new(VirtioInterrupt::new(msix, description.queues()));
-            let failed = Arc::clone(&interrupt);
-            slots.push(Slot {
-                device,
-                on_failure: Box::new(move || failed.fail()),
-            });
-            functions.push((description, interrupt));
-        }
-        let notifier = self.notifier.clone();
-        let (worker, handles) = worker::spawn(
-            thread,
-            slots,
-            Box::new(move || seccomp::apply(kind).map_err(|error| error.to_string())),
-            Box::new(move |reason| notifier.end(exit::INTERNAL, reason)),
-            self.log.new(o!("thread" => thread)),
-        )
-        .map_err(|source| StartError::Thread {
-            name: thread.to_owned(),
-            source,
-        })?;
-        self.workers.push(worker);
-        for ((description, interrupt), handle) in functions.into_iter().zip(handles) {
-            let base = layout::MMIO32.start + u64::from(self.functions) * BAR_SIZE;
-            let function = VirtioPci::new(
-                &description,
-                handle,
-                interrupt,
-                Services {
-                    memory: self.memory.clone(),
-                    notifier: self.ioeventfds.clone(),
-                    log: self.log.clone(),
-                },
-                base,
-                self.functions.is_multiple_of(8),
-            )?;
-            self.functions = self.bus.add(Arc::new(function))? + 1;
-        }
-        Ok(())
-    }
-}
-
-fn device_error<E: std::fmt::Display>(device: &'static str) -> impl Fn(E) -> StartError {
-    move |error| StartError::Device {
-        device,
-        reason: error.to_string(),
-    }
 }
 
 #[cfg(test)]

@@ -1,25 +1,17 @@
 //! Loads a vmlinux (ELF64) with a PVH entry note, and the initramfs.
 //!
-//! The files come from the node's installation and are trusted to boot, but their headers are
-//! checked like any input: every offset and length is bounded before use.
+//! The files come from the node's installation and are trusted; what the loader makes of them is
+//! checked against the address map.
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
-use vm_memory::GuestMemoryMmap;
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::{Error as LoaderError, KernelLoader};
+use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout::{self, PAGE};
 use crate::memory::{self, MemoryError};
-
-const HEADER_SIZE: usize = 64;
-const PROGRAM_HEADER_SIZE: usize = 56;
-const MAX_SEGMENTS: usize = 64;
-const MAX_NOTES: u64 = 64 * 1024;
-const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
-/// `XEN_ELFNOTE_PHYS32_ENTRY`: the 32-bit PVH entry.
-const NOTE_PVH_ENTRY: u32 = 18;
 
 /// The kernel or the initramfs could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +19,11 @@ pub enum KernelError {
     /// The file is not what it should be.
     #[error("the guest kernel is not a PVH vmlinux: {0}")]
     Format(&'static str),
+    /// It cannot be loaded.
+    #[error("the guest kernel is not a PVH vmlinux that fits into memory: {0}")]
+    Load(#[from] LoaderError),
     /// Reading failed.
-    #[error("reading the guest kernel: {0}")]
+    #[error("reading the initramfs: {0}")]
     Read(#[from] io::Error),
     /// It does not fit.
     #[error(transparent)]
@@ -54,51 +49,23 @@ pub struct Kernel {
     pub end: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Segment {
-    kind: u32,
-    offset: u64,
-    address: u64,
-    file_size: u64,
-    memory_size: u64,
-}
-
 /// Loads the kernel.
 ///
 /// # Errors
 /// See [`KernelError`].
-pub fn load(memory: &GuestMemoryMmap, file: &File) -> Result<Kernel, KernelError> {
-    let segments = segments(file)?;
-    let mut kernel = Kernel {
-        entry: u64::from(pvh_entry(file, &segments)?),
-        end: 0,
+pub fn load(memory: &GuestMemoryMmap, mut file: &File) -> Result<Kernel, KernelError> {
+    let himem = Some(GuestAddress(layout::HIMEM));
+    let loaded = Elf::load(memory, None, &mut file, himem)?;
+    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
+        return Err(KernelError::Format("it has no PVH entry note (CONFIG_PVH)"));
     };
-    for segment in segments.iter().filter(|segment| segment.kind == PT_LOAD) {
-        if segment.file_size > segment.memory_size || segment.address < layout::HIMEM {
-            return Err(KernelError::Format(
-                "a segment has an impossible size or address",
-            ));
-        }
-        let end = segment
-            .address
-            .checked_add(segment.memory_size)
-            .ok_or(KernelError::Format("a segment wraps"))?;
-        kernel.end = kernel.end.max(end);
-        if segment.file_size > 0 {
-            // The rest, up to the memory size, is zero as all fresh RAM.
-            memory::load(
-                memory,
-                file,
-                segment.offset,
-                segment.address,
-                segment.file_size,
-            )?;
-        }
+    if loaded.kernel_end > layout::LOW_RAM_END {
+        return Err(KernelError::Format("it reaches beyond low memory"));
     }
-    if kernel.end == 0 || kernel.end > layout::LOW_RAM_END {
-        return Err(KernelError::Format("no loadable segment below the hole"));
-    }
-    Ok(kernel)
+    Ok(Kernel {
+        entry: entry.raw_value(),
+        end: loaded.kernel_end,
+    })
 }
 
 /// Puts the initramfs at the end of low RAM, away from the kernel; returns (address, length).
@@ -124,87 +91,6 @@ pub fn load_initramfs(
     Ok((address, length))
 }
 
-fn segments(file: &File) -> Result<Vec<Segment>, KernelError> {
-    let mut header = [0u8; HEADER_SIZE];
-    file.read_exact_at(&mut header, 0)
-        .map_err(|_| KernelError::Format("shorter than an ELF header"))?;
-    // 64 bit, little endian, x86-64.
-    if header[..6] != *b"\x7fELF\x02\x01" || u16_at(&header, 18) != 62 {
-        return Err(KernelError::Format("not an ELF file for x86-64"));
-    }
-    let offset = u64_at(&header, 32);
-    let count = usize::from(u16_at(&header, 56));
-    if usize::from(u16_at(&header, 54)) != PROGRAM_HEADER_SIZE || count > MAX_SEGMENTS {
-        return Err(KernelError::Format("unusual program headers"));
-    }
-    let mut table = vec![0u8; count * PROGRAM_HEADER_SIZE];
-    file.read_exact_at(&mut table, offset)
-        .map_err(|_| KernelError::Format("program headers outside the file"))?;
-    Ok(table
-        .chunks_exact(PROGRAM_HEADER_SIZE)
-        .map(|entry| Segment {
-            kind: u32_at(entry, 0),
-            offset: u64_at(entry, 8),
-            address: u64_at(entry, 24),
-            file_size: u64_at(entry, 32),
-            memory_size: u64_at(entry, 40),
-        })
-        .collect())
-}
-
-fn pvh_entry(file: &File, segments: &[Segment]) -> Result<u32, KernelError> {
-    for segment in segments.iter().filter(|segment| segment.kind == PT_NOTE) {
-        let length = usize::try_from(segment.file_size.min(MAX_NOTES))
-            .map_err(|_| KernelError::Format("notes too long"))?;
-        let mut notes = vec![0u8; length];
-        file.read_exact_at(&mut notes, segment.offset)
-            .map_err(|_| KernelError::Format("notes outside the file"))?;
-        if let Some(entry) = find_pvh_note(&notes) {
-            return Ok(entry);
-        }
-    }
-    Err(KernelError::Format("no PVH entry note (CONFIG_PVH)"))
-}
-
-/// Finds the entry in a sequence of ELF notes; each step consumes at least the 12-byte header.
-fn find_pvh_note(mut notes: &[u8]) -> Option<u32> {
-    while notes.len() >= 12 {
-        let name_size = usize::try_from(u32_at(notes, 0)).ok()?;
-        let desc_size = usize::try_from(u32_at(notes, 4)).ok()?;
-        let kind = u32_at(notes, 8);
-        let desc_start = 12usize.checked_add(name_size.checked_next_multiple_of(4)?)?;
-        let desc_end = desc_start.checked_add(desc_size)?;
-        let name = notes.get(12..12usize.checked_add(name_size)?)?;
-        let desc = notes.get(desc_start..desc_end)?;
-        if name == b"Xen\0" && kind == NOTE_PVH_ENTRY && desc.len() >= 4 {
-            return Some(u32_at(desc, 0));
-        }
-        notes = notes.get(desc_end.checked_next_multiple_of(4)?..)?;
-    }
-    None
-}
-
-/// Little-endian fields; zero beyond the end, which no caller reaches.
-fn field<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
-    let mut field = [0u8; N];
-    if let Some(source) = bytes.get(offset..offset + N) {
-        field.copy_from_slice(source);
-    }
-    field
-}
-
-fn u16_at(bytes: &[u8], offset: usize) -> u16 {
-    u16::from_le_bytes(field(bytes, offset))
-}
-
-fn u32_at(bytes: &[u8], offset: usize) -> u32 {
-    u32::from_le_bytes(field(bytes, offset))
-}
-
-fn u64_at(bytes: &[u8], offset: usize) -> u64 {
-    u64::from_le_bytes(field(bytes, offset))
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -213,6 +99,9 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+
+    const PT_LOAD: u32 = 1;
+    const PT_NOTE: u32 = 4;
 
     fn note(name: &[u8], kind: u32, desc: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -230,6 +119,7 @@ mod tests {
     fn vmlinux(text: &[u8], bss: u64, notes: &[u8]) -> Vec<u8> {
         let mut image = vec![0u8; 8192 + text.len()];
         image[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        image[24..32].copy_from_slice(&(16u64 << 20).to_le_bytes());
         image[18..20].copy_from_slice(&62u16.to_le_bytes());
         image[32..40].copy_from_slice(&64u64.to_le_bytes());
         image[54..56].copy_from_slice(&56u16.to_le_bytes());
@@ -276,8 +166,8 @@ mod tests {
     fn what_is_not_a_pvh_vmlinux_is_refused_with_its_reason() {
         let memory = memory::allocate(32 << 20).unwrap();
         let refused = |bytes: &[u8]| load(&memory, &file_of(bytes)).unwrap_err().to_string();
-        assert!(refused(b"#!").contains("shorter"));
-        assert!(refused(&[0; 128]).contains("not an ELF"));
+        assert!(refused(b"#!").contains("elf header"));
+        assert!(refused(&[0; 128]).contains("magic number"));
         assert!(refused(&vmlinux(&[1], 0, &[])).contains("PVH entry"));
     }
 
@@ -300,11 +190,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn notes_of_any_bytes_end_without_a_panic(notes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = find_pvh_note(&notes);
-        }
-
         #[test]
         fn a_damaged_header_never_panics(at in 0usize..176, byte: u8) {
             let notes = note(b"Xen\0", 18, &[0, 0, 0, 1]);

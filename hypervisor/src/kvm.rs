@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::{cpuid, layout};
 use crate::pci::msix::{Message, Route, Routes};
 use crate::sync::lock;
-use crate::virtio::pci::Notifier;
+use crate::virtio::pci::IoEventFds;
 
 /// KVM is not usable.
 #[derive(Debug, thiserror::Error)]
@@ -180,9 +180,9 @@ fn msi_entry(gsi: u32, message: Message) -> kvm_irq_routing_entry {
 }
 
 /// ioeventfds of the VM.
-pub struct KvmNotifier(pub Arc<VmFd>);
+pub struct KvmIoEventFds(pub Arc<VmFd>);
 
-impl Notifier for KvmNotifier {
+impl IoEventFds for KvmIoEventFds {
     fn attach(&self, address: u64, kick: &EventFd) -> io::Result<()> {
         self.0
             .register_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)

@@ -39,6 +39,8 @@ pub enum Notice {
     },
     /// A line of the guest's console.
     Console(String),
+    /// The file server's descriptors run short.
+    SharePressure,
     /// The VM is at its end.
     Ended(Ended),
     /// From the vsock device, and when.

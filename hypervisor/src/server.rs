@@ -277,6 +277,7 @@ impl Server {
                 }
                 // Bounded by the console itself.
                 Notice::Console(line) => self.event(Event::Console { line }),
+                Notice::SharePressure => self.event(Event::SharePressure),
                 Notice::Vsock(VsockEvent::AgentConnected, micros) => {
                     self.marks.push((mark::AGENT_CONNECTED, micros));
                     self.event(Event::AgentConnected { micros });

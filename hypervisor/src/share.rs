@@ -9,6 +9,7 @@
 //! its namespace without following a link, and nothing there but `/shared` is touched. Blocking code,
 //! some milliseconds a call: run it on a blocking thread.
 
+mod kernel_fs;
 mod namespace;
 mod path;
 mod source;
@@ -49,6 +50,12 @@ pub enum ShareError {
         path: PathBuf,
         /// "directory" or "file".
         expected: &'static str,
+    },
+    /// A host path is part of the node's kernel.
+    #[error("{} is a procfs, sysfs, cgroup or other file system of the node's kernel, which is never shared with a VM", path.display())]
+    KernelFileSystem {
+        /// The host's path.
+        path: PathBuf,
     },
     /// The root file system's mounts are not of a kind the share can hold.
     #[error("cannot share a root file system of type {fstype:?}: {reason}")]
@@ -133,7 +140,7 @@ pub enum Propagation {
 pub struct Attributes {
     /// Nothing below can be written, whatever the guest does.
     pub readonly: bool,
-    /// Mounts below the source are shared too.
+    /// Mounts below the source are shared too, but for those of the node's kernel (procfs, sysfs…).
     pub recursive: bool,
     /// What happens with later mounts.
     pub propagation: Propagation,

@@ -158,7 +158,7 @@ impl Config {
             allow_slow_kvm: false,
             time_scale: 1.0,
             state_dir: PathBuf::from("/run/brig"),
-            max_files: 65_536,
+            max_files: 524_288,
         }
     }
 

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::identity::Identity;
+use crate::network;
 
 const FILE: &str = "pod.json";
 const TIMELINE: &str = "timeline.json";
@@ -30,6 +31,9 @@ pub struct Journal {
     pub cgroup: Option<Cgroup>,
     /// The server's socket.
     pub socket: Option<PathBuf>,
+    /// The pod's network namespace, where packets are redirected.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
 }
 
 /// A pod's directory.
@@ -156,6 +160,9 @@ impl Journal {
         if let Some(cgroup) = &self.cgroup {
             keep(cgroup.kill_and_remove(timeout));
         }
+        if let Some(netns) = &self.netns {
+            keep(network::undo(netns).map_err(io::Error::other));
+        }
         if let Some(socket) = &self.socket {
             keep(ignore_missing(fs::remove_file(socket)));
         }
@@ -214,6 +221,7 @@ mod tests {
             vmm: None,
             cgroup: None,
             socket: Some("/run/s".into()),
+            netns: Some("/run/netns/a".into()),
         };
         dir.write(&journal).unwrap();
         assert_eq!(dir.read().unwrap(), Some(journal));
@@ -245,6 +253,7 @@ mod tests {
             vmm: Identity::of(vmm.id()),
             cgroup: None,
             socket: Some(socket.clone()),
+            netns: None,
         };
         journal.undo(Duration::from_secs(5)).unwrap();
         assert!(!vmm.wait().unwrap().success());

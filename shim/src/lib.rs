@@ -10,10 +10,13 @@ pub mod config;
 pub mod container;
 pub mod error;
 pub mod events;
+#[cfg(test)]
+mod fakes;
 pub mod identity;
 pub mod journal;
 pub mod log;
 pub mod logger;
+pub mod network;
 pub mod pod;
 pub mod process;
 pub mod server;

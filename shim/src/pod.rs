@@ -286,7 +286,11 @@ impl Pod {
         let sandbox = Sandbox {
             id: self.setup.id.clone(),
             hostname: spec.hostname().to_owned(),
+            ..Sandbox::default()
         };
+        if let Network::Path(path) = &network {
+            self.setup.journal.netns = Some(path.clone());
+        }
         let plan = Plan {
             memory,
             network,
@@ -374,11 +378,19 @@ impl Pod {
         let state = self.setup.state.clone();
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
         let cgroup = self.setup.journal.cgroup.clone();
+        let netns = self.setup.journal.netns.clone();
         tokio::spawn(async move {
             if let Some(boot) = boot {
                 end_vm(&boot).await;
             }
+            let log = logger.clone();
             let cleaned = tokio::task::spawn_blocking(move || {
+                // CNI removes the namespace anyway, in its own time.
+                if let Some(netns) = netns
+                    && let Err(error) = crate::network::undo(&netns)
+                {
+                    warn!(log, "the pod's network is left redirected"; "error" => %error);
+                }
                 let left = cgroup.map_or(Ok(()), |cgroup| cgroup.leave_and_remove());
                 state.remove();
                 left

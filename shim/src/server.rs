@@ -69,6 +69,7 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
         vmm: None,
         cgroup: None,
         socket: socket.clone(),
+        netns: None,
     };
     state.write(&journal)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -99,7 +100,7 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
     result
 }
 
-async fn run(
+pub(crate) async fn run(
     listener: UnixListener,
     socket: Option<&Path>,
     pod: PodHandle,
@@ -214,3 +215,6 @@ fn adjust_oom_score() {
         let _ = fs::write(PATH, own.saturating_add(1).min(1000).to_string());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,15 +13,17 @@ use containerd_shim_protos::api::{
     ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
     StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task;
-use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
 use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::bootstrap::options;
 use crate::config::Config;
-use crate::container::{Creation, Deleted, ProcessState, Request};
+use crate::container::{Creation, Deleted, Listed, ProcessState, Request};
 use crate::error::{Error, Result};
 use crate::pod::PodHandle;
 use crate::process::{Io, Phase};
@@ -91,6 +93,28 @@ fn read_spec(path: &Path) -> Result<Vec<u8>> {
         )));
     }
     std::fs::read(path).map_err(failed)
+}
+
+fn process_info(listed: Listed) -> Result<ProcessInfo> {
+    let details = listed.exec_id.map(|exec_id| {
+        let details = ProcessDetails {
+            exec_id,
+            ..ProcessDetails::default()
+        };
+        details.write_to_bytes().map(|value| Any {
+            type_url: "containerd.runc.v1.ProcessDetails".to_owned(),
+            value,
+            ..Any::default()
+        })
+    });
+    let info = details
+        .transpose()
+        .map_err(|e| Error::internal(e.to_string()))?;
+    Ok(ProcessInfo {
+        pid: listed.pid,
+        info: info.into(),
+        ..ProcessInfo::default()
+    })
 }
 
 fn timestamp(at: SystemTime) -> MessageField<Timestamp> {
@@ -175,18 +199,16 @@ impl Task for TaskService {
         })
     }
 
-    /// A guest's pids mean nothing on the node, where others have the same numbers; the VMM's does.
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let exec_id = String::new();
-        let state = self
-            .ask(&request.id, |reply| Request::State { exec_id, reply })
+        let listed = self
+            .ask(&request.id, |reply| Request::Pids { reply })
             .await?;
-        let process = ProcessInfo {
-            pid: state.pid,
-            ..ProcessInfo::default()
-        };
+        let mut processes = Vec::new();
+        for process in listed {
+            processes.push(process_info(process)?);
+        }
         Ok(PidsResponse {
-            processes: vec![process],
+            processes,
             ..PidsResponse::default()
         })
     }

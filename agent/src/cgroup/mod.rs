@@ -138,7 +138,7 @@ impl Cgroup {
                 e,
             )
         })?;
-        remove_tree(&self.path, 0)
+        remove_tree(&self.path)
             .map_err(|e| Error::io(format_args!("cgroup {}", self.path.display()), e))
     }
 
@@ -168,10 +168,18 @@ fn collect_processes(dir: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Resul
     Ok(())
 }
 
-fn remove_tree(dir: &Path, depth: usize) -> io::Result<()> {
+/// Removes a cgroup without processes and those below it.
+///
+/// # Errors
+/// Those of rmdir(2).
+pub fn remove_tree(dir: &Path) -> io::Result<()> {
+    remove_below(dir, 0)
+}
+
+fn remove_below(dir: &Path, depth: usize) -> io::Result<()> {
     if depth < MAX_DEPTH {
         for child in child_dirs(dir)? {
-            remove_tree(&child, depth + 1)?;
+            remove_below(&child, depth + 1)?;
         }
     }
     fs::remove_dir(dir)

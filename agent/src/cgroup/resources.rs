@@ -305,7 +305,12 @@ mod tests {
         let resources: Resources = serde_json::from_value(json!({"memory": {"swap": -1}})).unwrap();
         assert!(apply(&missing, &resources).is_ok());
         let resources: Resources = serde_json::from_value(json!({"pids": {"limit": 5}})).unwrap();
-        assert!(apply(&missing, &resources).unwrap_err().to_string().contains("pids.max"));
+        assert!(
+            apply(&missing, &resources)
+                .unwrap_err()
+                .to_string()
+                .contains("pids.max")
+        );
     }
 
     #[test]

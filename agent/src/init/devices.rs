@@ -11,6 +11,7 @@ use rustix::{
 
 use super::{
     Context as _, Failure, Result,
+    idmap::Ids,
     root::{Missing, Root, attach_on, clone_mount},
 };
 use crate::spec::Device;
@@ -63,7 +64,7 @@ impl PathOnly for std::fs::OpenOptions {
 }
 
 /// Makes the default devices, those of `linux.devices`, and the links.
-pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
+pub fn make(root: &Root, devices: &[Device], ids: &Ids) -> Result<()> {
     for (path, major, minor) in DEFAULTS {
         if devices.iter().all(|d| d.path != path) {
             node(
@@ -72,7 +73,7 @@ pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
                 FileType::CharacterDevice,
                 (major, minor),
                 0o666,
-                (0, 0),
+                ids.root()?,
             )?;
         }
     }
@@ -101,7 +102,10 @@ pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
         } else {
             (number(device.major)?, number(device.minor)?)
         };
-        let owner = (device.uid.unwrap_or(0), device.gid.unwrap_or(0));
+        let owner = (
+            ids.uid(device.uid.unwrap_or(0))?,
+            ids.gid(device.gid.unwrap_or(0))?,
+        );
         node(
             root,
             &device.path,
@@ -114,8 +118,9 @@ pub fn make(root: &Root, devices: &[Device]) -> Result<()> {
     for (path, target) in LINKS {
         let (parent, name) = root.open_parent(path)?;
         match symlinkat(target, &parent, name) {
+            Ok(()) => root.own(&parent, name).during(path)?,
             // What the image has there is the image's business, as with runc.
-            Ok(()) | Err(Errno::EXIST) => {}
+            Err(Errno::EXIST) => {}
             Err(error) => return Err(error).during(path),
         }
     }

@@ -6,6 +6,7 @@
 mod caps;
 mod devices;
 mod filter;
+mod idmap;
 mod lookup;
 mod mounts;
 mod namespaces;
@@ -26,8 +27,10 @@ use std::{
     process::ExitCode,
 };
 
+use self::idmap::Ids;
 use crate::control::{self, CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
 
+pub use idmap::check as check_user_namespace;
 pub use process::check as check_process;
 pub use seccomp::check as check_seccomp;
 pub use sysctl::{check as check_sysctl, path_of as sysctl_path};
@@ -166,24 +169,25 @@ fn close_on_exec() -> Result<()> {
 }
 
 fn create_container(agent: &Agent, create: &Create) -> Result<()> {
-    if !namespaces::fork_container(agent, create)? {
-        return Ok(());
-    }
     let spec = &create.spec;
+    let ids = Ids::new(&spec.linux.uid_mappings, &spec.linux.gid_mappings);
+    let Some(child) = namespaces::fork_container(agent, create, &ids)? else {
+        return Ok(());
+    };
     let default_process = crate::spec::Process::default();
     let process = spec.process.as_ref().unwrap_or(&default_process);
     process::start_session(&create.id)?;
     process::set_oom_score_adj(process.oom_score_adj.unwrap_or(0))?;
     sched::set_initial_affinity(process)?;
-    namespaces::join_cgroup(std::slice::from_ref(&create.cgroup))?;
+    namespaces::Cgroups::open(std::slice::from_ref(&create.cgroup))?.join()?;
     namespaces::unshare_container(spec)?;
 
     // What is made below must have the modes it was asked for.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
-    let container_root = root::Root::prepare(create)?;
-    let needs_devices = mounts::mount_all(create, &container_root)?;
+    let container_root = root::Root::prepare(create, &ids)?;
+    let needs_devices = mounts::mount_all(create, &container_root, &ids)?;
     if needs_devices {
-        devices::make(&container_root, &spec.linux.devices)?;
+        devices::make(&container_root, &spec.linux.devices, &ids)?;
     }
     let terminal = match create.terminal {
         Some(size) => {
@@ -207,30 +211,37 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     }
     drop(container_root);
     if let Some(terminal) = terminal {
-        terminal.adopt(agent, process.user.uid)?;
+        terminal.adopt(agent, ids.uid(process.user.uid)?)?;
     } else {
-        terminal::give_stdio_to(process.user.uid)?;
+        terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
     sched::apply(
         process,
         spec.linux.personality.as_ref(),
         spec.linux.memory_policy.as_ref(),
     )?;
+    process::set_rlimits(process)?;
+    if let Some(entry) = child.entry {
+        entry.enter()?;
+    }
     process::become_program(agent, process, spec.linux.seccomp.as_ref())
 }
 
 fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
     let process = &exec.process;
-    if !namespaces::fork_into(agent, exec)? {
+    let ids = Ids::new(&exec.uid_mappings, &exec.gid_mappings);
+    let Some(user_namespace) = namespaces::fork_into(agent, exec)? else {
         return Ok(());
-    }
+    };
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     if let Some(size) = exec.terminal {
         let root = root::Root::current()?;
-        terminal::open(&root, size)?.adopt(agent, process.user.uid)?;
+        terminal::open(&root, size)?.adopt(agent, ids.uid(process.user.uid)?)?;
     } else {
-        terminal::give_stdio_to(process.user.uid)?;
+        terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
     sched::apply(process, None, None)?;
+    process::set_rlimits(process)?;
+    namespaces::enter_user(user_namespace)?;
     process::become_program(agent, process, exec.seccomp.as_ref())
 }

@@ -19,6 +19,7 @@ use rustix::{
 
 use super::{
     Context as _, Failure, Result,
+    idmap::Ids,
     options::{self, Options},
     root::{Missing, Root, attach_on, clone_from_share, clone_mount},
 };
@@ -30,13 +31,13 @@ use crate::{
 
 /// Makes every mount of the specification, in order. The answer is whether the helper has to fill
 /// /dev: not when the container brings one of its own.
-pub fn mount_all(create: &Create, root: &Root) -> Result<bool> {
+pub fn mount_all(create: &Create, root: &Root, ids: &Ids) -> Result<bool> {
     let mut needs_devices = true;
     for (index, mount) in create.spec.mounts.iter().enumerate() {
         let source = u32::try_from(index)
             .ok()
             .and_then(|i| create.mount_sources.get(&i));
-        let bind = mount_one(create, root, mount, source).map_err(|e| {
+        let bind = mount_one(create, root, mount, source, ids).map_err(|e| {
             Failure(format!(
                 "mounting {:?} at {}: {e}",
                 mount.kind, mount.destination
@@ -49,8 +50,15 @@ pub fn mount_all(create: &Create, root: &Root) -> Result<bool> {
     Ok(needs_devices)
 }
 
-fn mount_one(create: &Create, root: &Root, mount: &Mount, source: Option<&String>) -> Result<bool> {
-    let options = options::parse(&mount.options);
+fn mount_one(
+    create: &Create,
+    root: &Root,
+    mount: &Mount,
+    source: Option<&String>,
+    ids: &Ids,
+) -> Result<bool> {
+    let mut options = options::parse(&mount.options);
+    map_owner(&mount.kind, &mut options, ids)?;
     let bind = options.bind.is_some() || mount.kind == "bind" || source.is_some();
     let (tree, is_dir) = if bind {
         let recursive = options.bind.unwrap_or(true);
@@ -83,6 +91,31 @@ fn mount_one(create: &Create, root: &Root, mount: &Mount, source: Option<&String
             .during("mount propagation")?;
     }
     Ok(bind)
+}
+
+/// Owners in options are the container's ids; the mount is made with the guest's. A tmpfs belongs to
+/// the container's root.
+fn map_owner(kind: &str, options: &mut Options, ids: &Ids) -> Result<()> {
+    if ids.is_identity() || !matches!(kind, "tmpfs" | "devpts") {
+        return Ok(());
+    }
+    for (key, value) in &mut options.data {
+        let Some(id) = value.as_deref().and_then(|v| v.parse().ok()) else {
+            continue;
+        };
+        match key.as_str() {
+            "uid" => *value = Some(ids.uid(id)?.to_string()),
+            "gid" => *value = Some(ids.gid(id)?.to_string()),
+            _ => {}
+        }
+    }
+    let (uid, gid) = ids.root()?;
+    for (key, id) in [("uid", uid), ("gid", gid)] {
+        if kind == "tmpfs" && !options.data.iter().any(|(k, _)| k == key) {
+            options.data.push((key.into(), Some(id.to_string())));
+        }
+    }
+    Ok(())
 }
 
 /// What a bind mount shows, and whether that is a directory. Host paths mean nothing here: a source is

@@ -2,6 +2,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write as _},
+    os::fd::OwnedFd,
     path::PathBuf,
 };
 
@@ -10,15 +11,26 @@ use nix::{
     sys::signal::{SigSet, Signal},
 };
 
-use super::{Agent, Context as _, Failure, Result, process, sched};
+use super::{
+    Agent, Context as _, Failure, Result,
+    idmap::{self, Ids},
+    process, sched,
+};
 use crate::{
     control::{Create, Exec, Message},
     spec::{Spec, TimeOffset},
 };
 
+/// On which side of a fork this is.
+enum Fork {
+    Child,
+    /// With the child's pid.
+    Parent(i32),
+}
+
 /// Forks so that the child's parent is the agent, which then reaps it, and with `flags` for new
-/// namespaces. `true` in the child.
-fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<bool> {
+/// namespaces.
+fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<Fork> {
     let flags = libc::c_long::from((flags | CloneFlags::CLONE_PARENT).bits());
     // SAFETY: without CLONE_VM and with a null stack this is fork; the process has one thread, so
     // no lock is held by another one in the child.
@@ -33,12 +45,11 @@ fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<bool> {
         )
     };
     match pid {
-        0 => Ok(true),
+        0 => Ok(Fork::Child),
         1.. => {
-            agent.tell(&Message::Pid(
-                i32::try_from(pid).map_err(|_| Failure("clone gave no pid".into()))?,
-            ));
-            Ok(false)
+            let pid = i32::try_from(pid).map_err(|_| Failure("clone gave no pid".into()))?;
+            agent.tell(&Message::Pid(pid));
+            Ok(Fork::Parent(pid))
         }
         _ => Err(io::Error::last_os_error()).during("clone"),
     }
@@ -52,8 +63,9 @@ fn wants_own(spec: &Spec, kind: &str) -> bool {
         .any(|ns| ns.kind == kind && ns.path.is_empty())
 }
 
-/// Forks the container's init process into its pid (and time) namespace. `true` in the child.
-pub fn fork_container(agent: &Agent, create: &Create) -> Result<bool> {
+/// Forks the container's init process into its pid (and time) namespace. `None` in the parent, which
+/// has nothing more to do.
+pub fn fork_container(agent: &Agent, create: &Create, ids: &Ids) -> Result<Option<Child>> {
     let mut flags = CloneFlags::empty();
     match &create.pid_namespace {
         Some(path) => {
@@ -65,7 +77,27 @@ pub fn fork_container(agent: &Agent, create: &Create) -> Result<bool> {
     if wants_own(&create.spec, "time") {
         unshare_time(&create.spec)?;
     }
-    fork_sibling(agent, flags)
+    let entry = if wants_user(&create.spec) {
+        Some(idmap::Entry::new()?)
+    } else {
+        None
+    };
+    match (fork_sibling(agent, flags)?, entry) {
+        (Fork::Child, entry) => Ok(Some(Child { entry })),
+        (Fork::Parent(pid), Some(entry)) => entry.write_maps(pid, ids).map(|()| None),
+        (Fork::Parent(_), None) => Ok(None),
+    }
+}
+
+/// What the forked container process has from before the fork.
+pub struct Child {
+    /// The way into its user namespace.
+    pub entry: Option<idmap::Entry>,
+}
+
+/// A user namespace of the pod: each container gets one of its own, with the pod's map.
+fn wants_user(spec: &Spec) -> bool {
+    spec.linux.namespaces.iter().any(|ns| ns.kind == "user")
 }
 
 /// A new time namespace holds for children only, and takes its offsets before the first one.
@@ -85,21 +117,38 @@ fn unshare_time(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// Moves this process into the first of `cgroups` that takes it: one with cgroups below it and
-/// controllers enabled takes none (the "no internal processes" rule).
-pub fn join_cgroup(cgroups: &[PathBuf]) -> Result<()> {
-    let mut outcome = Err(Failure("no cgroup to join".into()));
-    for cgroup in cgroups {
-        let joined = OpenOptions::new()
-            .write(true)
-            .open(cgroup.join("cgroup.procs"))
-            .and_then(|mut file| file.write_all(b"0"));
-        outcome = joined.during(format_args!("joining cgroup {}", cgroup.display()));
-        if outcome.is_ok() {
-            break;
-        }
+/// Cgroups that can be joined later, when their paths are out of sight.
+pub struct Cgroups(Vec<(PathBuf, File)>);
+
+impl Cgroups {
+    /// Opens `cgroups` for joining.
+    pub fn open(cgroups: &[PathBuf]) -> Result<Self> {
+        let open = |path: &PathBuf| {
+            let file = OpenOptions::new()
+                .write(true)
+                .open(path.join("cgroup.procs"));
+            Ok((
+                path.clone(),
+                file.during(format_args!("cgroup {}", path.display()))?,
+            ))
+        };
+        cgroups.iter().map(open).collect::<Result<_>>().map(Self)
     }
-    outcome
+
+    /// Moves this process into the first that takes it: one with cgroups below it and controllers
+    /// enabled takes none (the "no internal processes" rule).
+    pub fn join(self) -> Result<()> {
+        let mut outcome = Err(Failure("no cgroup to join".into()));
+        for (path, mut file) in self.0 {
+            outcome = file
+                .write_all(b"0")
+                .during(format_args!("joining cgroup {}", path.display()));
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
+    }
 }
 
 /// The namespaces of the child: always its own mounts and cgroup root; ipc and uts as asked.
@@ -129,8 +178,10 @@ pub fn unshare_container(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// Forks a process into the container whose init process is `exec.init_pid`. `true` in the child.
-pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<bool> {
+/// Forks a process into the container whose init process is `exec.init_pid`. In the child, the
+/// container's user namespace if it has one, to be entered last ([`enter_user`]); `None` in the
+/// parent.
+pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<Option<UserNamespace>> {
     // Opened here: afterwards neither the agent's /proc nor its cgroup mount is in sight. They are
     // close-on-exec and gone before anything of the container runs.
     let pid = rustix::process::Pid::from_raw(exec.init_pid)
@@ -146,25 +197,37 @@ pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<bool> {
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWCGROUP;
-    if exec.user_namespace {
-        flags |= CloneFlags::CLONE_NEWUSER;
-    }
     if exec.time_namespace {
         flags |= CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
     }
-    join_cgroup(&exec.cgroups)?;
-    setns(container, flags).during("joining the container's namespaces")?;
-    if !fork_sibling(agent, CloneFlags::empty())? {
-        return Ok(false);
+    let cgroups = Cgroups::open(&exec.cgroups)?;
+    setns(&container, flags).during("joining the container's namespaces")?;
+    if let Fork::Parent(_) = fork_sibling(agent, CloneFlags::empty())? {
+        return Ok(None);
     }
+    // Only the process that stays: the helper itself is not the container's to count.
+    cgroups.join()?;
     process::start_session("")?;
-    Ok(true)
+    let has_user = !exec.uid_mappings.is_empty();
+    Ok(Some(UserNamespace(has_user.then_some(container))))
+}
+
+/// The user namespace of the container that an exec joins, by its init process.
+pub struct UserNamespace(Option<OwnedFd>);
+
+/// Enters it; the guest's root is given up.
+pub fn enter_user(namespace: UserNamespace) -> Result<()> {
+    match namespace.0 {
+        Some(container) => setns(container, CloneFlags::CLONE_NEWUSER)
+            .during("joining the container's user namespace"),
+        None => Ok(()),
+    }
 }
 
 /// Becomes two processes: this one ends, the child is init of a new pid namespace and reaps there
 /// until it is killed.
 pub fn hold_pid_namespace(agent: &Agent) -> Result<()> {
-    if !fork_sibling(agent, CloneFlags::CLONE_NEWPID)? {
+    if let Fork::Parent(_) = fork_sibling(agent, CloneFlags::CLONE_NEWPID)? {
         return Ok(());
     }
     process::start_session("")?;

@@ -76,7 +76,6 @@ pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp
         Some(profile) => seccomp::compile(agent, profile)?,
         None => filter::Filters::default(),
     };
-    set_rlimits(process)?;
     sets.drop_bounding()?;
     // A directory that only the user may enter is entered later, one that only root may, now.
     let entered = enter_cwd(process).is_ok();
@@ -182,7 +181,8 @@ fn resource(name: &str) -> Option<Resource> {
     })
 }
 
-fn set_rlimits(process: &Process) -> Result<()> {
+/// Before a user namespace is entered: raising a limit takes the guest's CAP_SYS_RESOURCE.
+pub fn set_rlimits(process: &Process) -> Result<()> {
     let value = |n: u64| (n != u64::MAX).then_some(n);
     for limit in &process.rlimits {
         let Some(resource) = resource(&limit.kind) else {

@@ -10,17 +10,19 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::{
-    fs::{Mode, OFlags, ResolveFlags, mkdirat, openat, openat2},
+    fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, mkdirat, openat, openat2},
     io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
-use super::{Context as _, Failure, Result};
+use super::{Context as _, Failure, Result, idmap::Ids};
 use crate::{control::Create, mount_attr};
 
 /// A directory that paths are resolved in.
 pub struct Root {
     dir: OwnedFd,
+    /// Who owns what is made in it: the container's root, in the guest's ids.
+    owner: (u32, u32),
 }
 
 /// What to make where a path leads to nothing.
@@ -34,7 +36,7 @@ pub enum Missing {
 
 impl Root {
     /// In the child's new mount namespace: attaches the root file system at the agent's place for it.
-    pub fn prepare(create: &Create) -> Result<Self> {
+    pub fn prepare(create: &Create, ids: &Ids) -> Result<Self> {
         // Nothing that the container mounts may reach the agent, and the other way round.
         mount(
             None::<&str>,
@@ -53,7 +55,10 @@ impl Root {
             Mode::empty(),
         )
         .during("root file system")?;
-        Ok(Self { dir })
+        Ok(Self {
+            dir,
+            owner: ids.root()?,
+        })
     }
 
     /// The root this process already lives in.
@@ -65,7 +70,7 @@ impl Root {
             Mode::empty(),
         )
         .during("/")?;
-        Ok(Self { dir })
+        Ok(Self { dir, owner: (0, 0) })
     }
 
     /// Opens what `path` leads to.
@@ -112,14 +117,17 @@ impl Root {
         };
         let parent = self.make_dirs(parents, path)?;
         let fd = match missing {
-            Missing::Directory => make_dir(&parent, last).during(path)?,
+            Missing::Directory => self.make_dir(&parent, last).during(path)?,
             Missing::File => {
                 let flags = OFlags::CREATE
                     | OFlags::NOFOLLOW
                     | OFlags::RDONLY
                     | OFlags::CLOEXEC
                     | OFlags::NONBLOCK;
-                openat(&parent, *last, flags, Mode::from_raw_mode(0o644)).during(path)?
+                let file =
+                    openat(&parent, *last, flags, Mode::from_raw_mode(0o644)).during(path)?;
+                self.own(&parent, last).during(path)?;
+                file
             }
         };
         Ok((fd, false))
@@ -145,11 +153,43 @@ impl Root {
             let prefix = names.get(..=n).unwrap_or_default().join("/");
             here = match self.open(&prefix, OFlags::PATH | OFlags::DIRECTORY) {
                 Ok(fd) => fd,
-                Err(Errno::NOENT) => make_dir(&here, name).during(whole)?,
+                Err(Errno::NOENT) => self.make_dir(&here, name).during(whole)?,
                 Err(error) => return Err(error).during(whole),
             };
         }
         Ok(here)
+    }
+
+    fn make_dir(&self, parent: &OwnedFd, name: &str) -> rustix::io::Result<OwnedFd> {
+        match mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) => self.own(parent, name)?,
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(error),
+        }
+        openat(
+            parent,
+            name,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+    }
+
+    /// Gives what was just made to the container's root.
+    ///
+    /// # Errors
+    /// Those of chown(2).
+    pub fn own(&self, parent: &OwnedFd, name: &str) -> rustix::io::Result<()> {
+        if self.owner == (0, 0) {
+            return Ok(());
+        }
+        let (uid, gid) = (Uid::from_raw(self.owner.0), Gid::from_raw(self.owner.1));
+        chownat(
+            parent,
+            name,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
     }
 
     /// Like [`Root::open_or_make`] for a directory, but refuses a symlink on the way: where the
@@ -193,19 +233,6 @@ impl Root {
         }
         Ok(())
     }
-}
-
-fn make_dir(parent: &OwnedFd, name: &str) -> rustix::io::Result<OwnedFd> {
-    match mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(error) => return Err(error),
-    }
-    openat(
-        parent,
-        name,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
 }
 
 /// The names of an absolute path, without "." and with ".." taken lexically.
@@ -287,6 +314,7 @@ mod tests {
     fn root(dir: &Path) -> Root {
         Root {
             dir: fs::File::open(dir).unwrap().into(),
+            owner: (0, 0),
         }
     }
 

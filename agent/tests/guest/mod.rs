@@ -9,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use brig_agent_protocol::{agent::*, agent_ttrpc::AgentClient, stream_header};
+use brig_agent_protocol::{
+    FIRST_PROCESS_STREAM, agent::*, agent_ttrpc::AgentClient, stream_header,
+};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -62,6 +64,13 @@ impl Guest {
     }
 
     pub async fn start_with(request: StartSandboxRequest) -> Self {
+        let guest = Self::boot().await;
+        guest.client.start_sandbox(ctx(), &request).await.unwrap();
+        guest
+    }
+
+    /// An agent whose sandbox has not been started.
+    pub async fn boot() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
         fs::create_dir_all(dir.path().join("share")).unwrap();
@@ -87,15 +96,44 @@ impl Guest {
             .events(ttrpc::context::Context::default(), &Empty::new())
             .await
             .unwrap();
-        client.start_sandbox(ctx(), &request).await.unwrap();
         Self {
             client,
             dir,
             events,
             seen: Vec::new(),
-            next_stream: 16,
+            next_stream: FIRST_PROCESS_STREAM,
             child,
         }
+    }
+
+    /// Runs a command of the host in the agent's network namespace.
+    pub fn in_network(&self, command: &str) -> String {
+        let output = Command::new("nsenter")
+            .args([
+                "--net",
+                "--target",
+                &self.child.id().to_string(),
+                "sh",
+                "-c",
+                command,
+            ])
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{command}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Opens the stream with this number.
+    pub async fn open_numbered(&self, number: u64) -> UnixStream {
+        let mut stream = UnixStream::connect(self.dir.path().join("agent.sock.streams"))
+            .await
+            .unwrap();
+        stream.write_all(&stream_header(number)).await.unwrap();
+        stream
     }
 
     pub fn share(&self) -> PathBuf {
@@ -135,11 +173,7 @@ impl Guest {
     pub async fn open_stream(&mut self) -> (u64, UnixStream) {
         let number = self.next_stream;
         self.next_stream += 1;
-        let mut stream = UnixStream::connect(self.dir.path().join("agent.sock.streams"))
-            .await
-            .unwrap();
-        stream.write_all(&stream_header(number)).await.unwrap();
-        (number, stream)
+        (number, self.open_numbered(number).await)
     }
 
     pub async fn stdio(&mut self, stdin: bool, terminal: bool) -> (Stdio, Ends) {

@@ -1,4 +1,4 @@
-//! A hostile stand-in for brig-vmm, for tests/jail.rs: it enters the jail as the VMM does, then does what
+//! A hostile stand-in for brig-vmm, for tests/jail: it enters the jail as the VMM does, then does what
 //! the test tells it over the control socket, and tries to get out.
 //!
 //! Requests and replies are words in one datagram each. Trusts the test.
@@ -64,6 +64,9 @@ fn answer(request: &str, held: &mut Vec<File>) -> String {
             .map_err(io::Error::from),
         "climb" => climb(path),
         "escapes" => Ok(escapes::table()),
+        "confine" => jail::seccomp::apply(jail::seccomp::ThreadKind::Fs)
+            .map(|()| "confined".into())
+            .map_err(io::Error::other),
         "die" => std::process::abort(),
         _ => Ok(format!("unknown request {verb}")),
     };

@@ -2,15 +2,17 @@
 //!
 //! For tests, and for an operator who wants to know. Trusts the node's kernel, not the process.
 
+pub mod filters;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 
 use super::allow;
 
-/// What a process must show.
+/// How far a process must have confined itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub enum Extent {
     /// [`super::enter`] is done.
     Jailed,
     /// And every thread has its filter.
@@ -21,12 +23,12 @@ pub enum Stage {
 ///
 /// # Errors
 /// If the process has ended or its `/proc` entry cannot be read.
-pub fn differences(pid: u32, stage: Stage) -> io::Result<Vec<String>> {
+pub fn differences(pid: u32, extent: Extent) -> io::Result<Vec<String>> {
     let proc = format!("/proc/{pid}");
     let mut found = Vec::new();
     for task in fs::read_dir(format!("{proc}/task"))? {
         let status = fs::read_to_string(task?.path().join("status"))?;
-        thread(&status, stage, &mut found);
+        thread(&status, extent, &mut found);
     }
     mounts(
         &fs::read_to_string(format!("{proc}/mountinfo"))?,
@@ -63,7 +65,7 @@ pub fn differences(pid: u32, stage: Stage) -> io::Result<Vec<String>> {
     Ok(found)
 }
 
-fn thread(status: &str, stage: Stage, found: &mut Vec<String>) {
+fn thread(status: &str, extent: Extent, found: &mut Vec<String>) {
     let field = |name: &str| {
         status
             .lines()
@@ -89,7 +91,7 @@ fn thread(status: &str, stage: Stage, found: &mut Vec<String>) {
             ));
         }
     }
-    let seccomp = if stage == Stage::Filtered { "2" } else { "0" };
+    let seccomp = if extent == Extent::Filtered { "2" } else { "0" };
     for (what, wanted) in [
         ("NoNewPrivs", "1"),
         ("Seccomp", seccomp),
@@ -194,7 +196,7 @@ mod tests {
         );
         let check = |status: &str| {
             let mut found = Vec::new();
-            thread(status, Stage::Filtered, &mut found);
+            thread(status, Extent::Filtered, &mut found);
             found.len()
         };
         assert_eq!(check(&status), 0);

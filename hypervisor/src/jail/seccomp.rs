@@ -30,7 +30,7 @@ pub fn apply(kind: ThreadKind) -> Result<(), SeccompError> {
     let error = |source: Box<dyn std::error::Error + Send + Sync>| SeccompError { kind, source };
     #[cfg(any(debug_assertions, feature = "seccomp-trap"))]
     trap::install().map_err(|source| error(source.into()))?;
-    let program = compile(kind).map_err(|source| error(source.into()))?;
+    let program = compile(kind, on_mismatch()).map_err(|source| error(source.into()))?;
     seccompiler::apply_filter(&program).map_err(|source| error(source.into()))
 }
 
@@ -54,20 +54,25 @@ fn on_mismatch() -> SeccompAction {
     }
 }
 
-fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
+/// The filters a thread of this kind may have: that of a release and that of a build with a message.
+pub(super) fn programs(kind: ThreadKind) -> Result<[BpfProgram; 2], seccompiler::BackendError> {
+    Ok([
+        compile(kind, SeccompAction::KillProcess)?,
+        compile(kind, SeccompAction::Trap)?,
+    ])
+}
+
+fn compile(
+    kind: ThreadKind,
+    mismatch: SeccompAction,
+) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for call in system_calls(kind) {
         // No rule means "with any arguments", and that is the one to win.
         let entry = rules.entry(call.number).or_default();
         entry.extend(conditions(call.when)?);
     }
-    SeccompFilter::new(
-        rules,
-        on_mismatch(),
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?
-    .try_into()
+    SeccompFilter::new(rules, mismatch, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
 fn conditions(when: When) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {

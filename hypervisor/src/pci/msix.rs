@@ -1,8 +1,9 @@
 //! MSI-X (PCI 3.0 §6.8.2): the table and pending bits of one function, delivered by irqfd.
 //!
 //! The table is the guest's and may hold anything: a message can only interrupt the guest's own
-//! CPUs. A route is given to the hypervisor only when a vector is unmasked with a message that
-//! differs from the last one, since each change costs the whole routing table.
+//! CPUs. Each change of a route costs KVM the whole routing table and a grace period, so routes are
+//! made when a function first interrupts, for all its vectors at once: what the guest writes before,
+//! masked or twice, costs nothing, nor do vectors of a device that is never used.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -99,17 +100,15 @@ impl Msix {
         }
     }
 
-    /// The guest wrote the message control register. All vectors that this unmasks are routed in
-    /// one call.
+    /// The guest wrote the message control register.
     ///
     /// # Errors
-    /// If routing fails; the affected vectors stay silent.
+    /// If what was pending could not be delivered.
     pub fn control(&self, enabled: bool, function_masked: bool) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.enabled = enabled;
         state.function_masked = function_masked;
-        let count = state.vectors.len();
-        self.refresh(&mut state, 0..count)
+        self.deliver_pending(&mut state)
     }
 
     /// Reads the table; `offset` from its start.
@@ -125,7 +124,7 @@ impl Msix {
     /// Writes the table.
     ///
     /// # Errors
-    /// If routing fails; the vector stays silent.
+    /// If what was pending could not be delivered.
     pub fn table_write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = lock(&self.state);
         let Some((index, within)) = position(&state, offset, data.len()) else {
@@ -142,7 +141,7 @@ impl Msix {
         vector.address = part(0..8);
         vector.data = u32::try_from(part(8..12)).unwrap_or(0);
         vector.control = u32::try_from(part(12..16)).unwrap_or(0) & MASKED;
-        self.refresh(&mut state, index..index + 1)
+        self.deliver_pending(&mut state)
     }
 
     /// Reads the pending bits; `offset` from their start.
@@ -165,7 +164,7 @@ impl Msix {
     /// exist is ignored, as is everything while MSI-X is off.
     ///
     /// # Errors
-    /// If the event could not be signalled.
+    /// If the route could not be made or the event not be signalled.
     pub fn trigger(&self, index: u16) -> io::Result<()> {
         let mut state = lock(&self.state);
         if !state.enabled {
@@ -175,38 +174,50 @@ impl Msix {
         let Some(vector) = state.vectors.get_mut(usize::from(index)) else {
             return Ok(());
         };
-        if masked || vector.control & MASKED != 0 {
+        if masked || vector.masked() {
             vector.pending = true;
             return Ok(());
         }
-        vector.signal()
+        if !vector.is_routed() {
+            self.route(&mut state)?;
+        }
+        state.vectors[usize::from(index)].signal()
     }
 
-    /// Routes what is unmasked and changed, then delivers what became deliverable.
-    fn refresh(&self, state: &mut State, range: std::ops::Range<usize>) -> io::Result<()> {
+    /// Delivers what became deliverable.
+    fn deliver_pending(&self, state: &mut State) -> io::Result<()> {
         if !state.enabled || state.function_masked {
             return Ok(());
         }
-        let mut changed = Vec::new();
-        for vector in &mut state.vectors[range.clone()] {
-            if vector.control & MASKED != 0 || vector.routed == Some(vector.message()) {
-                continue;
-            }
-            let gsi = match &vector.route {
-                Some(route) => route.gsi,
-                None => vector.route.insert(self.routes.allocate()?).gsi,
-            };
-            changed.push((gsi, vector.message()));
-        }
-        if !changed.is_empty() {
-            self.routes.update(&changed)?;
-        }
-        for vector in &mut state.vectors[range] {
-            if vector.control & MASKED == 0 {
-                vector.routed = Some(vector.message());
-                if std::mem::take(&mut vector.pending) {
-                    vector.signal()?;
+        for index in 0..state.vectors.len() {
+            let vector = &mut state.vectors[index];
+            if vector.pending && !vector.masked() {
+                vector.pending = false;
+                if !vector.is_routed() {
+                    self.route(state)?;
                 }
+                state.vectors[index].signal()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Routes all vectors that are unmasked and not routed as the table says, in one call.
+    fn route(&self, state: &mut State) -> io::Result<()> {
+        let mut changed = Vec::new();
+        for vector in &mut state.vectors {
+            if !vector.masked() && !vector.is_routed() {
+                let gsi = match &vector.route {
+                    Some(route) => route.gsi,
+                    None => vector.route.insert(self.routes.allocate()?).gsi,
+                };
+                changed.push((gsi, vector.message()));
+            }
+        }
+        self.routes.update(&changed)?;
+        for vector in &mut state.vectors {
+            if !vector.masked() {
+                vector.routed = Some(vector.message());
             }
         }
         Ok(())
@@ -214,10 +225,18 @@ impl Msix {
 }
 
 impl Vector {
+    fn masked(&self) -> bool {
+        self.control & MASKED != 0
+    }
+
+    fn is_routed(&self) -> bool {
+        self.route.is_some() && self.routed == Some(self.message())
+    }
+
     fn signal(&self) -> io::Result<()> {
-        match (&self.route, self.routed) {
-            (Some(route), Some(_)) => route.trigger.write(1),
-            _ => Ok(()),
+        match &self.route {
+            Some(route) => route.trigger.write(1),
+            None => Ok(()),
         }
     }
 }
@@ -292,22 +311,30 @@ mod tests {
     };
 
     #[test]
-    fn routes_are_set_once_in_a_batch_and_skipped_when_masked_or_unchanged() {
+    fn routes_are_made_at_the_first_interrupt_for_all_vectors_and_again_only_after_a_change() {
         let routes = Arc::new(FakeRoutes::default());
         let msix = Msix::new(3, Arc::<FakeRoutes>::clone(&routes));
         write_entry(&msix, 0, ONE, false);
         write_entry(&msix, 1, TWO, false);
-        assert!(lock(&routes.updates).is_empty());
         msix.control(true, false).unwrap();
+        assert!(lock(&routes.updates).is_empty());
+        msix.trigger(1).unwrap();
         assert_eq!(*lock(&routes.updates), [vec![(24, ONE), (25, TWO)]]);
+        msix.trigger(0).unwrap();
         // Masking and unmasking with the same message costs nothing.
         write_entry(&msix, 0, ONE, true);
         write_entry(&msix, 0, ONE, false);
+        msix.trigger(0).unwrap();
         assert_eq!(lock(&routes.updates).len(), 1);
-        write_entry(&msix, 2, TWO, true);
+        // The guest moves the interrupt to another CPU.
+        write_entry(&msix, 0, TWO, false);
+        assert_eq!(lock(&routes.updates).len(), 1);
+        msix.trigger(0).unwrap();
+        assert_eq!(lock(&routes.updates)[1], [(24, TWO)]);
+        // The masked vector has no source.
         assert_eq!(lock(&routes.triggers).len(), 2);
-        msix.table_write(8, &0x55u32.to_le_bytes()).unwrap();
-        assert_eq!(lock(&routes.updates).len(), 2);
+        assert_eq!(lock(&routes.triggers)[0].read().unwrap(), 3);
+        assert_eq!(lock(&routes.triggers)[1].read().unwrap(), 1);
     }
 
     #[test]

@@ -272,7 +272,7 @@ fn mount_points(table: &[u8]) -> impl Iterator<Item = Vec<u8>> {
 }
 
 /// Undoes the kernel's `\ooo` for space, tab, newline and backslash.
-fn unescape(field: &[u8]) -> Vec<u8> {
+pub(super) fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let [first, tail @ ..] = rest {

@@ -7,12 +7,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{CWD, FileType, fstat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
-use super::ShareError;
+use super::{ShareError, kernel_fs};
 
 /// One of the mounts containerd sends for a root file system; each goes on top of the one before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,24 +42,68 @@ const MAX_OPTIONS: usize = 4095;
 
 /// Clones the mount at a host path.
 pub(super) fn clone(path: &Path, recursive: bool, kind: Kind) -> Result<OwnedFd, ShareError> {
-    let source = |source: io::Error| ShareError::Source {
+    let failed = |source: io::Error| ShareError::Source {
         path: path.to_owned(),
         source,
     };
-    let mount = clone_tree(path, recursive).map_err(|error| source(error.into()))?;
-    let stat = fstat(&mount).map_err(|error| source(error.into()))?;
+    let mount = if recursive {
+        clone_recursively(path).map_err(failed)?
+    } else {
+        clone_tree(path, false).map_err(|errno| failed(errno.into()))?
+    };
+    let stat = fstat(&mount).map_err(|errno| failed(errno.into()))?;
     let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
     match (kind, is_directory) {
-        (Kind::Directory, true) | (Kind::File, false) => Ok(mount),
-        (Kind::Directory, false) => Err(ShareError::Kind {
-            path: path.to_owned(),
-            expected: "directory",
-        }),
-        (Kind::File, true) => Err(ShareError::Kind {
-            path: path.to_owned(),
-            expected: "file",
-        }),
+        (Kind::Directory, false) => {
+            return Err(ShareError::Kind {
+                path: path.to_owned(),
+                expected: "directory",
+            });
+        }
+        (Kind::File, true) => {
+            return Err(ShareError::Kind {
+                path: path.to_owned(),
+                expected: "file",
+            });
+        }
+        _ => {}
     }
+    let statfs = rustix::fs::fstatfs(&mount).map_err(|errno| failed(errno.into()))?;
+    if kernel_fs::is_kernel_type(statfs.f_type.cast_unsigned()) {
+        return Err(ShareError::KernelFileSystem {
+            path: path.to_owned(),
+        });
+    }
+    Ok(mount)
+}
+
+/// Clones a path with the mounts below it, without the kernel's own.
+fn clone_recursively(path: &Path) -> io::Result<OwnedFd> {
+    // As the mount table has it, without links.
+    let path = std::fs::canonicalize(path)?;
+    if kernel_fs::below(&path)?.is_empty() {
+        return Ok(clone_tree(&path, true)?);
+    }
+    // What is unmounted in a namespace of its own is unmounted nowhere else.
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("share".into())
+            .spawn_scoped(scope, || {
+                unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)?;
+                // A slave, so that the clone can be one.
+                propagate(MsFlags::MS_SLAVE)?;
+                let points = kernel_fs::below(&path)?;
+                for point in points.iter().rev() {
+                    umount2(
+                        point.as_c_str(),
+                        MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
+                    )?;
+                }
+                Ok(clone_tree(&path, true)?)
+            })?
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+    })
 }
 
 fn clone_tree(path: &Path, recursive: bool) -> rustix::io::Result<OwnedFd> {
@@ -148,19 +192,21 @@ fn mount_elsewhere(mounts: &[RootfsMount]) -> Result<OwnedFd, ShareError> {
     };
     unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
         .map_err(|errno| failed.clone()("making a mount namespace")(errno.into()))?;
-    mount_private().map_err(|source| failed.clone()("making the mounts private")(source))?;
+    propagate(MsFlags::MS_PRIVATE)
+        .map_err(|source| failed.clone()("making the mounts private")(source))?;
     for one in mounts {
         mount_one(one)?;
     }
     clone_tree(Path::new(SCRATCH), true).map_err(|errno| failed("cloning the mount")(errno.into()))
 }
 
-fn mount_private() -> io::Result<()> {
+/// Sets how the whole namespace hears of other namespaces' mounts; they hear nothing of this one's.
+fn propagate(kind: MsFlags) -> io::Result<()> {
     Ok(mount(
         None::<&str>,
         "/",
         None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        MsFlags::MS_REC | kind,
         None::<&str>,
     )?)
 }

@@ -200,12 +200,7 @@ impl<'a> Sources<'a> {
         )
     }
 
-    fn control(
-        &self,
-        operation: ControlOperation,
-        fd: RawFd,
-        event: EpollEvent,
-    ) -> io::Result<()> {
+    fn control(&self, operation: ControlOperation, fd: RawFd, event: EpollEvent) -> io::Result<()> {
         self.epoll.ctl(operation, fd, event)
     }
 }

@@ -90,6 +90,7 @@ mod tests {
             vmm: Identity::of(vmm.id()),
             cgroup: None,
             socket: None,
+            netns: None,
         })
         .unwrap();
         assert_eq!(clean(&dir).unwrap(), vmm.id());

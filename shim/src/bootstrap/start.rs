@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
+use rustix::fs::Mode;
 use sha2::{Digest, Sha256};
 
 use super::args::Args;
@@ -88,6 +89,20 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>> {
             .create(dir)
             .map_err(failed)?;
     }
+    // containerd alone talks to a shim. This process has one thread, so nobody else minds the umask.
+    let before = rustix::process::umask(Mode::from_raw_mode(0o077));
+    let bound = bind(socket);
+    rustix::process::umask(before);
+    bound
+}
+
+fn bind(socket: &Path) -> Result<Option<UnixListener>> {
+    let failed = |error: io::Error| {
+        Error::io(
+            format_args!("cannot listen on {}", socket.display()),
+            &error,
+        )
+    };
     match UnixListener::bind(socket) {
         Ok(listener) => return Ok(Some(listener)),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}

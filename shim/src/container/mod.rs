@@ -142,10 +142,30 @@ pub enum Request {
     Stats {
         reply: Reply<StatsResponse>,
     },
+    Pids {
+        reply: Reply<Vec<Listed>>,
+    },
     Wait {
         exec_id: String,
         reply: Reply<oneshot::Receiver<Exit>>,
     },
+}
+
+/// One process in a container; an exec's own process has its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The VMM's pid: a guest's numbers would name strangers on the node.
+    pub pid: u32,
+    /// The exec it is the process of.
+    pub exec_id: Option<String>,
+}
+
+/// What a start has brought about.
+struct Begun {
+    /// An exec's streams.
+    stdio: Option<Stdio>,
+    /// Pid in the guest.
+    guest_pid: u32,
 }
 
 /// What was made on the host and in the guest for a container.
@@ -170,7 +190,7 @@ enum Message {
     Made(Box<Result<Made>>),
     Started {
         exec_id: String,
-        result: Result<Option<Stdio>>,
+        result: Result<Begun>,
         reply: Reply<u32>,
     },
     ExecDeleted {
@@ -248,6 +268,8 @@ struct Member {
     stdin_closed: bool,
     /// The agent knows it.
     in_guest: bool,
+    /// Its pid in the guest once it was started, else 0.
+    guest_pid: u32,
     deleting: bool,
 }
 
@@ -259,6 +281,7 @@ impl Member {
             spec,
             stdin_closed: false,
             in_guest: false,
+            guest_pid: 0,
             deleting: false,
         }
     }
@@ -446,7 +469,7 @@ impl Container {
         Next::Continue
     }
 
-    fn started(&mut self, exec_id: &str, result: Result<Option<Stdio>>, reply: Reply<u32>) {
+    fn started(&mut self, exec_id: &str, result: Result<Begun>, reply: Reply<u32>) {
         let (id, pid) = (self.id.clone(), self.pid());
         let init = exec_id.is_empty();
         let Ok(member) = self.member(exec_id) else {
@@ -462,8 +485,9 @@ impl Container {
                 member.process.start_failed(exit);
                 let _ = reply.send(Err(error));
             }
-            Ok(stdio) => {
-                if let Some(stdio) = stdio {
+            Ok(begun) => {
+                member.guest_pid = begun.guest_pid;
+                if let Some(stdio) = begun.stdio {
                     member.set_stdio(stdio);
                 }
                 member.in_guest = true;

@@ -1,14 +1,18 @@
 //! What each request of containerd does to a container: check the state, answer, or spawn the work.
 
+use std::collections::HashMap;
+
 use brig_agent_protocol::agent::{ContainerRef, ResizePtyRequest, SignalRequest, UpdateRequest};
 use tokio::sync::oneshot;
 use ttrpc::context;
 
-use super::{Container, Deleted, Member, Message, ProcessState, Reply, Request, work};
+use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
 use crate::error::{Error, Result};
 use crate::events::TaskEvent;
 use crate::process::{Exit, Io, Phase};
 
+/// Processes of a container that are listed.
+const MAX_LISTED: usize = 4096;
 /// Signal numbers of Linux.
 const SIGNALS: std::ops::RangeInclusive<u32> = 1..=64;
 
@@ -53,6 +57,7 @@ impl Container {
             Request::Resume { reply } => self.pause(false, reply),
             Request::Update { resources, reply } => self.update(resources, reply),
             Request::Stats { reply } => self.stats(reply),
+            Request::Pids { reply } => self.pids(reply),
         }
     }
 
@@ -90,10 +95,8 @@ impl Container {
             .map(|member| (member.process.io.clone(), std::mem::take(&mut member.spec)));
         tokio::spawn(async move {
             let result = match exec {
-                None => work::start_init(&vm, &id).await.map(|()| None),
-                Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec)
-                    .await
-                    .map(Some),
+                None => work::start_init(&vm, &id).await,
+                Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
             };
             let _ = mailbox
                 .send(Message::Started {
@@ -339,6 +342,36 @@ impl Container {
         tokio::spawn(async move {
             let answer = vm.agent().stats(context::Context::default(), &request);
             let _ = reply.send(vm.call("Stats", answer).await);
+        });
+    }
+
+    fn pids(&mut self, reply: Reply<Vec<Listed>>) {
+        let vm = match self.in_life() {
+            Ok(vm) => vm,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let request = self.reference();
+        let execs: HashMap<u32, String> = self
+            .execs
+            .iter()
+            .filter(|(_, member)| member.guest_pid != 0)
+            .map(|(exec_id, member)| (member.guest_pid, exec_id.clone()))
+            .collect();
+        tokio::spawn(async move {
+            let answer = vm
+                .agent()
+                .list_processes(context::Context::default(), &request);
+            let listed = vm.call("ListProcesses", answer).await.map(|list| {
+                let listed = |pid| Listed {
+                    pid: vm.pid(),
+                    exec_id: execs.get(&pid).cloned(),
+                };
+                list.pids.into_iter().take(MAX_LISTED).map(listed).collect()
+            });
+            let _ = reply.send(listed);
         });
     }
 

@@ -4,7 +4,7 @@ use brig_agent_protocol::agent::{CreateExecRequest, ProcessRef, SignalRequest};
 use slog::warn;
 use ttrpc::context;
 
-use super::Context;
+use super::{Begun, Context};
 use crate::error::{Kind, Result};
 use crate::process::Io;
 use crate::stdio::{Ends, Stdio};
@@ -19,12 +19,16 @@ fn process(id: &str, exec_id: &str) -> ProcessRef {
 }
 
 /// Starts the init process.
-pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<()> {
+pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<Begun> {
     let request = process(id, "");
     let answer = vm
         .agent()
         .start_process(context::Context::default(), &request);
-    vm.call("StartProcess", answer).await.map(drop)
+    let started = vm.call("StartProcess", answer).await?;
+    Ok(Begun {
+        stdio: None,
+        guest_pid: started.pid,
+    })
 }
 
 /// Opens an exec's streams, makes it in the guest and starts it; nothing is left when that fails.
@@ -35,7 +39,7 @@ pub(super) async fn start_exec(
     exec_id: &str,
     io: &Io,
     spec: Vec<u8>,
-) -> Result<Stdio> {
+) -> Result<Begun> {
     let ends = Ends::open(io, &context.namespace, id, context.drain).await?;
     let stdio = ends.connect(vm).await?;
     let request = CreateExecRequest {
@@ -56,18 +60,23 @@ pub(super) async fn start_exec(
             let answer = vm
                 .agent()
                 .start_process(context::Context::default(), &request);
-            vm.call("StartProcess", answer).await.map(drop)
+            vm.call("StartProcess", answer).await
         }
         Err(error) => Err(error),
     };
-    if let Err(error) = started {
-        stdio.abandon(vm).await;
-        if in_guest {
-            delete_in_guest(context, vm, id, exec_id).await;
+    match started {
+        Ok(started) => Ok(Begun {
+            stdio: Some(stdio),
+            guest_pid: started.pid,
+        }),
+        Err(error) => {
+            stdio.abandon(vm).await;
+            if in_guest {
+                delete_in_guest(context, vm, id, exec_id).await;
+            }
+            Err(error)
         }
-        return Err(error);
     }
-    Ok(stdio)
 }
 
 /// Lets a process go that has ended: output is delivered first, then the agent forgets it.

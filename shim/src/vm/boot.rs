@@ -17,10 +17,12 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context;
 
 use super::control::{Control, ControlError, Incoming};
-use super::watch::{Watch, forward_lines};
+use super::lines;
+use super::watch::Watch;
 use super::{Host, Launched, Plan, Timeouts, Vm, first_stream};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Kind, Result};
+use crate::network::GuestNetwork;
 
 /// Missed signs of life after which the agent counts as silent.
 const MISSES: u32 = 3;
@@ -66,6 +68,8 @@ pub struct Sandbox {
     pub id: String,
     /// Its host name.
     pub hostname: String,
+    /// Its network, once the VM is launched.
+    pub network: GuestNetwork,
 }
 
 impl Boot {
@@ -153,7 +157,7 @@ impl Boot {
 async fn boot(
     host: Arc<dyn Host>,
     mut plan: Plan,
-    sandbox: Sandbox,
+    mut sandbox: Sandbox,
     progress: &watch_channel::Sender<Progress>,
     news: mpsc::Sender<News>,
     logger: &Logger,
@@ -173,10 +177,14 @@ async fn boot(
     };
     mark("vmm.launch", SystemTime::now());
     let executed = SystemTime::now();
-    let launched = tokio::task::spawn_blocking(move || host.launch(&plan))
+    let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan))
         .await
         .map_err(worker_ended)??;
     mark("vmm.launched", SystemTime::now());
+    sandbox.network = std::mem::take(&mut launched.network);
+    for what in &sandbox.network.left_out {
+        warn!(logger, "the guest's network is not all of the pod's"; "left_out" => what);
+    }
     let (vm, machine, incoming) = adopt(launched, timeouts, cgroup, logger)?;
     let _ = news.send(News::Launched(Arc::clone(&vm))).await;
     progress.send_replace(Progress::Launched(Arc::clone(&vm)));
@@ -214,12 +222,14 @@ fn adopt(
     let agent = tokio::net::UnixStream::from_std(launched.agent).map_err(failed)?;
     let (death_sender, death) = watch_channel::channel(None);
     let kill = Arc::new(Notify::new());
+    let pressure = Arc::new(Notify::new());
     let watch = Watch {
         process: launched.process,
         events,
         stderr: launched.stderr,
         cgroup,
         kill: Arc::clone(&kill),
+        pressure: Arc::clone(&pressure),
         death: death_sender,
         logger: logger.clone(),
     };
@@ -234,6 +244,7 @@ fn adopt(
         next_stream: first_stream(),
         timeouts,
     });
+    tokio::spawn(relieve(Arc::downgrade(&vm), pressure, logger.clone()));
     let (machine, fds) = launched.machine;
     let machine = (RequestBody::Start(Box::new(machine)), fds);
     Ok((vm, machine, agent_connected))
@@ -297,6 +308,9 @@ async fn start_sandbox(vm: &Vm, sandbox: &Sandbox) -> Result<()> {
         hostname: sandbox.hostname.clone(),
         unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         share_tag: SHARE_TAG.to_owned(),
+        interfaces: sandbox.network.interfaces.clone(),
+        routes: sandbox.network.routes.clone(),
+        neighbours: sandbox.network.neighbours.clone(),
         ..StartSandboxRequest::default()
     };
     let answer = vm
@@ -312,7 +326,7 @@ async fn follow_log(vm: &Vm, logger: &Logger) {
     };
     match vm.open_numbered(LOG_STREAM, None, Some(write)).await {
         Ok(_end) => {
-            tokio::spawn(forward_lines(read, "agent", logger.clone()));
+            tokio::spawn(lines::forward(read, "agent", logger.clone()));
         }
         Err(error) => warn!(logger, "no log of the agent"; "error" => error.message),
     }
@@ -364,6 +378,24 @@ async fn report_counters(vm: Arc<Vm>, news: mpsc::Sender<News>, executed: System
         let _ = news.try_send(News::Mark(name, at));
     }
     let _ = news.try_send(News::Exits(counters.exits));
+}
+
+/// Asks the guest to let go of cached files when the file server runs short of descriptors; one
+/// request at a time.
+async fn relieve(vm: std::sync::Weak<Vm>, pressure: Arc<Notify>, logger: Logger) {
+    loop {
+        let Some(held) = vm.upgrade() else { return };
+        tokio::select! {
+            () = pressure.notified() => {}
+            _ = held.ended() => return,
+        }
+        debug!(logger, "the guest is asked to drop its caches");
+        let request = Empty::new();
+        let answer = held
+            .agent
+            .drop_caches(context::Context::default(), &request);
+        let _ = held.call("DropCaches", answer).await;
+    }
 }
 
 /// Asks the agent for a sign of life now and then; one that is silent for several is stopped.

@@ -7,10 +7,10 @@ use brig_hypervisor::launch::VmmExit;
 
 use crate::error::Error;
 
-/// Console lines that are quoted after a panic.
-const QUOTED_LINES: usize = 6;
+/// Console lines that are quoted when none of them is the panic's own.
+const QUOTED_LINES: usize = 3;
 /// The longest quotation in characters.
-const QUOTED_CHARS: usize = 1000;
+const QUOTED_CHARS: usize = 400;
 
 /// The end of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,17 +80,21 @@ fn quote(console: &[String]) -> String {
     if console.is_empty() {
         return "its console said nothing".to_owned();
     }
-    // The panic's own line says most; what follows it is a stack.
-    let begin = console
-        .iter()
-        .position(|line| line.contains("Kernel panic"))
-        .unwrap_or(console.len().saturating_sub(QUOTED_LINES));
-    let lines: Vec<&str> = console[begin..]
-        .iter()
-        .take(QUOTED_LINES)
-        .map(String::as_str)
-        .collect();
-    lines.join(" | ").chars().take(QUOTED_CHARS).collect()
+    // The panic's own line says it; what follows is a stack, which the log has.
+    let own = console.iter().rfind(|line| line.contains("Kernel panic"));
+    let quoted = match own {
+        Some(line) => line.clone(),
+        None => console[console.len().saturating_sub(QUOTED_LINES)..].join(" | "),
+    };
+    without_time(&quoted).chars().take(QUOTED_CHARS).collect()
+}
+
+/// Takes the kernel's time stamp away from the beginning of a line.
+fn without_time(line: &str) -> &str {
+    match line.split_once("] ") {
+        Some((time, rest)) if time.starts_with('[') => rest,
+        _ => line,
+    }
 }
 
 #[cfg(test)]
@@ -123,11 +127,17 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_quotes_its_own_lines_not_the_ones_before() {
-        let console = ["boot", "Kernel panic - not syncing: no init", "CPU: 0"];
+    fn a_panic_quotes_its_own_line_and_nothing_else() {
+        let console = [
+            "boot",
+            "[    0.58] Kernel panic - not syncing: no init",
+            "CPU: 0",
+        ];
         let reason = reason(VmmExit::Code(exit::PANIC), &console, None);
-        assert!(reason.contains("no init | CPU: 0"), "{reason}");
-        assert!(!reason.contains("boot |"), "{reason}");
+        assert!(
+            reason.ends_with("panicked: Kernel panic - not syncing: no init"),
+            "{reason}"
+        );
         let long = vec!["x".repeat(5000)];
         let death = Death::new(
             Some(VmmExit::Code(exit::PANIC)),

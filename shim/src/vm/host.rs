@@ -21,6 +21,7 @@ use rustix::pipe::PipeFlags;
 use super::{Host, Launched, Plan, shown};
 use crate::cgroup::{self, Cgroup};
 use crate::error::{Error, Result};
+use crate::network::{self, PodNetwork};
 use crate::spec::Network;
 
 /// The node this process runs on.
@@ -43,6 +44,10 @@ impl Host for Node {
             ))
         })?;
         let netns = open_netns(&plan.network)?;
+        let network = match &plan.network {
+            Network::New => PodNetwork::default(),
+            Network::Path(path) => network::set_up(path, config.vcpus.into())?,
+        };
         let failed = |error: io::Error| Error::io("cannot prepare the VM", &error);
         let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
         let (stderr, vmm_stderr) =
@@ -67,6 +72,8 @@ impl Host for Node {
         let control = process
             .take_control()
             .ok_or_else(|| Error::internal("the VMM has no control socket"))?;
+        let guest_network = network.guest();
+        let mut fds = vec![kvm, kernel, initramfs, vmm_agent.into()];
         let machine = VmConfig {
             vcpus: config.vcpus,
             memory_bytes: plan.memory,
@@ -75,13 +82,12 @@ impl Host for Node {
             initramfs: 2,
             cmdline: String::new(),
             agent: 3,
-            nets: Vec::new(),
+            nets: network.devices(&mut fds),
             disks: Vec::new(),
             share_tag: Some(SHARE_TAG.to_owned()),
             debug_console: config.debug_console,
             allow_slow_kvm: config.allow_slow_kvm,
         };
-        let fds = vec![kvm, kernel, initramfs, vmm_agent.into()];
         Ok(Launched {
             process: Box::new(process),
             control,
@@ -89,6 +95,7 @@ impl Host for Node {
             stderr,
             mounts: Arc::new(share),
             machine: (machine, fds),
+            network: guest_network,
         })
     }
 

@@ -8,6 +8,7 @@ pub mod boot;
 pub mod control;
 pub mod death;
 pub mod host;
+mod lines;
 mod share;
 pub mod watch;
 
@@ -33,6 +34,7 @@ use ttrpc::context;
 use crate::cgroup::Cgroup;
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
+use crate::network::GuestNetwork;
 use crate::spec::Network;
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
@@ -146,6 +148,8 @@ pub struct Launched {
     pub mounts: Arc<dyn Mounts>,
     /// The machine, and the descriptors it names.
     pub machine: (VmConfig, Vec<OwnedFd>),
+    /// What the guest is told about its network.
+    pub network: GuestNetwork,
 }
 
 /// Time-outs of one VM.

@@ -3,27 +3,25 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use brig_hypervisor::control::Event;
 use slog::{Logger, info, warn};
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader, Interest};
-use tokio::net::unix::pipe;
+use tokio::io::Interest;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
 
 use super::VmProcess;
 use super::death::Death;
+use super::lines;
 use crate::cgroup::Cgroup;
-use crate::log::{Gate, Passed};
+use crate::log::Gate;
 use crate::watched::watched;
 
 /// Console lines kept for the reason of a panic.
 const KEPT_LINES: usize = 64;
-/// The longest line taken from the guest or the VMM, in bytes.
-const MAX_LINE: u64 = 1024;
 /// How long the last words of an ended VMM may take to arrive.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -39,6 +37,8 @@ pub struct Watch {
     pub cgroup: Option<Cgroup>,
     /// Notified when the VMM is to be killed.
     pub kill: Arc<Notify>,
+    /// Notified when the guest should let go of cached files.
+    pub pressure: Arc<Notify>,
     /// Where the end is told.
     pub death: watch::Sender<Option<Death>>,
     /// The log.
@@ -49,10 +49,10 @@ impl Watch {
     /// Runs until the process is reaped.
     pub async fn run(mut self) {
         let before = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
-        let errors = forward_lines(self.stderr, "vmm", self.logger.clone());
+        let errors = lines::forward(self.stderr, "vmm", self.logger.clone());
         let mut errors = tokio::spawn(errors);
-        let console = keep_console(self.events, self.logger.clone());
-        let mut console = tokio::spawn(console);
+        let heard = listen(self.events, self.pressure, self.logger.clone());
+        let mut heard = tokio::spawn(heard);
         let exit = loop {
             match wait_readable(&*self.process, &self.kill).await {
                 Ok(true) => {}
@@ -69,10 +69,17 @@ impl Watch {
                 }
             }
         };
-        let lines = last_words(&mut console).await.unwrap_or_default();
-        let said = last_words(&mut errors).await.flatten();
+        let mut heard = last_words(&mut heard).await.unwrap_or_default();
+        let last_line = last_words(&mut errors).await.flatten();
+        let said = heard.reason.or(last_line);
         let oom = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills) > before;
-        let death = Death::new(exit, oom, &lines, said.as_deref(), SystemTime::now());
+        let death = Death::new(
+            exit,
+            oom,
+            heard.console.make_contiguous(),
+            said.as_deref(),
+            SystemTime::now(),
+        );
         info!(self.logger, "the VM has ended"; "reason" => &death.reason);
         drop(self.process);
         self.death.send_replace(Some(death));
@@ -98,70 +105,43 @@ async fn last_words<T>(task: &mut tokio::task::JoinHandle<T>) -> Option<T> {
     }
 }
 
-/// Logs console lines within the gate's rate and returns the last ones.
-async fn keep_console(mut events: mpsc::Receiver<Event>, logger: Logger) -> Vec<String> {
-    let mut kept = VecDeque::new();
+/// What the VMM has said over the control socket.
+#[derive(Default)]
+struct Heard {
+    /// The last console lines.
+    console: VecDeque<String>,
+    /// Its own reason of its end.
+    reason: Option<String>,
+}
+
+/// Listens until the connection ends; console lines are logged within the gate's rate.
+async fn listen(mut events: mpsc::Receiver<Event>, pressure: Arc<Notify>, logger: Logger) -> Heard {
+    let mut heard = Heard::default();
     let mut gate = Gate::new();
     while let Some(event) = events.recv().await {
-        if let Event::Console { line } = event {
-            log_line(&logger, &mut gate, "console", &line);
-            if kept.len() == KEPT_LINES {
-                kept.pop_front();
+        match event {
+            Event::Console { line } => {
+                lines::log(&logger, &mut gate, "console", &line);
+                if heard.console.len() == KEPT_LINES {
+                    heard.console.pop_front();
+                }
+                heard.console.push_back(line);
             }
-            kept.push_back(line);
+            Event::SharePressure => pressure.notify_one(),
+            Event::Ended { reason, .. } => heard.reason = Some(reason),
+            Event::BootMark { .. } | Event::AgentConnected { .. } | Event::StreamClosed { .. } => {}
         }
     }
-    kept.into()
-}
-
-/// Logs the lines of a pipe within the gate's rate; returns the last one.
-pub async fn forward_lines(fd: OwnedFd, source: &'static str, logger: Logger) -> Option<String> {
-    let _ = rustix::io::ioctl_fionbio(fd.as_fd(), true);
-    let reader = match pipe::Receiver::from_owned_fd(fd) {
-        Ok(reader) => reader,
-        Err(error) => {
-            warn!(logger, "cannot read lines"; "from" => source, "error" => %error);
-            return None;
-        }
-    };
-    let mut gate = Gate::new();
-    let mut reader = BufReader::new(reader);
-    let mut last = None;
-    while let Ok(Some(line)) = next_line(&mut reader).await {
-        log_line(&logger, &mut gate, source, &line);
-        if !line.trim().is_empty() {
-            last = Some(line);
-        }
-    }
-    last
-}
-
-/// A line without its end; a longer one comes in pieces.
-async fn next_line<R: AsyncRead + Unpin>(reader: &mut BufReader<R>) -> io::Result<Option<String>> {
-    let mut bytes = Vec::new();
-    if reader.take(MAX_LINE).read_until(b'\n', &mut bytes).await? == 0 {
-        return Ok(None);
-    }
-    let text = String::from_utf8_lossy(&bytes);
-    Ok(Some(text.trim_end_matches(['\n', '\r']).to_owned()))
-}
-
-fn log_line(logger: &Logger, gate: &mut Gate, source: &str, line: &str) {
-    if let Passed::Yes { suppressed } = gate.pass(Instant::now()) {
-        if suppressed > 0 {
-            warn!(logger, "lines were suppressed"; "from" => source, "lines" => suppressed);
-        }
-        info!(logger, "{}", line; "from" => source);
-    }
+    heard
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use brig_hypervisor::launch::VmmExit;
-    use std::os::fd::BorrowedFd;
+    use std::os::fd::{AsFd, BorrowedFd};
     use std::os::unix::process::ExitStatusExt;
-    use std::process::{Child, Command};
+    use std::process::{Child, ChildStdin, Command, Stdio};
 
     /// An ordinary child in the place of a VMM.
     pub(crate) struct FakeProcess {
@@ -171,11 +151,20 @@ pub(crate) mod tests {
 
     impl FakeProcess {
         pub(crate) fn spawn(script: &str) -> Self {
-            let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+            Self::with_stdin(script).0
+        }
+
+        pub(crate) fn with_stdin(script: &str) -> (Self, ChildStdin) {
+            let mut child = Command::new("sh")
+                .args(["-c", script])
+                .stdin(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let stdin = child.stdin.take().unwrap();
             let pid = rustix::process::Pid::from_child(&child);
             let pidfd =
                 rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
-            Self { child, pidfd }
+            (Self { child, pidfd }, stdin)
         }
     }
 
@@ -227,6 +216,7 @@ pub(crate) mod tests {
             stderr: read,
             cgroup: None,
             kill: notify,
+            pressure: Arc::default(),
             death,
             logger: Logger::root(slog::Discard, slog::o!()),
         };

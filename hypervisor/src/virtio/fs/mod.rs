@@ -199,7 +199,13 @@ impl VirtioDevice for Fs {
             &mut active.request
         };
         let memory = active.memory.memory();
-        serve(&self.server, ring, &memory, active.interrupt.as_ref())
+        serve(
+            &self.server,
+            &self.served,
+            ring,
+            &memory,
+            active.interrupt.as_ref(),
+        )
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
@@ -215,6 +221,7 @@ impl VirtioDevice for Fs {
 
 fn serve(
     server: &Server<Arc<Served>>,
+    served: &Served,
     ring: &mut Ring,
     memory: &GuestMemoryMmap,
     interrupt: &dyn Interrupt,
@@ -228,6 +235,7 @@ fn serve(
             // Checked once as a whole: the library stops at a broken link as if it were the end.
             Chain::parse(descriptors.clone(), memory).map_err(|error| ring.guest(error))?;
             let written = answer(server, memory, descriptors);
+            served.request_ended();
             ring.push(memory, head, written)?;
             // Each request is its own wait in the guest, and the next one may take long.
             ring.notify(memory, interrupt)?;

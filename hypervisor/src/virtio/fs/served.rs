@@ -79,6 +79,10 @@ impl Served {
         self.exports.forget_path(path);
     }
 
+    pub(super) fn request_ended(&self) {
+        self.exports.request_ended();
+    }
+
     pub(super) fn on_pressure(&self, told: Box<dyn Fn() + Send + Sync>) {
         self.budget.on_pressure(told);
     }
@@ -133,8 +137,10 @@ impl FileSystem for Served {
     fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         let name = Self::plain_name(name)?;
         let (export, inode) = self.opening_at(parent)?;
-        let entry = export.fs.lookup(ctx, inode, name)?;
-        self.exports.found(&export, inode, name, entry)
+        match export.fs.lookup(ctx, inode, name) {
+            Ok(entry) => self.exports.found(&export, inode, name, entry),
+            Err(error) => export.absent(error),
+        }
     }
 
     fn forget(&self, ctx: &Context, node: u64, count: u64) {

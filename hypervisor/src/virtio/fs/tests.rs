@@ -300,6 +300,26 @@ fn files_of_two_mounts_have_different_inode_numbers() {
 }
 
 #[test]
+fn only_a_root_file_system_is_cached_without_asking_again() {
+    let Some(share) = mounted_share() else { return };
+    let mut client = Client::new(share.path());
+    let rootfs = client.walk("c/rootfs").node;
+    let volume = client.walk("v").node;
+    let absent = client.lookup(rootfs, "absent").unwrap();
+    assert_eq!((absent.node, absent.entry_seconds), (0, 3600));
+    assert_eq!(client.lookup(volume, "absent").unwrap_err(), libc::ENOENT);
+    assert_eq!(client.lookup(ROOT, "absent").unwrap_err(), libc::ENOENT);
+
+    const KEEP_CACHE: u32 = 1 << 1;
+    for (path, kept) in [("c/rootfs/same", KEEP_CACHE), ("v/same", 0)] {
+        let file = client.walk(path).node;
+        let reply = client.call(OPEN, file, &[0; 8]).unwrap();
+        assert_eq!(u32_at(&reply, 8) & KEEP_CACHE, kept, "{path}");
+    }
+    client.handle.forget("");
+}
+
+#[test]
 fn a_forgotten_mount_is_free_and_its_inodes_are_stale() {
     let Some(share) = mounted_share() else { return };
     let mut client = Client::new(share.path());
@@ -333,6 +353,31 @@ fn a_forgotten_mount_is_free_and_its_inodes_are_stale() {
     client.handle.forget("");
     unmount(&share.path().join("v")).unwrap();
     unmount(&share.path().join("c/rootfs")).unwrap();
+}
+
+#[test]
+fn a_mount_can_be_forgotten_under_load() {
+    let Some(share) = mounted_share() else { return };
+    let mut client = Client::new(share.path());
+    let handle = client.handle.clone();
+    // Descriptors are the process's, mounts the thread's: the forgetting thread needs none.
+    let (go, started) = std::sync::mpsc::channel();
+    let forgetter = std::thread::spawn(move || {
+        started.recv().unwrap();
+        for _ in 0..100 {
+            handle.forget("v");
+        }
+    });
+    go.send(()).unwrap();
+    for _ in 0..300 {
+        if let Ok(directory) = client.lookup(ROOT, "v") {
+            let _ = client.lookup(directory.node, "same");
+        }
+    }
+    forgetter.join().unwrap();
+    client.handle.forget("v");
+    unmount(&share.path().join("v")).unwrap();
+    client.handle.forget("");
 }
 
 #[test]

@@ -36,7 +36,7 @@ const VENDOR: u16 = 0x1af4;
 const DEVICE_BASE: u16 = 0x1040;
 
 /// Signals an event when the guest writes to an address (ioeventfd). Implemented over KVM.
-pub trait Notifier: Send + Sync {
+pub trait IoEventFds: Send + Sync {
     /// Starts.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ pub struct Services {
     /// Guest RAM.
     pub memory: GuestMemory,
     /// ioeventfds.
-    pub notifier: Arc<dyn Notifier>,
+    pub ioeventfds: Arc<dyn IoEventFds>,
     /// For the log.
     pub log: Logger,
 }
@@ -377,10 +377,10 @@ impl Function for VirtioPci {
             let stride = index * capability::NOTIFY_STRIDE;
             if let Some(base) = old {
                 // It may never have been attached (an address another function had).
-                let _ = self.services.notifier.detach(address(base, stride), kick);
+                let _ = self.services.ioeventfds.detach(address(base, stride), kick);
             }
             if let Some(base) = new
-                && let Err(error) = self.services.notifier.attach(address(base, stride), kick)
+                && let Err(error) = self.services.ioeventfds.attach(address(base, stride), kick)
             {
                 warn!(self.services.log, "queue notifications will exit"; "device" => self.name, "error" => %error);
             }

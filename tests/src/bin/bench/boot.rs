@@ -24,7 +24,7 @@ const LOG: &str = "/run/brig-bench-vmm.log";
 struct Cost {
     micros: u64,
     faults: u64,
-    vm_exits: u64,
+    kvm: KvmCounts,
     pss: memory::Share,
 }
 
@@ -38,7 +38,7 @@ fn cost(pid: i32, micros: u64) -> Result<Cost> {
     Ok(Cost {
         micros,
         faults: faults(pid)?,
-        vm_exits: kvm_exits(pid).unwrap_or(0),
+        kvm: KvmCounts::of(pid),
         pss: memory::of(pid, GUEST_KIB)?,
     })
 }
@@ -56,20 +56,43 @@ fn faults(pid: i32) -> Result<u64> {
     Ok(field(7).unwrap_or(0) + field(9).unwrap_or(0))
 }
 
-/// VM exits as KVM counts them, the same way for every VMM.
-fn kvm_exits(pid: i32) -> Option<u64> {
-    let prefix = format!("{pid}-");
-    fs::read_dir("/sys/kernel/debug/kvm")
-        .ok()?
-        .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-        .find_map(|entry| {
-            fs::read_to_string(entry.path().join("exits"))
-                .ok()?
-                .trim()
-                .parse()
+/// What KVM counts of a VM, the same way for every VMM.
+#[derive(Default)]
+struct KvmCounts {
+    exits: u64,
+    mmio: u64,
+    ports: u64,
+    faults: u64,
+    halts: u64,
+}
+
+impl KvmCounts {
+    fn of(pid: i32) -> Self {
+        let prefix = format!("{pid}-");
+        let directory = fs::read_dir("/sys/kernel/debug/kvm")
+            .ok()
+            .and_then(|entries| {
+                entries
+                    .flatten()
+                    .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+            });
+        let Some(directory) = directory else {
+            return Self::default();
+        };
+        let value = |name: &str| {
+            fs::read_to_string(directory.path().join(name))
                 .ok()
-        })
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        Self {
+            exits: value("exits"),
+            mmio: value("mmio_exits"),
+            ports: value("io_exits"),
+            faults: value("pf_taken"),
+            halts: value("halt_exits"),
+        }
+    }
 }
 
 fn patience() -> Duration {
@@ -138,9 +161,15 @@ pub fn measure(report: &mut Report, rounds: usize) -> Result<()> {
     };
     row("exec to agent ready", "ms", |cost| cost.micros / 1000);
     row("VM exits, as KVM counts them", "count", |cost| {
-        cost.vm_exits
+        cost.kvm.exits
     });
-    row("page faults of the VMM", "count", |cost| cost.faults);
+    row("of them, MMIO", "count", |cost| cost.kvm.mmio);
+    row("of them, ports", "count", |cost| cost.kvm.ports);
+    row("of them, halts", "count", |cost| cost.kvm.halts);
+    row("page faults of the guest on host memory", "count", |cost| {
+        cost.kvm.faults
+    });
+    row("page faults of the VMM itself", "count", |cost| cost.faults);
     row("PSS of the VMM, guest included", "KiB", |cost| {
         cost.pss.total
     });

@@ -64,7 +64,7 @@ fn configure(name: &str, address: [u8; 4]) -> Result<()> {
         *slot = libc::c_char::try_from(byte).context("an interface name is ASCII")?;
     }
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-    let mut call = |number: libc::Ioctl, request: &mut libc::ifreq, what: &str| -> Result<()> {
+    let call = |number: libc::Ioctl, request: &mut libc::ifreq, what: &str| -> Result<()> {
         use std::os::fd::AsRawFd;
         // SAFETY: these ioctls read and write one ifreq, which lives for the call.
         let result = unsafe { libc::ioctl(socket.as_raw_fd(), number, &raw mut *request) };

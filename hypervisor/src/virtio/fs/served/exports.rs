@@ -8,7 +8,8 @@ use std::ffi::CStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{FsOptions, ROOT_ID, stat64};
@@ -24,12 +25,17 @@ const MAX_EXPORT: u32 = (1 << (u64::BITS - INODE_BITS)) - 1;
 
 /// A volume may change on the host: the guest asks again after this.
 const VOLUME_TIMEOUT: Duration = Duration::from_secs(1);
-/// A container's root file system has no other writer; the inode cache's pressure ends entries.
+/// A container's root file system has no other writer, so the guest keeps what it knows: attributes, file
+/// contents over a close, and that a name does not exist.
 const ROOTFS_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The last name of a share path below which nobody but the guest writes.
 const ROOTFS: &str = "rootfs";
 
 const ROOT_EXPORT: u32 = 0;
+
+/// How long the control thread waits for a request on a mount that is to go. It takes longer only on a
+/// volume that hangs, which then stays busy.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Which export, and which inode of its instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,12 +71,32 @@ pub(super) struct Export {
     device: u64,
     /// Inode number of its top directory: tells a mount from its successor at the same path.
     top: u64,
+    /// Nobody but the guest writes to it.
+    exclusive: bool,
+}
+
+impl Export {
+    /// What LOOKUP answers for a name that is not there: an entry without an inode that the guest may keep,
+    /// where nobody else can make that name.
+    pub(super) fn absent(&self, error: io::Error) -> io::Result<Entry> {
+        if self.exclusive && error.raw_os_error() == Some(libc::ENOENT) {
+            return Ok(Entry {
+                entry_timeout: ROOTFS_TIMEOUT,
+                ..Entry::default()
+            });
+        }
+        Err(error)
+    }
 }
 
 /// All exports of a share.
 pub(super) struct Exports {
     root: PathBuf,
     state: Mutex<State>,
+    /// Threads in [`Exports::forget_path`].
+    waiting: AtomicU32,
+    /// Signalled with the lock held when a request has ended while one waits.
+    ended: Condvar,
 }
 
 struct State {
@@ -97,6 +123,8 @@ impl Exports {
                 devices: HashMap::new(),
                 next_device: 0,
             }),
+            waiting: AtomicU32::new(0),
+            ended: Condvar::new(),
         };
         exports.add_root(&mut exports.lock())?;
         Ok(exports)
@@ -141,28 +169,41 @@ impl Exports {
             .ok_or_else(|| errno(libc::ESTALE))
     }
 
-    /// Drops the exports at and below a path of the share. Requests in flight finish first.
+    /// Drops the exports at and below a path of the share, and waits a little for the request that may be
+    /// using one.
     pub(super) fn forget_path(&self, path: &str) {
         let path: PathBuf = path.split('/').filter(|part| !part.is_empty()).collect();
+        self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut gone = Vec::new();
-        {
-            let mut state = self.lock();
-            state.live.retain(|number, export| {
-                let keep = *number == ROOT_EXPORT || !export.path.starts_with(&path);
-                if !keep {
-                    gone.push(Arc::clone(export));
-                }
-                keep
-            });
-            state
-                .devices
-                .retain(|(number, _), _| !gone.iter().any(|export| export.number == *number));
-            state
-                .directories
-                .retain(|inode, directory| *inode == ROOT_ID || !directory.starts_with(&path));
-        }
+        let mut state = self.lock();
+        state.live.retain(|number, export| {
+            let keep = *number == ROOT_EXPORT || !export.path.starts_with(&path);
+            if !keep {
+                gone.push(Arc::clone(export));
+            }
+            keep
+        });
+        state
+            .devices
+            .retain(|(number, _), _| !gone.iter().any(|export| export.number == *number));
+        state
+            .directories
+            .retain(|inode, directory| *inode == ROOT_ID || !directory.starts_with(&path));
+        let waited = self.ended.wait_timeout_while(state, PATIENCE, |_| {
+            gone.iter().any(|export| Arc::strong_count(export) > 1)
+        });
+        drop(waited);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
         // Closing some hundred thousand descriptors takes a while, without the lock.
         drop(gone);
+    }
+
+    /// To be called when a request has ended and holds no export any more.
+    pub(super) fn request_ended(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            let _state = self.lock();
+            self.ended.notify_all();
+        }
     }
 
     /// An entry as the guest sees it; one of the root export may be a mount's top.
@@ -277,10 +318,11 @@ fn open_export(
     path: PathBuf,
     options: FsOptions,
 ) -> io::Result<Export> {
-    let timeout = if path.file_name().is_some_and(|name| name == ROOTFS) {
-        ROOTFS_TIMEOUT
+    let exclusive = path.file_name().is_some_and(|name| name == ROOTFS);
+    let (timeout, cache_policy) = if exclusive {
+        (ROOTFS_TIMEOUT, CachePolicy::Always)
     } else {
-        VOLUME_TIMEOUT
+        (VOLUME_TIMEOUT, CachePolicy::Auto)
     };
     let fs = PassthroughFs::new(Config {
         root_dir: directory
@@ -289,7 +331,7 @@ fn open_export(
             .to_owned(),
         attr_timeout: timeout,
         entry_timeout: timeout,
-        cache_policy: CachePolicy::Auto,
+        cache_policy,
         // Names are checked in the instance too.
         do_import: true,
         xattr: true,
@@ -311,6 +353,7 @@ fn open_export(
         path,
         device: top.st_dev,
         top: top.st_ino,
+        exclusive,
     })
 }
 

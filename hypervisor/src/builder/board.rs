@@ -1,0 +1,248 @@
+//! Puts the devices of a configuration on the bus, each behind a worker thread.
+//!
+//! Trusts the shim's configuration.
+
+use std::sync::Arc;
+
+use brig_agent_protocol::GUEST_CID;
+use kvm_ioctls::VmFd;
+use slog::{Logger, o};
+
+use super::{Descriptors, StartError};
+use crate::arch::x86_64::layout;
+use crate::control::{VmConfig, exit};
+use crate::jail::seccomp::{self, ThreadKind};
+use crate::kvm::{KvmIoEventFds, KvmRoutes};
+use crate::notice::{Notice, Notifier};
+use crate::pci::bus::Bus;
+use crate::pci::host_bridge::HostBridge;
+use crate::pci::mirror::KvmMirror;
+use crate::pci::msix::Msix;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::block::Block;
+use crate::virtio::fs::{Fs, FsHandle};
+use crate::virtio::net::Net;
+use crate::virtio::pci::capability::BAR_SIZE;
+use crate::virtio::pci::interrupt::VirtioInterrupt;
+use crate::virtio::pci::{Description, Services, VirtioPci};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockHandle};
+use crate::virtio::worker::{self, Slot, Worker};
+use crate::virtio::{GuestMemory, VirtioDevice};
+
+/// Interrupt vectors of a CPU that devices may have: Linux keeps some 50 of 256 for itself, and a
+/// vector that moves to another CPU needs one on both for a moment. There is no INTx to fall back on.
+const VECTORS_PER_CPU: u32 = 180;
+
+/// How the main thread reaches devices.
+pub struct Handles {
+    /// Opens and closes streams.
+    pub vsock: VsockHandle,
+    /// Drops inodes of the share, if there is one.
+    pub share: Option<FsHandle>,
+}
+
+/// The bus while it is being filled.
+pub struct Board {
+    /// The bus.
+    pub bus: Bus,
+    functions: u8,
+    vectors: u32,
+    memory: GuestMemory,
+    routes: Arc<KvmRoutes>,
+    ioeventfds: Arc<KvmIoEventFds>,
+    /// The threads of the devices.
+    pub workers: Vec<Worker>,
+    notifier: Notifier,
+    log: Logger,
+}
+
+impl Board {
+    /// A bus with a host bridge.
+    ///
+    /// # Errors
+    /// [`StartError::Bus`], which an empty bus does not give.
+    pub fn new(
+        vm: &Arc<VmFd>,
+        memory: GuestMemory,
+        mmio64: std::ops::Range<u64>,
+        notifier: &Notifier,
+        log: &Logger,
+    ) -> Result<Self, StartError> {
+        let bus = Bus::new(vec![layout::MMIO32, mmio64]);
+        bus.add(Arc::new(HostBridge::new()))?;
+        Ok(Self {
+            bus,
+            functions: 1,
+            vectors: 0,
+            memory,
+            routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
+            ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),
+            workers: Vec::new(),
+            notifier: notifier.clone(),
+            log: log.clone(),
+        })
+    }
+
+    /// To be called when all functions are on the bus. Memory slots below `slot` are RAM.
+    ///
+    /// # Errors
+    /// If the host gives no memory or slot.
+    pub fn mirror_configuration(&self, vm: &Arc<VmFd>, slot: u32) -> Result<(), StartError> {
+        let mirror = KvmMirror::new(Arc::clone(vm), slot, self.functions, self.log.clone())?;
+        self.bus.set_mirror(Box::new(mirror));
+        Ok(())
+    }
+
+    /// Makes every device of the configuration.
+    ///
+    /// # Errors
+    /// See [`StartError`]; also if the devices need more interrupt vectors than the CPUs have.
+    pub fn add_devices(
+        &mut self,
+        config: &VmConfig,
+        fds: &mut Descriptors,
+    ) -> Result<Handles, StartError> {
+        let events = self.notifier.clone();
+        let (device, vsock) = Vsock::new(
+            GUEST_CID,
+            fds.take(config.agent, "agent")?,
+            Box::new(move |event| events.send(Notice::Vsock(event, events.micros()))),
+        );
+        self.add("vsock", ThreadKind::Worker, vec![Box::new(device)])?;
+        let share = match &config.share_tag {
+            Some(tag) => Some(self.add_share(tag)?),
+            None => None,
+        };
+        self.add(
+            "memory",
+            ThreadKind::Worker,
+            vec![Box::new(Rng::new()), Box::new(Balloon::new())],
+        )?;
+        self.add_nets(config, fds)?;
+        self.add_disks(config, fds)?;
+        check_vectors(self.vectors, config.vcpus)?;
+        Ok(Handles { vsock, share })
+    }
+
+    fn add_share(&mut self, tag: &str) -> Result<FsHandle, StartError> {
+        let (device, handle) = Fs::new(tag).map_err(device_error("fs"))?;
+        let notifier = self.notifier.clone();
+        handle.on_pressure(move || notifier.send(Notice::SharePressure));
+        self.add("fs", ThreadKind::Fs, vec![Box::new(device)])?;
+        Ok(handle)
+    }
+
+    /// All interfaces share a thread: a pod has one, as a rule.
+    fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
+        let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        for net in &config.nets {
+            let taps = net.taps.iter().map(|tap| fds.take(*tap, "tap"));
+            let taps = taps.collect::<Result<Vec<_>, _>>()?;
+            let device = Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))?;
+            devices.push(Box::new(device));
+        }
+        if devices.is_empty() {
+            return Ok(());
+        }
+        self.add("net", ThreadKind::Worker, devices)
+    }
+
+    /// Each disk has its own thread: its I/O is synchronous.
+    fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
+        for disk in &config.disks {
+            let file = fds.take(disk.file, "disk")?;
+            let device =
+                Block::new(file, disk.readonly, &disk.serial).map_err(device_error("block"))?;
+            self.add("block", ThreadKind::Worker, vec![Box::new(device)])?;
+        }
+        Ok(())
+    }
+
+    /// Puts devices on a thread of their own and each on the bus.
+    fn add(
+        &mut self,
+        thread: &'static str,
+        kind: ThreadKind,
+        devices: Vec<Box<dyn VirtioDevice>>,
+    ) -> Result<(), StartError> {
+        let mut slots = Vec::new();
+        let mut functions = Vec::new();
+        for device in devices {
+            let description = Description::of(&*device);
+            self.vectors += u32::from(description.vectors());
+            let msix = Msix::new(description.vectors(), self.routes.clone());
+            let interrupt = Arc::new(VirtioInterrupt::new(msix, description.queues()));
+            let failed = Arc::clone(&interrupt);
+            slots.push(Slot {
+                device,
+                on_failure: Box::new(move || failed.fail()),
+            });
+            functions.push((description, interrupt));
+        }
+        let notifier = self.notifier.clone();
+        let (worker, handles) = worker::spawn(
+            thread,
+            slots,
+            Box::new(move || seccomp::apply(kind).map_err(|error| error.to_string())),
+            Box::new(move |reason| notifier.end(exit::INTERNAL, reason)),
+            self.log.new(o!("thread" => thread)),
+        )
+        .map_err(|source| StartError::Thread {
+            name: thread.to_owned(),
+            source,
+        })?;
+        self.workers.push(worker);
+        for ((description, interrupt), handle) in functions.into_iter().zip(handles) {
+            let base = layout::MMIO32.start + u64::from(self.functions) * BAR_SIZE;
+            let function = VirtioPci::new(
+                &description,
+                handle,
+                interrupt,
+                Services {
+                    memory: self.memory.clone(),
+                    ioeventfds: self.ioeventfds.clone(),
+                    log: self.log.clone(),
+                },
+                base,
+                self.functions.is_multiple_of(8),
+            )?;
+            self.functions = self.bus.add(Arc::new(function))? + 1;
+        }
+        Ok(())
+    }
+}
+
+fn device_error<E: std::fmt::Display>(device: &'static str) -> impl Fn(E) -> StartError {
+    move |error| StartError::Device {
+        device,
+        reason: error.to_string(),
+    }
+}
+
+/// The one place where the vector budget is kept.
+fn check_vectors(needed: u32, vcpus: u8) -> Result<(), StartError> {
+    let available = u32::from(vcpus) * VECTORS_PER_CPU;
+    if needed <= available {
+        return Ok(());
+    }
+    Err(StartError::Invalid(format!(
+        "the devices need {needed} interrupt vectors, but {vcpus} vCPUs have {available}: give the \
+         VM more vCPUs or its interfaces fewer queues"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_vectors_than_the_cpus_have_are_refused_with_the_numbers() {
+        assert!(check_vectors(VECTORS_PER_CPU, 1).is_ok());
+        assert!(check_vectors(VECTORS_PER_CPU + 1, 2).is_ok());
+        let message = check_vectors(VECTORS_PER_CPU + 1, 1)
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("181") && message.contains("180"));
+    }
+}

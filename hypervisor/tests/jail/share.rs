@@ -1,0 +1,294 @@
+//! Private mounts of the share: seen in the jail and nowhere else.
+
+use std::os::unix::fs::symlink;
+use std::process::Command;
+
+use brig_hypervisor::jail::allow;
+use brig_hypervisor::share::{Propagation, RootfsMount};
+
+use super::*;
+
+#[test]
+fn a_shared_directory_is_seen_in_the_jail_and_nowhere_else() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir().unwrap();
+    fs::write(volume.path().join("file"), "hello").unwrap();
+
+    share
+        .attach_dir(volume.path(), "volumes/one", Attributes::default())
+        .unwrap();
+    assert_eq!(jailed.ask("read /shared/volumes/one/file"), "hello");
+    assert_eq!(jailed.ask("write /shared/volumes/one/new"), "written");
+    assert!(volume.path().join("new").exists());
+    assert!(!node_shows(volume.path()), "the node's mount table");
+    let line = jailed
+        .node("mountinfo")
+        .lines()
+        .find(|line| line.contains(" /shared/volumes/one "))
+        .unwrap()
+        .to_owned();
+    for flag in allow::MOUNT_FLAGS {
+        assert!(line.contains(flag), "{line}");
+    }
+
+    share.detach("volumes/one").unwrap();
+    assert_eq!(
+        jailed.ask("list /shared"),
+        "",
+        "the mount point is gone too"
+    );
+    assert!(matches!(
+        share.detach("volumes/one"),
+        Err(ShareError::NotAttached { .. })
+    ));
+}
+
+#[test]
+fn a_read_only_share_cannot_be_written_from_the_jail() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir().unwrap();
+    let attributes = Attributes {
+        readonly: true,
+        ..Attributes::default()
+    };
+    share.attach_dir(volume.path(), "v", attributes).unwrap();
+    assert_eq!(
+        jailed.ask("write /shared/v/new"),
+        format!("error {}", libc::EROFS)
+    );
+    assert_eq!(
+        jailed.ask("write /shared/new"),
+        format!("error {}", libc::EROFS),
+        "the share's own root"
+    );
+}
+
+#[test]
+fn a_shared_file_is_alone() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir().unwrap();
+    fs::write(volume.path().join("wanted"), "w").unwrap();
+    fs::write(volume.path().join("neighbour"), "n").unwrap();
+    share
+        .attach_file(
+            &volume.path().join("wanted"),
+            "etc/hosts",
+            Attributes::default(),
+        )
+        .unwrap();
+    assert_eq!(jailed.ask("read /shared/etc/hosts"), "w");
+    assert_eq!(jailed.ask("list /shared/etc"), "hosts");
+    assert!(matches!(
+        share.attach_dir(&volume.path().join("wanted"), "x", Attributes::default()),
+        Err(ShareError::Kind {
+            expected: "directory",
+            ..
+        })
+    ));
+    share.detach("etc/hosts").unwrap();
+}
+
+#[test]
+fn an_overlay_lives_in_the_jail_alone() {
+    let (jailed, share) = Jailed::start();
+    // The layers must not lie on an overlay themselves.
+    let snapshots = tempfile::tempdir_in(overlay_base()).unwrap();
+    for name in ["l1", "l2", "upper", "work"] {
+        fs::create_dir(snapshots.path().join(name)).unwrap();
+    }
+    fs::write(snapshots.path().join("l1/one"), "1").unwrap();
+    fs::write(snapshots.path().join("l2/two"), "2").unwrap();
+    let at = |name: &str| snapshots.path().join(name).display().to_string();
+    let mounts = [RootfsMount {
+        fstype: "overlay".into(),
+        source: "overlay".into(),
+        options: vec![
+            "index=off".into(),
+            format!("lowerdir={}:{}", at("l2"), at("l1")),
+            format!("upperdir={}", at("upper")),
+            format!("workdir={}", at("work")),
+        ],
+    }];
+    share.attach_rootfs(&mounts, "c1/rootfs").unwrap();
+    assert_eq!(jailed.ask("list /shared/c1/rootfs"), "one two");
+    assert_eq!(jailed.ask("write /shared/c1/rootfs/three"), "written");
+    assert!(snapshots.path().join("upper/three").exists());
+    assert!(!node_shows(snapshots.path()), "the node's mount table");
+
+    assert_eq!(jailed.ask("hold /shared/c1/rootfs/one"), "held");
+    assert!(matches!(
+        share.detach("c1/rootfs"),
+        Err(ShareError::Busy { .. })
+    ));
+    jailed.ask("release");
+    share.detach("c1/rootfs").unwrap();
+    // Free: the same upper directory can be used by another overlay.
+    share.attach_rootfs(&mounts, "c1/rootfs").unwrap();
+}
+
+fn overlay_base() -> &'static Path {
+    Path::new("/dev/shm")
+}
+
+#[test]
+fn an_occupied_path_is_refused_and_links_are_not_followed() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir().unwrap();
+    fs::create_dir(volume.path().join("sub")).unwrap();
+    symlink("/", volume.path().join("link")).unwrap();
+    share
+        .attach_dir(volume.path(), "v", Attributes::default())
+        .unwrap();
+    for path in ["v", "v/sub", "v/link/x"] {
+        assert!(
+            matches!(
+                share.attach_dir(volume.path(), path, Attributes::default()),
+                Err(ShareError::AlreadyAttached { .. })
+            ),
+            "{path}"
+        );
+    }
+    for path in ["../x", "/x", ""] {
+        assert!(matches!(
+            share.attach_dir(volume.path(), path, Attributes::default()),
+            Err(ShareError::InvalidPath { .. })
+        ));
+    }
+    let error = share
+        .attach_dir(Path::new("/nonexistent/x"), "y", Attributes::default())
+        .unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/x"), "{error}");
+    drop(jailed);
+}
+
+#[test]
+fn dot_dot_leads_to_the_jails_own_root_from_everywhere() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir().unwrap();
+    fs::create_dir(volume.path().join("sub")).unwrap();
+    share
+        .attach_dir(volume.path(), "v", Attributes::default())
+        .unwrap();
+    for directory in [
+        "/",
+        "/shared",
+        "/shared/v",
+        "/shared/v/sub",
+        "/proc",
+        "/proc/self/fd",
+    ] {
+        assert_eq!(
+            jailed.ask(&format!("climb {directory}")),
+            "/",
+            "{directory}"
+        );
+    }
+    assert_eq!(jailed.ask("list /proc"), "1 self thread-self", "subset=pid");
+}
+
+#[test]
+fn the_nodes_kernel_file_systems_never_come_along() {
+    let (jailed, share) = Jailed::start();
+    for path in ["/proc", "/proc/sys", "/sys"] {
+        assert!(
+            matches!(
+                share.attach_dir(Path::new(path), "v", Attributes::default()),
+                Err(ShareError::KernelFileSystem { .. })
+            ),
+            "{path}"
+        );
+    }
+    assert!(matches!(
+        share.attach_file(
+            Path::new("/proc/sys/kernel/core_pattern"),
+            "v",
+            Attributes::default()
+        ),
+        Err(ShareError::KernelFileSystem { .. })
+    ));
+    let recursive = Attributes {
+        recursive: true,
+        ..Attributes::default()
+    };
+    share.attach_dir(Path::new("/"), "host", recursive).unwrap();
+    assert_eq!(jailed.ask("list /shared/host/proc"), "");
+    assert_eq!(jailed.ask("list /shared/host/sys"), "");
+    assert!(jailed.ask("list /shared/host/etc").contains("passwd"));
+    let table = jailed.node("mountinfo");
+    for kind in ["sysfs", "cgroup", "cgroup2", "debugfs"] {
+        assert!(!table.contains(&format!(" - {kind} ")), "{kind}");
+    }
+    assert_eq!(table.matches(" - proc ").count(), 1, "only the jail's own");
+    share.detach("host").unwrap();
+}
+
+pub fn mount_tmpfs(path: &Path) {
+    let arguments = ["-t", "tmpfs", "brig-test"];
+    let status = Command::new("mount").args(arguments).arg(path).status();
+    assert!(status.unwrap().success());
+}
+
+pub fn unmount(path: &Path) {
+    assert!(Command::new("umount").arg(path).status().unwrap().success());
+}
+
+#[test]
+fn later_mounts_of_the_host_appear_only_if_asked_for() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir_in("/dev/shm").unwrap();
+    mount_tmpfs(volume.path());
+    let shared = Command::new("mount")
+        .arg("--make-shared")
+        .arg(volume.path())
+        .status();
+    assert!(shared.unwrap().success());
+    let later = volume.path().join("later");
+    fs::create_dir(&later).unwrap();
+    let attributes = |propagation| Attributes {
+        recursive: true,
+        propagation,
+        ..Attributes::default()
+    };
+    share
+        .attach_dir(volume.path(), "private", attributes(Propagation::Private))
+        .unwrap();
+    share
+        .attach_dir(
+            volume.path(),
+            "slave",
+            attributes(Propagation::HostToContainer),
+        )
+        .unwrap();
+    mount_tmpfs(&later);
+    fs::write(later.join("file"), "").unwrap();
+    assert_eq!(jailed.ask("list /shared/private/later"), "");
+    assert_eq!(jailed.ask("list /shared/slave/later"), "file");
+    unmount(&later);
+    assert_eq!(jailed.ask("list /shared/slave/later"), "");
+    share.detach("slave").unwrap();
+    share.detach("private").unwrap();
+    unmount(volume.path());
+}
+
+#[test]
+fn mounts_below_a_shared_directory_go_with_it() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir_in("/dev/shm").unwrap();
+    let below = volume.path().join("below");
+    fs::create_dir(&below).unwrap();
+    mount_tmpfs(&below);
+    fs::write(below.join("deep"), "d").unwrap();
+    let recursive = Attributes {
+        recursive: true,
+        readonly: true,
+        ..Attributes::default()
+    };
+    share.attach_dir(volume.path(), "v", recursive).unwrap();
+    assert_eq!(jailed.ask("read /shared/v/below/deep"), "d");
+    assert_eq!(
+        jailed.ask("write /shared/v/below/x"),
+        format!("error {}", libc::EROFS)
+    );
+    share.detach("v").unwrap();
+    unmount(&below);
+}

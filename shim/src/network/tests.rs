@@ -1,0 +1,322 @@
+//! The whole module against real namespaces, as root: the tests play the guest on the taps.
+
+mod guest;
+mod node;
+
+use std::path::Path;
+
+use super::*;
+use crate::error::{Error, Kind};
+use guest::Guest;
+use node::Node;
+
+/// CI without root or without taps has nothing to test here.
+fn can_run() -> bool {
+    nix::unistd::geteuid().is_root() && Path::new("/dev/net/tun").exists()
+}
+
+#[test]
+fn queue_pairs_stay_within_the_budget() {
+    assert_eq!(queue_pairs(0, 1), 1);
+    assert_eq!(queue_pairs(4, 2), 4);
+    assert_eq!(queue_pairs(64, 1), 16);
+    assert_eq!(queue_pairs(64, 8), 4);
+    assert_eq!(queue_pairs(64, 0), 16);
+}
+
+#[test]
+fn descriptors_are_numbered_behind_those_that_are_there() {
+    let fd = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let interface = |name: &str, taps| TapInterface {
+        name: name.to_owned(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1400,
+        taps,
+        addresses: vec![],
+    };
+    let network = PodNetwork {
+        interfaces: vec![
+            interface("eth0", vec![fd(), fd()]),
+            interface("net1", vec![fd()]),
+        ],
+        ..PodNetwork::default()
+    };
+    assert_eq!(network.guest().interfaces[0].mac, "02:00:00:00:00:01");
+    let mut fds = vec![fd()];
+    let devices = network.devices(&mut fds);
+    assert_eq!(devices[0].taps, [1, 2]);
+    assert_eq!(devices[1].taps, [3]);
+    assert_eq!(fds.len(), 4);
+}
+
+#[test]
+fn the_guest_alone_answers_and_reaches_the_node_over_ipv4_and_ipv6() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("both");
+    node.add_interface("eth0", 0);
+    let network = set_up(&node.pod, 1).unwrap();
+    let interface = &network.interfaces[0];
+    let guest = Guest::new(&interface.taps[0], interface.mac);
+    // Nobody answers while the guest is silent, although the namespace has the address.
+    assert!(!node.ping("10.77.0.2"));
+    guest.serve(|| {
+        assert!(node.ping("10.77.0.2"));
+        assert!(node.ping("fd77:0::2"));
+        // Full-sized frames of the interface's MTU, unfragmented.
+        assert!(node.ping_size("10.77.0.2", 1400 - 28));
+        assert!(!node.ping_size("10.77.0.2", 1401 - 28));
+    });
+}
+
+#[test]
+fn interfaces_addresses_routes_and_neighbours_are_as_cni_made_them() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("layout");
+    node.add_interface("eth0", 0);
+    node.add_interface("net1", 1);
+    node.in_pod(&["ip", "route", "add", "default", "via", "10.77.0.1"]);
+    node.in_pod(&[
+        "ip",
+        "route",
+        "add",
+        "192.0.2.1/32",
+        "dev",
+        "net1",
+        "scope",
+        "link",
+    ]);
+    node.in_pod(&[
+        "ip",
+        "route",
+        "add",
+        "198.51.100.0/24",
+        "via",
+        "192.0.2.1",
+        "dev",
+        "net1",
+        "onlink",
+        "metric",
+        "9",
+        "mtu",
+        "1300",
+    ]);
+    node.in_pod(&["ip", "-6", "route", "add", "default", "via", "fd77:0::1"]);
+    node.in_pod(&[
+        "ip",
+        "neigh",
+        "add",
+        "10.77.0.9",
+        "lladdr",
+        "02:00:00:00:00:99",
+        "dev",
+        "eth0",
+        "nud",
+        "permanent",
+    ]);
+    let network = set_up(&node.pod, 2).unwrap();
+    let names: Vec<_> = network.interfaces.iter().map(|i| i.name.as_str()).collect();
+    assert_eq!(names, ["eth0", "net1"]);
+    for interface in &network.interfaces {
+        assert_eq!((interface.mtu, interface.taps.len()), (1400, 2));
+    }
+    let guest = network.guest();
+    assert_eq!(
+        guest.interfaces[0].addresses,
+        ["10.77.0.2/24", "fd77::2/64"]
+    );
+    assert_eq!(
+        guest.interfaces[1].addresses,
+        ["10.77.1.2/24", "fd77:1::2/64"]
+    );
+    let routes: Vec<_> = guest
+        .routes
+        .iter()
+        .map(|r| {
+            format!(
+                "{} via {} dev {} metric {} mtu {} onlink {} scope {}",
+                r.destination, r.gateway, r.interface, r.metric, r.mtu, r.onlink, r.scope
+            )
+        })
+        .collect();
+    for expected in [
+        "10.77.0.0/24 via  dev eth0 metric 0 mtu 0 onlink false scope 253",
+        "192.0.2.1/32 via  dev net1 metric 0 mtu 0 onlink false scope 253",
+        " via 10.77.0.1 dev eth0 metric 0 mtu 0 onlink false scope 0",
+        "198.51.100.0/24 via 192.0.2.1 dev net1 metric 9 mtu 1300 onlink true scope 0",
+        "fd77::/64 via  dev eth0 metric 256 mtu 0 onlink false scope 0",
+        " via fd77::1 dev eth0 metric 1024 mtu 0 onlink false scope 0",
+    ] {
+        assert!(
+            routes.iter().any(|r| r == expected),
+            "{expected:?} is not in {routes:#?}"
+        );
+    }
+    assert!(!routes.iter().any(|r| r.starts_with("fe80")), "{routes:#?}");
+    let gateways = routes
+        .iter()
+        .skip_while(|r| r.contains("via  "))
+        .all(|r| !r.contains("via  "));
+    assert!(
+        gateways,
+        "a direct route follows one with a gateway: {routes:#?}"
+    );
+    assert_eq!(guest.neighbours.len(), 1);
+    assert_eq!(guest.neighbours[0].mac, "02:00:00:00:00:99");
+    assert!(network.left_out.is_empty(), "{:?}", network.left_out);
+}
+
+#[test]
+fn taps_die_with_their_descriptors_and_undo_leaves_what_cni_made() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("undo");
+    node.add_interface("eth0", 0);
+    let before = node.in_pod(&["tc", "qdisc", "show"]);
+    let network = set_up(&node.pod, 2).unwrap();
+    let links = node.in_pod(&["ip", "-o", "link"]);
+    assert!(
+        links.contains("brig0") && links.contains("mtu 1400"),
+        "{links}"
+    );
+    // A tap must not speak: no address of its own.
+    let addresses = node.in_pod(&["ip", "-o", "address", "show", "dev", "brig0"]);
+    assert_eq!(addresses, "");
+    drop(network);
+    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("brig0"));
+    assert!(node.in_pod(&["tc", "qdisc", "show"]).contains("ingress"));
+    undo(&node.pod).unwrap();
+    undo(&node.pod).unwrap();
+    assert_eq!(node.in_pod(&["tc", "qdisc", "show"]), before);
+}
+
+#[test]
+fn what_a_killed_run_left_behind_is_replaced() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("again");
+    node.add_interface("eth0", 0);
+    drop(set_up(&node.pod, 1).unwrap());
+    let network = set_up(&node.pod, 1).unwrap();
+    let interface = &network.interfaces[0];
+    Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
+    let filters = node.in_pod(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
+    assert_eq!(filters.matches("mirred").count(), 1, "{filters}");
+}
+
+#[test]
+fn filters_of_the_node_survive_ours() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("foreign");
+    node.add_interface("eth0", 0);
+    node.in_pod(&["tc", "qdisc", "add", "dev", "eth0", "clsact"]);
+    node.in_pod(&[
+        "tc",
+        "filter",
+        "add",
+        "dev",
+        "eth0",
+        "ingress",
+        "pref",
+        "5",
+        "protocol",
+        "ip",
+        "u32",
+        "match",
+        "ip",
+        "dst",
+        "10.99.0.9/32",
+        "action",
+        "mirred",
+        "egress",
+        "mirror",
+        "dev",
+        "lo",
+    ]);
+    let network = set_up(&node.pod, 1).unwrap();
+    let interface = &network.interfaces[0];
+    Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
+    undo(&node.pod).unwrap();
+    let filters = node.in_pod(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
+    assert!(
+        filters.contains("pref 5") && !filters.contains("Redirect"),
+        "{filters}"
+    );
+}
+
+#[test]
+fn the_hosts_network_is_refused_before_anything_is_touched() {
+    if !can_run() {
+        return;
+    }
+    for path in ["/proc/self/ns/net", "/proc/1/ns/net"] {
+        if std::fs::File::open(path).is_err() {
+            continue;
+        }
+        let error = set_up(Path::new(path), 1).unwrap_err();
+        assert!(matches!(error, NetworkError::HostNetwork { .. }), "{error}");
+        assert_eq!(Error::from(error).kind, Kind::InvalidArgument);
+    }
+    let qdiscs = node::run(&["tc", "qdisc", "show"]);
+    assert!(!qdiscs.contains("ingress"), "{qdiscs}");
+    assert!(matches!(
+        undo(Path::new("/proc/self/ns/net")),
+        Err(NetworkError::HostNetwork { .. })
+    ));
+}
+
+#[test]
+fn what_is_no_network_namespace_is_refused() {
+    let missing = set_up(Path::new("/nonexistent/netns"), 1).unwrap_err();
+    assert_eq!(Error::from(missing).kind, Kind::NotFound);
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for path in [
+        Path::new("/proc/self/ns/mnt"),
+        Path::new("/dev/null"),
+        dir.path(),
+        &fifo,
+    ] {
+        let error = set_up(path, 1).unwrap_err();
+        assert!(
+            matches!(error, NetworkError::NotANamespace { .. }),
+            "{error}"
+        );
+    }
+    undo(Path::new("/nonexistent/netns")).unwrap();
+}
+
+#[test]
+fn an_empty_namespace_gives_an_empty_network() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("empty");
+    let network = set_up(&node.pod, 1).unwrap();
+    assert!(network.interfaces.is_empty() && network.routes.is_empty());
+}
+
+#[test]
+fn a_failure_half_way_undoes_what_was_done() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("halfway");
+    node.add_interface("eth0", 0);
+    node.add_interface("net1", 1);
+    // More than a tap takes, so that net1 fails after eth0 is done.
+    node.in_pod(&["ip", "link", "set", "net1", "mtu", "65535"]);
+    let before = node.in_pod(&["tc", "qdisc", "show"]);
+    let error = set_up(&node.pod, 1).unwrap_err();
+    assert!(error.to_string().contains("65535"), "{error}");
+    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains(": brig"));
+    assert_eq!(node.in_pod(&["tc", "qdisc", "show"]), before);
+}

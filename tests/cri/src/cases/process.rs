@@ -1,0 +1,176 @@
+//! What a container's process is given, and how its end is told.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::{contains_one, equal, that};
+use brig_tests::node::clock;
+use k8s_cri::v1::ContainerState;
+
+use crate::suite::{Case, SLEEP, Suite, case};
+
+pub const CASES: &[Case] = &[
+    case("process", "exit codes are told exactly", exit_codes),
+    case(
+        "process",
+        "a process killed by a signal ends with 128 + its number",
+        signalled,
+    ),
+    case("process", "states and times follow one another", states),
+    case(
+        "process",
+        "environment and working directory are as asked for",
+        environment,
+    ),
+    case("process", "args replace the image's arguments", args),
+    case(
+        "process",
+        "a missing program fails the start with its name",
+        missing_program,
+    ),
+    case(
+        "process",
+        "SIGTERM ends a container that heeds it, before its grace",
+        graceful,
+    ),
+    case(
+        "process",
+        "SIGKILL ends one that does not, after its grace",
+        ungraceful,
+    ),
+];
+
+fn exit_codes(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    for (name, code, reason) in [("zero", 0, "Completed"), ("three", 3, "Error")] {
+        let script = format!("exit {code}");
+        let (_container, status) = shared
+            .pod
+            .container(name, &["sh", "-c", &script])
+            .finish()?;
+        equal("exit code", code, status.exit_code)?;
+        equal("reason", reason, status.reason.as_str())?;
+    }
+    Ok(())
+}
+
+fn signalled(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    // PID 1 is immune to signals from inside: its child is not.
+    let script = ["sh", "-c", "sh -c 'kill -SEGV $$'; exit $?"];
+    let (_container, status) = shared.pod.container("child", &script).finish()?;
+    equal("exit code that the shell saw", 139, status.exit_code)?;
+    let container = shared.pod.container("killed", SLEEP).start()?;
+    container.stop(0)?;
+    equal(
+        "exit code of a killed one",
+        137,
+        container.wait()?.exit_code,
+    )
+}
+
+fn states(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("states", &["sh", "-c", "read x < /go"])
+        .create()?;
+    let created = container.status()?;
+    equal("state", ContainerState::ContainerCreated, created.state())?;
+    container.start()?;
+    let running = shared.container.status()?;
+    equal("state", ContainerState::ContainerRunning, running.state())?;
+    let ended = container.wait()?;
+    equal("state", ContainerState::ContainerExited, ended.state())?;
+    that(
+        "created, started and finished in this order",
+        0 < ended.created_at
+            && ended.created_at <= ended.started_at
+            && ended.started_at <= ended.finished_at,
+    )
+}
+
+fn environment(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("environment", SLEEP)
+        .env("GREETING", "hello world")
+        .env("EMPTY", "")
+        .edit(|config| config.working_dir = "/made/by/runtime".to_owned())
+        .start()?;
+    let text = container.sh("echo \"$GREETING|${EMPTY-unset}|$(pwd)|$PATH\"")?;
+    equal(
+        "variables",
+        "hello world||/made/by/runtime|/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        text.as_str(),
+    )?;
+    let of_main = container.sh("tr '\\0' '\\n' < /proc/1/environ | grep GREETING")?;
+    equal("of the main process", "GREETING=hello world", of_main)
+}
+
+fn args(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("args", &[])
+        .edit(|config| config.args = vec!["sleep".to_owned(), "4444".to_owned()])
+        .start()?;
+    let line = container.sh("tr '\\0' ' ' < /proc/1/cmdline")?;
+    equal("command line", "sleep 4444", line)
+}
+
+fn missing_program(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("missing", &["/no/such/program"])
+        .create();
+    let outcome = match container {
+        // Either call may say it; kubelet shows both.
+        Ok(container) => container.start().and(Ok(Some(container))),
+        Err(error) => Err(error),
+    };
+    let error = outcome.err().context("it started")?;
+    contains_one("the error", &["/no/such/program"], &format!("{error:#}"))?;
+    contains_one(
+        "the error",
+        &["no such file", "not found"],
+        &format!("{error:#}"),
+    )?;
+    that("the pod is still ready", shared.pod.is_ready()?)
+}
+
+fn graceful(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let script = "trap 'echo going; exit 5' TERM; echo up; while :; do sleep 0.2; done";
+    let container = shared
+        .pod
+        .container("graceful", &["sh", "-c", script])
+        .start()?;
+    container.wait_line("up")?;
+    let begin = Instant::now();
+    let grace = clock::seconds(10);
+    container.stop(i64::try_from(grace.as_secs())?)?;
+    that("it ended before its grace", begin.elapsed() < grace)?;
+    equal("exit code", 5, container.wait()?.exit_code)?;
+    container.wait_line("going")
+}
+
+fn ungraceful(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let script = "trap 'echo no' TERM; echo up; while :; do sleep 0.2; done";
+    let container = shared
+        .pod
+        .container("stubborn", &["sh", "-c", script])
+        .start()?;
+    container.wait_line("up")?;
+    let begin = Instant::now();
+    container.stop(3)?;
+    that(
+        "not before its grace",
+        begin.elapsed() >= Duration::from_millis(2_900),
+    )?;
+    equal("exit code", 137, container.wait()?.exit_code)?;
+    container.wait_line("no")
+}

@@ -1,0 +1,169 @@
+//! Resources: limits, their updates while the container runs, and the end of one that asks too much.
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::{equal, that};
+use k8s_cri::v1::LinuxContainerResources;
+
+use crate::suite::{Case, SLEEP, Suite, case};
+
+pub const CASES: &[Case] = &[
+    case(
+        "resources",
+        "limits are in the container's own cgroup",
+        limits,
+    ),
+    case("resources", "limits change while it runs", update),
+    case(
+        "resources",
+        "beyond its memory: OOMKilled, its neighbour lives",
+        oom,
+    ),
+    case(
+        "resources",
+        "oom_score_adj and cpu shares are applied",
+        scores,
+    ),
+    case(
+        "resources",
+        "a pod with a memory limit starts a VM that has it",
+        sized,
+    ),
+];
+
+const MIB: i64 = 1 << 20;
+
+fn resources() -> LinuxContainerResources {
+    LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 25_000,
+        memory_limit_in_bytes: 48 * MIB,
+        ..LinuxContainerResources::default()
+    }
+}
+
+fn limits(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("limits", SLEEP)
+        .resources(|wanted| *wanted = resources())
+        .start()?;
+    for (file, value) in [
+        ("memory.max", (48 * MIB).to_string()),
+        ("cpu.max", "25000 100000".to_owned()),
+    ] {
+        equal(
+            file,
+            value,
+            container.sh(&format!("cat /sys/fs/cgroup/{file}"))?,
+        )?;
+    }
+    Ok(())
+}
+
+fn update(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("update", SLEEP)
+        .resources(|wanted| *wanted = resources())
+        .start()?;
+    container.update(LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 75_000,
+        memory_limit_in_bytes: 96 * MIB,
+        ..LinuxContainerResources::default()
+    })?;
+    for (file, value) in [
+        ("memory.max", (96 * MIB).to_string()),
+        ("cpu.max", "75000 100000".to_owned()),
+    ] {
+        equal(
+            file,
+            value,
+            container.sh(&format!("cat /sys/fs/cgroup/{file}"))?,
+        )?;
+    }
+    let told = container.status()?.resources.and_then(|all| all.linux);
+    if let Some(told) = told {
+        equal(
+            "ContainerStatus: memory",
+            96 * MIB,
+            told.memory_limit_in_bytes,
+        )?;
+    }
+    Ok(())
+}
+
+fn oom(suite: &mut Suite) -> Result<()> {
+    let pod = suite.run("oom")?;
+    let neighbour = pod.container("neighbour", SLEEP).start()?;
+    // `tail` keeps what it reads.
+    let script = ["sh", "-c", "exec tail -c 200000000 /dev/zero"];
+    let (_container, status) = pod
+        .container("greedy", &script)
+        .resources(|wanted| {
+            wanted.memory_limit_in_bytes = 24 * MIB;
+            wanted.memory_swap_limit_in_bytes = 24 * MIB;
+        })
+        .finish()?;
+    equal("exit code", 137, status.exit_code)?;
+    equal("reason", "OOMKilled", status.reason.as_str())?;
+    neighbour.sh("true").context("the neighbour")?;
+    that("the pod is ready", pod.is_ready()?)
+}
+
+fn scores(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("scores", SLEEP)
+        .resources(|wanted| {
+            wanted.oom_score_adj = 936;
+            wanted.cpu_shares = 512;
+        })
+        .start()?;
+    equal(
+        "oom_score_adj",
+        "936",
+        container.sh("cat /proc/1/oom_score_adj")?,
+    )?;
+    // 512 shares are weight 20 by runc's conversion of old, 59 by the newer one.
+    let weight = container.sh("cat /sys/fs/cgroup/cpu.weight")?;
+    that(
+        &format!("cpu.weight is that of 512 shares: {weight}"),
+        ["20", "59"].contains(&weight.as_str()),
+    )
+}
+
+fn sized(suite: &mut Suite) -> Result<()> {
+    let pod = suite
+        .pod("sized")
+        .linux(|linux| {
+            linux.resources = Some(LinuxContainerResources {
+                cpu_period: 100_000,
+                cpu_quota: 100_000,
+                memory_limit_in_bytes: 300 * MIB,
+                ..LinuxContainerResources::default()
+            });
+        })
+        .run(&suite.cri)?;
+    let container = pod
+        .container("main", SLEEP)
+        .resources(|wanted| wanted.memory_limit_in_bytes = 300 * MIB)
+        .start()?;
+    equal(
+        "memory.max",
+        (300 * MIB).to_string(),
+        container.sh("cat /sys/fs/cgroup/memory.max")?,
+    )?;
+    // All of it is there to be used.
+    container.sh("head -c 180000000 /dev/zero > /dev/shm/fill || head -c 50000000 /dev/zero > /dev/shm/fill; rm /dev/shm/fill")?;
+    let total: i64 = container
+        .sh("awk '/^MemTotal:/ { print $2 }' /proc/meminfo")?
+        .parse()?;
+    that(
+        "its kernel has at least that much",
+        total * 1024 >= 300 * MIB,
+    )
+}

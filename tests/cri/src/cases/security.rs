@@ -1,0 +1,341 @@
+//! The security context: who a process is and what it may do.
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::{contains, contains_one, equal, that};
+use k8s_cri::v1::{Capability, Int64Value, security_profile::ProfileType};
+
+use crate::container::Container;
+use crate::pod::profile;
+use crate::suite::{Case, SLEEP, Suite, case};
+
+pub const CASES: &[Case] = &[
+    case(
+        "security",
+        "runAsUser, runAsGroup and supplemental groups",
+        user,
+    ),
+    case(
+        "security",
+        "a user by its name, with the image's groups",
+        username,
+    ),
+    case(
+        "security",
+        "the default capabilities are the same, for exec too",
+        default_capabilities,
+    ),
+    case(
+        "security",
+        "capabilities are added and dropped",
+        capabilities,
+    ),
+    case("security", "drop ALL leaves none", drop_all),
+    case("security", "read-only root file system", read_only_root),
+    case(
+        "security",
+        "privileged: all capabilities, sysfs writable",
+        privileged,
+    ),
+    case(
+        "security",
+        "a privileged pod sees none of the node's disks in Brig",
+        node_devices,
+    ),
+    case("security", "masked and read-only paths", masked),
+    case(
+        "security",
+        "seccomp RuntimeDefault is enforced",
+        seccomp_default,
+    ),
+    case(
+        "security",
+        "seccomp Unconfined is not filtered",
+        seccomp_unconfined,
+    ),
+    case(
+        "security",
+        "allowPrivilegeEscalation=false sets no_new_privs",
+        no_new_privs,
+    ),
+    case("security", "sysctls of the pod's namespaces", sysctls),
+    case(
+        "security",
+        "AppArmor RuntimeDefault does not hinder the start",
+        apparmor,
+    ),
+];
+
+fn int(value: i64) -> Option<Int64Value> {
+    Some(Int64Value { value })
+}
+
+fn user(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("user", SLEEP)
+        .security(|security| {
+            security.run_as_user = int(1234);
+            security.run_as_group = int(5678);
+            security.supplemental_groups = vec![2000, 70_000];
+        })
+        .start()?;
+    let script = "id -u; id -g; grep ^Groups: /proc/self/status; grep ^CapEff /proc/1/status";
+    let text = container.sh(script)?;
+    let lines: Vec<_> = text.lines().collect();
+    equal(
+        "uid and gid",
+        ["1234", "5678"].as_slice(),
+        lines.get(..2).context("lines")?,
+    )?;
+    for group in ["2000", "70000"] {
+        contains("groups", group, lines.get(2).context("no groups")?)?;
+    }
+    contains(
+        "no capability",
+        "0000000000000000",
+        lines.get(3).context("no capabilities")?,
+    )
+}
+
+fn username(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("username", SLEEP)
+        .security(|security| security.run_as_username = "app".to_owned())
+        .start()?;
+    equal("id", "1000 1000", container.sh("echo $(id -u) $(id -g)")?)?;
+    let groups = container.sh("grep ^Groups: /proc/1/status")?;
+    contains("the image's group of it", "2000", &groups)
+}
+
+fn status_field(container: &Container, pid: &str, field: &str) -> Result<String> {
+    container.sh(&format!(
+        "awk '/^{field}:/ {{ print $2 }}' /proc/{pid}/status"
+    ))
+}
+
+fn default_capabilities(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    // containerd's fourteen.
+    const DEFAULT: &str = "00000000a80425fb";
+    for (field, expected) in [
+        ("CapEff", DEFAULT),
+        ("CapPrm", DEFAULT),
+        ("CapBnd", DEFAULT),
+        ("CapInh", "0000000000000000"),
+        ("CapAmb", "0000000000000000"),
+    ] {
+        for pid in ["1", "self"] {
+            equal(
+                field,
+                expected,
+                status_field(&shared.container, pid, field)?,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn capabilities(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("capabilities", SLEEP)
+        .security(|security| {
+            security.capabilities = Some(Capability {
+                add_capabilities: vec!["NET_ADMIN".to_owned()],
+                drop_capabilities: vec!["CHOWN".to_owned()],
+                ..Capability::default()
+            });
+        })
+        .start()?;
+    container
+        .sh("ip link add brig0 type bridge && ip link del brig0")
+        .or_else(|_| {
+            // A kernel without bridges: any change of a link will do.
+            container.sh("ip link set lo mtu 65535")
+        })?;
+    let error = container.sh_fails("touch /f && chown 1 /f")?;
+    contains_one("chown", &["not permitted"], &error)?;
+    let error = shared.container.sh_fails("ip link set lo mtu 65535")?;
+    contains_one("without NET_ADMIN", &["not permitted"], &error)
+}
+
+fn drop_all(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("drop-all", SLEEP)
+        .security(|security| {
+            security.capabilities = Some(Capability {
+                drop_capabilities: vec!["ALL".to_owned()],
+                ..Capability::default()
+            });
+        })
+        .start()?;
+    for field in ["CapEff", "CapPrm", "CapBnd"] {
+        equal(
+            field,
+            "0000000000000000",
+            status_field(&container, "1", field)?,
+        )?;
+    }
+    Ok(())
+}
+
+fn read_only_root(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("read-only-root", SLEEP)
+        .security(|security| security.readonly_rootfs = true)
+        .start()?;
+    let error = container.sh_fails("touch /x")?;
+    contains_one("a write to /", &["read-only file system"], &error)?;
+    container
+        .sh("touch /dev/shm/x && rm /dev/shm/x && echo x > /dev/null")
+        .map(drop)
+}
+
+fn privileged(suite: &mut Suite) -> Result<()> {
+    let pod = suite
+        .pod("privileged")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    let container = pod
+        .container("main", SLEEP)
+        .security(|security| security.privileged = true)
+        .start()?;
+    // All that its kernel knows: the kernel says how many.
+    let last: u32 = container.sh("cat /proc/sys/kernel/cap_last_cap")?.parse()?;
+    let all = format!("{:016x}", (1_u64 << (last + 1)) - 1);
+    equal("CapEff", all, status_field(&container, "1", "CapEff")?)?;
+    equal("Seccomp", "0", status_field(&container, "1", "Seccomp")?)?;
+    container.sh("mkdir /m && mount -t tmpfs none /m && umount /m")?;
+    container.sh("sysctl -w net.ipv4.ip_forward=1")?;
+    that(
+        "/dev has the kernel's devices",
+        container.sh("test -e /dev/kmsg && echo yes")? == "yes",
+    )
+}
+
+/// runc gives a privileged container the node's devices; a VM has its own.
+fn node_devices(suite: &mut Suite) -> Result<()> {
+    let pod = suite
+        .pod("node-devices")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    let container = pod
+        .container("main", SLEEP)
+        .security(|security| security.privileged = true)
+        .start()?;
+    let disk = container.exec(&["test", "-b", "/dev/vda"])?.code == 0;
+    equal("the node's disk is there", !suite.is_brig(), disk)
+}
+
+fn masked(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    equal(
+        "/proc/kcore has",
+        "0",
+        shared.container.sh("wc -c < /proc/kcore")?,
+    )?;
+    equal(
+        "/proc/timer_list has",
+        "0",
+        shared.container.sh("head -c 9 /proc/timer_list | wc -c")?,
+    )?;
+    equal(
+        "/sys/firmware has",
+        "0",
+        shared.container.sh("ls -A /sys/firmware | wc -l")?,
+    )?;
+    for script in [
+        "echo 1 > /proc/sys/vm/drop_caches",
+        "echo h > /proc/sysrq-trigger",
+        "mkdir /sys/fs/cgroup/x",
+    ] {
+        shared.container.sh_fails(script)?;
+    }
+    let error = shared
+        .container
+        .sh_fails("echo x > /proc/sys/kernel/hostname")?;
+    contains_one("/proc/sys", &["read-only file system"], &error)
+}
+
+fn seccomp_default(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    for pid in ["1", "self"] {
+        equal(
+            "Seccomp",
+            "2",
+            status_field(&shared.container, pid, "Seccomp")?,
+        )?;
+    }
+    // unshare(CLONE_NEWUSER) needs no capability, so only the filter refuses it.
+    let error = shared.container.sh_fails("unshare -U true")?;
+    contains_one("unshare", &["not permitted"], &error)
+}
+
+fn seccomp_unconfined(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("unconfined", SLEEP)
+        .security(|security| security.seccomp = Some(profile(ProfileType::Unconfined)))
+        .start()?;
+    equal("Seccomp", "0", status_field(&container, "1", "Seccomp")?)
+}
+
+fn no_new_privs(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("no-new-privs", SLEEP)
+        .security(|security| security.no_new_privs = true)
+        .start()?;
+    for pid in ["1", "self"] {
+        equal(
+            "NoNewPrivs",
+            "1",
+            status_field(&container, pid, "NoNewPrivs")?,
+        )?;
+    }
+    equal(
+        "by default",
+        "0",
+        status_field(&shared.container, "1", "NoNewPrivs")?,
+    )
+}
+
+fn sysctls(suite: &mut Suite) -> Result<()> {
+    let pod = suite
+        .pod("sysctls")
+        .sysctl("kernel.shm_rmid_forced", "1")
+        .sysctl("net.ipv4.ip_local_port_range", "20000 30000")
+        .sysctl("net.core.somaxconn", "777")
+        .sysctl("kernel.msgmax", "16384")
+        .run(&suite.cri)?;
+    let container = pod.container("main", SLEEP).start()?;
+    for (name, value) in [
+        ("kernel/shm_rmid_forced", "1"),
+        ("net/ipv4/ip_local_port_range", "20000\t30000"),
+        ("net/core/somaxconn", "777"),
+        ("kernel/msgmax", "16384"),
+    ] {
+        equal(name, value, container.sh(&format!("cat /proc/sys/{name}"))?)?;
+    }
+    Ok(())
+}
+
+fn apparmor(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("apparmor", SLEEP)
+        .security(|security| security.apparmor = Some(profile(ProfileType::RuntimeDefault)))
+        .start()?;
+    container.sh("true").map(drop)
+}

@@ -1,0 +1,501 @@
+//! Volumes as kubelet prepares them: everything is a bind mount of something on the node.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::{contains_one, equal, that};
+use brig_tests::node::clock;
+use k8s_cri::v1::MountPropagation;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::container::eventually;
+use crate::node::Directory;
+use crate::suite::{Case, SLEEP, Suite, case};
+
+pub const CASES: &[Case] = &[
+    case(
+        "volumes",
+        "hostPath directory: both sides see what the other writes",
+        host_path,
+    ),
+    case(
+        "volumes",
+        "hostPath directory: owner, mode and links are kept",
+        ownership,
+    ),
+    case(
+        "volumes",
+        "hostPath directory, read-only: writes are refused",
+        read_only,
+    ),
+    case(
+        "volumes",
+        "hostPath file: writable, without its siblings",
+        single_file,
+    ),
+    case("volumes", "hostPath by a symbolic link", by_symlink),
+    case("volumes", "hostPath that is not there is made", made),
+    case(
+        "volumes",
+        "emptyDir: shared by the pod's containers",
+        empty_dir,
+    ),
+    case(
+        "volumes",
+        "emptyDir in memory: its limit holds",
+        empty_dir_memory,
+    ),
+    case(
+        "volumes",
+        "ConfigMap: mounted read-only, updated atomically and live",
+        config_map,
+    ),
+    case(
+        "volumes",
+        "Secret: modes are kept and a user may read it",
+        secret,
+    ),
+    case("volumes", "subPath: one directory of a volume", sub_path),
+    case("volumes", "a volume inside a volume", nested),
+    case(
+        "volumes",
+        "termination log: written by the container, read by the node",
+        termination_log,
+    ),
+    case("volumes", "fsGroup: a user of the group writes", fs_group),
+    case(
+        "volumes",
+        "HostToContainer: a later mount of the node is seen",
+        host_to_container,
+    ),
+    case(
+        "volumes",
+        "private: a later mount of the node is not seen",
+        private,
+    ),
+    case(
+        "volumes",
+        "a removed pod's volume is free on the node",
+        freed,
+    ),
+];
+
+fn host_path(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("host-path")?;
+    volume.file("from-node", "node\n")?;
+    let container = shared
+        .pod
+        .container("host-path", SLEEP)
+        .mount(&volume.path, "/data/deep")
+        .start()?;
+    equal(
+        "the node's file",
+        "node",
+        container.sh("cat /data/deep/from-node")?,
+    )?;
+    container.sh("mkdir /data/deep/d && echo container > /data/deep/d/f")?;
+    equal(
+        "the container's file",
+        "container\n",
+        fs::read_to_string(volume.path.join("d/f"))?.as_str(),
+    )?;
+    volume.file("later", "later\n")?;
+    eventually("a later file is seen", clock::seconds(2), || {
+        Ok((container.exec(&["cat", "/data/deep/later"])?.text() == "later").then_some(()))
+    })
+}
+
+fn ownership(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("ownership")?;
+    let file = volume.file("f", "x")?;
+    chown(&file, Some(1234), Some(70_000))?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o2751))?;
+    fs::hard_link(&file, volume.path.join("hard"))?;
+    symlink("f", volume.path.join("soft"))?;
+    let container = shared
+        .pod
+        .container("ownership", SLEEP)
+        .mount(&volume.path, "/v")
+        .start()?;
+    equal(
+        "as seen inside",
+        "1234 70000 2751 2",
+        container.sh("stat -c '%u %g %a %h' /v/f")?,
+    )?;
+    equal("the symbolic link", "f", container.sh("readlink /v/soft")?)?;
+    container.sh("echo y > /v/made && chown 4321:80000 /v/made && chmod 600 /v/made")?;
+    let made = fs::metadata(volume.path.join("made"))?;
+    equal(
+        "as seen outside",
+        (4321, 80_000, 0o600),
+        (made.uid(), made.gid(), made.mode() & 0o7777),
+    )
+}
+
+fn read_only(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("read-only")?;
+    volume.file("f", "kept\n")?;
+    let container = shared
+        .pod
+        .container("read-only", SLEEP)
+        .mount_readonly(&volume.path, "/v")
+        .start()?;
+    equal("it can be read", "kept", container.sh("cat /v/f")?)?;
+    for script in ["echo x > /v/f", "touch /v/new", "rm /v/f", "chmod 777 /v/f"] {
+        let error = container.sh_fails(script)?;
+        contains_one(script, &["read-only file system"], &error)?;
+    }
+    equal(
+        "the file",
+        "kept\n",
+        fs::read_to_string(volume.path.join("f"))?.as_str(),
+    )
+}
+
+fn single_file(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("single-file")?;
+    let file = volume.file("wanted", "one\n")?;
+    volume.file("sibling", "secret\n")?;
+    let container = shared
+        .pod
+        .container("single-file", SLEEP)
+        .mount(&file, "/etc/brig/wanted")
+        .start()?;
+    equal("the file", "one", container.sh("cat /etc/brig/wanted")?)?;
+    container.sh("echo two >> /etc/brig/wanted")?;
+    equal(
+        "as the node sees it",
+        "one\ntwo\n",
+        fs::read_to_string(&file)?.as_str(),
+    )?;
+    equal("its directory", "wanted", container.sh("ls /etc/brig")?)
+}
+
+fn by_symlink(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("by-symlink")?;
+    let real = volume.directory("real")?;
+    fs::write(real.join("f"), "behind\n")?;
+    let link = volume.path.join("link");
+    symlink(&real, &link)?;
+    let container = shared
+        .pod
+        .container("by-symlink", SLEEP)
+        .mount(&link, "/v")
+        .start()?;
+    equal("the file", "behind", container.sh("cat /v/f")?)?;
+    container.sh("echo x > /v/written")?;
+    that("the link's target has it", real.join("written").exists())
+}
+
+fn made(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("made")?;
+    let path = volume.path.join("not/yet");
+    let container = shared
+        .pod
+        .container("made", SLEEP)
+        .mount(&path, "/v")
+        .start()?;
+    container.sh("touch /v/f")?;
+    that("containerd made it", path.join("f").exists())
+}
+
+fn empty_dir(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("empty-dir")?;
+    fs::set_permissions(&volume.path, fs::Permissions::from_mode(0o777))?;
+    let writer = shared
+        .pod
+        .container("writer", SLEEP)
+        .mount(&volume.path, "/w")
+        .start()?;
+    let reader = shared
+        .pod
+        .container("reader", SLEEP)
+        .mount(&volume.path, "/r")
+        .start()?;
+    writer.sh("echo first > /w/f")?;
+    equal("what the other reads", "first", reader.sh("cat /r/f")?)?;
+    writer.sh("echo second > /w/.f && mv /w/.f /w/f")?;
+    equal("after a rename", "second", reader.sh("cat /r/f")?)?;
+    reader.sh("mkfifo /r/pipe && (cat /r/pipe > /r/got &)")?;
+    writer.sh("echo through > /w/pipe")?;
+    eventually("a named pipe connects them", clock::seconds(2), || {
+        Ok((reader.sh("cat /r/got")? == "through").then_some(()))
+    })
+}
+
+/// A mount of the node that ends with its scope.
+struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    fn tmpfs(path: &'a Path, options: &str) -> Result<Self> {
+        mount(
+            Some("tmpfs"),
+            path,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(options),
+        )
+        .with_context(|| format!("cannot mount a tmpfs on {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+fn empty_dir_memory(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("empty-dir-memory")?;
+    let _tmpfs = Mounted::tmpfs(&volume.path, "size=4m,mode=777")?;
+    let container = shared
+        .pod
+        .container("memory", SLEEP)
+        .mount(&volume.path, "/v")
+        .start()?;
+    equal(
+        "its size in KiB",
+        "4096",
+        container.sh("df -k /v | awk 'END { print $2 }'")?,
+    )?;
+    container.sh("head -c 3000000 /dev/zero > /v/fits")?;
+    let error = container.sh_fails("head -c 3000000 /dev/zero > /v/too-much")?;
+    contains_one("beyond its limit", &["no space left"], &error)
+}
+
+/// What kubelet's atomic writer makes: `..data` is a symbolic link that is replaced by a rename.
+fn write_generation(volume: &Directory, generation: u32) -> Result<()> {
+    let name = format!("..2026_{generation}");
+    let directory = volume.directory(&name)?;
+    fs::write(
+        directory.join("color"),
+        format!("generation {generation}\n"),
+    )?;
+    fs::write(
+        directory.join("shape"),
+        format!("generation {generation}\n"),
+    )?;
+    let next = volume.path.join("..data_tmp");
+    symlink(&name, &next)?;
+    fs::rename(&next, volume.path.join("..data"))?;
+    Ok(())
+}
+
+fn config_map(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    // A path as kubelet's, from which a runtime may tell the kind of volume.
+    let root = Directory::new("pods")?;
+    let volume = Directory {
+        path: root.directory("volumes/kubernetes.io~configmap/settings")?,
+    };
+    write_generation(&volume, 1)?;
+    for key in ["color", "shape"] {
+        symlink(format!("..data/{key}"), volume.path.join(key))?;
+    }
+    let container = shared
+        .pod
+        .container("config-map", SLEEP)
+        .mount_readonly(&volume.path, "/config")
+        .start()?;
+    equal("a key", "generation 1", container.sh("cat /config/color")?)?;
+    equal("a listing", "color\nshape", container.sh("ls /config")?)?;
+    container.sh_fails("echo x > /config/color")?;
+    write_generation(&volume, 2)?;
+    fs::remove_dir_all(volume.path.join("..2026_1"))?;
+    eventually("the update is seen", clock::seconds(3), || {
+        let text = container
+            .exec(&["cat", "/config/color", "/config/shape"])?
+            .text();
+        Ok((text == "generation 2\ngeneration 2").then_some(()))
+    })
+}
+
+fn secret(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let root = Directory::new("secret-pods")?;
+    let volume = root.directory("volumes/kubernetes.io~secret/token")?;
+    let _tmpfs = Mounted::tmpfs(&volume, "size=1m,mode=1777")?;
+    fs::write(volume.join("token"), "sesame\n")?;
+    chown(volume.join("token"), Some(0), Some(2000))?;
+    fs::set_permissions(volume.join("token"), fs::Permissions::from_mode(0o440))?;
+    let container = shared
+        .pod
+        .container("secret", SLEEP)
+        .mount_readonly(&volume, "/run/secrets/token")
+        .security(|security| {
+            security.run_as_user = Some(k8s_cri::v1::Int64Value { value: 1000 });
+            security.supplemental_groups = vec![2000];
+        })
+        .start()?;
+    equal(
+        "mode",
+        "440",
+        container.sh("stat -c %a /run/secrets/token/token")?,
+    )?;
+    equal(
+        "the secret",
+        "sesame",
+        container.sh("cat /run/secrets/token/token")?,
+    )
+}
+
+fn sub_path(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("sub-path")?;
+    let inner = volume.directory("inner")?;
+    volume.file("outside", "not for it\n")?;
+    // Kubelet bind-mounts the directory to a path of its own and gives that one.
+    let bound = volume.directory("volume-subpaths/v/main/0")?;
+    mount(
+        Some(&inner),
+        &bound,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )?;
+    let _bound = Mounted(&bound);
+    let container = shared
+        .pod
+        .container("sub-path", SLEEP)
+        .mount(&bound, "/v")
+        .start()?;
+    container.sh("echo x > /v/f")?;
+    that("the directory has it", inner.join("f").exists())?;
+    equal("what it sees", "f", container.sh("ls -A /v")?)?;
+    container.sh_fails("cat /v/../outside").map(drop)
+}
+
+fn nested(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let outer = Directory::new("nested-outer")?;
+    let inner = Directory::new("nested-inner")?;
+    outer.directory("in")?;
+    inner.file("f", "inner\n")?;
+    let container = shared
+        .pod
+        .container("nested", SLEEP)
+        .mount(&outer.path, "/v")
+        .mount_readonly(&inner.path, "/v/in")
+        .start()?;
+    equal("the inner one", "inner", container.sh("cat /v/in/f")?)?;
+    container.sh("touch /v/outer")?;
+    container.sh_fails("touch /v/in/x").map(drop)
+}
+
+fn termination_log(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("termination")?;
+    let file = volume.file("termination-log", "")?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
+    let script = [
+        "sh",
+        "-c",
+        "echo 'because of this' > /dev/termination-log; exit 1",
+    ];
+    let (_container, status) = shared
+        .pod
+        .container("termination", &script)
+        .mount(&file, "/dev/termination-log")
+        .finish()?;
+    equal("exit code", 1, status.exit_code)?;
+    equal(
+        "its message",
+        "because of this\n",
+        fs::read_to_string(&file)?.as_str(),
+    )
+}
+
+fn fs_group(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::new("fs-group")?;
+    chown(&volume.path, Some(0), Some(2000))?;
+    fs::set_permissions(&volume.path, fs::Permissions::from_mode(0o2770))?;
+    let container = shared
+        .pod
+        .container("fs-group", SLEEP)
+        .mount(&volume.path, "/v")
+        .security(|security| {
+            security.run_as_user = Some(k8s_cri::v1::Int64Value { value: 1000 });
+            security.run_as_group = Some(k8s_cri::v1::Int64Value { value: 1000 });
+            security.supplemental_groups = vec![2000];
+        })
+        .start()?;
+    container.sh("echo x > /v/f")?;
+    let file = fs::metadata(volume.path.join("f"))?;
+    equal("owner and group", (1000, 2000), (file.uid(), file.gid()))
+}
+
+/// A volume whose mount on the node propagates to containers that ask for it, as kubelet's does.
+fn propagation(suite: &mut Suite, name: &str, mode: MountPropagation) -> Result<String> {
+    let shared = suite.shared()?;
+    let volume = Directory::new(name)?;
+    let below = volume.directory("below")?;
+    mount(
+        Some(&volume.path),
+        &volume.path,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )?;
+    let _bound = Mounted(&volume.path);
+    mount(
+        None::<&str>,
+        &volume.path,
+        None::<&str>,
+        MsFlags::MS_SHARED,
+        None::<&str>,
+    )?;
+    let container = shared
+        .pod
+        .container(name, SLEEP)
+        .mount_with(&volume.path, "/v", |mount| mount.propagation = mode.into())
+        .start()?;
+    let _tmpfs = Mounted::tmpfs(&below, "size=1m")?;
+    fs::write(below.join("later"), "later\n")?;
+    let wanted = mode == MountPropagation::PropagationHostToContainer;
+    let seen = eventually("the mount", clock::seconds(u32::from(wanted) + 1), || {
+        let seen = container.exec(&["ls", "/v/below"])?.text();
+        Ok((!seen.is_empty()).then_some(seen))
+    });
+    drop(container);
+    Ok(seen.unwrap_or_default())
+}
+
+fn host_to_container(suite: &mut Suite) -> Result<()> {
+    let mode = MountPropagation::PropagationHostToContainer;
+    equal("what it sees", "later", propagation(suite, "rslave", mode)?)
+}
+
+fn private(suite: &mut Suite) -> Result<()> {
+    let mode = MountPropagation::PropagationPrivate;
+    equal("what it sees", "", propagation(suite, "rprivate", mode)?)
+}
+
+fn freed(suite: &mut Suite) -> Result<()> {
+    let pod = suite.run("freed")?;
+    let volume = Directory::new("freed")?;
+    let tmpfs = Mounted::tmpfs(&volume.path, "size=1m")?;
+    let container = pod
+        .container("main", SLEEP)
+        .mount(&volume.path, "/v")
+        .start()?;
+    container.sh("echo x > /v/f && cat /v/f")?;
+    container.remove()?;
+    pod.stop()?;
+    pod.remove()?;
+    // Not lazily: a volume still in use is busy.
+    umount2(&volume.path, MntFlags::empty()).context("the volume is busy after its pod")?;
+    std::mem::forget(tmpfs);
+    Ok(())
+}

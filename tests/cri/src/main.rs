@@ -1,0 +1,28 @@
+//! `brig-cri`: the end-to-end suite of pods. Runs inside the disposable node, as a kubelet would:
+//! over containerd's CRI socket.
+//!
+//! Each case states a behaviour that a pod has in runc; it runs with each handler asked for, so that
+//! Brig is compared with runc and not with an opinion. It trusts containerd and the node.
+
+mod cases;
+mod client;
+mod container;
+mod log;
+mod node;
+mod options;
+mod pod;
+mod results;
+mod suite;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match options::parse(std::env::args().skip(1)).and_then(|options| results::run_all(&options)) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("brig-cri: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}

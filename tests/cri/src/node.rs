@@ -1,0 +1,128 @@
+//! The node as the suite needs it: containerd's version and configuration, and the images.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use brig_tests::node::{clock, process};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::client::Cri;
+
+/// The node's configuration, and the place where a test puts its own.
+const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
+const OWN_CONFIG: &str = "/run/brig-node/config.toml";
+/// The sandbox image of this suite: runc needs one that stays, Brig runs none.
+const PAUSE_IMAGE: &str = "docker.io/brig/pause:test";
+
+/// One suite at a time, and none beside brig-e2e, which would take pods for leftovers.
+pub fn only_one() -> Result<Flock<File>> {
+    let file = File::create("/run/brig-e2e.lock")?;
+    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => return Ok(lock),
+        Err((file, _)) => file,
+    };
+    eprintln!("brig-cri: another suite runs in this node; waiting for it");
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .context("cannot lock /run/brig-e2e.lock")
+}
+
+fn run(program: &str, args: &[&str]) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(args);
+    let outcome = process::run(command, clock::seconds(60))?
+        .success()
+        .with_context(|| format!("{program} {}", args.join(" ")))?;
+    Ok(outcome.text())
+}
+
+/// Switches containerd if asked to, gives it this suite's sandbox image, and imports images.
+pub fn prepare(containerd: Option<&str>) -> Result<()> {
+    let config = fs::read_to_string(DEFAULT_CONFIG)
+        .with_context(|| format!("{DEFAULT_CONFIG}: is this the disposable node?"))?;
+    let lines: Vec<String> = config
+        .lines()
+        .map(
+            |line| match line.trim_start().starts_with("sandbox_image") {
+                true => format!("  sandbox_image = \"{PAUSE_IMAGE}\""),
+                false => line.to_owned(),
+            },
+        )
+        .collect();
+    let wanted = lines.join("\n") + "\n";
+    ensure!(
+        wanted.contains(PAUSE_IMAGE),
+        "{DEFAULT_CONFIG} sets no sandbox_image"
+    );
+    let changed = fs::read_to_string(OWN_CONFIG).ok().as_ref() != Some(&wanted);
+    if changed {
+        fs::write(OWN_CONFIG, wanted)?;
+    }
+    if let Some(version) = containerd {
+        run("use-containerd", &[version])?;
+    } else if changed {
+        restart_containerd()?;
+    }
+    let images = run("ctr", &["-n", "k8s.io", "image", "ls", "--quiet"])?;
+    for (image, tar) in [
+        (PAUSE_IMAGE, "/host/bin/pause.tar"),
+        (
+            "docker.io/brig/busybox:test",
+            "/host/assets/images/busybox.tar",
+        ),
+    ] {
+        if !images.contains(image) {
+            run("ctr", &["-n", "k8s.io", "image", "import", tar])?;
+        }
+    }
+    Ok(())
+}
+
+/// Restarts containerd under whatever runs; returns when it serves.
+pub fn restart_containerd() -> Result<()> {
+    run("systemctl", &["restart", "containerd"]).map(drop)
+}
+
+/// Restarts containerd and connects to the new one.
+pub fn restart_and_reconnect(cri: &Cri) -> Result<()> {
+    restart_containerd()?;
+    cri.reconnect()
+}
+
+/// A directory on the node for one case, removed at the end of its scope.
+pub struct Directory {
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+impl Directory {
+    /// Makes an empty one.
+    pub fn new(name: &str) -> Result<Self> {
+        let path = Path::new("/var/lib/brig-cri").join(format!("{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path)?;
+        Ok(Self { path })
+    }
+
+    /// Writes a file in it; returns where.
+    pub fn file(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let path = self.path.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Makes a directory in it; returns where.
+    pub fn directory(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path.join(name);
+        fs::create_dir_all(&path)?;
+        Ok(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
