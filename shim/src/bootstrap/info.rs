@@ -16,12 +16,15 @@ pub fn features() -> serde_json::Value {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
         "mountOptions": [
-            "bind", "rbind", "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec",
-            "noatime", "atime", "relatime", "norelatime", "nodiratime", "diratime", "strictatime",
-            "sync", "async", "private", "rprivate", "slave", "rslave"
+            "atime", "bind", "defaults", "dev", "diratime", "exec",
+            "noatime", "nodev", "nodiratime", "noexec", "nostrictatime", "nosuid",
+            "nosymfollow", "private", "ratime", "rbind", "rdev", "rdiratime", "relatime", "rexec",
+            "rnoatime", "rnodev", "rnodiratime", "rnoexec", "rnosuid", "rnosymfollow", "ro",
+            "rprivate", "rrelatime", "rro", "rrw", "rslave", "rstrictatime", "rsuid", "rsymfollow",
+            "runbindable", "rw", "slave", "strictatime", "suid", "symfollow", "unbindable"
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "cgroup": { "v1": false, "v2": true, "systemd": true, "systemdUser": false },
             "seccomp": { "enabled": true },
             "apparmor": { "enabled": false },

@@ -5,6 +5,7 @@
 //! only way in, which makes the order of events the order of messages.
 
 mod create;
+mod messages;
 mod requests;
 mod work;
 
@@ -13,7 +14,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use brig_agent_protocol::agent::StatsResponse;
 use containerd_shim_protos::api::Mount;
 use slog::{Logger, info};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -26,12 +26,10 @@ use crate::stdio::Stdio;
 use crate::vm::Vm;
 use crate::vm::boot::{Boot, News};
 use crate::vm::death::Death;
+pub use messages::{Deleted, Listed, ProcessState, Reply, Request};
 
 /// Messages that wait for one container; senders wait when it is full.
 const MAILBOX: usize = 128;
-
-/// Where an answer goes.
-pub type Reply<T> = oneshot::Sender<Result<T>>;
 
 /// What a container needs of its pod.
 #[derive(Clone)]
@@ -65,99 +63,6 @@ pub struct Creation {
     pub spec_bytes: Vec<u8>,
     /// And as far as the shim reads it.
     pub spec: Spec,
-}
-
-/// A process as State tells of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ProcessState {
-    /// The bundle.
-    pub bundle: String,
-    /// The VMM's pid.
-    pub pid: u32,
-    /// Where the process is.
-    pub phase: Phase,
-    /// Its container is paused.
-    pub paused: bool,
-    /// Its stdio.
-    pub io: Io,
-}
-
-/// The answer to Delete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Deleted {
-    /// The VMM's pid.
-    pub pid: u32,
-    /// How it ended.
-    pub exit: Exit,
-}
-
-/// Requests of containerd to one container. `exec_id` is empty for the init process.
-#[derive(Debug)]
-#[allow(missing_docs)]
-pub enum Request {
-    State {
-        exec_id: String,
-        reply: Reply<ProcessState>,
-    },
-    Start {
-        exec_id: String,
-        reply: Reply<u32>,
-    },
-    Delete {
-        exec_id: String,
-        reply: Reply<Deleted>,
-    },
-    Kill {
-        exec_id: String,
-        signal: u32,
-        all: bool,
-        reply: Reply<()>,
-    },
-    Exec {
-        exec_id: String,
-        io: Io,
-        process: Vec<u8>,
-        reply: Reply<()>,
-    },
-    ResizePty {
-        exec_id: String,
-        rows: u32,
-        columns: u32,
-        reply: Reply<()>,
-    },
-    CloseStdin {
-        exec_id: String,
-        reply: Reply<()>,
-    },
-    Pause {
-        reply: Reply<()>,
-    },
-    Resume {
-        reply: Reply<()>,
-    },
-    Update {
-        resources: Vec<u8>,
-        reply: Reply<()>,
-    },
-    Stats {
-        reply: Reply<StatsResponse>,
-    },
-    Pids {
-        reply: Reply<Vec<Listed>>,
-    },
-    Wait {
-        exec_id: String,
-        reply: Reply<oneshot::Receiver<Exit>>,
-    },
-}
-
-/// One process in a container; an exec's own process has its id.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listed {
-    /// The VMM's pid: a guest's numbers would name strangers on the node.
-    pub pid: u32,
-    /// The exec it is the process of.
-    pub exec_id: Option<String>,
 }
 
 /// What a start has brought about.

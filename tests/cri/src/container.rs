@@ -131,16 +131,6 @@ impl<'a> ContainerSpec<'a> {
         })
     }
 
-    /// Another image than busybox.
-    pub fn image(self, image: &str) -> Self {
-        self.edit(|config| {
-            config.image = Some(ImageSpec {
-                image: image.to_owned(),
-                ..ImageSpec::default()
-            });
-        })
-    }
-
     /// Another attempt at a container that has ended.
     pub fn attempt(self, attempt: u32) -> Self {
         self.edit(|config| {

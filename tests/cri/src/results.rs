@@ -85,14 +85,15 @@ fn run_handler(
             "millis": millis,
             "message": message,
         }));
+        // Now, so that an interrupted run has its results.
+        write_records(options, &suite, &records)?;
     }
     suite.forget_shared();
-    write_records(options, &suite, records)?;
     Ok((selected.len() - failed.len(), failed))
 }
 
 /// Writes a handler's records; of cases that were not selected, an earlier run's stay.
-fn write_records(options: &Options, suite: &Suite, records: Vec<Value>) -> Result<()> {
+fn write_records(options: &Options, suite: &Suite, records: &[Value]) -> Result<()> {
     let file = options
         .results
         .join(format!("cri-{}-{}.json", suite.handler, suite.containerd));

@@ -33,6 +33,23 @@ impl Outcome {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
+    /// Fails unless the program wrote exactly `text` to stdout and exited with `code`.
+    ///
+    /// # Errors
+    /// With everything it wrote and its exit status.
+    pub fn says(&self, code: i32, text: &str) -> Result<()> {
+        let said = self.text();
+        if said != text || self.code != code {
+            bail!(
+                "expected stdout {text:?} and exit status {code}, got {:?} and {}; stderr: {}",
+                super::check::clip(&said),
+                self.code,
+                super::check::clip(&self.stderr)
+            );
+        }
+        Ok(())
+    }
+
     /// Fails unless the program exited with 0.
     ///
     /// # Errors

@@ -49,6 +49,8 @@ fn offered() -> FsOptions {
         | FsOptions::MAX_PAGES
         | FsOptions::ATOMIC_O_TRUNC
         | FsOptions::AUTO_INVAL_DATA
+        // A link's target never changes, only which link has the name.
+        | FsOptions::CACHE_SYMLINKS
         | FsOptions::ASYNC_DIO
         | FsOptions::DO_READDIRPLUS
         | FsOptions::READDIRPLUS_AUTO

@@ -81,9 +81,12 @@ fn fetch(address: &str, port: u16) -> Result<String> {
     Ok(body.trim().to_owned())
 }
 
-/// A script that reads a URL, and tries again while nobody listens.
+/// A script that reads a URL, and tries again while nobody listens. (`wget -T` of a static busybox
+/// dies.)
 fn reading(url: &str) -> String {
-    format!("for i in 1 2 3 4 5 6 7 8; do wget -T 20 -qO- '{url}' && exit 0; sleep 1; done; exit 1")
+    format!(
+        "for i in 1 2 3 4 5 6 7 8; do timeout 20 wget -qO- '{url}' && exit 0; sleep 1; done; exit 1"
+    )
 }
 
 fn bracketed(address: &str) -> String {
@@ -293,7 +296,7 @@ fn loopback_apart(suite: &mut Suite) -> Result<()> {
     fetch(&pod.ipv4()?, PORT)?;
     shared
         .container
-        .sh_fails("wget -T 10 -qO- http://127.0.0.1:8080/hostname")
+        .sh_fails("timeout 10 wget -qO- http://127.0.0.1:8080/hostname")
         .map(drop)
 }
 

@@ -73,7 +73,7 @@ fn states(suite: &mut Suite) -> Result<()> {
     let shared = suite.shared()?;
     let container = shared
         .pod
-        .container("states", &["sh", "-c", "read x < /go"])
+        .container("states", &["sh", "-c", "sleep 1"])
         .create()?;
     let created = container.status()?;
     equal("state", ContainerState::ContainerCreated, created.state())?;

@@ -271,6 +271,8 @@ fn unknown_handler(suite: &mut Suite) -> Result<()> {
 fn host_network(suite: &mut Suite) -> Result<()> {
     let pod = suite
         .pod("host-network")
+        // Kubelet gives such a pod the node's.
+        .edit(|config| config.hostname.clear())
         .namespaces(|namespaces| namespaces.network = NamespaceMode::Node.into())
         .run(&suite.cri);
     if suite.is_brig() {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -223,4 +223,15 @@ pub fn await_trap(name: &str) -> Result<u8> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Answers each TCP connection with the text, for ever.
+pub fn serve(port: u16, text: &str) -> Result<u8> {
+    let listener =
+        TcpListener::bind(("0.0.0.0", port)).with_context(|| format!("cannot listen on {port}"))?;
+    for stream in listener.incoming() {
+        // A client that leaves early is not our failure.
+        let _ = stream.and_then(|mut stream| stream.write_all(text.as_bytes()));
+    }
+    Ok(0)
 }

@@ -39,6 +39,7 @@ const USAGE: &str = "usage: brig-probe COMMAND
   read PATH | write PATH TEXT | stat PATH | list PATH
   privileges PATH            facts as seen by the program at PATH (setuid, setcap)
   vsock-dial CID:PORT...     try to connect to each
+  serve PORT TEXT            answer each TCP connection with TEXT
   connect IP:PORT            dial TCP, send a line, print the answer
   sysrq LETTER               write to /proc/sysrq-trigger";
 
@@ -94,6 +95,7 @@ fn run() -> Result<u8> {
         ["list", path] => print(&files::list(path)?),
         ["privileges", path] => privileges::exec_facts(path),
         ["vsock-dial", targets @ ..] => print(&vsock::dial_all(targets)),
+        ["serve", port, text] => actions::serve(number(port)?, text),
         ["connect", target] => actions::connect(target),
         ["sysrq", letter] => files::write("/proc/sysrq-trigger", letter),
         [] => {

@@ -62,9 +62,7 @@ fn many(suite: &mut Suite) -> Result<()> {
         let outcome = exec
             .finish(clock::seconds(20))
             .with_context(|| format!("exec {number} of {AT_ONCE}"))?;
-        equal("stdout", format!("token-{number}\n"), outcome.text())
-            .with_context(|| format!("stderr: {}", outcome.stderr))?;
-        equal("exit status", i32::try_from(number)?, outcome.code)?;
+        outcome.says(i32::try_from(number)?, &format!("token-{number}\n"))?;
     }
     Ok(())
 }
@@ -75,7 +73,7 @@ fn missing(suite: &mut Suite) -> Result<()> {
     that("ctr fails", outcome.code != 0)?;
     contains_one("error", &["no such file", "not found"], &outcome.stderr)?;
     let outcome = shared.exec(&[PROBE, "echo", "still here"])?;
-    equal("stdout", "still here\n", outcome.text())
+    outcome.says(0, "still here\n")
 }
 
 fn detached(suite: &mut Suite) -> Result<()> {

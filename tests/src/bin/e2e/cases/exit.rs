@@ -22,8 +22,7 @@ pub const CASES: &[Case] = &[
 
 fn container(suite: &mut Suite) -> Result<()> {
     let zero = suite.ctr.run(&suite.probe("exit", &["echo", "hello"]))?;
-    equal("exit status", 0, zero.code)?;
-    equal("stdout", "hello\n", zero.text())?;
+    zero.says(0, "hello\n")?;
     let one = suite.ctr.run(&suite.probe("exit", &["exit", "1"]))?;
     equal("exit status", 1, one.code)
 }
@@ -32,8 +31,7 @@ fn lost(suite: &mut Suite) -> Result<()> {
     let outcome = suite
         .ctr
         .run(&suite.probe("exit", &["echo", "alive", "255"]))?;
-    equal("exit status", 255, outcome.code)?;
-    equal("stdout", "alive\n", outcome.text())
+    outcome.says(255, "alive\n")
 }
 
 fn exec(suite: &mut Suite) -> Result<()> {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use brig_hypervisor::control::{Event, exit};
 use brig_hypervisor::launch::VmmExit;
 use brig_tests::cpio;
-use brig_tests::node::check::{equal, that};
+use brig_tests::node::check::that;
 use brig_tests::node::clock;
 use brig_tests::node::machine::{Boot, Machine, Next};
 
@@ -114,7 +114,7 @@ fn devices(suite: &mut Suite) -> Result<()> {
     )?;
     // Nobody else noticed.
     let outcome = suite.shared()?.exec(&[PROBE, "echo", "unharmed"])?;
-    equal("the neighbour says", "unharmed\n", outcome.text())
+    outcome.says(0, "unharmed\n").context("the neighbour")
 }
 
 /// One boot, up to the end of the attacks or of the VMM; returns the last attack that began.

@@ -11,6 +11,7 @@ mod hostile;
 mod images;
 mod leaks;
 mod mounts;
+mod network;
 mod resources;
 mod security;
 mod signals;
@@ -30,6 +31,7 @@ const GROUPS: &[&[Case]] = &[
     security::CASES,
     resources::CASES,
     mounts::CASES,
+    network::CASES,
     events::CASES,
     images::CASES,
     devices::CASES,
