@@ -71,8 +71,9 @@ pub(super) fn detach(vmm: &OwnedFd, pid: u32, path: &SharePath) -> Result<(), Sh
     let result = inside(vmm, || {
         for mount in below.iter().rev() {
             match umount2(mount.as_c_str(), MntFlags::UMOUNT_NOFOLLOW) {
-                // EINVAL: locked to the mount above, with which it goes.
-                Ok(()) | Err(Errno::EINVAL) => {}
+                // EINVAL: locked to the mount above, with which it goes. ENOENT: it went with its mount
+                // point, which the host has removed meanwhile.
+                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
                 Err(errno) => return Err(umount_error(errno, path)),
             }
         }

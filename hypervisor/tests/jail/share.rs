@@ -292,3 +292,20 @@ fn mounts_below_a_shared_directory_go_with_it() {
     share.detach("v").unwrap();
     unmount(&below);
 }
+
+#[test]
+fn a_mount_below_whose_directory_the_host_removes_does_not_keep_the_rest() {
+    let (_jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir_in("/dev/shm").unwrap();
+    let below = volume.path().join("below");
+    fs::create_dir(&below).unwrap();
+    mount_tmpfs(&below);
+    let recursive = Attributes {
+        recursive: true,
+        ..Attributes::default()
+    };
+    share.attach_dir(volume.path(), "v", recursive).unwrap();
+    unmount(&below);
+    fs::remove_dir(&below).unwrap();
+    share.detach("v").unwrap();
+}
