@@ -253,6 +253,7 @@ impl Container {
         let mut cgroups = vec![self.parts.cgroup.path().to_owned()];
         cgroups.extend(self.context.cgroup_of(init_pid));
         let instructions = Instructions::Exec(Box::new(Exec {
+            id: self.parts.id.clone(),
             process,
             seccomp: self.parts.seccomp.clone(),
             init_pid,

@@ -66,6 +66,8 @@ pub struct Create {
 /// See [`Instructions::Exec`].
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Exec {
+    /// The container, whose session keyring its processes share.
+    pub id: String,
     /// What to run.
     pub process: Process,
     /// The container's seccomp profile, which holds for each of its processes.

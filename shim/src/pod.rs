@@ -192,7 +192,16 @@ impl Pod {
             tokio::select! {
                 biased;
                 Some(id) = removed.recv() => self.removed(&id),
-                Some(news) = news.recv() => self.news(news).await,
+                Some(news) = news.recv() => {
+                    self.news(news).await;
+                    // In turns: a guest that never stops talking must not keep containerd waiting.
+                    while let Ok(id) = removed.try_recv() {
+                        self.removed(&id);
+                    }
+                    if let Ok(message) = messages.try_recv() {
+                        self.handle(message).await;
+                    }
+                }
                 message = messages.recv() => match message {
                     Some(message) => self.handle(message).await,
                     None => return,

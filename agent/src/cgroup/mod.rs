@@ -100,7 +100,13 @@ impl Cgroup {
             text.lines().any(|l| l == wanted)
         })
         .await
-        .map_err(|e| Error::io("cgroup.freeze", e))
+        .map_err(|e| {
+            // A process that cannot be frozen must not leave the others so: nobody would thaw them.
+            if frozen && let Err(error) = self.write("cgroup.freeze", "0") {
+                return error;
+            }
+            Error::io("cgroup.freeze", e)
+        })
     }
 
     /// Kills every process with SIGKILL, at once.

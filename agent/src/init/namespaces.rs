@@ -207,7 +207,7 @@ pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<Option<UserNamespace>> {
     }
     // Only the process that stays: the helper itself is not the container's to count.
     cgroups.join()?;
-    process::start_session("")?;
+    process::start_session(&exec.id)?;
     let has_user = !exec.uid_mappings.is_empty();
     Ok(Some(UserNamespace(has_user.then_some(container))))
 }
@@ -230,7 +230,7 @@ pub fn hold_pid_namespace(agent: &Agent) -> Result<()> {
     if let Fork::Parent(_) = fork_sibling(agent, CloneFlags::CLONE_NEWPID)? {
         return Ok(());
     }
-    process::start_session("")?;
+    process::start_session("sandbox")?;
     // Blocked for good: an orphan's SIGCHLD stays pending if it comes before the wait for it.
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);

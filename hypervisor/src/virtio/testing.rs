@@ -222,6 +222,15 @@ impl<D: VirtioDevice> Harness<D> {
 
     /// As [`Self::activate`], with the device's answer.
     pub fn try_activate(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.try_activate_some(features, |_| true)
+    }
+
+    /// As [`Self::try_activate`], by a driver that enables some of the queues alone.
+    pub fn try_activate_some(
+        &mut self,
+        features: u64,
+        enabled: impl Fn(u16) -> bool,
+    ) -> Result<(), DeviceError> {
         self.queues.clear();
         let mut active = Vec::new();
         for (index, size) in self.device.queue_sizes().into_iter().enumerate() {
@@ -248,7 +257,9 @@ impl<D: VirtioDevice> Harness<D> {
                 next_used: 0,
                 kick: kick.try_clone().unwrap(),
             });
-            active.push(ActiveQueue { index, queue, kick });
+            if enabled(index) {
+                active.push(ActiveQueue { index, queue, kick });
+            }
         }
         let activation = Activation {
             memory: self.memory.clone(),

@@ -2,6 +2,7 @@
 //! a DeleteResponse. Repeatable, and correct when there never was a server.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -53,7 +54,10 @@ fn remove_socket(bundle: &Path) {
     if let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE))
         && let Some(path) = address.trim().strip_prefix("unix://")
     {
-        let _ = fs::remove_file(path);
+        // A server that answers is the pod's, and the pod has more than this container.
+        if UnixStream::connect(path).is_err() {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 
@@ -96,6 +100,23 @@ mod tests {
         assert_eq!(clean(&dir).unwrap(), vmm.id());
         assert!(!vmm.wait().unwrap().success());
         assert_eq!(clean(&dir).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_socket_is_removed_only_when_nobody_answers() {
+        let bundle = tempfile::tempdir().unwrap();
+        let socket = bundle.path().join("s");
+        fs::write(
+            bundle.path().join(ADDRESS_FILE),
+            format!("unix://{}", socket.display()),
+        )
+        .unwrap();
+        let server = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        remove_socket(bundle.path());
+        assert!(socket.exists());
+        drop(server);
+        remove_socket(bundle.path());
+        assert!(!socket.exists());
     }
 
     #[test]

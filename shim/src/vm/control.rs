@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use crate::watched::watched;
 use brig_hypervisor::control::{
@@ -14,6 +15,7 @@ use brig_hypervisor::control::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
 /// Why a request over the control socket failed.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +26,9 @@ pub enum ControlError {
     /// The VMM has ended; its process says why.
     #[error("the VMM has ended")]
     Ended,
+    /// The VMM lives but does not answer.
+    #[error("the VMM did not answer within {} s", ANSWER_LIMIT.as_secs())]
+    Silent,
     /// The VMM answered something else than was asked.
     #[error("the VMM gave an answer of another kind")]
     Confused,
@@ -31,6 +36,9 @@ pub enum ControlError {
 
 type Result<T> = std::result::Result<T, ControlError>;
 
+/// The VMM answers from its event loop, in microseconds; building the machine takes longest. Far above
+/// that also under emulation, so it is met by a VMM that no longer plays by the rules alone.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// Requests that wait to be sent.
 const QUEUE: usize = 64;
 /// Events that wait for the pod; more are dropped, for they are only told of.
@@ -102,9 +110,14 @@ impl Control {
             reply,
             closed,
         };
-        let sent = self.commands.send(command).await;
-        sent.map_err(|_| ControlError::Ended)?;
-        Ok(answer.await.map_err(|_| ControlError::Ended)??)
+        let answered = async {
+            let sent = self.commands.send(command).await;
+            sent.map_err(|_| ControlError::Ended)?;
+            Ok(answer.await.map_err(|_| ControlError::Ended)??)
+        };
+        timeout(ANSWER_LIMIT, answered)
+            .await
+            .unwrap_or(Err(ControlError::Silent))
     }
 
     /// Sends a request whose answer is only its success.

@@ -316,7 +316,7 @@ impl Vm {
     pub async fn explain(&self, error: ControlError) -> Error {
         match error {
             ControlError::Refused(reply) => reply.into(),
-            ControlError::Confused => Error::internal(error.to_string()),
+            ControlError::Confused | ControlError::Silent => Error::internal(error.to_string()),
             ControlError::Ended => match timeout(Duration::from_secs(3), self.ended()).await {
                 Ok(death) => death.error(),
                 Err(_) => Error::unavailable(error.to_string()),

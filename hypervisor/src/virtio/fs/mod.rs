@@ -169,12 +169,17 @@ impl VirtioDevice for Fs {
             mut queues,
             interrupt,
         } = activation;
-        let mut ring = |index: u16| {
-            let queue = take_queue(&mut queues, NAME, index)?;
-            Ring::new(queue, NAME, features, u32::from(index), sources)
+        // Both before either is registered: a driver may have enabled one alone.
+        let hiprio = take_queue(&mut queues, NAME, HIPRIO)?;
+        let request = take_queue(&mut queues, NAME, REQUEST)?;
+        let hiprio = Ring::new(hiprio, NAME, features, u32::from(HIPRIO), sources)?;
+        let request = match Ring::new(request, NAME, features, u32::from(REQUEST), sources) {
+            Ok(ring) => ring,
+            Err(error) => {
+                hiprio.release(sources);
+                return Err(error);
+            }
         };
-        let hiprio = ring(HIPRIO)?;
-        let request = ring(REQUEST)?;
         self.active = Some(Active {
             memory,
             interrupt,

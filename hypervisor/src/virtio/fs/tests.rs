@@ -420,6 +420,19 @@ fn a_reset_ends_the_session() {
 }
 
 #[test]
+fn a_driver_that_enables_one_queue_alone_leaves_nothing_registered() {
+    let share = share();
+    for only in [0, 1] {
+        let mut client = Client::new(share.path());
+        client.harness.deactivate();
+        let refused = client.harness.try_activate_some(0, |index| index == only);
+        assert!(refused.is_err());
+        client.harness.queues[usize::from(only)].kick();
+        assert_eq!(client.harness.step(0).unwrap(), 0);
+    }
+}
+
+#[test]
 fn lengths_that_lie_are_no_way_out_of_the_buffer() {
     let share = share();
     let mut client = Client::new(share.path());

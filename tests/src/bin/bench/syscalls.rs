@@ -39,16 +39,20 @@ pub fn count(own: &Path, flag: &str, program: &str) -> Result<BTreeMap<String, u
 fn parse(trace: &str, program: &str) -> BTreeMap<String, u64> {
     let mut members: BTreeSet<&str> = BTreeSet::new();
     let mut calls: BTreeMap<String, u64> = BTreeMap::new();
-    // brig-vmm is executed by descriptor: its exec is the last one, after strace's own and ours.
-    let executed = |line: &str| {
-        line.contains("execve") && (line.contains(program) || line.contains("execveat("))
+    // What is executed is the first argument; brig-vmm is executed by descriptor, with an empty path.
+    let executed = |call: &str| {
+        call.starts_with("execveat(")
+            || call
+                .strip_prefix("execve(")
+                .and_then(|arguments| arguments.split(',').next())
+                .is_some_and(|path| path.contains(program))
     };
     for line in trace.lines() {
         let Some((pid, rest)) = line.split_once(char::is_whitespace) else {
             continue;
         };
         let rest = rest.trim_start();
-        if executed(rest) && !rest.contains("brig-bench") {
+        if executed(rest) {
             members.insert(pid);
         }
         if !members.contains(pid) {
@@ -109,5 +113,18 @@ mod tests {
         assert_eq!(calls.get("read"), None);
         assert_eq!(calls.get("write"), None);
         assert_eq!(calls.get("setsid"), None);
+    }
+
+    #[test]
+    fn a_program_is_known_by_its_path_and_not_by_its_arguments() {
+        let trace = "\
+10 execve(\"/host/bin/brig-bench\", [\"brig-bench\", \"qemu-system-x86_64\"], 0x7) = 0
+10 read(3, \"\", 10) = 0
+11 execve(\"/usr/bin/qemu-system-x86_64\", [\"qemu\", \"/run/brig-bench-initramfs.cpio\"], 0x7) = 0
+11 ioctl(3, KVM_RUN, 0) = 0
+";
+        let calls = parse(trace, "qemu-system-x86_64");
+        assert_eq!(calls.get("ioctl"), Some(&1));
+        assert_eq!(calls.get("read"), None);
     }
 }
