@@ -9,18 +9,6 @@ use guest::*;
 use serde_json::{Value, json};
 use ttrpc::Code;
 
-/// Runs `script` in a container whose spec `change` has changed, and returns its output.
-async fn output(guest: &mut Guest, script: &str, change: impl FnOnce(&mut Value)) -> String {
-    let id = format!("o{}", fs::read_dir(guest.share()).unwrap().count());
-    guest.rootfs(&id);
-    let mut spec = spec(script);
-    change(&mut spec);
-    let outcome = guest.whole(&id, &spec).await;
-    assert_eq!(outcome.stderr, "", "{script}");
-    assert!(outcome.status < 100, "status {}: {script}", outcome.status);
-    outcome.stdout
-}
-
 #[tokio::test]
 async fn mounts_masks_and_readonly_paths() {
     let mut guest = Guest::start().await;

@@ -462,3 +462,15 @@ pub fn fields(text: &str) -> HashMap<String, String> {
 pub fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
+
+/// Runs `script` in a container whose spec `change` has changed, and returns its output.
+pub async fn output(guest: &mut Guest, script: &str, change: impl FnOnce(&mut Value)) -> String {
+    let id = format!("o{}", fs::read_dir(guest.share()).unwrap().count());
+    guest.rootfs(&id);
+    let mut spec = spec(script);
+    change(&mut spec);
+    let outcome = guest.whole(&id, &spec).await;
+    assert_eq!(outcome.stderr, "", "{script}");
+    assert!(outcome.status < 100, "status {}: {script}", outcome.status);
+    outcome.stdout
+}
