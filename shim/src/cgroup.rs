@@ -2,9 +2,12 @@
 //!
 //! cgroup v2 with `cgroupsPath` as a path or as systemd's `slice:prefix:name`; cgroup v1 by the best
 //! effort of one directory per controller. Paths come from containerd; `..` in one is refused.
+//!
+//! Pods share parents, and the last to leave takes away the ones Brig made: each carries a mark, so
+//! that what kubelet or systemd made is never removed, whoever of us ends last.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,14 +20,17 @@ use crate::journal::ignore_missing;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Directories of one creation that a concurrent removal may take away before we try again.
-const ATTEMPTS: usize = 8;
+const ATTEMPTS: usize = 64;
+/// The extended attribute of a parent that a shim made. `trusted.*` is kept by cgroup v1 and v2, and
+/// no container can set or see it.
+const MARK: &str = "trusted.brig";
 
 /// A cgroup we made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
     /// Its directories: one on v2, one a controller on v1.
     dirs: Vec<PathBuf>,
-    /// Directories above that did not exist before, outermost first.
+    /// Directories above that we made and could not mark, outermost first.
     parents: Vec<PathBuf>,
     /// Where the shim was before; it returns there so that the cgroup can be removed.
     home: Option<PathBuf>,
@@ -50,6 +56,7 @@ impl Cgroup {
             let dir = hierarchy.join(&relative);
             make(&hierarchy, &relative, &mut cgroup.parents).map_err(|error| {
                 cgroup.remove_dirs();
+                remove_marked_parents(&dir);
                 Error::io(
                     format_args!("cannot make the cgroup {}", dir.display()),
                     &error,
@@ -137,7 +144,10 @@ impl Cgroup {
         for dir in &self.dirs {
             if dir.exists() {
                 // v1 has no such file; there the journal's processes are killed one by one.
-                let _ = fs::write(dir.join("cgroup.kill"), "1");
+                let kill = fs::OpenOptions::new()
+                    .write(true)
+                    .open(dir.join("cgroup.kill"));
+                let _ = kill.and_then(|mut file| file.write_all(b"1"));
                 wait_empty(dir, deadline)?;
             }
         }
@@ -145,10 +155,15 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Removes what is empty: our directories, then the parents we made, innermost first.
+    /// Removes what is empty: our directories, then the parents a shim made, innermost first.
     fn remove_dirs(&self) {
-        for dir in self.dirs.iter().chain(self.parents.iter().rev()) {
+        for dir in &self.dirs {
             let _ = fs::remove_dir(dir);
+            remove_marked_parents(dir);
+        }
+        for dir in self.parents.iter().rev() {
+            let _ = fs::remove_dir(dir);
+            remove_marked_parents(dir);
         }
     }
 }
@@ -242,12 +257,12 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// `mkdir -p` that notes which parents are ours, and tries again when another pod's removal takes one
-/// away in between.
-fn make(hierarchy: &Path, relative: &Path, created: &mut Vec<PathBuf>) -> io::Result<()> {
+/// `mkdir -p` that marks the parents it makes, and tries again when another pod's removal takes one
+/// away in between. Parents that take no mark are noted in `unmarked`.
+fn make(hierarchy: &Path, relative: &Path, unmarked: &mut Vec<PathBuf>) -> io::Result<()> {
     let mut last = Ok(());
     for _ in 0..ATTEMPTS {
-        last = make_once(hierarchy, relative, created);
+        last = make_once(hierarchy, relative, unmarked);
         match &last {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             _ => return last,
@@ -256,19 +271,53 @@ fn make(hierarchy: &Path, relative: &Path, created: &mut Vec<PathBuf>) -> io::Re
     last
 }
 
-fn make_once(hierarchy: &Path, relative: &Path, created: &mut Vec<PathBuf>) -> io::Result<()> {
+fn make_once(hierarchy: &Path, relative: &Path, unmarked: &mut Vec<PathBuf>) -> io::Result<()> {
     let mut path = hierarchy.to_owned();
     let leaf = hierarchy.join(relative);
     for part in relative.components() {
         path.push(part);
         match fs::create_dir(&path) {
-            Ok(()) if path != leaf && !created.contains(&path) => created.push(path.clone()),
+            // A pod that ends before this parent is marked leaves it alone. That is right: we are
+            // about to make a child in it, and look at it again when that child goes.
+            Ok(()) if path != leaf => mark(&path, unmarked)?,
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
     }
     Ok(())
+}
+
+/// Says that a shim made this directory.
+fn mark(dir: &Path, unmarked: &mut Vec<PathBuf>) -> io::Result<()> {
+    match rustix::fs::setxattr(dir, MARK, b"1", rustix::fs::XattrFlags::empty()) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::NOENT) => Err(rustix::io::Errno::NOENT.into()),
+        // Not root in the initial user namespace, or a kernel without such attributes here.
+        Err(_) => {
+            if !unmarked.iter().any(|known| known == dir) {
+                unmarked.push(dir.to_owned());
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Removes the directories above `dir` that carry the mark and are empty, innermost first. An unmarked
+/// one ends the walk: it stays, so nothing above it is empty.
+fn remove_marked_parents(dir: &Path) {
+    for parent in dir.ancestors().skip(1) {
+        match rustix::fs::getxattr(parent, MARK, &mut [0u8; 1]) {
+            Ok(_) if fs::remove_dir(parent).is_ok() => {}
+            // Another pod's removal was faster; the next one up may be ours to take.
+            Err(rustix::io::Errno::NOENT) => {}
+            _ => {
+                if parent.exists() {
+                    return;
+                }
+            }
+        }
+    }
 }
 
 /// Waits until nobody is in the cgroup: `cgroup.events` is modified when that changes.
@@ -342,11 +391,16 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_was_made_is_removed_and_what_was_there_stays() {
+    fn hierarchy() -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("cgroup.controllers"), "").unwrap();
         fs::create_dir(root.path().join("old")).unwrap();
+        root
+    }
+
+    #[test]
+    fn what_was_made_is_removed_and_what_was_there_stays() {
+        let root = hierarchy();
         let a = Cgroup::create_below(root.path(), "/old/new/a").unwrap();
         let b = Cgroup::create_below(root.path(), "/old/new/b").unwrap();
         assert!(root.path().join("old/new/a").is_dir());
@@ -356,5 +410,65 @@ mod tests {
         a.remove_dirs();
         assert!(!root.path().join("old/new").exists());
         assert!(root.path().join("old").is_dir());
+    }
+
+    #[test]
+    fn the_last_to_leave_removes_the_parents_whoever_made_them() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let root = hierarchy();
+        let a = Cgroup::create_below(root.path(), "/old/x/y/a").unwrap();
+        let b = Cgroup::create_below(root.path(), "/old/x/y/b").unwrap();
+        let c = Cgroup::create_below(root.path(), "/old/x/c").unwrap();
+        a.remove_dirs();
+        assert!(root.path().join("old/x/y/b").is_dir());
+        // As after kill -9: what `delete` knows comes from the journal.
+        let json = serde_json::to_string(&b).unwrap();
+        let b: Cgroup = serde_json::from_str(&json).unwrap();
+        b.kill_and_remove(Duration::from_secs(1)).unwrap();
+        assert!(!root.path().join("old/x/y").exists());
+        assert!(root.path().join("old/x/c").is_dir());
+        c.remove_dirs();
+        assert!(!root.path().join("old/x").exists());
+        assert!(root.path().join("old").is_dir());
+    }
+
+    #[test]
+    fn a_directory_that_somebody_else_made_is_never_removed() {
+        let root = hierarchy();
+        let a = Cgroup::create_below(root.path(), "/x/y/a").unwrap();
+        let theirs = root.path().join("x/y/theirs");
+        fs::create_dir(&theirs).unwrap();
+        let b = Cgroup::create_below(root.path(), "/x/y/theirs/b").unwrap();
+        b.remove_dirs();
+        a.remove_dirs();
+        assert!(theirs.is_dir());
+        assert!(root.path().join("old").is_dir());
+    }
+
+    #[test]
+    fn pods_that_come_and_go_at_once_neither_fail_nor_leave_anything() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let root = hierarchy();
+        let base = root.path();
+        for _ in 0..20 {
+            std::thread::scope(|scope| {
+                for pod in 0..8 {
+                    scope.spawn(move || {
+                        for _ in 0..50 {
+                            let path = format!("/old/p/{}/{pod}", pod % 2);
+                            let cgroup = Cgroup::create_below(base, &path).unwrap();
+                            assert!(base.join(&path[1..]).is_dir());
+                            cgroup.remove_dirs();
+                        }
+                    });
+                }
+            });
+            assert!(!base.join("old/p").exists());
+            assert!(base.join("old").is_dir());
+        }
     }
 }
