@@ -1,17 +1,18 @@
 //! One container: a task that owns its state and answers commands (DESIGN 2.8).
 //!
-//! Whatever can take long, preparing and starting processes, runs in tasks of its own that report
-//! back, so that a container can be killed while a helper hangs on a slow share.
+//! Whatever can take long (preparing and starting processes, freezing, the removal) runs in tasks of
+//! its own that report back, so that a container can be killed while a helper hangs on a slow share.
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::SystemTime};
 
 use brig_agent_protocol::agent::{self, StatsResponse};
 use tokio::sync::mpsc;
 
 use crate::{
-    cgroup::{Cgroup, stats, watch::Watch},
+    cgroup::{self, Cgroup, stats, watch::Watch},
     control::{Exec, Instructions, Terminal},
     error::{Error, Result},
     events::exit_message,
+    freezer::Freezer,
     launch::Prepared,
     process::{Phase, Process, Reply},
     reaper::Exit,
@@ -61,6 +62,8 @@ pub enum Command {
         resources: Box<Resources>,
         reply: Reply<()>,
     },
+    /// Where its pid namespace can be joined, while it runs.
+    PidNamespace { reply: Reply<PathBuf> },
     /// Read statistics.
     Stats { reply: Reply<StatsResponse> },
     /// From the task that prepared an exec.
@@ -76,6 +79,12 @@ pub enum Command {
         exec_id: String,
         serial: u64,
         exit: Exit,
+    },
+    /// From the task that removed the container.
+    Removed {
+        exit: Exit,
+        result: Result<()>,
+        reply: Reply<agent::ProcessExited>,
     },
     /// memory.events changed.
     MemoryEvent,
@@ -109,7 +118,9 @@ pub struct Container {
     mailbox: Mailbox,
     init: Process,
     execs: HashMap<String, Process>,
-    paused: bool,
+    freezer: Freezer,
+    /// The removal is under way.
+    removing: bool,
     oom_kills: u64,
     /// Counts processes: the id of an exec that failed may be used again at once.
     serial: u64,
@@ -120,13 +131,15 @@ pub struct Container {
 impl Container {
     /// A container whose init process waits for its start.
     pub fn new(parts: Parts, context: Arc<Context>, mailbox: Mailbox, init: Process) -> Self {
+        let freezer = Freezer::spawn(parts.id.clone(), parts.cgroup.path().to_owned());
         Self {
             parts,
             context,
             mailbox,
             init,
             execs: HashMap::new(),
-            paused: false,
+            freezer,
+            removing: false,
             oom_kills: 0,
             serial: 0,
             deletion: None,
@@ -137,7 +150,7 @@ impl Container {
     pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
         let watcher = self.watch_memory();
         while let Some(command) = commands.recv().await {
-            if self.handle(command).await {
+            if self.handle(command) {
                 break;
             }
         }
@@ -157,7 +170,7 @@ impl Container {
     }
 
     /// Does one command; `true` when the container is gone.
-    async fn handle(&mut self, command: Command) -> bool {
+    fn handle(&mut self, command: Command) -> bool {
         match command {
             Command::CreateExec {
                 exec_id,
@@ -176,20 +189,17 @@ impl Container {
                 exec_id,
                 serial,
                 exit,
-            } => return self.exited(&exec_id, serial, exit).await,
+            } => self.exited(&exec_id, serial, exit),
             Command::Signal {
                 exec_id,
                 signal,
                 all,
                 reply,
-            } => {
-                let outcome = if all {
-                    self.signal_all(signal).await
-                } else {
-                    self.signal(&exec_id, signal)
-                };
-                let _ = reply.send(outcome);
-            }
+            } => match all {
+                true if signal != libc::SIGKILL => self.freezer.signal_all(signal, reply),
+                true => drop(reply.send(self.parts.cgroup.kill())),
+                false => drop(reply.send(self.signal(&exec_id, signal))),
+            },
             Command::Resize {
                 exec_id,
                 rows,
@@ -204,20 +214,27 @@ impl Container {
             Command::CloseStdin { exec_id, reply } => {
                 let _ = reply.send(self.process(&exec_id).map(|p| p.stdio.close_stdin()));
             }
-            Command::Delete { exec_id, reply } => return self.delete(&exec_id, reply).await,
+            Command::Delete { exec_id, reply } => self.delete(&exec_id, reply),
             Command::List { reply } => {
-                let _ = reply.send(self.parts.cgroup.processes());
+                let _ = reply.send(cgroup::processes(self.parts.cgroup.path()));
             }
-            Command::Freeze { frozen, reply } => {
-                let _ = reply.send(self.freeze(frozen).await);
-            }
+            Command::Freeze { frozen, reply } => self.freeze(frozen, reply),
             Command::Update { resources, reply } => {
                 let _ = reply.send(self.parts.cgroup.update(&resources));
+            }
+            Command::PidNamespace { reply } => {
+                let pid = self.running_pid();
+                let _ = reply.send(pid.map(|pid| format!("/proc/{pid}/ns/pid").into()));
             }
             Command::Stats { reply } => {
                 let _ = reply.send(Ok(stats::read(self.parts.cgroup.path())));
             }
             Command::MemoryEvent => self.report_oom(),
+            Command::Removed {
+                exit,
+                result,
+                reply,
+            } => return self.removed(exit, result, reply),
         }
         false
     }
@@ -288,18 +305,22 @@ impl Container {
                 "container {id} already has an exec process {exec_id}"
             )));
         }
-        if !matches!(self.init.phase, Phase::Running) {
-            return Err(Error::FailedPrecondition(format!(
-                "container {id} is not running"
-            )));
-        }
-        if self.paused {
+        let pid = self.running_pid()?;
+        if self.freezer.is_paused() {
             return Err(Error::FailedPrecondition(format!(
                 "container {id} is paused; resume it first"
             )));
         }
-        i32::try_from(self.init.pid())
-            .map_err(|_| Error::Internal("the init process has no pid".into()))
+        Ok(pid)
+    }
+
+    fn running_pid(&self) -> Result<i32> {
+        let pid = match self.init.phase {
+            Phase::Running => i32::try_from(self.init.pid()).ok(),
+            _ => None,
+        };
+        let id = &self.parts.id;
+        pid.ok_or_else(|| Error::FailedPrecondition(format!("container {id} is not running")))
     }
 
     fn prepared(&mut self, exec_id: &str, result: Result<Process>, reply: Reply<()>) {
@@ -382,22 +403,21 @@ impl Container {
         }
     }
 
-    /// `true` when this was the end of a container that is being deleted.
-    async fn exited(&mut self, exec_id: &str, serial: u64, exit: Exit) -> bool {
+    fn exited(&mut self, exec_id: &str, serial: u64, exit: Exit) {
         let (context, id) = (Arc::clone(&self.context), self.parts.id.clone());
         let is_init = exec_id.is_empty();
         let Some(process) = self.process(exec_id).ok().filter(|p| p.serial == serial) else {
-            return false;
+            return;
         };
         match &mut process.phase {
             Phase::Starting { early, .. } => {
                 *early = Some(exit);
-                return false;
+                return;
             }
             // One that failed to start was reported as that; keep its real status.
             Phase::Stopped(earlier) => {
                 *earlier = exit;
-                return false;
+                return;
             }
             _ => {}
         }
@@ -411,13 +431,9 @@ impl Container {
         }
         slog::info!(context.logger, "process exited"; "container" => &id, "exec" => exec_id, "pid" => pid, "status" => exit.status);
         if let (true, Some(reply)) = (is_init, self.deletion.take()) {
-            let outcome = self.remove(exit).await;
-            let gone = outcome.is_ok();
-            let _ = reply.send(outcome);
-            return gone;
+            return self.remove(exit, reply);
         }
         context.events.exited(&id, exec_id, pid, exit);
-        false
     }
 
     fn report_oom(&mut self) {
@@ -432,50 +448,22 @@ impl Container {
         self.process(exec_id)?.signal(signal)
     }
 
-    async fn signal_all(&mut self, signal: i32) -> Result<()> {
-        if signal == libc::SIGKILL {
-            return self.parts.cgroup.kill();
-        }
-        // Frozen, so that no process escapes by forking while the list is walked.
-        self.parts.cgroup.freeze(true).await?;
-        let outcome = self.parts.cgroup.processes().map(|pids| {
-            for pid in pids.into_iter().filter_map(|p| i32::try_from(p).ok()) {
-                // SAFETY: kill takes integers only; a frozen process is not reaped meanwhile.
-                unsafe { libc::kill(pid, signal) };
-            }
-        });
-        if !self.paused {
-            self.parts.cgroup.freeze(false).await?;
-        }
-        outcome
-    }
-
-    async fn freeze(&mut self, frozen: bool) -> Result<()> {
-        let id = &self.parts.id;
+    fn freeze(&self, frozen: bool, reply: Reply<()>) {
         if frozen && !matches!(self.init.phase, Phase::Running) {
-            return Err(Error::FailedPrecondition(format!(
+            let id = &self.parts.id;
+            let _ = reply.send(Err(Error::FailedPrecondition(format!(
                 "container {id} is not running"
-            )));
+            ))));
+            return;
         }
-        if frozen == self.paused {
-            let state = if frozen { "already" } else { "not" };
-            return Err(Error::FailedPrecondition(format!(
-                "container {id} is {state} paused"
-            )));
-        }
-        self.parts.cgroup.freeze(frozen).await?;
-        self.paused = frozen;
-        Ok(())
+        self.freezer.freeze(frozen, reply);
     }
 
-    async fn delete(&mut self, exec_id: &str, reply: Reply<agent::ProcessExited>) -> bool {
+    fn delete(&mut self, exec_id: &str, reply: Reply<agent::ProcessExited>) {
         let id = self.parts.id.clone();
         let process = match self.process(exec_id) {
             Ok(process) => process,
-            Err(error) => {
-                let _ = reply.send(Err(error));
-                return false;
-            }
+            Err(error) => return drop(reply.send(Err(error))),
         };
         let outcome = match &process.phase {
             Phase::Stopped(exit) => Ok(*exit),
@@ -484,7 +472,7 @@ impl Container {
                 if exec_id.is_empty() {
                     // Answered by its exit, unless that is on its way already.
                     self.deletion = Some(reply);
-                    return false;
+                    return;
                 }
                 killed.map(|()| Exit {
                     status: 137,
@@ -497,29 +485,52 @@ impl Container {
         };
         let pid = process.pid();
         let outcome = match outcome {
-            Ok(exit) if exec_id.is_empty() => self.remove(exit).await,
+            Ok(exit) if exec_id.is_empty() => return self.remove(exit, reply),
             Ok(exit) => {
                 self.execs.remove(exec_id);
                 Ok(exit_message(pid, exit))
             }
             Err(error) => Err(error),
         };
-        let gone = exec_id.is_empty() && outcome.is_ok();
-        if gone {
-            // Before the answer: the same id may be created again as soon as it is out.
-            self.context.forget(&id);
-        }
         let _ = reply.send(outcome);
-        gone
     }
 
     /// Takes away everything outside the processes.
-    async fn remove(&mut self, exit: Exit) -> Result<agent::ProcessExited> {
-        self.parts.cgroup.remove().await?;
-        if let Err(error) = std::fs::remove_dir_all(&self.parts.dir) {
-            slog::warn!(self.context.logger, "container directory stays"; "container" => &self.parts.id, "error" => %error);
+    fn remove(&mut self, exit: Exit, reply: Reply<agent::ProcessExited>) {
+        if std::mem::replace(&mut self.removing, true) {
+            let id = &self.parts.id;
+            let error = format!("container {id} is being deleted already");
+            return drop(reply.send(Err(Error::FailedPrecondition(error))));
         }
-        Ok(exit_message(self.init.pid(), exit))
+        let (cgroup, mailbox) = (self.parts.cgroup.path().to_owned(), self.mailbox.clone());
+        tokio::spawn(async move {
+            let result = cgroup::remove(&cgroup).await;
+            let _ = mailbox.send(Command::Removed {
+                exit,
+                result,
+                reply,
+            });
+        });
+    }
+
+    /// `true` when the container is gone.
+    fn removed(
+        &mut self,
+        exit: Exit,
+        result: Result<()>,
+        reply: Reply<agent::ProcessExited>,
+    ) -> bool {
+        self.removing = false;
+        let gone = result.is_ok();
+        if gone {
+            if let Err(error) = std::fs::remove_dir_all(&self.parts.dir) {
+                slog::warn!(self.context.logger, "container directory stays"; "container" => &self.parts.id, "error" => %error);
+            }
+            // Before the answer: the same id may be created again as soon as it is out.
+            self.context.forget(&self.parts.id);
+        }
+        let _ = reply.send(result.map(|()| exit_message(self.init.pid(), exit)));
+        gone
     }
 }
 

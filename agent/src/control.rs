@@ -35,7 +35,10 @@ pub enum Instructions {
     /// Join a container and become one of its processes.
     Exec(Box<Exec>),
     /// Hold a pid namespace that containers share, and reap in it.
-    HoldPidNamespace,
+    HoldPidNamespace {
+        /// Its own cgroup directory.
+        cgroup: PathBuf,
+    },
 }
 
 /// See [`Instructions::Create`]. All paths are the agent's.
@@ -51,8 +54,10 @@ pub struct Create {
     pub share: PathBuf,
     /// Path of the root file system under the share.
     pub rootfs: String,
-    /// Path under the share by index into `spec.mounts`.
-    pub mount_sources: BTreeMap<u32, String>,
+    /// What bind mounts show, by index into `spec.mounts`.
+    pub mount_sources: BTreeMap<u32, MountSource>,
+    /// Where the sandbox's volumes are.
+    pub volumes: PathBuf,
     /// The sandbox's shared memory file system.
     pub shm: PathBuf,
     /// The container's cgroup directory.
@@ -61,6 +66,22 @@ pub struct Create {
     pub pid_namespace: Option<PathBuf>,
     /// Terminal size, if there is a terminal.
     pub terminal: Option<Terminal>,
+}
+
+/// What a bind mount shows.
+#[derive(Debug, Deserialize, Serialize)]
+pub enum MountSource {
+    /// A path under the share.
+    Share(String),
+    /// A volume in the guest's memory.
+    Volume {
+        /// Its id.
+        id: String,
+        /// What of it; empty for all.
+        path: String,
+    },
+    /// A node of the guest's /dev.
+    Device(String),
 }
 
 /// See [`Instructions::Exec`].

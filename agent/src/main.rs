@@ -10,6 +10,7 @@ mod control;
 mod error;
 mod events;
 mod forward;
+mod freezer;
 mod init;
 mod launch;
 mod log;
@@ -27,6 +28,7 @@ mod spec;
 mod stdio;
 mod streams;
 mod validate;
+mod volume;
 
 use std::{path::Path, process::ExitCode};
 

@@ -4,7 +4,10 @@ use std::{
     fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use tokio::{sync::mpsc, sync::watch, time::timeout};
 use crate::{
     cgroup::{self, Cgroup},
     container::{self, Command, Container, Mailbox, Parts},
-    control::{Create, Instructions},
+    control::{Create, Instructions, MountSource},
     error::{Error, Result},
     events::Events,
     launch::Launcher,
@@ -23,6 +26,7 @@ use crate::{
     stdio::ChildEnds,
     streams::Streams,
     validate,
+    volume::{self, Volumes},
 };
 
 /// Where the agent keeps things; differs between the guest and component tests.
@@ -91,11 +95,15 @@ pub struct Context {
     pub events: Events,
     /// Copies under way.
     pub outputs: Outputs,
+    /// Volumes in the guest's memory.
+    pub volumes: Arc<Volumes>,
     /// The log.
     pub logger: slog::Logger,
     containers: Mutex<HashMap<String, Entry>>,
     /// The process that holds the pid namespace which containers share, once one wants it.
     pid_holder: tokio::sync::OnceCell<i32>,
+    /// Everything is being killed.
+    ending: Arc<AtomicBool>,
 }
 
 impl Context {
@@ -119,9 +127,11 @@ impl Context {
             launcher: Launcher::new(binary, reaper, logger.clone()),
             events: Events::default(),
             outputs: Outputs::default(),
+            volumes: Arc::new(Volumes::new(&places.run)),
             logger,
             containers: Mutex::default(),
             pid_holder: tokio::sync::OnceCell::new(),
+            ending: Arc::default(),
             places,
         })
     }
@@ -200,14 +210,18 @@ impl Context {
         self: &Arc<Self>,
         request: agent::CreateContainerRequest,
         spec: Spec,
-        mount_sources: std::collections::BTreeMap<u32, String>,
+        mount_sources: std::collections::BTreeMap<u32, MountSource>,
     ) -> Result<u32> {
         let id = request.id;
         let stdio = request.stdio.into_option().unwrap_or_default();
         self.note_ignored(&id, &spec);
-        let pid_namespace = match wants_shared_pids(&spec) {
-            true => Some(self.shared_pid_namespace().await?),
-            false => None,
+        let pid_namespace = match request.pid_namespace_of.as_str() {
+            "" if wants_shared_pids(&spec) => Some(self.shared_pid_namespace().await?),
+            "" => None,
+            target => {
+                let command = |reply| Command::PidNamespace { reply };
+                Some(self.ask(target, command).await?)
+            }
         };
         let dir = self.places.run.join("containers").join(&id);
         let root_mount = dir.join("rootfs");
@@ -233,6 +247,7 @@ impl Context {
             share: self.places.share.clone(),
             rootfs: request.rootfs,
             mount_sources,
+            volumes: volume::directory(&self.places.run),
             shm: self.places.run.join("shm"),
             cgroup: parts.cgroup.path().to_owned(),
             pid_namespace,
@@ -242,7 +257,7 @@ impl Context {
         let init = match container::prepare(self, &instructions, &stdio, &mailbox, ("", 0)).await {
             Ok(init) => init,
             Err(error) => {
-                if let Err(left) = parts.cgroup.remove().await {
+                if let Err(left) = cgroup::remove(parts.cgroup.path()).await {
                     slog::warn!(self.logger, "cgroup stays"; "container" => &id, "error" => %left);
                 }
                 let _ = fs::remove_dir_all(&parts.dir);
@@ -281,10 +296,17 @@ impl Context {
         let pid = self
             .pid_holder
             .get_or_try_init(async || {
-                let ended = self.logger.clone();
-                let on_exit =
-                    move |_| slog::error!(ended, "the holder of the shared pid namespace ended");
-                let instructions = Instructions::HoldPidNamespace;
+                let (logger, ending) = (self.logger.clone(), Arc::clone(&self.ending));
+                let on_exit = move |_| {
+                    if !ending.load(Ordering::Relaxed) {
+                        slog::error!(logger, "the holder of the shared pid namespace ended");
+                    }
+                };
+                // No container has this id (validate::id).
+                let cgroup = self.places.cgroup_base.join("_pause");
+                fs::create_dir_all(&cgroup)
+                    .map_err(|e| Error::io(format_args!("cgroup {}", cgroup.display()), e))?;
+                let instructions = Instructions::HoldPidNamespace { cgroup };
                 let prepared = self
                     .launcher
                     .prepare(&instructions, ChildEnds::null(), on_exit)
@@ -298,6 +320,7 @@ impl Context {
     /// Kills every container and waits a little for their output.
     pub async fn end_all(&self) {
         let base: &Path = &self.places.cgroup_base;
+        self.ending.store(true, Ordering::Relaxed);
         if let Err(error) = fs::write(base.join("cgroup.kill"), "1") {
             slog::warn!(self.logger, "cannot kill the containers"; "error" => %error);
         }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use brig_agent_protocol::{
     agent::{
-        ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited,
-        ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest,
+        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
+        ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest,
         StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
+        UpdateVolumeRequest, VolumeRef,
     },
     agent_ttrpc::Agent,
 };
@@ -16,6 +17,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 use crate::{
     container::Command,
     error::{Error, Result},
+    forward::Forwarder,
     process::Reply,
     sandbox::Context,
     setup, spec, validate,
@@ -25,6 +27,7 @@ use crate::{
 pub struct Service {
     context: Arc<Context>,
     started: OnceCell<StartSandboxResponse>,
+    forwarder: Forwarder,
     /// Told once, when the guest is to power off.
     shutdown: mpsc::UnboundedSender<()>,
 }
@@ -35,6 +38,7 @@ impl Service {
         Self {
             context,
             started: OnceCell::new(),
+            forwarder: Forwarder::default(),
             shutdown,
         }
     }
@@ -55,6 +59,14 @@ async fn to_the_end<T: Send + 'static>(
     let outcome = tokio::spawn(work).await;
     Ok(outcome
         .unwrap_or_else(|e| Err(Error::Internal(format!("the request was given up: {e}"))))?)
+}
+
+/// Does file system work on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
 }
 
 fn started(pid: u32) -> ProcessStarted {
@@ -274,7 +286,38 @@ impl Agent for Service {
         Ok(())
     }
 
+    async fn connect_port(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectPortRequest,
+    ) -> ttrpc::Result<Empty> {
+        let (streams, logger) = (&self.context.streams, &self.context.logger);
+        self.forwarder
+            .connect(request.port, request.stream, streams, logger)
+            .await?;
+        Ok(Empty::new())
+    }
+
     async fn ping(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn update_volume(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        if !self.started.initialized() {
+            return Err(Error::FailedPrecondition("start the sandbox first".into()).into());
+        }
+        let volumes = Arc::clone(&self.context.volumes);
+        blocking(move || volumes.update(request)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_volume(&self, _: &TtrpcContext, request: VolumeRef) -> ttrpc::Result<Empty> {
+        let volumes = Arc::clone(&self.context.volumes);
+        blocking(move || volumes.remove(&request.id)).await?;
         Ok(Empty::new())
     }
 

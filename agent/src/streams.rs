@@ -12,9 +12,7 @@ use std::{
     time::Duration,
 };
 
-use brig_agent_protocol::{
-    FIRST_PROCESS_STREAM, FORWARD_STREAM, HOST_CID, LOG_STREAM, STREAM_PORT,
-};
+use brig_agent_protocol::{FIRST_PROCESS_STREAM, HOST_CID, LOG_STREAM, STREAM_PORT};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
@@ -25,7 +23,6 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
 use crate::{
     error::{Error, Result},
-    forward::{self, Forwarder},
     log::LogRing,
 };
 
@@ -89,7 +86,6 @@ enum Slot {
 #[derive(Clone, Default)]
 pub struct Streams {
     slots: Arc<Mutex<HashMap<u64, Slot>>>,
-    forwarder: Forwarder,
 }
 
 impl Streams {
@@ -103,7 +99,7 @@ impl Streams {
     /// `InvalidArgument` for a number that is reserved or asked for twice, `DeadlineExceeded`
     /// when the host does not open it in time.
     pub async fn take(&self, number: u64) -> Result<Stream> {
-        if !(FIRST_PROCESS_STREAM..FORWARD_STREAM).contains(&number) {
+        if number < FIRST_PROCESS_STREAM {
             return Err(Error::InvalidArgument(format!(
                 "stream {number} is reserved; process streams start at {FIRST_PROCESS_STREAM}"
             )));
@@ -151,10 +147,6 @@ impl Streams {
         if number == LOG_STREAM {
             // A second log stream competes for lines with the first until that one fails.
             let _ = log.drain_to(stream).await;
-            return;
-        }
-        if let Some(port) = forward::port_of(number) {
-            self.forwarder.forward(port, stream, logger).await;
             return;
         }
         {

@@ -8,6 +8,7 @@ use std::{
 use brig_agent_protocol::agent;
 
 use crate::{
+    control::MountSource,
     error::{Error, Result},
     init,
     spec::{Hooks, Process, Spec},
@@ -56,19 +57,40 @@ pub fn share_path(path: &str) -> Result<()> {
 ///
 /// # Errors
 /// `InvalidArgument` for an index or path without meaning.
-pub fn mount_sources(spec: &Spec, sources: &[agent::MountSource]) -> Result<BTreeMap<u32, String>> {
+pub fn mount_sources(
+    spec: &Spec,
+    sources: &[agent::MountSource],
+) -> Result<BTreeMap<u32, MountSource>> {
     let mut map = BTreeMap::new();
     for source in sources {
-        share_path(&source.share_path)?;
         let index = source.index;
         let exists = usize::try_from(index).is_ok_and(|i| i < spec.mounts.len());
-        if !exists || map.insert(index, source.share_path.clone()).is_some() {
+        if !exists || map.insert(index, mount_source(source)?).is_some() {
             return Err(Error::InvalidArgument(format!(
                 "mount source {index} names no mount, or one twice"
             )));
         }
     }
     Ok(map)
+}
+
+fn mount_source(source: &agent::MountSource) -> Result<MountSource> {
+    if !source.volume.is_empty() {
+        id(&source.volume)?;
+        if !source.volume_path.is_empty() {
+            share_path(&source.volume_path)?;
+        }
+        return Ok(MountSource::Volume {
+            id: source.volume.clone(),
+            path: source.volume_path.clone(),
+        });
+    }
+    if !source.device.is_empty() {
+        id(&source.device)?;
+        return Ok(MountSource::Device(source.device.clone()));
+    }
+    share_path(&source.share_path)?;
+    Ok(MountSource::Share(source.share_path.clone()))
 }
 
 /// The specification of a container.

@@ -148,3 +148,26 @@ async fn a_fork_bomb_of_orphans_is_reaped() {
     guest.client.ping(ctx(), &Empty::new()).await.unwrap();
     guest.stop().await;
 }
+
+/// The process that holds the shared pid namespace stands beside containers that may trace it.
+#[tokio::test]
+async fn the_holder_of_the_shared_pid_namespace_leads_nowhere() {
+    let mut guest = Guest::start().await;
+    let script = "echo root $(ls -A /proc/1/root/); readlink /proc/1/cwd; echo fds $(ls /proc/1/fd)
+        grep -E '^(Cap|NoNewPrivs)' /proc/1/status | awk '{print $2}' | sort -u | tr '\\n' ' '
+        [ $(readlink /proc/1/ns/mnt) = $(readlink /proc/self/ns/mnt) ] && echo same mounts
+        awk '{print $5, $6}' /proc/1/mountinfo; touch /proc/1/root/x 2>/dev/null && echo written
+        case $(cat /proc/1/cgroup) in *_pause) echo cgroup apart;; esac; cat /proc/1/comm";
+    let got = output(&mut guest, script, |spec| {
+        spec["linux"]["namespaces"][0]["path"] = "/proc/123/ns/pid".into();
+        let all: Vec<String> = (0..8).filter_map(caps_name).collect();
+        spec["process"]["capabilities"] =
+            json!({"bounding": all, "effective": all, "permitted": all});
+    })
+    .await;
+    assert_eq!(
+        got,
+        "root\n/\nfds\n0000000000000000 1 / ro,nosuid,nodev,noexec,relatime\ncgroup apart\npause\n"
+    );
+    guest.stop().await;
+}

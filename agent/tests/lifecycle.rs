@@ -1,6 +1,8 @@
 //! Life of containers and processes through the agent's protocol, with real containers.
 mod guest;
 
+use std::time::{Duration, Instant};
+
 use brig_agent_protocol::agent::*;
 use guest::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -37,17 +39,14 @@ async fn a_container_runs_and_its_output_and_status_are_exact() {
 #[tokio::test]
 async fn large_output_is_complete_and_stdin_reaches_the_process() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(true, false).await;
     guest
-        .create(
+        .started(
             "c1",
             &spec("cat; head -c 3000000 /dev/zero | tr '\\0' x"),
             stdio,
         )
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .await;
     let mut stdin = ends.stdin.take().unwrap();
     stdin.write_all(b"from the host\n").await.unwrap();
     stdin.shutdown().await.unwrap();
@@ -61,13 +60,8 @@ async fn large_output_is_complete_and_stdin_reaches_the_process() {
 #[tokio::test]
 async fn close_stdin_ends_a_reader() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(true, false).await;
-    guest
-        .create("c1", &spec("cat; echo done"), stdio)
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+    guest.started("c1", &spec("cat; echo done"), stdio).await;
     ends.stdin
         .as_mut()
         .unwrap()
@@ -94,46 +88,40 @@ async fn close_stdin_ends_a_reader() {
 async fn states_are_enforced_with_their_codes() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    assert_eq!(refusal(guest.run("nope", "").await).0, Code::NOT_FOUND);
+    refused(guest.run("nope", "").await, Code::NOT_FOUND);
     let (stdio, _ends) = guest.stdio(false, false).await;
     guest
         .create("c1", &spec("sleep 1000"), stdio)
         .await
         .unwrap();
     let again = guest.create("c1", &spec("true"), Stdio::default()).await;
-    assert_eq!(refusal(again).0, Code::ALREADY_EXISTS);
+    refused(again, Code::ALREADY_EXISTS);
     // Not running yet: no exec, no pause.
     let exec = guest
         .create_exec("c1", "e1", &shell("true"), Stdio::default())
         .await;
-    assert_eq!(refusal(exec).0, Code::FAILED_PRECONDITION);
+    refused(exec, Code::FAILED_PRECONDITION);
     guest.run("c1", "").await.unwrap();
-    assert_eq!(
-        refusal(guest.run("c1", "").await).0,
-        Code::FAILED_PRECONDITION
-    );
-    assert_eq!(
-        refusal(guest.delete("c1", "").await).0,
-        Code::FAILED_PRECONDITION
-    );
-    assert_eq!(refusal(guest.delete("c1", "e9").await).0, Code::NOT_FOUND);
-    assert_eq!(
-        refusal(guest.kill("c1", "", 99, false).await).0,
-        Code::INVALID_ARGUMENT
+    refused(guest.run("c1", "").await, Code::FAILED_PRECONDITION);
+    refused(guest.delete("c1", "").await, Code::FAILED_PRECONDITION);
+    refused(guest.delete("c1", "e9").await, Code::NOT_FOUND);
+    refused(
+        guest.kill("c1", "", 99, false).await,
+        Code::INVALID_ARGUMENT,
     );
     guest.kill("c1", "", libc::SIGKILL, false).await.unwrap();
     assert_eq!(guest.exit_of("c1", "").await.status, 137);
-    assert_eq!(
-        refusal(guest.kill("c1", "", libc::SIGTERM, false).await).0,
-        Code::NOT_FOUND
+    refused(
+        guest.kill("c1", "", libc::SIGTERM, false).await,
+        Code::NOT_FOUND,
     );
     assert_eq!(guest.delete("c1", "").await.unwrap().status, 137);
-    assert_eq!(refusal(guest.delete("c1", "").await).0, Code::NOT_FOUND);
+    refused(guest.delete("c1", "").await, Code::NOT_FOUND);
     let twice = guest
         .client
         .start_sandbox(ctx(), &StartSandboxRequest::default())
         .await;
-    assert_eq!(refusal(twice).0, Code::FAILED_PRECONDITION);
+    refused(twice, Code::FAILED_PRECONDITION);
     guest.client.ping(ctx(), &Empty::new()).await.unwrap();
     guest.stop().await;
 }
@@ -192,13 +180,10 @@ async fn what_cannot_be_executed_is_told_as_other_runtimes_do() {
 #[tokio::test]
 async fn exec_joins_the_container_and_has_its_own_life() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     let (stdio, _ends) = guest.stdio(false, false).await;
     guest
-        .create("c1", &spec("echo kept > /tmp/f; sleep 1000"), stdio)
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .started("c1", &spec("echo kept > /tmp/f; sleep 1000"), stdio)
+        .await;
     let outcome = guest
         .exec(
             "c1",
@@ -237,28 +222,17 @@ async fn exec_joins_the_container_and_has_its_own_life() {
 #[tokio::test]
 async fn the_exits_of_execs_come_before_that_of_init() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     guest
-        .create("c1", &spec("sleep 1000"), Stdio::default())
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .started("c1", &spec("sleep 1000"), Stdio::default())
+        .await;
     for exec in ["e1", "e2", "e3"] {
         guest
-            .create_exec("c1", exec, &shell("sleep 1000"), Stdio::default())
-            .await
-            .unwrap();
-        guest.run("c1", exec).await.unwrap();
+            .started_exec("c1", exec, &shell("sleep 1000"), Stdio::default())
+            .await;
     }
     let list = guest
         .client
-        .list_processes(
-            ctx(),
-            &ContainerRef {
-                id: "c1".into(),
-                ..Default::default()
-            },
-        )
+        .list_processes(ctx(), &container("c1"))
         .await
         .unwrap();
     assert_eq!(list.pids.len(), 4, "{list:?}");
@@ -273,17 +247,14 @@ async fn the_exits_of_execs_come_before_that_of_init() {
 #[tokio::test]
 async fn signals_reach_one_process_or_all() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(false, false).await;
     guest
-        .create(
+        .started(
             "c1",
             &spec("trap 'echo usr1; exit 5' USR1; echo ready; while :; do sleep 1; done"),
             stdio,
         )
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .await;
     let mut ready = [0; 6];
     ends.stdout
         .as_mut()
@@ -292,10 +263,8 @@ async fn signals_reach_one_process_or_all() {
         .await
         .unwrap();
     guest
-        .create_exec("c1", "e1", &shell("sleep 1000"), Stdio::default())
-        .await
-        .unwrap();
-    guest.run("c1", "e1").await.unwrap();
+        .started_exec("c1", "e1", &shell("sleep 1000"), Stdio::default())
+        .await;
     // A real-time signal, whose default action ends the process.
     guest.kill("c1", "e1", 40, false).await.unwrap();
     assert_eq!(guest.exit_of("c1", "e1").await.status, 128 + 40);
@@ -309,44 +278,34 @@ async fn signals_reach_one_process_or_all() {
 async fn a_paused_container_stands_still_and_dies_when_killed() {
     let mut guest = Guest::start().await;
     guest.rootfs("c1");
-    let reference_to = |id: &str| ContainerRef {
-        id: id.into(),
-        ..Default::default()
-    };
     guest
         .create("c1", &spec("sleep 1000"), Stdio::default())
         .await
         .unwrap();
-    assert_eq!(
-        refusal(
-            guest
-                .client
-                .pause_container(ctx(), &reference_to("c1"))
-                .await
-        )
-        .0,
-        Code::FAILED_PRECONDITION
+    refused(
+        guest.client.pause_container(ctx(), &container("c1")).await,
+        Code::FAILED_PRECONDITION,
     );
     let pid = guest.run("c1", "").await.unwrap();
     assert_ne!(pid, 0);
     guest
         .client
-        .pause_container(ctx(), &reference_to("c1"))
+        .pause_container(ctx(), &container("c1"))
         .await
         .unwrap();
     let exec = guest
         .create_exec("c1", "e1", &shell("true"), Stdio::default())
         .await;
-    assert_eq!(refusal(exec).0, Code::FAILED_PRECONDITION);
+    refused(exec, Code::FAILED_PRECONDITION);
     guest
         .client
-        .resume_container(ctx(), &reference_to("c1"))
+        .resume_container(ctx(), &container("c1"))
         .await
         .unwrap();
     assert_eq!(guest.exec("c1", "e1", &shell("exit 4")).await.status, 4);
     guest
         .client
-        .pause_container(ctx(), &reference_to("c1"))
+        .pause_container(ctx(), &container("c1"))
         .await
         .unwrap();
     guest.kill("c1", "", libc::SIGKILL, true).await.unwrap();
@@ -355,22 +314,65 @@ async fn a_paused_container_stands_still_and_dies_when_killed() {
     guest.stop().await;
 }
 
+/// A file system that never answers: who asks it for something sleeps until killed.
+#[tokio::test]
+async fn a_process_that_cannot_be_frozen_holds_up_no_other_command() {
+    let mut guest = Guest::start().await;
+    let mut stuck = spec(
+        "exec 3<>/dev/fuse; mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 none /mnt
+        ls /mnt & echo stuck; trap 'echo term' TERM; while :; do sleep 0.1; done",
+    );
+    let caps = serde_json::json!(["CAP_SYS_ADMIN", "CAP_KILL"]);
+    stuck["process"]["capabilities"] =
+        serde_json::json!({"bounding": caps, "effective": caps, "permitted": caps});
+    stuck["linux"]["devices"] =
+        serde_json::json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
+    stuck["linux"]["resources"]["devices"] = serde_json::json!([{"allow": true, "access": "rwm"}]);
+    std::fs::create_dir_all(guest.share().join("c1/rootfs/mnt")).unwrap();
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest.started("c1", &stuck, stdio).await;
+    let stdout = ends.stdout.as_mut().unwrap();
+    let mut word = [0; 6];
+    tokio::time::timeout(PATIENCE, stdout.read_exact(&mut word))
+        .await
+        .unwrap()
+        .unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+
+    // It is sent nevertheless, soon.
+    let begun = Instant::now();
+    guest.kill("c1", "", libc::SIGTERM, true).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    let mut word = [0; 5];
+    tokio::time::timeout(PATIENCE, stdout.read_exact(&mut word))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(&word, b"term\n");
+
+    // A pause fails, and meanwhile the container answers, and can be killed.
+    let client = guest.client.clone();
+    let pause = tokio::spawn(async move { client.pause_container(ctx(), &container("c1")).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let begun = Instant::now();
+    guest.client.stats(ctx(), &container("c1")).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(2) && !pause.is_finished());
+    guest.kill("c1", "", libc::SIGKILL, true).await.unwrap();
+    assert_eq!(guest.exit_of("c1", "").await.status, 137);
+    let _ = pause.await.unwrap();
+    guest.delete("c1", "").await.unwrap();
+    guest.stop().await;
+}
+
 #[tokio::test]
 async fn an_exit_is_told_while_a_grandchild_keeps_the_output_open() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     guest
-        .create("c1", &spec("sleep 1000"), Stdio::default())
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .started("c1", &spec("sleep 1000"), Stdio::default())
+        .await;
     let (stdio, ends) = guest.stdio(false, false).await;
     let script = "(while [ ! -e /tmp/go ]; do sleep 0.1; done; echo late) & echo early";
-    guest
-        .create_exec("c1", "e1", &shell(script), stdio)
-        .await
-        .unwrap();
-    guest.run("c1", "e1").await.unwrap();
+    guest.started_exec("c1", "e1", &shell(script), stdio).await;
     assert_eq!(guest.exit_of("c1", "e1").await.status, 0);
     guest.delete("c1", "e1").await.unwrap();
     std::fs::write(guest.share().join("c1/rootfs/tmp/go"), "").unwrap();
@@ -425,21 +427,14 @@ async fn a_terminal_has_its_size_and_ends_with_its_process() {
 #[tokio::test]
 async fn an_exec_may_have_a_terminal_too() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     guest
-        .create("c1", &spec("sleep 1000"), Stdio::default())
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .started("c1", &spec("sleep 1000"), Stdio::default())
+        .await;
     let (stdio, ends) = guest.stdio(true, true).await;
     let mut process = shell("tty; id -u; ls -ln $(tty) | awk '{print $3}'");
     process["terminal"] = true.into();
     process["user"] = serde_json::json!({"uid": 33, "gid": 33});
-    guest
-        .create_exec("c1", "e1", &process, stdio)
-        .await
-        .unwrap();
-    guest.run("c1", "e1").await.unwrap();
+    guest.started_exec("c1", "e1", &process, stdio).await;
     assert_eq!(guest.exit_of("c1", "e1").await.status, 0);
     let Ends { stdout, .. } = ends;
     let (text, _) = Ends {
@@ -455,13 +450,10 @@ async fn an_exec_may_have_a_terminal_too() {
 #[tokio::test]
 async fn the_agent_ends_with_its_connection_and_takes_the_containers_along() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     let (stdio, mut ends) = guest.stdio(false, false).await;
     guest
-        .create("c1", &spec("echo up; sleep 1000"), stdio)
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .started("c1", &spec("echo up; sleep 1000"), stdio)
+        .await;
     let mut up = [0; 3];
     ends.stdout
         .as_mut()

@@ -74,6 +74,61 @@ async fn containers_share_a_pid_namespace_when_the_spec_names_one() {
 }
 
 #[tokio::test]
+async fn a_container_may_join_the_pid_namespace_of_another_one() {
+    let mut guest = Guest::start().await;
+    for (id, script) in [("c1", "exec sleep 987"), ("c2", "exec sleep 986")] {
+        guest.started(id, &spec(script), Stdio::default()).await;
+    }
+    guest.rootfs("debug");
+    let mut debugger = spec("cat /proc/1/cmdline | tr '\\0' ' '; ls -d /proc/[0-9]* | wc -l");
+    debugger["linux"]["namespaces"][0]["path"] = "/proc/123/ns/pid".into();
+    let (stdio, ends) = guest.stdio(false, false).await;
+    let request = CreateContainerRequest {
+        id: "debug".into(),
+        spec: serde_json::to_vec(&debugger).unwrap(),
+        stdio: Some(stdio).into(),
+        rootfs: "debug/rootfs".into(),
+        pid_namespace_of: "c2".into(),
+        ..Default::default()
+    };
+    guest
+        .client
+        .create_container(ctx(), &request)
+        .await
+        .unwrap();
+    guest.run("debug", "").await.unwrap();
+    // The sleep, the shell, ls and wc.
+    assert_eq!(
+        guest.outcome("debug", "", ends).await.stdout,
+        "sleep 986 4\n"
+    );
+    // It goes with its target, which has to run.
+    let mut request = CreateContainerRequest {
+        id: "second".into(),
+        stdio: Some(Stdio::default()).into(),
+        spec: serde_json::to_vec(&spec("sleep 985")).unwrap(),
+        ..request
+    };
+    guest
+        .client
+        .create_container(ctx(), &request)
+        .await
+        .unwrap();
+    guest.run("second", "").await.unwrap();
+    guest.kill("c2", "", libc::SIGKILL, false).await.unwrap();
+    assert_eq!(guest.exit_of("second", "").await.status, 137);
+    guest.delete("second", "").await.unwrap();
+    for (target, code) in [
+        ("c2", ttrpc::Code::FAILED_PRECONDITION),
+        ("c3", ttrpc::Code::NOT_FOUND),
+    ] {
+        request.pid_namespace_of = target.into();
+        refused(guest.client.create_container(ctx(), &request).await, code);
+    }
+    guest.stop().await;
+}
+
+#[tokio::test]
 async fn a_user_namespace_maps_ids_and_keeps_what_is_outside_out_of_reach() {
     let mut guest = Guest::start().await;
     let root = guest.rootfs("c1");

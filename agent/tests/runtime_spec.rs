@@ -460,17 +460,17 @@ async fn what_cannot_be_applied_is_refused_over_the_wire() {
         rootfs: "c1/rootfs".into(),
         ..Default::default()
     };
-    assert_eq!(
-        refusal(guest.client.create_container(ctx(), &request).await).0,
-        Code::INVALID_ARGUMENT
+    refused(
+        guest.client.create_container(ctx(), &request).await,
+        Code::INVALID_ARGUMENT,
     );
     let request = CreateContainerRequest {
         id: "../x".into(),
         ..request
     };
-    assert_eq!(
-        refusal(guest.client.create_container(ctx(), &request).await).0,
-        Code::INVALID_ARGUMENT
+    refused(
+        guest.client.create_container(ctx(), &request).await,
+        Code::INVALID_ARGUMENT,
     );
     let request = CreateContainerRequest {
         id: "c1".into(),
@@ -478,9 +478,9 @@ async fn what_cannot_be_applied_is_refused_over_the_wire() {
         spec: b"{}".to_vec(),
         ..request
     };
-    assert_eq!(
-        refusal(guest.client.create_container(ctx(), &request).await).0,
-        Code::INVALID_ARGUMENT
+    refused(
+        guest.client.create_container(ctx(), &request).await,
+        Code::INVALID_ARGUMENT,
     );
     guest.stop().await;
 }

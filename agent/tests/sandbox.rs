@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 mod guest;
 
-use brig_agent_protocol::{LOG_STREAM, agent::*, forward_stream};
+use brig_agent_protocol::{LOG_STREAM, agent::*};
 use guest::*;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use ttrpc::Code;
@@ -119,7 +119,7 @@ async fn an_interface_that_is_not_there_and_a_bad_address_are_named() {
         .client
         .create_container(ctx(), &CreateContainerRequest::default())
         .await;
-    assert_eq!(refusal(container).0, Code::FAILED_PRECONDITION);
+    refused(container, Code::FAILED_PRECONDITION);
     guest.stop().await;
 }
 
@@ -158,27 +158,32 @@ async fn the_log_goes_to_its_stream_as_json_lines() {
 #[tokio::test]
 async fn a_forwarded_port_reaches_a_server_in_a_container() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     guest
-        .create(
+        .started(
             "c1",
             &spec("exec httpd -f -p 127.0.0.1:8080 -h /etc"),
             Stdio::default(),
         )
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
+        .await;
     let answer = async {
-        loop {
-            let mut stream = guest.open_numbered(forward_stream(8080)).await;
+        for number in 1000.. {
+            let request = ConnectPortRequest {
+                port: 8080,
+                stream: number,
+                ..Default::default()
+            };
+            if guest.client.connect_port(ctx(), &request).await.is_err() {
+                // Nobody listens yet.
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                continue;
+            }
+            let mut stream = guest.open_numbered(number).await;
             let _ = stream.write_all(b"GET /passwd HTTP/1.0\r\n\r\n").await;
             let mut text = String::new();
-            if stream.read_to_string(&mut text).await.is_ok() && !text.is_empty() {
-                return text;
-            }
-            // Nobody listened yet: the stream was closed at once.
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            stream.read_to_string(&mut text).await.unwrap();
+            return text;
         }
+        unreachable!()
     };
     let answer = tokio::time::timeout(PATIENCE, answer).await.unwrap();
     assert!(
@@ -191,16 +196,10 @@ async fn a_forwarded_port_reaches_a_server_in_a_container() {
 #[tokio::test]
 async fn statistics_and_caches_answer() {
     let mut guest = Guest::start().await;
-    guest.rootfs("c1");
     guest
-        .create("c1", &spec("while :; do :; done"), Stdio::default())
-        .await
-        .unwrap();
-    guest.run("c1", "").await.unwrap();
-    let reference = ContainerRef {
-        id: "c1".into(),
-        ..Default::default()
-    };
+        .started("c1", &spec("while :; do :; done"), Stdio::default())
+        .await;
+    let reference = container("c1");
     let busy = async {
         while guest
             .client

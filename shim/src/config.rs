@@ -210,8 +210,10 @@ impl Config {
         if !(self.time_scale >= 0.1 && self.time_scale <= 100.0) {
             return Err(invalid("time_scale must be 0.1 to 100".to_owned()));
         }
-        if self.max_files < 1024 {
-            return Err(invalid("max_files must be at least 1024".to_owned()));
+        if self.max_files < 8192 {
+            return Err(invalid(
+                "max_files must be at least 8192 (vsock streams alone may need 2050)".to_owned(),
+            ));
         }
         Ok(())
     }

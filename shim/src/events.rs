@@ -2,9 +2,15 @@
 //!
 //! One queue and one task. While containerd restarts, the queue grows to a bound and the task tries
 //! to reconnect; beyond the bound the newest events are refused and logged. Publishing never blocks.
+//!
+//! A hostile guest can cause OOM events at will, and no others without containerd's doing. They are
+//! thinned out, and never take the places that the rest of the queue keeps for exits.
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
@@ -25,6 +31,11 @@ use crate::process::{Exit, Io};
 
 /// Events kept while containerd is away.
 const QUEUE: usize = 4096;
+/// Places of the queue that OOM events do not get.
+const RESERVED: usize = 1024;
+/// OOM events of one container that are closer together than this count as one. containerd only notes
+/// that there was one.
+const OOM_GAP: Duration = Duration::from_secs(1);
 /// Between attempts to reach containerd: there is nothing to wait for but its socket.
 const RETRY: Duration = Duration::from_millis(200);
 /// How long containerd may take for one event.
@@ -230,6 +241,40 @@ pub struct Publisher {
     queue: mpsc::Sender<Entry>,
     namespace: String,
     logger: Logger,
+    shared: Arc<Shared>,
+}
+
+/// What all clones of a publisher know.
+#[derive(Default)]
+struct Shared {
+    /// Events refused since the last one that was taken.
+    lost: AtomicU64,
+    /// When the last OOM event of a container was let through. containerd's containers only, until they
+    /// are deleted.
+    ooms: Mutex<HashMap<String, Instant>>,
+}
+
+impl Shared {
+    /// Whether an event may pass; a later OOM event of the same container may not for a while.
+    fn admits(&self, event: &TaskEvent, now: Instant) -> bool {
+        let mut ooms = self.ooms.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            TaskEvent::Oom { id } => {
+                let recent = ooms
+                    .get(id)
+                    .is_some_and(|last| now.duration_since(*last) < OOM_GAP);
+                if !recent {
+                    ooms.insert(id.clone(), now);
+                }
+                !recent
+            }
+            TaskEvent::Delete { id, .. } => {
+                ooms.remove(id);
+                true
+            }
+            _ => true,
+        }
+    }
 }
 
 impl Publisher {
@@ -242,11 +287,19 @@ impl Publisher {
             queue,
             namespace,
             logger,
+            shared: Arc::default(),
         }
     }
 
     /// Puts an event into the queue.
     pub fn publish(&self, event: TaskEvent) {
+        if !self.shared.admits(&event, Instant::now()) {
+            return;
+        }
+        let spare = match event {
+            TaskEvent::Oom { .. } => RESERVED,
+            _ => 0,
+        };
         let (topic, packed) = event.encode();
         let Ok(packed) = packed else {
             error!(self.logger, "an event cannot be encoded"; "topic" => topic);
@@ -259,11 +312,18 @@ impl Publisher {
             event: MessageField::some(packed),
             ..Envelope::default()
         };
-        if self
-            .queue
-            .try_send(Entry::Event(Box::new(envelope)))
-            .is_err()
-        {
+        let taken = self.queue.capacity() > spare
+            && self
+                .queue
+                .try_send(Entry::Event(Box::new(envelope)))
+                .is_ok();
+        if taken {
+            let lost = self.shared.lost.swap(0, Ordering::Relaxed);
+            if lost > 0 {
+                error!(self.logger, "events were lost"; "lost" => lost);
+            }
+        } else if self.shared.lost.fetch_add(1, Ordering::Relaxed) == 0 {
+            // Once: the log would be flooded as well.
             error!(self.logger, "an event is lost: containerd has not taken any for too long";
                 "topic" => topic, "queued" => QUEUE);
         }
@@ -412,6 +472,94 @@ mod tests {
         assert_eq!(names, ["/tasks/start", "/tasks/resumed", "/tasks/oom"]);
         assert_eq!(topics[0].1, "containerd.events.TaskStart");
         publisher.flush(Duration::from_secs(5)).await;
+    }
+
+    fn exit(process: &str) -> TaskEvent {
+        TaskEvent::Exit {
+            id: "c".into(),
+            process: process.into(),
+            pid: 1,
+            exit: Exit {
+                status: 137,
+                at: SystemTime::UNIX_EPOCH,
+            },
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_ooms_pushes_out_no_exit_and_does_not_fill_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("containerd.sock.ttrpc");
+        let (seen, mut arrived) = mpsc::unbounded_channel();
+        let lines = Lines::default();
+        let logger = Logger::root(slog::Fuse(lines.clone()), slog::o!());
+        let address = path.to_str().unwrap().to_owned();
+        let publisher = Publisher::new(Some(address), "ns".into(), logger);
+
+        // containerd is away, the guest's agent floods: one container, then as many as there are ids.
+        for _ in 0..2 * QUEUE {
+            publisher.publish(TaskEvent::Oom { id: "c".into() });
+        }
+        for n in 0..2 * QUEUE {
+            publisher.publish(TaskEvent::Oom {
+                id: format!("c{n}"),
+            });
+        }
+        for n in 0..RESERVED - 1 {
+            publisher.publish(exit(&format!("e{n}")));
+        }
+        publisher.publish(exit("c"));
+        assert_eq!(
+            lines.0.lock().unwrap().len(),
+            2,
+            "the first loss, and how many"
+        );
+
+        let _containerd = containerd(&path, seen).await;
+        let mut exits = 0;
+        let mut ooms = 0;
+        while exits < RESERVED {
+            match arrived.recv().await.unwrap().0.as_str() {
+                "/tasks/oom" => ooms += 1,
+                _ => exits += 1,
+            }
+        }
+        assert!(ooms <= QUEUE - RESERVED + 1, "{ooms}");
+    }
+
+    #[test]
+    fn oom_events_of_a_container_are_thinned_out_until_it_is_deleted() {
+        let shared = Shared::default();
+        let now = Instant::now();
+        let oom = |id: &str| TaskEvent::Oom { id: id.into() };
+        assert!(shared.admits(&oom("a"), now));
+        assert!(!shared.admits(&oom("a"), now + OOM_GAP / 2));
+        assert!(shared.admits(&oom("b"), now));
+        assert!(shared.admits(&oom("a"), now + OOM_GAP));
+        assert!(shared.admits(&exit("a"), now + OOM_GAP));
+        let TaskEvent::Exit { exit, .. } = exit("a") else {
+            unreachable!();
+        };
+        let delete = TaskEvent::Delete {
+            id: "a".into(),
+            pid: 1,
+            exit,
+        };
+        assert!(shared.admits(&delete, now + OOM_GAP));
+        assert!(shared.admits(&oom("a"), now + OOM_GAP));
+    }
+
+    /// Keeps the messages of log lines.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<String>>>);
+
+    impl slog::Drain for Lines {
+        type Ok = ();
+        type Err = slog::Never;
+        fn log(&self, record: &slog::Record<'_>, _: &slog::OwnedKVList) -> Result<(), slog::Never> {
+            self.0.lock().unwrap().push(record.msg().to_string());
+            Ok(())
+        }
     }
 
     #[tokio::test]

@@ -12,9 +12,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use brig_agent_protocol::agent::{
-    ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited,
-    ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest, StartSandboxRequest,
-    StartSandboxResponse, StatsResponse, UpdateRequest, event,
+    ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
+    ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest,
+    StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest, event,
 };
 use brig_agent_protocol::agent_ttrpc::{Agent, create_agent};
 use brig_hypervisor::control::{
@@ -72,6 +72,8 @@ pub(crate) struct Behaviour {
     pub(crate) die_with: Option<i32>,
     /// CreateContainer is never answered.
     pub(crate) stuck_create: bool,
+    /// CreateContainer is answered after this time.
+    pub(crate) slow_create: Duration,
     /// Processes end by themselves as soon as they are started, even before the answer says so.
     pub(crate) exits_at_once: Option<u32>,
     /// StartProcess of this exec fails.
@@ -215,6 +217,7 @@ impl FakeVmm {
                     }
                 },
                 RequestBody::OpenStream(stream) => {
+                    self.record.add(format!("stream {}", stream.stream));
                     self.streams.lock().unwrap().insert(stream.stream, fds);
                     Ok(ReplyBody::Done)
                 }
@@ -349,6 +352,8 @@ impl Agent for FakeAgent {
         if self.behaviour.stuck_create {
             std::future::pending::<()>().await;
         }
+        tokio::time::sleep(self.behaviour.slow_create).await;
+        self.record.add(format!("created {}", request.id));
         self.keep("", &request.stdio);
         Ok(ProcessStarted::default())
     }
@@ -442,6 +447,15 @@ impl Agent for FakeAgent {
 
     async fn drop_caches(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {
         self.record.add("drop_caches");
+        Ok(Empty::new())
+    }
+
+    /// Somebody listens on every port but 9.
+    async fn connect_port(&self, _: &TtrpcContext, request: ConnectPortRequest) -> Answer<Empty> {
+        self.record.add(format!("connect {}", request.port));
+        if request.port == 9 {
+            return Err(Error::state("nobody listens").into());
+        }
         Ok(Empty::new())
     }
 

@@ -12,6 +12,7 @@ pub mod error;
 pub mod events;
 #[cfg(test)]
 mod fakes;
+pub mod forward;
 pub mod identity;
 pub mod journal;
 pub mod log;
@@ -22,8 +23,10 @@ pub mod process;
 pub mod server;
 pub mod service;
 pub mod spec;
+pub mod stand_in;
 pub mod stats;
 pub mod stdio;
 pub mod timeline;
 pub mod vm;
+pub mod volume;
 mod watched;

@@ -2,6 +2,7 @@
 //! the first container, ends it after the last, and keeps the journal and the timeline.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -9,14 +10,15 @@ use brig_agent_protocol::agent::{Event, event};
 use slog::{Logger, info, warn};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::{Config, MIB};
+use crate::config::{Config, MAX_VCPUS, MIB};
 use crate::container::{self, ContainerHandle, Context, Creation, Reply};
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::identity::Identity;
 use crate::journal::{Journal, StateDir};
 use crate::process::Exit;
-use crate::spec::{Network, Spec};
+use crate::spec::{Network, Role, Spec};
+use crate::stand_in::StandIn;
 use crate::timeline::Timeline;
 use crate::vm::boot::{Boot, News, Sandbox};
 use crate::vm::death::Death;
@@ -146,6 +148,8 @@ struct Pod {
     news: mpsc::Sender<News>,
     stage: Stage,
     containers: HashMap<String, ContainerHandle>,
+    /// Containers of the pod by their pids on the node.
+    pids: HashMap<u32, String>,
     timeline: Timeline,
     waiting: Vec<oneshot::Sender<bool>>,
 }
@@ -173,6 +177,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         news,
         stage: Stage::Empty,
         containers: HashMap::new(),
+        pids: HashMap::new(),
         timeline,
         waiting: Vec::new(),
     };
@@ -216,7 +221,13 @@ impl Pod {
                 creation,
                 config,
                 reply,
-            } => self.create(*creation, *config, reply),
+            } => {
+                let mut creation = *creation;
+                match self.name_pids(&mut creation).await {
+                    Ok(()) => self.create(creation, *config, reply),
+                    Err(error) => drop(reply.send(Err(error))),
+                }
+            }
             Message::Find { id, reply } => {
                 let found = self.containers.get(&id).cloned();
                 let _ = reply.send(
@@ -257,6 +268,38 @@ impl Pod {
         }
     }
 
+    /// Gives a container of a pod its pid on the node, and finds whose pid namespace it joins by the
+    /// pid in its spec: another container's, or the sandbox's, which is the VMM's.
+    async fn name_pids(&mut self, creation: &mut Creation) -> Result<()> {
+        let Role::Member(_) = creation.role else {
+            return Ok(());
+        };
+        if let Some(pid) = creation.spec.pid_namespace_of() {
+            creation.pid_namespace_of = self.pids.get(&pid).cloned();
+            let vmm = match &self.stage {
+                Stage::Up(boot) => boot.vm().map(|vm| vm.pid()),
+                _ => None,
+            };
+            if creation.pid_namespace_of.is_none() && vmm.is_some_and(|vmm| vmm != pid) {
+                return Err(Error::state(format!(
+                    "the container whose pid namespace {} joins (pid {pid}) is not in this pod",
+                    creation.id
+                )));
+            }
+        }
+        match StandIn::start(self.setup.journal.netns.clone()).await {
+            Ok(stand_in) => {
+                self.pids.insert(stand_in.pid(), creation.id.clone());
+                creation.stand_in = Some(stand_in);
+            }
+            Err(error) => {
+                warn!(self.setup.logger, "a container has no pid of its own, so none can join its pid namespace";
+                    "container" => &creation.id, "error" => %error);
+            }
+        }
+        Ok(())
+    }
+
     fn create(&mut self, creation: Creation, config: Config, reply: Reply<u32>) {
         let refused = match self.stage {
             Stage::Stopping | Stage::Stopped => Some(Error::state("the pod has ended")),
@@ -269,9 +312,14 @@ impl Pod {
             let _ = reply.send(Err(error));
             return;
         }
-        let boot = match &self.stage {
-            Stage::Up(boot) => boot.clone(),
-            _ => match self.boot(&creation.spec, config) {
+        let boot = match (&self.stage, &creation.role) {
+            (Stage::Up(boot), _) => boot.clone(),
+            (_, Role::Member(sandbox)) => {
+                let error = format!("the sandbox {sandbox} has no VM; create the pod again");
+                let _ = reply.send(Err(Error::state(error)));
+                return;
+            }
+            _ => match self.boot(&creation.spec, &creation.role, config) {
                 Ok(boot) => boot,
                 Err(error) => {
                     let _ = reply.send(Err(error));
@@ -280,21 +328,34 @@ impl Pod {
             },
         };
         let id = creation.id.clone();
-        let handle = container::spawn(self.context.clone(), creation, boot, reply);
+        let context = self.context.clone();
+        let handle = if creation.role == Role::Sandbox {
+            let mailbox = self.mailbox.clone();
+            container::sandbox::spawn(context, creation, boot, PodHandle { mailbox }, reply)
+        } else {
+            container::spawn(context, creation, boot, reply)
+        };
         self.containers.insert(id, handle);
     }
 
-    fn boot(&mut self, spec: &Spec, config: Config) -> Result<Boot> {
+    fn boot(&mut self, spec: &Spec, role: &Role, mut config: Config) -> Result<Boot> {
         self.timeline.mark("create.received", SystemTime::now());
         let network: Network = spec.network()?;
         self.context.drain = config.timeout(10);
-        let wanted = spec
-            .memory_limit()
-            .map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
-        let memory = config.memory.max(wanted.min(node_memory()));
+        let limit = match role {
+            Role::Sandbox => spec.sandbox_memory(),
+            Role::Single | Role::Member(_) => spec.memory_limit(),
+        };
+        let memory = guest_memory(limit, config.memory, node_memory());
+        config.vcpus = guest_cpus(spec.sandbox_cpus(), config.vcpus);
         let sandbox = Sandbox {
             id: self.setup.id.clone(),
             hostname: spec.hostname().to_owned(),
+            sysctls: match role {
+                Role::Sandbox => spec.sysctls(),
+                Role::Single | Role::Member(_) => BTreeMap::new(),
+            },
+            shm_size: spec.sandbox_shm().map_or(0, file_system_size),
             ..Sandbox::default()
         };
         if let Network::Path(path) = &network {
@@ -369,6 +430,7 @@ impl Pod {
 
     fn removed(&mut self, id: &str) {
         self.containers.remove(id);
+        self.pids.retain(|_, container| container != id);
         if self.containers.is_empty() && matches!(self.stage, Stage::Up(_)) {
             self.stop();
         }
@@ -443,8 +505,51 @@ async fn end_vm(boot: &Boot) {
     boot.settled().await;
 }
 
+/// Guest memory in bytes for a pod whose containers may use `limit`: never less than the handler's,
+/// because a container without a limit is not counted in it, and never more than the node's.
+fn guest_memory(limit: Option<u64>, configured: u64, node: u64) -> u64 {
+    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
+    configured.max(wanted.min(node))
+}
+
+/// Guest CPUs for a pod whose containers may use `limit`: never fewer than the handler's, never more
+/// than the node has.
+fn guest_cpus(limit: Option<u64>, configured: u8) -> u8 {
+    let node = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let most = u8::try_from(node).unwrap_or(MAX_VCPUS).min(MAX_VCPUS);
+    let wanted = limit.map_or(0, |limit| u8::try_from(limit).unwrap_or(MAX_VCPUS));
+    configured.max(wanted.min(most))
+}
+
+/// The size of the file system here in bytes; 0 when that cannot be known.
+fn file_system_size(path: &Path) -> u64 {
+    let size = |fs: rustix::fs::StatVfs| fs.f_blocks.saturating_mul(fs.f_frsize);
+    rustix::fs::statvfs(path).map_or(0, size)
+}
+
 /// The node's memory in bytes: more than it has is no use to a VM.
 fn node_memory() -> u64 {
     let info = nix::sys::sysinfo::sysinfo();
     info.map_or(u64::MAX, |info| info.ram_total())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_limits_make_its_vm_larger_but_never_smaller_than_the_handlers() {
+        let (default, node) = (256 * MIB, 4096 * MIB);
+        for (limit, expected) in [
+            (None, 256),
+            (Some(16 * MIB), 256),
+            (Some(1024 * MIB), 1024 + 64),
+            (Some(u64::MAX), 4096),
+        ] {
+            assert_eq!(guest_memory(limit, default, node), expected * MIB);
+        }
+        assert_eq!(guest_cpus(None, 1), 1);
+        assert_eq!(guest_cpus(Some(1), 2), 2);
+        assert!(guest_cpus(Some(u64::MAX), 1) <= MAX_VCPUS);
+    }
 }

@@ -1,7 +1,7 @@
 //! The Task service, v2 and v3 alike: turns containerd's messages into requests of the pod and back.
 //! No state is kept here, and every error leaves with its code.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -27,7 +27,7 @@ use crate::container::{Creation, Deleted, Listed, ProcessState, Request};
 use crate::error::{Error, Result};
 use crate::pod::PodHandle;
 use crate::process::{Io, Phase};
-use crate::spec::{MAX_SPEC, Spec};
+use crate::spec::{self, Role, Spec};
 use crate::stats;
 
 /// The service; cheap to clone.
@@ -64,9 +64,13 @@ fn prepare(request: CreateTaskRequest) -> Result<(Creation, Config)> {
     let path = options::config_path(request.options.as_ref())?;
     let config = Config::load(path.as_deref())?;
     let bundle = PathBuf::from(&request.bundle);
-    let spec_bytes = read_spec(&bundle.join("config.json"))?;
+    let spec_bytes = spec::read(&bundle.join("config.json"))?;
     let spec = Spec::parse(&spec_bytes)?;
-    spec.network()?;
+    let role = spec.role()?;
+    match role {
+        Role::Sandbox => spec.check_sandbox()?,
+        Role::Single | Role::Member(_) => drop(spec.network()?),
+    }
     let creation = Creation {
         id: request.id,
         bundle,
@@ -79,20 +83,11 @@ fn prepare(request: CreateTaskRequest) -> Result<(Creation, Config)> {
         },
         spec_bytes,
         spec,
+        role,
+        stand_in: None,
+        pid_namespace_of: None,
     };
     Ok((creation, config))
-}
-
-fn read_spec(path: &Path) -> Result<Vec<u8>> {
-    let failed = |error| Error::io(path.display(), &error);
-    let size = std::fs::metadata(path).map_err(failed)?.len();
-    if size > MAX_SPEC {
-        return Err(Error::invalid(format!(
-            "{} has {size} bytes, more than the {MAX_SPEC} that are allowed",
-            path.display()
-        )));
-    }
-    std::fs::read(path).map_err(failed)
 }
 
 fn process_info(listed: Listed) -> Result<ProcessInfo> {

@@ -12,6 +12,16 @@ use crate::error::{Error, Result};
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
 pub const MAX_SPEC: u64 = 3 << 20;
+/// What containerd's CRI says a container is.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// The pod of a container, by its sandbox container's id.
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// Memory limits of the pod's containers, summed, in bytes; on the sandbox container.
+const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// CPU time of the pod in microseconds for each [`SANDBOX_CPU_PERIOD`].
+const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// In microseconds.
+const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
 /// The shim's view of a `config.json`.
 #[derive(Debug, Default, Deserialize)]
@@ -58,6 +68,7 @@ struct Linux {
     cgroups_path: Option<String>,
     namespaces: Option<Vec<Namespace>>,
     resources: Option<Resources>,
+    sysctl: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -78,6 +89,33 @@ struct Resources {
 #[serde(default)]
 struct Memory {
     limit: Option<i64>,
+}
+
+/// What a container is to its pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// A pod of its own, as `ctr run` makes one.
+    Single,
+    /// CRI's sandbox container: it stands for the pod and runs nothing.
+    Sandbox,
+    /// A container in the pod of this sandbox.
+    Member(String),
+}
+
+/// Reads the bytes of a `config.json`. Blocking.
+///
+/// # Errors
+/// `NotFound` and what else the host says; `InvalidArgument` when it is too large.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    let failed = |error| Error::io(path.display(), &error);
+    let size = std::fs::metadata(path).map_err(failed)?.len();
+    if size > MAX_SPEC {
+        return Err(Error::invalid(format!(
+            "{} has {size} bytes, more than the {MAX_SPEC} that are allowed",
+            path.display()
+        )));
+    }
+    std::fs::read(path).map_err(failed)
 }
 
 /// The network namespace a spec asks for.
@@ -114,29 +152,123 @@ impl Spec {
             .map_err(|error| Error::invalid(format!("config.json is not an OCI spec: {error}")))
     }
 
+    /// What the container is to its pod.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a container of a pod that does not say which.
+    pub fn role(&self) -> Result<Role> {
+        match self.annotation(CONTAINER_TYPE) {
+            None => Ok(Role::Single),
+            Some("sandbox") => Ok(Role::Sandbox),
+            Some("container") => match self.annotation(SANDBOX_ID) {
+                Some(id) if !id.is_empty() => Ok(Role::Member(id.to_owned())),
+                _ => Err(Error::invalid(format!(
+                    "the annotation {SANDBOX_ID} of a pod's container is missing"
+                ))),
+            },
+            Some(other) => Err(Error::invalid(format!(
+                "the annotation {CONTAINER_TYPE} is {other:?}, neither sandbox nor container"
+            ))),
+        }
+    }
+
+    /// Refuses what a pod with a kernel of its own cannot share with the node, by the sandbox
+    /// container's spec.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the field of the pod.
+    pub fn check_sandbox(&self) -> Result<()> {
+        self.network()?;
+        for (kind, field, what) in [
+            ("pid", "hostPID", "see the node's processes"),
+            ("ipc", "hostIPC", "share the node's IPC objects"),
+        ] {
+            if self.namespace(kind).is_none() {
+                return Err(Error::invalid(format!(
+                    "{field} is not supported: a pod in a VM cannot {what}; drop {field}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The node's directory that CRI made for the pod's shared memory: its size is the guest's.
+    #[must_use]
+    pub fn sandbox_shm(&self) -> Option<&Path> {
+        let mounts = self.mounts.iter().flatten();
+        let shm = mounts
+            .into_iter()
+            .find(|mount| self.is_sandbox_shm(mount))?;
+        Some(Path::new(shm.source.as_deref()?))
+    }
+
+    /// Whether this is the pod's `/dev/shm`, which CRI mounts as `…/sandboxes/<id>/shm`.
+    fn is_sandbox_shm(&self, mount: &Mount) -> bool {
+        let (Some(id), Some(source)) = (self.annotation(SANDBOX_ID), mount.source.as_deref())
+        else {
+            return false;
+        };
+        mount.destination.trim_end_matches('/') == "/dev/shm"
+            && Path::new(source).ends_with(Path::new("sandboxes").join(id).join("shm"))
+    }
+
+    fn namespace(&self, kind: &str) -> Option<&Namespace> {
+        self.linux
+            .as_ref()?
+            .namespaces
+            .iter()
+            .flatten()
+            .find(|namespace| namespace.kind == kind)
+    }
+
+    /// Kernel parameters, by name.
+    #[must_use]
+    pub fn sysctls(&self) -> BTreeMap<String, String> {
+        let sysctls = self.linux.as_ref().and_then(|linux| linux.sysctl.clone());
+        sysctls.unwrap_or_default()
+    }
+
+    /// The sum of the memory limits of a pod's containers in bytes, as CRI notes it on the sandbox
+    /// container; `None` without limits.
+    #[must_use]
+    pub fn sandbox_memory(&self) -> Option<u64> {
+        let limit = self.annotation(SANDBOX_MEMORY)?.parse().ok();
+        limit.filter(|&limit| limit > 0)
+    }
+
+    /// The CPUs a pod's limits amount to, rounded up; `None` without limits.
+    #[must_use]
+    pub fn sandbox_cpus(&self) -> Option<u64> {
+        let figure = |key| self.annotation(key)?.parse::<i64>().ok();
+        let quota = u64::try_from(figure(SANDBOX_CPU_QUOTA)?).ok();
+        let period = u64::try_from(figure(SANDBOX_CPU_PERIOD)?).ok();
+        let (quota, period) = (quota?, period.filter(|&period| period > 0)?);
+        (quota > 0).then(|| quota.div_ceil(period))
+    }
+
     /// The network namespace.
     ///
     /// # Errors
     /// `InvalidArgument` when the container wants the host's network.
     pub fn network(&self) -> Result<Network> {
-        let namespaces = self
-            .linux
-            .as_ref()
-            .and_then(|linux| linux.namespaces.as_ref());
-        let network = namespaces
-            .into_iter()
-            .flatten()
-            .find(|namespace| namespace.kind == "network");
-        match network {
+        match self.namespace("network") {
             None => Err(Error::invalid(
                 "host network is not supported: a container in a VM cannot share the node's network; \
-                 drop --net-host (hostNetwork)",
+                 drop hostNetwork (ctr: --net-host)",
             )),
             Some(namespace) => Ok(match namespace.path.as_deref() {
                 None | Some("") => Network::New,
                 Some(path) => Network::Path(path.into()),
             }),
         }
+    }
+
+    /// The pid in the path of the pid namespace to join (`/proc/PID/ns/pid`), as CRI writes it.
+    #[must_use]
+    pub fn pid_namespace_of(&self) -> Option<u32> {
+        let path = self.namespace("pid")?.path.as_deref()?;
+        let pid = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
+        pid.parse().ok()
     }
 
     /// `linux.cgroupsPath`, if it is set.
@@ -204,6 +336,10 @@ impl Spec {
                 continue;
             }
             let source = PathBuf::from(mount.source.as_deref().unwrap_or(""));
+            // The agent puts the pod's own shared memory there.
+            if self.is_sandbox_shm(mount) {
+                continue;
+            }
             if !source.is_absolute() || source.components().any(|c| c == Component::ParentDir) {
                 return Err(Error::invalid(format!(
                     "the source of the bind mount on {} must be an absolute path without \"..\"",
@@ -293,6 +429,83 @@ mod tests {
         let absolute = parse(r#"{"root":{"path":"/srv/root","readonly":true}}"#);
         assert_eq!(absolute.root_path(bundle), Path::new("/srv/root"));
         assert!(absolute.root_readonly());
+    }
+
+    #[test]
+    fn cris_annotations_tell_what_a_container_is() {
+        let role = |annotations: &str| parse(&format!(r#"{{"annotations":{annotations}}}"#)).role();
+        assert_eq!(role("{}").unwrap(), Role::Single);
+        assert_eq!(
+            role(&format!(
+                r#"{{"{CONTAINER_TYPE}":"sandbox","{SANDBOX_ID}":"s"}}"#
+            ))
+            .unwrap(),
+            Role::Sandbox
+        );
+        assert_eq!(
+            role(&format!(
+                r#"{{"{CONTAINER_TYPE}":"container","{SANDBOX_ID}":"s"}}"#
+            ))
+            .unwrap(),
+            Role::Member("s".to_owned())
+        );
+        assert!(role(&format!(r#"{{"{CONTAINER_TYPE}":"container"}}"#)).is_err());
+        assert!(role(&format!(r#"{{"{CONTAINER_TYPE}":"pod"}}"#)).is_err());
+    }
+
+    #[test]
+    fn a_pod_that_wants_the_nodes_namespaces_is_refused_by_the_fields_name() {
+        for (kinds, field) in [
+            (vec!["pid", "ipc"], "hostNetwork"),
+            (vec!["network", "ipc"], "hostPID"),
+            (vec!["network", "pid"], "hostIPC"),
+        ] {
+            let list: Vec<_> = kinds
+                .iter()
+                .map(|kind| format!(r#"{{"type":"{kind}"}}"#))
+                .collect();
+            let text = format!(r#"{{"linux":{{"namespaces":[{}]}}}}"#, list.join(","));
+            let error = parse(&text).check_sandbox().unwrap_err();
+            assert!(error.message.contains(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_pods_shared_memory_is_not_taken_from_the_host() {
+        let spec = |source: &str| {
+            parse(&format!(
+                r#"{{"annotations":{{"{SANDBOX_ID}":"s"}},"mounts":[{{"destination":"/dev/shm",
+                "type":"bind","source":"{source}","options":["rbind","ro"]}}]}}"#
+            ))
+        };
+        let shared = spec("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/s/shm");
+        assert_eq!(shared.bind_mounts().unwrap(), Vec::new());
+        assert!(shared.sandbox_shm().is_some());
+        let volume = spec("/srv/sandboxes/other/shm");
+        assert_eq!(volume.bind_mounts().unwrap().len(), 1);
+        assert!(volume.sandbox_shm().is_none());
+    }
+
+    #[test]
+    fn the_pods_size_is_read_from_the_sandbox_container() {
+        let spec = |quota: &str, period: &str, memory: &str| {
+            parse(&format!(
+                r#"{{"annotations":{{"{SANDBOX_CPU_QUOTA}":"{quota}","{SANDBOX_CPU_PERIOD}":"{period}",
+                "{SANDBOX_MEMORY}":"{memory}"}}}}"#
+            ))
+        };
+        let whole = spec("150000", "100000", "134217728");
+        assert_eq!(
+            (whole.sandbox_cpus(), whole.sandbox_memory()),
+            (Some(2), Some(128 << 20))
+        );
+        for none in [
+            spec("0", "100000", "0"),
+            spec("-1", "100000", "-5"),
+            spec("5", "0", "x"),
+        ] {
+            assert_eq!((none.sandbox_cpus(), none.sandbox_memory()), (None, None));
+        }
     }
 
     proptest! {

@@ -29,23 +29,12 @@ pub const AGENT_PORT: u32 = 1024;
 /// with its number as eight bytes, little endian ([`stream_header`]); the rest is payload.
 pub const STREAM_PORT: u32 = 1025;
 
-/// The stream that carries the agent's own log, as JSON lines, to the shim. Process streams are
-/// numbered from [`FIRST_PROCESS_STREAM`].
+/// The stream that carries the agent's own log, as JSON lines, to the shim. Process streams and
+/// forwarded connections are numbered from [`FIRST_PROCESS_STREAM`].
 pub const LOG_STREAM: u64 = 1;
 
-/// The first number the shim gives to a process's stdio stream.
+/// The first number the shim gives to a process's stdio stream or a forwarded connection.
 pub const FIRST_PROCESS_STREAM: u64 = 16;
-
-/// With this bit set the lower 16 bits of a stream's number are a TCP port: the agent connects the
-/// stream to that port of the guest's localhost, IPv4 before IPv6 ([`forward_stream`]). It closes
-/// the stream at once when nobody listens there.
-pub const FORWARD_STREAM: u64 = 1 << 63;
-
-/// The number of a stream to `port` of the guest's localhost.
-#[must_use]
-pub fn forward_stream(port: u16) -> u64 {
-    FORWARD_STREAM | u64::from(port)
-}
 
 /// The virtio-fs tag of the share that holds root file systems and volumes.
 pub const SHARE_TAG: &str = "brig";

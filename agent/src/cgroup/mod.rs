@@ -10,6 +10,7 @@ use std::{
     fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::{
@@ -19,6 +20,9 @@ use crate::{
 
 /// Deepest cgroup below a container that is listed.
 const MAX_DEPTH: usize = 32;
+
+/// How long the processes of a cgroup may take to die: those in uninterruptible sleep are slow.
+const KILL_TIME: Duration = Duration::from_secs(30);
 
 /// The cgroup of one container.
 #[derive(Debug)]
@@ -89,68 +93,63 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Freezes or thaws every process and waits for the kernel to say so.
-    ///
-    /// # Errors
-    /// `Internal` when the kernel refuses or does not finish in time.
-    pub async fn freeze(&self, frozen: bool) -> Result<()> {
-        self.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
-        let wanted = if frozen { "frozen 1" } else { "frozen 0" };
-        watch::until(&self.path.join("cgroup.events"), |text| {
-            text.lines().any(|l| l == wanted)
-        })
-        .await
-        .map_err(|e| {
-            // A process that cannot be frozen must not leave the others so: nobody would thaw them.
-            if frozen && let Err(error) = self.write("cgroup.freeze", "0") {
-                return error;
-            }
-            Error::io("cgroup.freeze", e)
-        })
-    }
-
     /// Kills every process with SIGKILL, at once.
     ///
     /// # Errors
     /// `Internal` when the kernel refuses.
     pub fn kill(&self) -> Result<()> {
-        self.write("cgroup.kill", "1")
+        write(&self.path, "cgroup.kill", "1")
     }
+}
 
-    /// Pids, in the agent's namespace, of every process in it and below.
-    ///
-    /// # Errors
-    /// `Internal` when it cannot be read.
-    pub fn processes(&self) -> Result<Vec<u32>> {
-        let mut pids = Vec::new();
-        collect_processes(&self.path, 0, &mut pids).map_err(|e| Error::io("cgroup.procs", e))?;
-        Ok(pids)
-    }
-
-    /// Kills what is left, waits until it is gone and removes the directory.
-    ///
-    /// # Errors
-    /// `Internal` when a process cannot be killed in time.
-    pub async fn remove(&self) -> Result<()> {
-        self.kill()?;
-        // A frozen cgroup dies too: cgroup.kill wakes it.
-        watch::until(&self.path.join("cgroup.events"), |text| {
-            text.lines().any(|l| l == "populated 0")
-        })
+/// Freezes or thaws every process of the cgroup `path` and waits for the kernel to say so.
+///
+/// # Errors
+/// `Internal` when the kernel refuses, or does not finish in `patience`; it may finish later.
+pub async fn freeze(path: &Path, frozen: bool, patience: Duration) -> Result<()> {
+    write(path, "cgroup.freeze", if frozen { "1" } else { "0" })?;
+    let wanted = if frozen { "frozen 1" } else { "frozen 0" };
+    let events = path.join("cgroup.events");
+    watch::until(&events, patience, |text| text.lines().any(|l| l == wanted))
         .await
-        .map_err(|e| {
-            Error::io(
-                format_args!("cgroup {} does not empty", self.path.display()),
-                e,
-            )
-        })?;
-        remove_tree(&self.path)
-            .map_err(|e| Error::io(format_args!("cgroup {}", self.path.display()), e))
-    }
+        .map_err(|e| Error::io("cgroup.freeze: a process cannot be frozen", e))
+}
 
-    fn write(&self, file: &str, value: &str) -> Result<()> {
-        fs::write(self.path.join(file), value).map_err(|e| Error::io(file, e))
-    }
+/// Thaws without waiting.
+///
+/// # Errors
+/// `Internal` when the kernel refuses.
+pub fn thaw(path: &Path) -> Result<()> {
+    write(path, "cgroup.freeze", "0")
+}
+
+/// Pids, in the agent's namespace, of every process in the cgroup `path` and below.
+///
+/// # Errors
+/// `Internal` when it cannot be read.
+pub fn processes(path: &Path) -> Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    collect_processes(path, 0, &mut pids).map_err(|e| Error::io("cgroup.procs", e))?;
+    Ok(pids)
+}
+
+/// Kills what is left in the cgroup `path`, waits until it is gone and removes the directory.
+///
+/// # Errors
+/// `Internal` when a process cannot be killed in time.
+pub async fn remove(path: &Path) -> Result<()> {
+    // A frozen cgroup dies too: cgroup.kill wakes it.
+    write(path, "cgroup.kill", "1")?;
+    let events = path.join("cgroup.events");
+    let empty = |text: &str| text.lines().any(|l| l == "populated 0");
+    watch::until(&events, KILL_TIME, empty)
+        .await
+        .map_err(|e| Error::io(format_args!("cgroup {} does not empty", path.display()), e))?;
+    remove_tree(path).map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))
+}
+
+fn write(path: &Path, file: &str, value: &str) -> Result<()> {
+    fs::write(path.join(file), value).map_err(|e| Error::io(file, e))
 }
 
 fn collect_processes(dir: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Result<()> {

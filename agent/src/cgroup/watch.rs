@@ -9,9 +9,6 @@ use tokio::{
 
 use crate::readiness;
 
-/// How long [`until`] waits: processes in uninterruptible sleep can make killing slow.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// A file whose changes can be waited for.
 pub struct Watch {
     inotify: AsyncFd<OwnedFd>,
@@ -45,11 +42,11 @@ impl Watch {
     }
 }
 
-/// Waits until the text of `file` satisfies `done`.
+/// Waits until the text of `file` satisfies `done`, at most `patience`.
 ///
 /// # Errors
 /// `TimedOut`, or why the file cannot be read.
-pub async fn until(file: &Path, done: impl Fn(&str) -> bool) -> io::Result<()> {
+pub async fn until(file: &Path, patience: Duration, done: impl Fn(&str) -> bool) -> io::Result<()> {
     let watch = Watch::new(file)?;
     let wait = async {
         while !done(&fs::read_to_string(file)?) {
@@ -57,7 +54,7 @@ pub async fn until(file: &Path, done: impl Fn(&str) -> bool) -> io::Result<()> {
         }
         Ok(())
     };
-    timeout(PATIENCE, wait)
+    timeout(patience, wait)
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

@@ -6,6 +6,7 @@
 mod caps;
 mod devices;
 mod filter;
+mod holder;
 mod idmap;
 mod lookup;
 mod mounts;
@@ -32,6 +33,7 @@ use crate::control::{self, CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructio
 
 pub use idmap::check as check_user_namespace;
 pub use process::check as check_process;
+pub use root::clone_mount;
 pub use seccomp::check as check_seccomp;
 pub use sysctl::{check as check_sysctl, path_of as sysctl_path};
 
@@ -146,7 +148,7 @@ fn run(agent: &Agent, mut memory: File) -> Result<()> {
     match instructions {
         Instructions::Create(create) => create_container(agent, &create),
         Instructions::Exec(exec) => exec_process(agent, &exec),
-        Instructions::HoldPidNamespace => namespaces::hold_pid_namespace(agent),
+        Instructions::HoldPidNamespace { cgroup } => holder::hold(agent, &cgroup),
     }
 }
 

@@ -24,9 +24,10 @@ use super::{
     root::{Missing, Root, attach_on, clone_from_share, clone_mount},
 };
 use crate::{
-    control::Create,
+    control::{Create, MountSource},
     mount_attr::{self, Change},
     spec::Mount,
+    volume,
 };
 
 /// Makes every mount of the specification, in order. The answer is whether the helper has to fill
@@ -54,7 +55,7 @@ fn mount_one(
     create: &Create,
     root: &Root,
     mount: &Mount,
-    source: Option<&String>,
+    source: Option<&MountSource>,
     ids: &Ids,
 ) -> Result<bool> {
     let mut options = options::parse(&mount.options);
@@ -123,11 +124,24 @@ fn map_owner(kind: &str, options: &mut Options, ids: &Ids) -> Result<()> {
 fn bind_source(
     create: &Create,
     mount: &Mount,
-    source: Option<&String>,
+    source: Option<&MountSource>,
     recursive: bool,
 ) -> Result<(OwnedFd, bool)> {
     let tree = match source {
-        Some(path) => clone_from_share(&create.share, path, recursive)?,
+        Some(MountSource::Share(path)) => clone_from_share(&create.share, path, recursive)?,
+        Some(MountSource::Volume { id, path }) => {
+            volume::clone_for_container(&create.volumes, id, path)
+                .during(format_args!("{path:?} of the volume {id}"))?
+        }
+        Some(MountSource::Device(name)) => {
+            let node = rustix::fs::open(
+                format!("/dev/{name}"),
+                OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                rustix::fs::Mode::empty(),
+            );
+            let node = node.during(format_args!("the guest's /dev/{name}"))?;
+            clone_mount(node.as_fd(), false).during(format_args!("the guest's /dev/{name}"))?
+        }
         None if mount.destination.trim_end_matches('/') == "/dev/shm" => {
             let shm = fs::File::open(&create.shm).during("the sandbox's /dev/shm")?;
             clone_mount(shm.as_fd(), false).during("the sandbox's /dev/shm")?
@@ -232,18 +246,21 @@ pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-/// A tmpfs for masks.
-fn empty_directory() -> Result<OwnedFd> {
-    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).during("mask")?;
-    fsconfig_set_string(&context, "nr_inodes", "1").during("mask")?;
-    fsconfig_set_string(&context, "mode", "0555").during("mask")?;
-    fsconfig_create(&context).during("mask")?;
+/// A detached, read-only tmpfs that can hold nothing.
+pub fn empty_directory() -> Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).during("empty directory")?;
+    fsconfig_set_string(&context, "nr_inodes", "1").during("empty directory")?;
+    fsconfig_set_string(&context, "mode", "0555").during("empty directory")?;
+    fsconfig_create(&context).during("empty directory")?;
     fsmount(
         &context,
         FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::MOUNT_ATTR_RDONLY,
+        MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
     )
-    .during("mask")
+    .during("empty directory")
 }
 
 /// Makes each path read-only by a bind mount of it on itself.

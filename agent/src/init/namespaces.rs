@@ -6,10 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use nix::{
-    sched::{CloneFlags, setns, unshare},
-    sys::signal::{SigSet, Signal},
-};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use super::{
     Agent, Context as _, Failure, Result,
@@ -22,7 +19,8 @@ use crate::{
 };
 
 /// On which side of a fork this is.
-enum Fork {
+pub enum Fork {
+    /// In the new process.
     Child,
     /// With the child's pid.
     Parent(i32),
@@ -30,7 +28,7 @@ enum Fork {
 
 /// Forks so that the child's parent is the agent, which then reaps it, and with `flags` for new
 /// namespaces.
-fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<Fork> {
+pub fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<Fork> {
     let flags = libc::c_long::from((flags | CloneFlags::CLONE_PARENT).bits());
     // SAFETY: without CLONE_VM and with a null stack this is fork; the process has one thread, so
     // no lock is held by another one in the child.
@@ -221,25 +219,5 @@ pub fn enter_user(namespace: UserNamespace) -> Result<()> {
         Some(container) => setns(container, CloneFlags::CLONE_NEWUSER)
             .during("joining the container's user namespace"),
         None => Ok(()),
-    }
-}
-
-/// Becomes two processes: this one ends, the child is init of a new pid namespace and reaps there
-/// until it is killed.
-pub fn hold_pid_namespace(agent: &Agent) -> Result<()> {
-    if let Fork::Parent(_) = fork_sibling(agent, CloneFlags::CLONE_NEWPID)? {
-        return Ok(());
-    }
-    process::start_session("sandbox")?;
-    // Blocked for good: an orphan's SIGCHLD stays pending if it comes before the wait for it.
-    let mut children = SigSet::empty();
-    children.add(Signal::SIGCHLD);
-    children.thread_block().during("blocking SIGCHLD")?;
-    agent.tell(&Message::Ready);
-    loop {
-        // SAFETY: no status is asked for.
-        if unsafe { libc::waitpid(-1, std::ptr::null_mut(), 0) } < 0 {
-            let _ = children.wait();
-        }
     }
 }

@@ -37,28 +37,32 @@ pub enum Missing {
 impl Root {
     /// In the child's new mount namespace: attaches the root file system at the agent's place for it.
     pub fn prepare(create: &Create, ids: &Ids) -> Result<Self> {
-        // Nothing that the container mounts may reach the agent, and the other way round.
-        mount(
-            None::<&str>,
-            "/",
-            None::<&str>,
-            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-            None::<&str>,
-        )
-        .during("making mounts private")?;
+        make_private()?;
         let tree = clone_from_share(&create.share, &create.rootfs, true)?;
-        attach(&tree, &create.root_mount, "root file system")?;
+        Self::attach(&tree, &create.root_mount, ids.root()?)
+    }
+
+    /// In a new mount namespace: a root with nothing in it.
+    pub fn empty() -> Result<Self> {
+        make_private()?;
+        // Any directory will do: it goes with everything else.
+        Self::attach(
+            &super::mounts::empty_directory()?,
+            Path::new("/proc"),
+            (0, 0),
+        )
+    }
+
+    fn attach(tree: &OwnedFd, at: &Path, owner: (u32, u32)) -> Result<Self> {
+        attach(tree, at, "root file system")?;
         let dir = openat(
             rustix::fs::CWD,
-            &create.root_mount,
+            at,
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )
         .during("root file system")?;
-        Ok(Self {
-            dir,
-            owner: ids.root()?,
-        })
+        Ok(Self { dir, owner })
     }
 
     /// The root this process already lives in.
@@ -233,6 +237,12 @@ impl Root {
         }
         Ok(())
     }
+}
+
+/// Nothing that is mounted from now on may reach the agent, and the other way round.
+fn make_private() -> Result<()> {
+    let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).during("making mounts private")
 }
 
 /// The names of an absolute path, without "." and with ".." taken lexically.

@@ -234,6 +234,19 @@ impl Guest {
             .pid)
     }
 
+    /// Creates and starts a container of busybox; returns its pid.
+    pub async fn started(&mut self, id: &str, spec: &Value, stdio: Stdio) -> u32 {
+        self.rootfs(id);
+        self.create(id, spec, stdio).await.unwrap();
+        self.run(id, "").await.unwrap()
+    }
+
+    /// Creates and starts a process in a running container.
+    pub async fn started_exec(&mut self, id: &str, exec_id: &str, process: &Value, stdio: Stdio) {
+        self.create_exec(id, exec_id, process, stdio).await.unwrap();
+        self.run(id, exec_id).await.unwrap();
+    }
+
     /// Creates, runs and deletes a container.
     pub async fn whole(&mut self, id: &str, spec: &Value) -> Outcome {
         self.whole_with(id, spec, vec![]).await
@@ -248,9 +261,14 @@ impl Guest {
         let (stdio, ends) = self.stdio(false, false).await;
         self.create_with(id, spec, stdio, mounts).await.unwrap();
         self.run(id, "").await.unwrap();
+        self.outcome(id, "", ends).await
+    }
+
+    /// What a running process writes until it ends; it is then deleted.
+    pub async fn outcome(&mut self, id: &str, exec_id: &str, ends: Ends) -> Outcome {
         let (stdout, stderr) = ends.read_all().await;
-        let status = self.exit_of(id, "").await.status;
-        let deleted = self.delete(id, "").await.unwrap();
+        let status = self.exit_of(id, exec_id).await.status;
+        let deleted = self.delete(id, exec_id).await.unwrap();
         assert_eq!(deleted.status, status);
         Outcome {
             stdout,
@@ -262,16 +280,8 @@ impl Guest {
     /// Runs one process in a running container and deletes it.
     pub async fn exec(&mut self, id: &str, exec_id: &str, process: &Value) -> Outcome {
         let (stdio, ends) = self.stdio(false, false).await;
-        self.create_exec(id, exec_id, process, stdio).await.unwrap();
-        self.run(id, exec_id).await.unwrap();
-        let (stdout, stderr) = ends.read_all().await;
-        let status = self.exit_of(id, exec_id).await.status;
-        self.delete(id, exec_id).await.unwrap();
-        Outcome {
-            stdout,
-            stderr,
-            status,
-        }
+        self.started_exec(id, exec_id, process, stdio).await;
+        self.outcome(id, exec_id, ends).await
     }
 
     pub async fn create_exec(
@@ -379,6 +389,13 @@ impl Ends {
     }
 }
 
+pub fn container(id: &str) -> ContainerRef {
+    ContainerRef {
+        id: id.into(),
+        ..Default::default()
+    }
+}
+
 pub fn reference(id: &str, exec_id: &str) -> ProcessRef {
     ProcessRef {
         id: id.into(),
@@ -443,7 +460,14 @@ pub fn spec(script: &str) -> Value {
     })
 }
 
+/// Checks that a request was refused with this code.
+#[track_caller]
+pub fn refused<T: std::fmt::Debug>(result: ttrpc::Result<T>, code: ttrpc::Code) {
+    assert_eq!(refusal(result).0, code);
+}
+
 /// The code and text of a refused request.
+#[track_caller]
 pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
     match result.expect_err("the request should be refused") {
         ttrpc::Error::RpcStatus(status) => (status.code.enum_value().unwrap(), status.message),

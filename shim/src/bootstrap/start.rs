@@ -19,7 +19,8 @@ use sha2::{Digest, Sha256};
 use super::args::Args;
 use super::reply::{self, Input};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::spec::{self, Role, Spec};
 
 /// Where containerd's shims have their sockets unless BootstrapParams say otherwise.
 pub const SOCKET_DIR: &str = "/run/containerd/s";
@@ -48,10 +49,20 @@ pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
         ttrpc = (!address.is_empty()).then(|| address.to_owned());
         debug |= params.log_level.value() < 0;
     }
-    let socket = socket_path(&dir, args);
+    let sandbox = sandbox_of_bundle(Path::new("."))?;
+    let socket = socket_path(&dir, args, sandbox.as_deref().unwrap_or(&args.id));
     let address = format!("unix://{}", socket.display());
     let encoded = reply::encode(&input, &address).map_err(|e| Error::internal(e.to_string()))?;
-    if let Some(listener) = listen(&socket)? {
+    if let Some(sandbox) = sandbox {
+        // A container of a pod is served by the pod's server.
+        if UnixStream::connect(&socket).is_err() {
+            return Err(Error::state(format!(
+                "the sandbox {sandbox} of container {} is not running; create the pod again",
+                args.id
+            )));
+        }
+        write_address(&address)?;
+    } else if let Some(listener) = listen(&socket)? {
         let spawned = spawn_server(args, &socket, listener, ttrpc, debug, began);
         if let Err(error) = spawned.and_then(|()| write_address(&address)) {
             let _ = fs::remove_file(&socket);
@@ -63,12 +74,24 @@ pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
     Ok(encoded)
 }
 
-/// The socket of a container, as containerd's own shims name theirs.
+/// The pod of the bundle's container, when that is another's. A sandbox made through the Sandbox API
+/// has a bundle without a spec.
+fn sandbox_of_bundle(bundle: &Path) -> Result<Option<String>> {
+    let bytes = match spec::read(&bundle.join("config.json")) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind == Kind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(match Spec::parse(&bytes)?.role()? {
+        Role::Member(sandbox) => Some(sandbox),
+        Role::Single | Role::Sandbox => None,
+    })
+}
+
+/// The socket of the pod of this id, as containerd's own shims name theirs.
 #[must_use]
-pub fn socket_path(dir: &Path, args: &Args) -> PathBuf {
-    let name = Path::new(&args.address)
-        .join(&args.namespace)
-        .join(&args.id);
+pub fn socket_path(dir: &Path, args: &Args, id: &str) -> PathBuf {
+    let name = Path::new(&args.address).join(&args.namespace).join(id);
     let digest = Sha256::digest(name.as_os_str().as_encoded_bytes());
     let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     dir.join(hex)
@@ -171,17 +194,34 @@ mod tests {
 
     #[test]
     fn a_socket_is_named_by_daemon_namespace_and_id() {
-        let args = |id: &str| Args {
+        let args = Args {
             namespace: "default".into(),
-            id: id.into(),
             address: "/run/containerd/containerd.sock".into(),
             ..Args::default()
         };
         let dir = Path::new(SOCKET_DIR);
-        let path = socket_path(dir, &args("c1"));
-        assert_eq!(path, socket_path(dir, &args("c1")));
-        assert_ne!(path, socket_path(dir, &args("c2")));
+        let path = socket_path(dir, &args, "c1");
+        assert_eq!(path, socket_path(dir, &args, "c1"));
+        assert_ne!(path, socket_path(dir, &args, "c2"));
         assert_eq!(path.as_os_str().len(), SOCKET_DIR.len() + 1 + 64);
+    }
+
+    #[test]
+    fn a_bundle_tells_whose_pod_its_container_is_in() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert_eq!(sandbox_of_bundle(bundle.path()).unwrap(), None);
+        for (kind, expected) in [("container", Some("s".to_owned())), ("sandbox", None)] {
+            let spec = format!(
+                r#"{{"annotations":{{"io.kubernetes.cri.container-type":"{kind}",
+                "io.kubernetes.cri.sandbox-id":"s"}}}}"#
+            );
+            fs::write(bundle.path().join("config.json"), spec).unwrap();
+            assert_eq!(
+                sandbox_of_bundle(bundle.path()).unwrap(),
+                expected,
+                "{kind}"
+            );
+        }
     }
 
     #[test]

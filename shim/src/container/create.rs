@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use brig_agent_protocol::agent::{CreateContainerRequest, MountSource};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use ttrpc::context;
 
 use super::{Context, Creation, Made, work};
@@ -23,50 +24,71 @@ pub(super) async fn create(
     mut cancelled: watch::Receiver<bool>,
 ) -> Result<Made> {
     let id = creation.id.clone();
-    let mut undo = Undo::default();
+    let mut progress = Progress::default();
     let result = tokio::select! {
-        result = steps(context, creation, boot, &mut undo) => result,
+        result = steps(context, creation, boot, &mut progress) => result,
         _ = cancelled.wait_for(|cancelled| *cancelled) => {
             Err(Error::state(format!("container {id} was deleted while it was being created")))
         }
     };
-    match (result, undo) {
-        (Ok((vm, stdio)), undo) => Ok(Made {
+    match result {
+        Ok((vm, stdio)) => Ok(Made {
             vm,
             stdio,
-            attached: undo.attached,
+            attached: progress.attached,
         }),
-        (Err(error), undo) => {
-            undo.run(context, &id).await;
+        Err(error) => {
+            progress.undo(context, &id).await;
             Err(error)
         }
     }
 }
 
-/// What has been made so far.
+/// What has been made so far, and what is under way: an abandoned creation waits for the latter before
+/// it undoes anything, because what comes into being afterwards would stay.
 #[derive(Default)]
-struct Undo {
+struct Progress {
     vm: Option<Arc<Vm>>,
     attached: Vec<String>,
-    asked_agent: bool,
+    attaching: Option<JoinHandle<Result<()>>>,
+    stdio: Option<Stdio>,
+    asking: Option<JoinHandle<Result<()>>>,
 }
 
-impl Undo {
-    async fn run(self, context: &Context, id: &str) {
+impl Progress {
+    async fn undo(self, context: &Context, id: &str) {
         let Some(vm) = self.vm else { return };
-        if self.asked_agent {
-            work::kill_created(&vm, id).await;
+        if let Some(asking) = self.asking {
+            // An error of the agent means that it has made nothing; without an answer it may have.
+            let _ = asking.await;
+            work::kill(&vm, id, "").await;
             work::release(context, &vm, id, "", None, true).await;
+        }
+        if let Some(stdio) = self.stdio {
+            stdio.abandon(&vm).await;
+        }
+        if let Some(attaching) = self.attaching {
+            let _ = attaching.await;
         }
         work::detach(context, &vm, id, &self.attached).await;
     }
+}
+
+/// Waits for a step that goes on by itself when the creation is abandoned.
+async fn step(under_way: &mut Option<JoinHandle<Result<()>>>) -> Result<()> {
+    let Some(handle) = under_way else {
+        return Ok(());
+    };
+    let result = handle.await;
+    *under_way = None;
+    result.unwrap_or_else(|error| Err(Error::internal(format!("a step has ended: {error}"))))
 }
 
 async fn steps(
     context: &Context,
     creation: Creation,
     boot: Boot,
-    undo: &mut Undo,
+    progress: &mut Progress,
 ) -> Result<(Arc<Vm>, Stdio)> {
     let binds = creation.spec.bind_mounts()?;
     let ends = Ends::open(
@@ -77,22 +99,25 @@ async fn steps(
     )
     .await?;
     let vm = boot.launched().await?;
-    undo.vm = Some(Arc::clone(&vm));
+    progress.vm = Some(Arc::clone(&vm));
     let rootfs = Rootfs::of(&creation);
     // Noted before they are made: taking away what is not there is no error.
-    undo.attached.push(rootfs_path(&creation.id));
+    progress.attached.push(rootfs_path(&creation.id));
     let paths = binds
         .iter()
         .map(|bind| mount_path(&creation.id, bind.index));
-    undo.attached.extend(paths);
+    progress.attached.extend(paths);
     let sources: Result<Vec<MountSource>> = binds
         .iter()
         .map(|bind| source(&creation.id, bind))
         .collect();
     let sources = sources?;
-    let id = creation.id.clone();
-    let attach = vm.with_mounts(move |mounts| attach_all(mounts, &id, &rootfs, &binds));
-    let ((), vm) = tokio::try_join!(attach, boot.ready())?;
+    let (id, for_mounts) = (creation.id.clone(), Arc::clone(&vm));
+    progress.attaching = Some(tokio::spawn(async move {
+        let attach = move |mounts: &dyn Mounts| attach_all(mounts, &id, &rootfs, &binds);
+        for_mounts.with_mounts(attach).await
+    }));
+    let ((), vm) = tokio::try_join!(step(&mut progress.attaching), boot.ready())?;
     let stdio = ends.connect(&vm).await?;
     let request = CreateContainerRequest {
         id: creation.id.clone(),
@@ -100,16 +125,27 @@ async fn steps(
         stdio: Some(stdio.numbers.clone()).into(),
         rootfs: rootfs_path(&creation.id),
         mount_sources: sources,
+        pid_namespace_of: creation.pid_namespace_of.unwrap_or_default(),
         ..CreateContainerRequest::default()
     };
-    undo.asked_agent = true;
-    let answer = vm
-        .agent()
-        .create_container(context::Context::default(), &request);
-    if let Err(error) = vm.call("CreateContainer", answer).await {
-        stdio.abandon(&vm).await;
-        return Err(error);
-    }
+    progress.stdio = Some(stdio);
+    let agent = Arc::clone(&vm);
+    progress.asking = Some(tokio::spawn(async move {
+        let context = context::Context::default();
+        let answer = agent.agent().create_container(context, &request);
+        let limit = agent.timeouts().setup;
+        let created = agent.call_within(limit, "CreateContainer", answer).await;
+        if created
+            .as_ref()
+            .is_err_and(|error| error.kind == Kind::DeadlineExceeded)
+        {
+            work::kill(&agent, &request.id, "").await;
+        }
+        created.map(drop)
+    }));
+    step(&mut progress.asking).await?;
+    let stdio = progress.stdio.take();
+    let stdio = stdio.ok_or_else(|| Error::internal("the streams of a container are gone"))?;
     Ok((vm, stdio))
 }
 

@@ -7,6 +7,7 @@
 mod create;
 mod messages;
 mod requests;
+pub mod sandbox;
 mod work;
 
 use std::collections::HashMap;
@@ -21,7 +22,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::error::{Error, Result};
 use crate::events::{Publisher, TaskEvent};
 use crate::process::{Exit, Io, Phase, Process};
-use crate::spec::Spec;
+use crate::spec::{Role, Spec};
+use crate::stand_in::StandIn;
 use crate::stdio::Stdio;
 use crate::vm::Vm;
 use crate::vm::boot::{Boot, News};
@@ -63,6 +65,12 @@ pub struct Creation {
     pub spec_bytes: Vec<u8>,
     /// And as far as the shim reads it.
     pub spec: Spec,
+    /// What it is to its pod.
+    pub role: Role,
+    /// Its pid on the node, where that is not the VMM's.
+    pub stand_in: Option<StandIn>,
+    /// The container whose pid namespace it joins.
+    pub pid_namespace_of: Option<String>,
 }
 
 /// What a start has brought about.
@@ -209,6 +217,7 @@ struct Container {
     init: Member,
     execs: HashMap<String, Member>,
     vm: Option<Arc<Vm>>,
+    stand_in: Option<StandIn>,
     attached: Vec<String>,
     paused: bool,
     created: Option<Reply<u32>>,
@@ -228,7 +237,7 @@ enum Next {
 /// Starts a container's actor, which creates it and answers `reply`.
 pub fn spawn(
     context: Context,
-    creation: Creation,
+    mut creation: Creation,
     boot: Boot,
     reply: Reply<u32>,
 ) -> ContainerHandle {
@@ -243,6 +252,7 @@ pub fn spawn(
         init: Member::new(creation.io.clone(), Phase::Creating, Vec::new()),
         execs: HashMap::new(),
         vm: None,
+        stand_in: creation.stand_in.take(),
         attached: Vec::new(),
         paused: false,
         created: Some(reply),
@@ -307,7 +317,10 @@ impl Container {
     }
 
     fn pid(&self) -> u32 {
-        self.vm.as_ref().map_or(0, |vm| vm.pid())
+        let own = self.stand_in.as_ref().map(StandIn::pid);
+        let vm = self.vm.as_ref().map(|vm| vm.pid());
+        // None before there is a VM.
+        vm.map_or(0, |vm| own.unwrap_or(vm))
     }
 
     fn mark(&self, name: &str) {
@@ -497,6 +510,14 @@ impl Container {
 
     fn init_deleted(&mut self, reply: Reply<Deleted>) {
         let at = SystemTime::now();
+        for (exec_id, mut member) in std::mem::take(&mut self.execs) {
+            // One that was never started has nobody to tell.
+            if member.in_guest
+                && let Some(exit) = member.process.lost(at)
+            {
+                self.tell_exit(&exec_id, exit);
+            }
+        }
         if let Some(exit) = self.init.process.lost(at) {
             self.tell_exit("", exit);
         }

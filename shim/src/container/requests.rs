@@ -456,18 +456,25 @@ impl Container {
         let running = phase == Phase::Created;
         let attached = std::mem::take(&mut self.attached);
         let stdio = self.init.stdio.take();
+        // The execs stay until the end, because those that still run have an exit to be told of.
         let execs: Vec<_> = self
             .execs
-            .drain()
-            .map(|(exec_id, member)| (exec_id, member.stdio, member.in_guest))
+            .iter_mut()
+            .map(|(exec_id, member)| {
+                let runs = member.in_guest && member.process.exit().is_none();
+                (exec_id.clone(), member.stdio.take(), member.in_guest, runs)
+            })
             .collect();
         let (mailbox, context, id) = (self.mailbox.clone(), self.context.clone(), self.id.clone());
         tokio::spawn(async move {
-            for (exec_id, stdio, in_guest) in execs {
+            for (exec_id, stdio, in_guest, runs) in execs {
+                if runs {
+                    work::kill(&vm, &id, &exec_id).await;
+                }
                 work::release(&context, &vm, &id, &exec_id, stdio, in_guest).await;
             }
             if running {
-                work::kill_created(&vm, &id).await;
+                work::kill(&vm, &id, "").await;
             }
             work::release(&context, &vm, &id, "", stdio, true).await;
             work::detach(&context, &vm, &id, &attached).await;

@@ -24,11 +24,18 @@ pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<Begun> {
     let answer = vm
         .agent()
         .start_process(context::Context::default(), &request);
-    let started = vm.call("StartProcess", answer).await?;
-    Ok(Begun {
-        stdio: None,
-        guest_pid: started.pid,
-    })
+    let limit = vm.timeouts().setup;
+    match vm.call_within(limit, "StartProcess", answer).await {
+        Ok(started) => Ok(Begun {
+            stdio: None,
+            guest_pid: started.pid,
+        }),
+        Err(error) => {
+            // A process that we report as stopped must not run on because its answer was late.
+            kill(vm, id, "").await;
+            Err(error)
+        }
+    }
 }
 
 /// Opens an exec's streams, makes it in the guest and starts it; nothing is left when that fails.
@@ -52,15 +59,20 @@ pub(super) async fn start_exec(
     let answer = vm
         .agent()
         .create_exec(context::Context::default(), &request);
-    let created = vm.call("CreateExec", answer).await;
-    let in_guest = created.is_ok();
+    let limit = vm.timeouts().setup;
+    let created = vm.call_within(limit, "CreateExec", answer).await;
+    // Without an answer it may exist all the same.
+    let in_guest = match &created {
+        Ok(_) => true,
+        Err(error) => error.kind == Kind::DeadlineExceeded,
+    };
     let started = match created {
         Ok(_) => {
             let request = process(id, exec_id);
             let answer = vm
                 .agent()
                 .start_process(context::Context::default(), &request);
-            vm.call("StartProcess", answer).await
+            vm.call_within(limit, "StartProcess", answer).await
         }
         Err(error) => Err(error),
     };
@@ -72,6 +84,7 @@ pub(super) async fn start_exec(
         Err(error) => {
             stdio.abandon(vm).await;
             if in_guest {
+                kill(vm, id, exec_id).await;
                 delete_in_guest(context, vm, id, exec_id).await;
             }
             Err(error)
@@ -117,15 +130,17 @@ async fn delete_in_guest(context: &Context, vm: &Vm, id: &str, exec_id: &str) {
     }
 }
 
-/// Kills an init process that was never started. The agent's DeleteProcess waits for its end.
-pub(super) async fn kill_created(vm: &Vm, id: &str) {
+/// Kills what may be left of a process; an empty `exec_id` is the whole container. The agent's
+/// DeleteProcess waits for its end.
+pub(super) async fn kill(vm: &Vm, id: &str, exec_id: &str) {
     if vm.death().is_some() {
         return;
     }
     let request = SignalRequest {
         id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
         signal: libc::SIGKILL.unsigned_abs(),
-        all: true,
+        all: exec_id.is_empty(),
         ..SignalRequest::default()
     };
     let answer = vm

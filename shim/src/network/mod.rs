@@ -16,7 +16,7 @@ mod redirect;
 mod scan;
 mod tap;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -27,7 +27,7 @@ use brig_hypervisor::control::NetConfig;
 pub use error::NetworkError;
 pub use scan::Prefix;
 
-use namespace::Namespace;
+pub(crate) use namespace::Namespace;
 use netlink::Netlink;
 use scan::{Layout, Link};
 

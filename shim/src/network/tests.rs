@@ -1,7 +1,7 @@
 //! The whole module against real namespaces, as root: the tests play the guest on the taps.
 
 mod guest;
-mod node;
+pub(crate) mod node;
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use guest::Guest;
 use node::Node;
 
 /// CI without root or without taps has nothing to test here.
-fn can_run() -> bool {
+pub(crate) fn can_run() -> bool {
     nix::unistd::geteuid().is_root() && Path::new("/dev/net/tun").exists()
 }
 

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use ttrpc::Code;
 
 mod harness;
+mod pod;
 
 use super::*;
 use crate::fakes::Behaviour;
@@ -282,6 +283,28 @@ async fn a_stuck_creation_blocks_nobody_and_can_be_deleted() {
     assert_eq!(code(harness.kill("", 9).await).0, Code::FAILED_PRECONDITION);
     harness.delete("").await.unwrap();
     assert_eq!(code(created.await.unwrap()).0, Code::FAILED_PRECONDITION);
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn what_a_slow_creation_makes_after_its_deletion_is_undone() {
+    let behaviour = Behaviour {
+        slow_create: Duration::from_millis(300),
+        ..Behaviour::default()
+    };
+    let harness = Harness::new(behaviour).await;
+    let client = harness.client.clone();
+    let request = harness.creation(SPEC);
+    let created = tokio::spawn(async move { client.create(ctx(), &request).await });
+    while !harness.record.has("create c") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    harness.delete("").await.unwrap();
+    assert!(created.await.unwrap().is_err());
+    let record = harness.record.clone();
+    assert!(record.in_order("created c", "signal 9 "));
+    assert!(record.in_order("signal 9 ", "delete "));
+    assert!(record.in_order("delete ", "detach c/rootfs"));
     harness.end().await;
 }
 

@@ -11,6 +11,7 @@ use brig_agent_protocol::{LOG_STREAM, SHARE_TAG};
 use brig_hypervisor::control::{RequestBody, mark};
 use slog::{Logger, debug, error, warn};
 use tokio::sync::{Notify, mpsc, watch as watch_channel};
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -22,7 +23,9 @@ use super::watch::Watch;
 use super::{Host, Launched, Plan, Timeouts, Vm, first_stream};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Kind, Result};
+use crate::forward::{ForwardError, Localhost};
 use crate::network::GuestNetwork;
+use crate::spec::Network;
 
 /// Missed signs of life after which the agent counts as silent.
 const MISSES: u32 = 3;
@@ -68,6 +71,10 @@ pub struct Sandbox {
     pub id: String,
     /// Its host name.
     pub hostname: String,
+    /// Kernel parameters of the pod, by name.
+    pub sysctls: BTreeMap<String, String>,
+    /// Size of its shared memory in bytes; 0: the agent's default.
+    pub shm_size: u64,
     /// Its network, once the VM is launched.
     pub network: GuestNetwork,
 }
@@ -177,6 +184,10 @@ async fn boot(
     };
     mark("vmm.launch", SystemTime::now());
     let executed = SystemTime::now();
+    let netns = match &plan.network {
+        Network::Path(path) => Some(path.clone()),
+        Network::New => None,
+    };
     let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan))
         .await
         .map_err(worker_ended)??;
@@ -188,14 +199,39 @@ async fn boot(
     let (vm, machine, incoming) = adopt(launched, timeouts, cgroup, logger)?;
     let _ = news.send(News::Launched(Arc::clone(&vm))).await;
     progress.send_replace(Progress::Launched(Arc::clone(&vm)));
+    // Meanwhile the guest boots.
+    let localhost = tokio::task::spawn_blocking(move || {
+        netns.map(|path| Localhost::take_over(&path)).transpose()
+    });
     match bring_up(&vm, machine, incoming, &sandbox, &news, executed, logger).await {
-        Ok(()) => Ok(vm),
+        Ok(()) => {
+            forward_ports(localhost, &vm, logger).await;
+            Ok(vm)
+        }
         Err(error) => {
             vm.kill();
             vm.ended().await;
             Err(error)
         }
     }
+}
+
+/// A node that cannot forward ports gets its pods all the same.
+async fn forward_ports(
+    localhost: JoinHandle<std::result::Result<Option<Localhost>, ForwardError>>,
+    vm: &Arc<Vm>,
+    logger: &Logger,
+) {
+    let reason = match localhost.await {
+        Ok(Ok(None)) => return,
+        Ok(Ok(Some(localhost))) => {
+            tokio::spawn(localhost.serve(Arc::clone(vm), logger.clone()));
+            return;
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    warn!(logger, "port-forward will not work for this pod"; "reason" => reason);
 }
 
 fn worker_ended(error: tokio::task::JoinError) -> Error {
@@ -306,6 +342,8 @@ async fn start_sandbox(vm: &Vm, sandbox: &Sandbox) -> Result<()> {
     let request = StartSandboxRequest {
         id: sandbox.id.clone(),
         hostname: sandbox.hostname.clone(),
+        sysctls: sandbox.sysctls.clone().into_iter().collect(),
+        shm_size: sandbox.shm_size,
         unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         share_tag: SHARE_TAG.to_owned(),
         interfaces: sandbox.network.interfaces.clone(),

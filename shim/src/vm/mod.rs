@@ -159,6 +159,9 @@ pub struct Timeouts {
     pub boot: Duration,
     /// One call of the agent.
     pub call: Duration,
+    /// A call that makes or starts a process: longer than the agent itself gives its helpers, so that
+    /// a failure here means that nothing was made.
+    pub setup: Duration,
     /// An orderly power-off.
     pub stop: Duration,
     /// Between two signs of life of the agent.
@@ -172,6 +175,7 @@ impl Timeouts {
         Self {
             boot: config.timeout(20),
             call: config.timeout(60),
+            setup: config.timeout(150),
             stop: config.timeout(10),
             ping: config.timeout(30),
         }
@@ -245,9 +249,22 @@ impl Vm {
         what: &str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T> {
+        self.call_within(self.timeouts.call, what, answer).await
+    }
+
+    /// As [`Self::call`], with a time-out of its own.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub async fn call_within<T>(
+        &self,
+        limit: Duration,
+        what: &str,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T> {
         let answered = tokio::select! {
             biased;
-            answered = timeout(self.timeouts.call, answer) => answered,
+            answered = timeout(limit, answer) => answered,
             death = self.ended() => return Err(death.error()),
         };
         match answered {
@@ -262,7 +279,7 @@ impl Vm {
                 Kind::DeadlineExceeded,
                 format!(
                     "the guest's agent did not answer {what} within {:.0} s",
-                    self.timeouts.call.as_secs_f64()
+                    limit.as_secs_f64()
                 ),
             )),
         }
@@ -277,9 +294,15 @@ impl Vm {
         input: Option<OwnedFd>,
         output: Option<OwnedFd>,
     ) -> Result<(u64, StreamEnd)> {
-        let number = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        let number = self.stream_number();
         let end = self.open_numbered(number, input, output).await?;
         Ok((number, end))
+    }
+
+    /// A number for a stream, never given out again.
+    #[must_use]
+    pub fn stream_number(&self) -> u64 {
+        self.next_stream.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Opens the stream of this number.

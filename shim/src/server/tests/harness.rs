@@ -131,13 +131,22 @@ impl Harness {
     }
 
     pub(super) async fn create(&self) -> ttrpc::Result<u32> {
-        let request = self.creation(SPEC);
+        self.create_as("c", SPEC).await
+    }
+
+    pub(super) async fn create_as(&self, id: &str, spec: &str) -> ttrpc::Result<u32> {
+        let mut request = self.creation(spec);
+        request.id = id.into();
         Ok(self.client.create(ctx(), &request).await?.pid)
     }
 
     pub(super) async fn start(&self, exec_id: &str) -> ttrpc::Result<u32> {
+        self.start_of("c", exec_id).await
+    }
+
+    pub(super) async fn start_of(&self, id: &str, exec_id: &str) -> ttrpc::Result<u32> {
         let request = StartRequest {
-            id: "c".into(),
+            id: id.into(),
             exec_id: exec_id.into(),
             ..StartRequest::default()
         };
@@ -158,8 +167,12 @@ impl Harness {
     }
 
     pub(super) async fn kill(&self, exec_id: &str, signal: u32) -> ttrpc::Result<()> {
+        self.kill_of("c", exec_id, signal).await
+    }
+
+    pub(super) async fn kill_of(&self, id: &str, exec_id: &str, signal: u32) -> ttrpc::Result<()> {
         let request = KillRequest {
-            id: "c".into(),
+            id: id.into(),
             exec_id: exec_id.into(),
             signal,
             ..KillRequest::default()
@@ -168,8 +181,12 @@ impl Harness {
     }
 
     pub(super) async fn wait(&self, exec_id: &str) -> ttrpc::Result<u32> {
+        self.wait_of("c", exec_id).await
+    }
+
+    pub(super) async fn wait_of(&self, id: &str, exec_id: &str) -> ttrpc::Result<u32> {
         let request = WaitRequest {
-            id: "c".into(),
+            id: id.into(),
             exec_id: exec_id.into(),
             ..WaitRequest::default()
         };
@@ -178,8 +195,12 @@ impl Harness {
     }
 
     pub(super) async fn delete(&self, exec_id: &str) -> ttrpc::Result<u32> {
+        self.delete_of("c", exec_id).await
+    }
+
+    pub(super) async fn delete_of(&self, id: &str, exec_id: &str) -> ttrpc::Result<u32> {
         let request = DeleteRequest {
-            id: "c".into(),
+            id: id.into(),
             exec_id: exec_id.into(),
             ..DeleteRequest::default()
         };
@@ -188,8 +209,12 @@ impl Harness {
     }
 
     pub(super) async fn status(&self, exec_id: &str) -> ttrpc::Result<Status> {
+        self.status_of("c", exec_id).await
+    }
+
+    pub(super) async fn status_of(&self, id: &str, exec_id: &str) -> ttrpc::Result<Status> {
         let request = StateRequest {
-            id: "c".into(),
+            id: id.into(),
             exec_id: exec_id.into(),
             ..StateRequest::default()
         };

@@ -1,0 +1,214 @@
+//! Volumes in the guest's memory: replicas of host directories (ConfigMap, Secret…) and emptyDirs.
+//!
+//! Each is a tmpfs of its own in the agent's directory, made and fed by the host (`UpdateVolume`) and
+//! bound into containers. The host is trusted; what containers do to a volume's files is not: every
+//! path is resolved inside the volume, without the links they may have put there.
+mod entry;
+mod replica;
+mod tree;
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use brig_agent_protocol::agent::{UpdateVolumeRequest, update_volume_request::Kind};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
+
+use crate::{
+    error::{Error, Result},
+    init, validate,
+};
+use entry::Entry;
+use replica::Replica;
+use tree::Tree;
+
+/// Volumes of one sandbox. A pod has a few; a host that asks for more has lost count.
+const MAX_VOLUMES: usize = 1024;
+/// Entries of one volume, also while they arrive.
+const MAX_ENTRIES: usize = 16 * 1024;
+/// Bytes of content that wait for the last request of an update.
+const MAX_PENDING: usize = 64 << 20;
+
+/// The sandbox's volumes.
+pub struct Volumes {
+    root: PathBuf,
+    live: Mutex<HashMap<String, Arc<Mutex<Volume>>>>,
+}
+
+struct Volume {
+    /// Its top directory.
+    tree: Tree,
+    content: Content,
+    pending: Vec<Entry>,
+    pending_bytes: usize,
+}
+
+enum Content {
+    Replica(Replica),
+    Memory,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where the volumes of an agent with this directory are.
+#[must_use]
+pub fn directory(run: &Path) -> PathBuf {
+    run.join("volumes")
+}
+
+impl Volumes {
+    /// No volumes yet, in the agent's directory `run`.
+    #[must_use]
+    pub fn new(run: &Path) -> Self {
+        Self {
+            root: directory(run),
+            live: Mutex::default(),
+        }
+    }
+
+    /// Makes a volume or brings it up to date. Blocking.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for what can never be a volume, `ResourceExhausted` beyond its limits, `Internal` for
+    /// what the guest's kernel refuses.
+    pub fn update(&self, request: UpdateVolumeRequest) -> Result<()> {
+        validate::id(&request.id)?;
+        let volume = self.volume(&request)?;
+        let mut volume = lock(&volume);
+        for message in request.entries {
+            let entry = Entry::parse(message)?;
+            volume.pending_bytes += entry.content.len();
+            volume.pending.push(entry);
+            if volume.pending_bytes > MAX_PENDING || volume.pending.len() > MAX_ENTRIES {
+                volume.pending = Vec::new();
+                volume.pending_bytes = 0;
+                return Err(Error::ResourceExhausted(format!(
+                    "volume {} is too large for the guest's memory",
+                    request.id
+                )));
+            }
+        }
+        if request.more {
+            return Ok(());
+        }
+        let entries = std::mem::take(&mut volume.pending);
+        volume.pending_bytes = 0;
+        let Volume { tree, content, .. } = &mut *volume;
+        let applied = match content {
+            Content::Replica(replica) => replica.become_exactly(tree, entries),
+            Content::Memory => replica::add_missing(tree, &entries),
+        };
+        applied.map_err(|error| Error::io(format_args!("volume {}", request.id), error))
+    }
+
+    /// The volume, mounted if it is new.
+    fn volume(&self, request: &UpdateVolumeRequest) -> Result<Arc<Mutex<Volume>>> {
+        let mut live = lock(&self.live);
+        if let Some(volume) = live.get(&request.id) {
+            return Ok(Arc::clone(volume));
+        }
+        if live.len() >= MAX_VOLUMES {
+            return Err(Error::ResourceExhausted(format!(
+                "the sandbox has {MAX_VOLUMES} volumes already"
+            )));
+        }
+        let content = match request.kind.enum_value() {
+            Ok(Kind::REPLICA) => Content::Replica(Replica::default()),
+            Ok(Kind::MEMORY) => Content::Memory,
+            Err(kind) => {
+                return Err(Error::InvalidArgument(format!(
+                    "volume {} is of the unknown kind {kind}",
+                    request.id
+                )));
+            }
+        };
+        let at = self.root.join(&request.id);
+        let top = mount_memory(&at, request.size)
+            .map_err(|error| Error::io(format_args!("volume {}", request.id), error))?;
+        let volume = Arc::new(Mutex::new(Volume {
+            tree: Tree::new(top),
+            content,
+            pending: Vec::new(),
+            pending_bytes: 0,
+        }));
+        live.insert(request.id.clone(), Arc::clone(&volume));
+        Ok(volume)
+    }
+
+    /// Frees a volume; containers that still have it mounted keep their view. One that is not there is no
+    /// error. Blocking.
+    ///
+    /// # Errors
+    /// `Internal` when it cannot be unmounted.
+    pub fn remove(&self, id: &str) -> Result<()> {
+        validate::id(id)?;
+        if lock(&self.live).remove(id).is_none() {
+            return Ok(());
+        }
+        let at = self.root.join(id);
+        umount2(&at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+            .map_err(|error| Error::io(format_args!("volume {id}"), error))?;
+        fs::remove_dir(&at).map_err(|error| Error::io(format_args!("volume {id}"), error))
+    }
+}
+
+/// Mounts a tmpfs of `size` bytes (0: the kernel's default) at `at`; returns its top directory.
+fn mount_memory(at: &Path, size: u64) -> std::io::Result<OwnedFd> {
+    fs::create_dir_all(at)?;
+    let mut data = "mode=755".to_owned();
+    if size != 0 {
+        data.push_str(&format!(",size={size}"));
+    }
+    mount(
+        Some("tmpfs"),
+        at,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some(data.as_str()),
+    )
+    .inspect_err(|_| drop(fs::remove_dir(at)))?;
+    Ok(openat(
+        rustix::fs::CWD,
+        at,
+        OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// A detached copy of a volume's mount, or of a file or directory in it, for a container. Called by
+/// the helper.
+///
+/// # Errors
+/// Those of openat2(2) and open_tree(2); `NotFound` for a path that is not in the volume.
+pub fn clone_for_container(root: &Path, id: &str, path: &str) -> std::io::Result<OwnedFd> {
+    let top = openat(
+        rustix::fs::CWD,
+        root.join(id),
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    if path.is_empty() {
+        return init::clone_mount(top.as_fd(), true);
+    }
+    let inside = loop {
+        // Another container may rename what lies on the way.
+        match openat2(
+            &top,
+            path,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+        ) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            other => break other?,
+        }
+    };
+    init::clone_mount(inside.as_fd(), true)
+}

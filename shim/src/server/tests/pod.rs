@@ -1,0 +1,123 @@
+//! Pods in pause mode: a sandbox container and the containers of its pod share one server and one VM.
+
+use containerd_shim_protos::api::Status;
+use ttrpc::Code;
+
+use super::harness::{Harness, code};
+use crate::fakes::Behaviour;
+
+const SANDBOX: &str = r#"{"hostname":"pod","annotations":{
+    "io.kubernetes.cri.container-type":"sandbox","io.kubernetes.cri.sandbox-id":"c",
+    "io.kubernetes.cri.sandbox-memory":"1073741824"},
+    "linux":{"namespaces":[{"type":"network","path":""},{"type":"pid"},{"type":"ipc"}],"cgroupsPath":"/pods/c"}}"#;
+const MEMBER: &str = r#"{"process":{"args":["true"]},"annotations":{
+    "io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":"c"},
+    "linux":{"namespaces":[{"type":"network","path":"/proc/7/ns/net"}],"cgroupsPath":"/pods/app"}}"#;
+
+async fn running(behaviour: Behaviour) -> Harness {
+    let harness = Harness::new(behaviour).await;
+    let pid = harness.create_as("c", SANDBOX).await.unwrap();
+    assert_eq!(harness.start("").await.unwrap(), pid);
+    assert_eq!(harness.create_as("app", MEMBER).await.unwrap(), pid);
+    assert_eq!(harness.start_of("app", "").await.unwrap(), pid);
+    harness
+}
+
+#[tokio::test]
+async fn a_pod_is_one_vm_that_outlives_its_containers_and_ends_with_its_sandbox() {
+    let harness = running(Behaviour::default()).await;
+    let record = harness.record.clone();
+    assert!(record.has("sandbox pod") && record.has("create app"));
+    assert!(!record.has("create c"), "the pause image is run");
+    assert!(!record.has("attach c/rootfs"), "the pause image is mounted");
+    assert!(record.has(&format!("launch {}", (1024 + 64) << 20)));
+    assert!(
+        !record.has("cgroup /pods/app"),
+        "a cgroup on the node for a container"
+    );
+
+    harness.kill_of("app", "", 9).await.unwrap();
+    assert_eq!(harness.wait_of("app", "").await.unwrap(), 137);
+    harness.delete_of("app", "").await.unwrap();
+    assert_eq!(harness.status("").await.unwrap(), Status::RUNNING);
+    assert!(
+        !record.has("shutdown"),
+        "the pod ended with its last container"
+    );
+    harness.create_as("app", MEMBER).await.unwrap();
+    harness.start_of("app", "").await.unwrap();
+
+    // A signal that a pause process ignores.
+    harness.kill("", 10).await.unwrap();
+    assert_eq!(harness.status("").await.unwrap(), Status::RUNNING);
+    harness.kill("", 9).await.unwrap();
+    assert_eq!(harness.wait("").await.unwrap(), 137);
+    assert!(
+        record.has("shutdown"),
+        "the end was told before the VM had ended"
+    );
+    assert_eq!(harness.wait_of("app", "").await.unwrap(), 137);
+    assert_eq!(harness.delete_of("app", "").await.unwrap(), 137);
+    assert_eq!(harness.delete("").await.unwrap(), 137);
+    let topics = harness.end().await;
+    assert_eq!(
+        topics.iter().filter(|t| *t == "/tasks/exit").count(),
+        3,
+        "{topics:?}"
+    );
+    assert_eq!(topics.last().unwrap(), "/tasks/delete");
+}
+
+#[tokio::test]
+async fn a_pod_whose_vm_dies_is_told_of_container_by_container() {
+    let harness = running(Behaviour::default()).await;
+    let pid = harness.start("").await;
+    assert_eq!(code(pid).0, Code::FAILED_PRECONDITION);
+    let vmm = harness
+        .client
+        .connect(super::ctx(), &connect("c"))
+        .await
+        .unwrap()
+        .task_pid;
+    let vmm = rustix::process::Pid::from_raw(i32::try_from(vmm).unwrap()).unwrap();
+    rustix::process::kill_process(vmm, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(harness.wait("").await.unwrap(), 137);
+    assert_eq!(harness.wait_of("app", "").await.unwrap(), 137);
+    let again = code(harness.create_as("b", MEMBER).await);
+    assert_ne!(again.0, Code::OK);
+    harness.delete_of("app", "").await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_container_without_its_sandbox_is_refused() {
+    let harness = Harness::new(Behaviour::default()).await;
+    let (refused, message) = code(harness.create_as("app", MEMBER).await);
+    assert_eq!(refused, Code::FAILED_PRECONDITION, "{message}");
+    assert!(message.contains("sandbox c"), "{message}");
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_sandbox_whose_guest_does_not_start_says_why() {
+    let behaviour = Behaviour {
+        refuse_start: Some("no such CPU".into()),
+        ..Behaviour::default()
+    };
+    let harness = Harness::new(behaviour).await;
+    let failed = match harness.create_as("c", SANDBOX).await {
+        Ok(_) => code(harness.start("").await),
+        Err(error) => code(Err::<u32, _>(error)),
+    };
+    assert!(failed.1.contains("no such CPU"), "{failed:?}");
+    let _ = harness.delete("").await;
+    harness.end().await;
+}
+
+fn connect(id: &str) -> containerd_shim_protos::api::ConnectRequest {
+    containerd_shim_protos::api::ConnectRequest {
+        id: id.into(),
+        ..Default::default()
+    }
+}

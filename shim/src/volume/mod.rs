@@ -1,0 +1,365 @@
+//! A pod's volumes (DESIGN section 9, docs/volumes.md): what each bind mount of a container is, and those
+//! that live in the guest's memory.
+//!
+//! Most sources are shared by virtio-fs. What kubelet writes for a pod to read (ConfigMap, Secret,
+//! projected, downward API) is copied and kept up to date, so that it raises inotify events and leaves
+//! no trace on the share; an emptyDir of medium Memory is the guest's own. One volume serves all
+//! containers of the pod that mount the same host directory.
+
+mod classify;
+mod feed;
+mod mountinfo;
+mod snapshot;
+mod watch;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use brig_agent_protocol::agent::{MountSource, update_volume_request};
+use slog::{Logger, info};
+
+use crate::error::{Error, Result};
+use crate::spec::BindMount;
+use crate::vm::boot::Boot;
+use crate::vm::{Vm, shown};
+use classify::Class;
+use feed::{Budget, Feed, Source, Volume};
+use mountinfo::MountTable;
+use snapshot::Identity;
+use watch::Watcher;
+
+/// Which host directory a volume shows, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Key {
+    Live(Identity),
+    Fixed(Identity),
+    Memory(Identity),
+}
+
+/// The volumes of one pod; cheap to clone.
+#[derive(Clone)]
+pub struct Volumes {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    budget: Arc<Budget>,
+    logger: Logger,
+}
+
+#[derive(Default)]
+struct State {
+    made: u64,
+    live: HashMap<Key, Weak<Volume>>,
+    /// Volumes that last as long as the pod.
+    kept: Vec<Arc<Volume>>,
+    watcher: Option<Arc<Watcher>>,
+}
+
+/// What becomes of a container's bind mounts.
+pub struct Planned {
+    /// To be attached to the share.
+    pub shared: Vec<BindMount>,
+    in_guest: Vec<InGuest>,
+    /// Destinations that the sandbox serves by itself need no source.
+    logger: Logger,
+}
+
+struct InGuest {
+    index: usize,
+    what: What,
+}
+
+enum What {
+    Device(&'static str),
+    Volume {
+        volume: Arc<Volume>,
+        /// What of it is mounted.
+        inside: PathBuf,
+        /// The host's emptyDir, whose directories on the way are made in the guest too.
+        memory: Option<PathBuf>,
+    },
+}
+
+/// Keeps the volumes of a container in the guest.
+#[derive(Default)]
+pub struct Leases(#[allow(dead_code)] Vec<Arc<Volume>>);
+
+impl Volumes {
+    /// A pod without volumes.
+    #[must_use]
+    pub fn new(logger: Logger) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                state: Mutex::default(),
+                budget: Arc::default(),
+                logger,
+            }),
+        }
+    }
+
+    /// Decides what each bind mount is and starts to read what is to be copied; the guest need not be up.
+    ///
+    /// # Errors
+    /// `InvalidArgument` or `NotFound` with the reason for a source that no guest can have.
+    pub async fn plan(&self, binds: Vec<BindMount>, boot: &Boot) -> Result<Planned> {
+        let classified = tokio::task::spawn_blocking(move || classify_all(binds))
+            .await
+            .map_err(|error| Error::internal(format!("the reader of mounts ended: {error}")))??;
+        let mut planned = Planned {
+            shared: Vec::new(),
+            in_guest: Vec::new(),
+            logger: self.shared.logger.clone(),
+        };
+        // All are started before one is waited for.
+        let mut waiting = Vec::new();
+        for (bind, found) in classified {
+            match found {
+                Found::Share => planned.shared.push(bind),
+                Found::Device(name) => planned.in_guest.push(InGuest {
+                    index: bind.index,
+                    what: What::Device(name),
+                }),
+                Found::Volume {
+                    key,
+                    source,
+                    inside,
+                    memory,
+                } => match self.volume(key, source, boot) {
+                    Ok(volume) => {
+                        let what = What::Volume {
+                            volume,
+                            inside,
+                            memory,
+                        };
+                        waiting.push((bind, what));
+                    }
+                    Err(reason) => planned.share_instead(bind, &reason),
+                },
+            }
+        }
+        for (bind, what) in waiting {
+            let suitable = match &what {
+                What::Volume { volume, .. } => volume.suitable().await,
+                What::Device(_) => Ok(()),
+            };
+            match suitable {
+                Ok(()) => planned.in_guest.push(InGuest {
+                    index: bind.index,
+                    what,
+                }),
+                Err(reason) => planned.share_instead(bind, &reason),
+            }
+        }
+        Ok(planned)
+    }
+
+    /// The volume of this key, started if the pod does not have it.
+    fn volume(
+        &self,
+        key: Key,
+        source: Source,
+        boot: &Boot,
+    ) -> std::result::Result<Arc<Volume>, String> {
+        let mut state = self.shared.lock();
+        if let Some(volume) = state.live.get(&key).and_then(Weak::upgrade) {
+            return Ok(volume);
+        }
+        let subscription = match key {
+            Key::Live(_) => Some(state.watcher()?.subscribe()),
+            Key::Fixed(_) | Key::Memory(_) => None,
+        };
+        state.made += 1;
+        let feed = Feed {
+            id: format!("v{}", state.made),
+            source,
+            subscription,
+            boot: boot.clone(),
+            budget: Arc::clone(&self.shared.budget),
+            logger: self.shared.logger.clone(),
+        };
+        let volume = feed.start();
+        state.live.retain(|_, volume| volume.strong_count() > 0);
+        state.live.insert(key, Arc::downgrade(&volume));
+        if matches!(key, Key::Memory(_)) {
+            state.kept.push(Arc::clone(&volume));
+        }
+        Ok(volume)
+    }
+}
+
+impl Shared {
+    /// Consistent whenever the lock is free.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn watcher(&mut self) -> std::result::Result<Arc<Watcher>, String> {
+        if let Some(watcher) = &self.watcher {
+            return Ok(Arc::clone(watcher));
+        }
+        let watcher = Watcher::new().map_err(|error| {
+            format!(
+                "the node's files cannot be watched: {error}; raise fs.inotify.max_user_instances"
+            )
+        })?;
+        Ok(Arc::clone(self.watcher.insert(Arc::new(watcher))))
+    }
+}
+
+impl Planned {
+    fn share_instead(&mut self, bind: BindMount, reason: &str) {
+        info!(self.logger, "a volume is shared by virtio-fs, not copied: no inotify";
+            "mount" => &bind.destination, "reason" => reason);
+        self.shared.push(bind);
+    }
+
+    /// Waits until the guest has every volume; returns what the agent is told of them.
+    ///
+    /// # Errors
+    /// The agent's or the VM's.
+    pub async fn in_guest(&self, vm: &Vm) -> Result<Vec<MountSource>> {
+        let mut sources = Vec::new();
+        for mount in &self.in_guest {
+            let mut source = MountSource {
+                index: u32::try_from(mount.index).map_err(|_| Error::invalid("too many mounts"))?,
+                ..MountSource::default()
+            };
+            match &mount.what {
+                What::Device(name) => source.device = (*name).to_owned(),
+                What::Volume {
+                    volume,
+                    inside,
+                    memory,
+                } => {
+                    volume.ready().await?;
+                    if let Some(top) = memory {
+                        prepare_way(vm, &volume.id, top, inside).await?;
+                    }
+                    source.volume = volume.id.clone();
+                    // Checked when it was planned.
+                    source.volume_path = inside.to_str().unwrap_or_default().to_owned();
+                }
+            }
+            sources.push(source);
+        }
+        Ok(sources)
+    }
+
+    /// What has to be held as long as the container exists.
+    #[must_use]
+    pub fn into_leases(self) -> Leases {
+        let volumes = self
+            .in_guest
+            .into_iter()
+            .filter_map(|mount| match mount.what {
+                What::Volume { volume, .. } => Some(volume),
+                What::Device(_) => None,
+            });
+        Leases(volumes.collect())
+    }
+}
+
+/// Makes the directories in the guest's emptyDir that kubelet has made for a sub-path in the host's.
+async fn prepare_way(vm: &Vm, id: &str, top: &Path, inside: &Path) -> Result<()> {
+    if inside.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let (host, below) = (top.to_owned(), inside.to_owned());
+    let entries = tokio::task::spawn_blocking(move || snapshot::chain(&host, &below))
+        .await
+        .map_err(|error| Error::internal(format!("the reader of a sub-path ended: {error}")))?
+        .map_err(|error| {
+            Error::state(format!(
+                "the sub-path {} of {} cannot be read: {error}",
+                shown(inside),
+                shown(top)
+            ))
+        })?;
+    for request in feed::requests(id, update_volume_request::Kind::MEMORY, 0, entries) {
+        feed::update(vm, &request).await?;
+    }
+    Ok(())
+}
+
+enum Found {
+    Share,
+    Device(&'static str),
+    Volume {
+        key: Key,
+        source: Source,
+        inside: PathBuf,
+        memory: Option<PathBuf>,
+    },
+}
+
+/// Blocking.
+fn classify_all(binds: Vec<BindMount>) -> Result<Vec<(BindMount, Found)>> {
+    let table =
+        MountTable::read().map_err(|error| Error::io("cannot read the node's mounts", &error))?;
+    binds
+        .into_iter()
+        .map(|bind| {
+            let found = find(&bind, &table)?;
+            Ok((bind, found))
+        })
+        .collect()
+}
+
+fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
+    let failed = |error: std::io::Error| {
+        Error::io(
+            format_args!(
+                "mount on {}: source {}",
+                bind.destination,
+                shown(&bind.source)
+            ),
+            &error,
+        )
+    };
+    match classify::classify(bind, table)? {
+        Class::Share => Ok(Found::Share),
+        Class::Device(name) => Ok(Found::Device(name)),
+        Class::Replica { top, file, live } => {
+            let identity = Identity::of(&top).map_err(failed)?;
+            let inside = PathBuf::from(file.clone().unwrap_or_default());
+            let source = match file {
+                Some(name) => Source::File { path: top, name },
+                None => Source::Directory { top, identity },
+            };
+            let key = if live {
+                Key::Live(identity)
+            } else {
+                Key::Fixed(identity)
+            };
+            Ok(Found::Volume {
+                key,
+                source,
+                inside,
+                memory: None,
+            })
+        }
+        Class::Memory { inside, .. } if inside.to_str().is_none() => Ok(Found::Share),
+        Class::Memory { top, inside } => {
+            let identity = Identity::of(&top).map_err(failed)?;
+            let limits = rustix::fs::statvfs(&top).map_err(|errno| failed(errno.into()))?;
+            Ok(Found::Volume {
+                key: Key::Memory(identity),
+                source: Source::Memory {
+                    top: top.clone(),
+                    identity,
+                    size: limits.f_blocks.saturating_mul(limits.f_frsize),
+                },
+                inside,
+                memory: Some(top),
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
