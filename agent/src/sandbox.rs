@@ -229,6 +229,7 @@ impl Context {
         let cgroup = Cgroup::create(
             self.places.cgroup_base.join(&id),
             spec.linux.resources.as_ref(),
+            &self.logger,
         );
         let cgroup = cgroup.inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
         let parts = Parts {

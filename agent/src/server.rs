@@ -4,10 +4,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use brig_agent_protocol::{
     agent::{
-        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
-        ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest,
-        StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
-        UpdateVolumeRequest, VolumeRef,
+        AddNetworkRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest,
+        CreateExecRequest, Empty, Event, ProcessExited, ProcessList, ProcessRef, ProcessStarted,
+        ResizePtyRequest, SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse,
+        UpdateRequest, UpdateVolumeRequest, VolumeRef,
     },
     agent_ttrpc::Agent,
 };
@@ -18,6 +18,7 @@ use crate::{
     container::Command,
     error::{Error, Result},
     forward::Forwarder,
+    network,
     process::Reply,
     sandbox::Context,
     setup, spec, validate,
@@ -318,6 +319,22 @@ impl Agent for Service {
     async fn remove_volume(&self, _: &TtrpcContext, request: VolumeRef) -> ttrpc::Result<Empty> {
         let volumes = Arc::clone(&self.context.volumes);
         blocking(move || volumes.remove(&request.id)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn add_network(
+        &self,
+        _: &TtrpcContext,
+        request: AddNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let request = StartSandboxRequest {
+            interfaces: request.interfaces,
+            routes: request.routes,
+            neighbours: request.neighbours,
+            ..StartSandboxRequest::default()
+        };
+        let context = &self.context;
+        network::apply(&request, context.places.owns_machine, &context.logger).await?;
         Ok(Empty::new())
     }
 

@@ -21,6 +21,7 @@ pub async fn sandbox(
     context: &Context,
     request: StartSandboxRequest,
 ) -> Result<StartSandboxResponse> {
+    init::check_sysctl(request.sysctls.keys()).map_err(Error::InvalidArgument)?;
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname).map_err(|e| Error::io("hostname", e))?;
     }

@@ -159,7 +159,7 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
             ));
         }
     }
-    init::check_sysctl(&spec.linux.sysctl)?;
+    init::check_sysctl(spec.linux.sysctl.keys())?;
     if let Some(seccomp) = &spec.linux.seccomp {
         init::check_seccomp(seccomp)?;
     }

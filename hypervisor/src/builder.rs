@@ -20,7 +20,7 @@ use crate::arch::x86_64::acpi::Platform;
 use crate::arch::x86_64::boot::{self, BootError, BootInfo};
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{cpuid, layout};
-use crate::control::{ErrorKind, ErrorReply, FdIndex, VmConfig, exit};
+use crate::control::{ErrorKind, ErrorReply, FdIndex, NetConfig, VmConfig, exit};
 use crate::exits::ExitCounters;
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kernel::{self, KernelError};
@@ -31,7 +31,6 @@ use crate::pci::bus::BusFull;
 use crate::vcpu::{self, Machine};
 use crate::virtio::pci::TransportError;
 use crate::virtio::vsock::VsockHandle;
-use crate::virtio::worker::Worker;
 
 /// The most CPUs of a VM.
 pub const MAX_VCPUS: u8 = 64;
@@ -83,9 +82,9 @@ pub enum StartError {
 }
 
 impl StartError {
-    /// The error as the shim gets it.
+    /// The error as the shim gets it, after what came of it.
     #[must_use]
-    pub fn reply(&self) -> ErrorReply {
+    pub fn reply(&self, outcome: &str) -> ErrorReply {
         let kind = match self {
             Self::Invalid(_)
             | Self::Boot(_)
@@ -99,7 +98,7 @@ impl StartError {
         };
         ErrorReply {
             kind,
-            message: format!("the VM did not start: {self}"),
+            message: format!("{outcome}: {self}"),
         }
     }
 }
@@ -136,7 +135,7 @@ pub struct Vm {
     machine: Arc<Machine>,
     counters: Vec<Arc<ExitCounters>>,
     handles: Handles,
-    _workers: Vec<Worker>,
+    board: Board,
     _kvm: Arc<VmFd>,
 }
 
@@ -156,6 +155,14 @@ impl Vm {
     #[must_use]
     pub fn vsock(&self) -> &VsockHandle {
         &self.handles.vsock
+    }
+
+    /// Puts one more network interface on the bus.
+    ///
+    /// # Errors
+    /// [`StartError`]; the machine is as before.
+    pub fn add_net(&mut self, net: &NetConfig, fds: &mut Descriptors) -> Result<(), StartError> {
+        self.board.plug_net(net, fds)
     }
 
     /// Exits by reason, over all CPUs.
@@ -218,10 +225,10 @@ pub fn build(
     Ok(Built {
         vcpus,
         vm: Vm {
-            machine: Arc::new(Machine::new(board.bus, notifier.clone())),
+            machine: Arc::new(Machine::new(Arc::clone(&board.bus), notifier.clone())),
             counters,
             handles,
-            _workers: board.workers,
+            board,
             _kvm: vm,
         },
     })
@@ -348,7 +355,7 @@ mod tests {
     fn impossible_cpu_counts_are_refused() {
         for vcpus in [0, MAX_VCPUS + 1] {
             let error = check(&VmConfig { vcpus, ..config() }).unwrap_err();
-            assert_eq!(error.reply().kind, ErrorKind::Invalid);
+            assert_eq!(error.reply("refused").kind, ErrorKind::Invalid);
         }
     }
 

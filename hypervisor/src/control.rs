@@ -52,6 +52,9 @@ pub enum RequestBody {
         /// Relative to the share's root.
         path: String,
     },
+    /// Adds a network interface to the running machine. The guest sees it once it has scanned the PCI bus
+    /// again.
+    AddNet(NetConfig),
     /// Asks for boot marks and exit counters.
     Counters,
     /// Ends the VM at once. The reply precedes the exit.

@@ -183,7 +183,7 @@ fn launch_here(options: LaunchOptions) -> Result<VmmProcess, LaunchError> {
     }
     map_ids(pid, "uid_map")?;
     map_ids(pid, "gid_map")?;
-    limit_files(&process, max_files)?;
+    set_limits(&process, max_files)?;
     // The child's copies of these ends are its own; ours must go so that end of file means "executed".
     drop(plan);
     prepare(nix::unistd::write(&gate, &[1]))?;
@@ -317,7 +317,7 @@ fn identity_map(own: &str) -> Option<String> {
 }
 
 /// Sets the child's limits from outside: in its user namespace it could not raise them.
-fn limit_files(process: &VmmProcess, max_files: u64) -> Result<(), LaunchError> {
+fn set_limits(process: &VmmProcess, max_files: u64) -> Result<(), LaunchError> {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open")
         .ok()
         .and_then(|text| text.trim().parse::<u64>().ok())
@@ -332,6 +332,9 @@ fn limit_files(process: &VmmProcess, max_files: u64) -> Result<(), LaunchError> 
             .limit(resource, value as rlim_t)
             .map_err(|source| LaunchError::Setup { what, source })?;
     }
+    // It gets a user id of its own, which this limit counts for, unlike root's. Whoever may not raise it
+    // has an inherited one, which is seldom low.
+    let _ = process.limit(Resource::RLIMIT_NPROC, rlim_t::MAX);
     Ok(())
 }
 

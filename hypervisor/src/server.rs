@@ -91,7 +91,7 @@ impl Server {
         };
         // The process ends by `exit`: joining threads could wait for I/O of a hung host file
         // system, and the VMM must not outlive its control socket.
-        let vm = std::mem::ManuallyDrop::new(vm);
+        let mut vm = std::mem::ManuallyDrop::new(vm);
         let epoll = Epoll::new()?;
         watch(
             &epoll,
@@ -144,7 +144,7 @@ impl Server {
                         let _ = wake.read();
                         self.take_notices(&notices)
                     }
-                    _ => self.take_requests(&vm),
+                    _ => self.take_requests(&mut vm),
                 };
                 if let Flow::End(ended) = flow {
                     return Ok(ended);
@@ -210,7 +210,7 @@ impl Server {
                 Ok(vm)
             }
             Err(error) => {
-                let reply = error.reply();
+                let reply = error.reply("the VM did not start");
                 self.reply(id, Err(reply.clone()));
                 Err(Ended {
                     code: exit::INTERNAL,
@@ -220,7 +220,7 @@ impl Server {
         }
     }
 
-    fn take_requests(&mut self, vm: &Vm) -> Flow {
+    fn take_requests(&mut self, vm: &mut Vm) -> Flow {
         loop {
             match control::receive::<Request>(self.control.as_fd()) {
                 Ok(Some((request, fds))) => {
@@ -239,7 +239,7 @@ impl Server {
         }
     }
 
-    fn answer(&mut self, request: Request, fds: Vec<OwnedFd>, vm: &Vm) -> Flow {
+    fn answer(&mut self, request: Request, fds: Vec<OwnedFd>, vm: &mut Vm) -> Flow {
         let result = match request.body {
             RequestBody::Start(_) => Err(state("the VM has been started already")),
             RequestBody::OpenStream(stream) => open_stream(stream, fds, vm),
@@ -251,6 +251,10 @@ impl Server {
                 .forget_share(&path)
                 .map(|()| ReplyBody::Done)
                 .map_err(|reason| state(&reason)),
+            RequestBody::AddNet(net) => vm
+                .add_net(&net, &mut Descriptors::new(fds))
+                .map(|()| ReplyBody::Done)
+                .map_err(|error| error.reply("the interface was not added")),
             RequestBody::Counters => Ok(self.counters(Some(vm))),
             RequestBody::Stop => {
                 self.reply(request.id, Ok(ReplyBody::Done));

@@ -124,16 +124,6 @@ pub enum ShareError {
     Thread(#[source] io::Error),
 }
 
-/// Whether mounts that the host makes later below a source appear in the pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Propagation {
-    /// They do not.
-    #[default]
-    Private,
-    /// They do (`HostToContainer`); they have the host's flags, not the share's. Never the other way.
-    HostToContainer,
-}
-
 /// How a mount is shared. `nosuid`, `nodev` and `noexec` always hold on the host's side; the guest's own
 /// mount flags decide inside the guest.
 #[derive(Debug, Clone, Copy, Default)]
@@ -142,8 +132,6 @@ pub struct Attributes {
     pub readonly: bool,
     /// Mounts below the source are shared too, but for those of the node's kernel (procfs, sysfs…).
     pub recursive: bool,
-    /// What happens with later mounts.
-    pub propagation: Propagation,
 }
 
 /// The share of one running VMM.
@@ -219,7 +207,6 @@ impl Share {
             Attributes {
                 readonly,
                 recursive: true,
-                ..Attributes::default()
             },
         )
     }
@@ -238,6 +225,69 @@ impl Share {
         let share_path = SharePath::new(share_path)?;
         seal(&mount, &share_path, attributes)?;
         namespace::attach(&self.pidfd, &mount, &share_path)
+    }
+
+    /// Attaches a mount that the host has made below a shared directory since: `source` is its mount point
+    /// there, `below` the way to it from the directory at `share_path`. Mounts below it are not brought along.
+    ///
+    /// # Errors
+    /// [`ShareError::KernelFileSystem`] for what is never shared, else as [`Self::attach_dir`].
+    pub fn attach_below(
+        &self,
+        source: &Path,
+        share_path: &str,
+        below: &Path,
+        readonly: bool,
+    ) -> Result<(), ShareError> {
+        let metadata = std::fs::symlink_metadata(source).map_err(|error| ShareError::Source {
+            path: source.to_owned(),
+            source: error,
+        })?;
+        let kind = if metadata.is_dir() {
+            source::Kind::Directory
+        } else {
+            source::Kind::File
+        };
+        let mount = source::clone(source, false, kind)?;
+        let share_path = SharePath::new(share_path)?;
+        let attributes = Attributes {
+            readonly,
+            ..Attributes::default()
+        };
+        seal(&mount, &share_path, attributes)?;
+        namespace::attach_below(&self.pidfd, &mount, &share_path, below)
+    }
+
+    /// Takes away what [`Self::attach_below`] or a recursive attachment has put below a shared directory.
+    /// What the guest uses of it stays until it lets go.
+    ///
+    /// # Errors
+    /// [`ShareError::NotAttached`], [`ShareError::InvalidPath`], [`ShareError::Inside`].
+    pub fn detach_below(&self, share_path: &str, below: &Path) -> Result<(), ShareError> {
+        let share_path = SharePath::new(share_path)?;
+        namespace::detach_below(&self.pidfd, &share_path, below)
+    }
+
+    /// Makes what is attached at a path read-only, or writable again. Mounts below it keep what they have.
+    /// What the file server has open for writing stays so.
+    ///
+    /// # Errors
+    /// [`ShareError::NotAttached`], [`ShareError::InvalidPath`], [`ShareError::Attributes`],
+    /// [`ShareError::Vmm`].
+    pub fn set_readonly(&self, share_path: &str, readonly: bool) -> Result<(), ShareError> {
+        let share_path = SharePath::new(share_path)?;
+        let change = if readonly {
+            Change {
+                set: mount_attr::RDONLY,
+                ..Change::default()
+            }
+        } else {
+            Change {
+                clear: mount_attr::RDONLY,
+                ..Change::default()
+            }
+        };
+        namespace::change(&self.pidfd, &share_path, change)
     }
 
     /// Takes a mount out of the share. The guest must have unmounted it and the VMM's file server
@@ -259,17 +309,14 @@ fn seal(mount: &OwnedFd, share_path: &SharePath, attributes: Attributes) -> Resu
     } else {
         0
     };
-    // Never a peer: nothing that happens to the pod's mounts may reach the host's.
-    let propagation = match attributes.propagation {
-        Propagation::Private => libc::MS_PRIVATE,
-        Propagation::HostToContainer => libc::MS_SLAVE,
-    };
     mount_attr::change(
         mount.as_fd(),
         Change {
             set: mount_attr::NOSUID | mount_attr::NODEV | mount_attr::NOEXEC | readonly,
             clear: 0,
-            propagation,
+            // Nothing that happens to the host's mounts or the pod's reaches the other: a slave would let a
+            // procfs that is mounted later into the VMM.
+            propagation: libc::MS_PRIVATE,
             recursive: true,
         },
     )

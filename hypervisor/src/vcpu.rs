@@ -20,7 +20,7 @@ use crate::sync::lock;
 /// What all CPUs share.
 pub struct Machine {
     /// ECAM and BARs.
-    pub bus: Bus,
+    pub bus: Arc<Bus>,
     /// The debug console.
     pub console: Mutex<Console>,
     /// To the main thread.
@@ -34,7 +34,7 @@ pub struct Machine {
 impl Machine {
     /// A machine around a bus.
     #[must_use]
-    pub fn new(bus: Bus, notifier: Notifier) -> Self {
+    pub fn new(bus: Arc<Bus>, notifier: Notifier) -> Self {
         Self {
             bus,
             console: Mutex::default(),
@@ -259,7 +259,7 @@ mod tests {
     fn machine() -> (Machine, std::sync::mpsc::Receiver<Notice>) {
         let (notifier, notices, _) = Notifier::new(Clock::start()).unwrap();
         (
-            Machine::new(Bus::new(vec![layout::MMIO32]), notifier),
+            Machine::new(Arc::new(Bus::new(vec![layout::MMIO32])), notifier),
             notices,
         )
     }

@@ -13,6 +13,8 @@ use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, Result};
 
+mod annotations;
+
 /// The default file; drop-ins are `*.toml` in the directory of the same name ending in `.d`.
 pub const DEFAULT_PATH: &str = "/etc/brig/config.toml";
 /// One MiB in bytes.
@@ -48,6 +50,22 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Descriptors the VMM may hold (one per inode its guest knows).
     pub max_files: u64,
+    /// Keys that a pod may set for itself, as annotations.
+    pub pod_annotations: Vec<Key>,
+}
+
+/// Keys that may be left to pods: none of them reaches outside the pod's own VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Key {
+    /// [`Config::vcpus`].
+    Vcpus,
+    /// [`Config::memory`].
+    Memory,
+    /// [`Config::debug_console`].
+    DebugConsole,
+    /// [`Config::max_files`].
+    MaxFiles,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -65,6 +83,7 @@ struct File {
     time_scale: Option<f64>,
     state_dir: Option<PathBuf>,
     max_files: Option<u64>,
+    pod_annotations: Option<Vec<Key>>,
 }
 
 /// A size: a number of MiB, or text with a unit such as `"256MiB"` or `"1GiB"`.
@@ -159,6 +178,7 @@ impl Config {
             time_scale: 1.0,
             state_dir: PathBuf::from("/run/brig"),
             max_files: 524_288,
+            pod_annotations: Vec::new(),
         }
     }
 
@@ -167,6 +187,11 @@ impl Config {
             |what: String| Error::invalid(format!("configuration {}: {what}", path.display()));
         let file: File = toml::from_str(text)
             .map_err(|error| invalid(error.to_string().trim_end().replace('\n', " ")))?;
+        self.merge(file, &invalid)
+    }
+
+    /// Takes over what `file` sets and checks the whole.
+    fn merge(&mut self, file: File, invalid: &dyn Fn(String) -> Error) -> Result<()> {
         let set = |value: Option<PathBuf>, to: &mut PathBuf| {
             if let Some(value) = value {
                 *to = value;
@@ -183,6 +208,9 @@ impl Config {
         self.allow_slow_kvm = file.allow_slow_kvm.unwrap_or(self.allow_slow_kvm);
         self.time_scale = file.time_scale.unwrap_or(self.time_scale);
         self.max_files = file.max_files.unwrap_or(self.max_files);
+        if let Some(keys) = file.pod_annotations {
+            self.pod_annotations = keys;
+        }
         for (key, value) in [
             ("kernel", &self.kernel),
             ("initramfs", &self.initramfs),
@@ -302,6 +330,7 @@ mod tests {
             ("kernel = \"vmlinux\"", "kernel must be an absolute path"),
             ("kernal = \"/x\"", "kernal"),
             ("max_files = 3", "max_files"),
+            ("pod_annotations = [\"kernel\"]", "kernel"),
             ("= =", "configuration /etc/brig/config.toml"),
         ] {
             let error = applied(text).unwrap_err();

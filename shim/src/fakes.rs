@@ -14,7 +14,8 @@ use async_trait::async_trait;
 use brig_agent_protocol::agent::{
     ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
     ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest,
-    StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest, event,
+    StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest,
+    VolumeRef, event,
 };
 use brig_agent_protocol::agent_ttrpc::{Agent, create_agent};
 use brig_hypervisor::control::{
@@ -147,6 +148,7 @@ impl Host for FakeHost {
             mounts: Arc::new(FakeMounts(self.record.clone())),
             machine: (machine, Vec::new()),
             network: crate::network::GuestNetwork::default(),
+            netns: None,
         })
     }
 
@@ -169,6 +171,22 @@ impl Mounts for FakeMounts {
         }
         let mode = if readonly { " ro" } else { "" };
         self.0.add(format!("attach {path}{mode}"));
+        Ok(())
+    }
+    fn attach_below(&self, path: &str, below: &Path, _: &Path, readonly: bool) -> Result<()> {
+        let mode = if readonly { " ro" } else { "" };
+        self.0
+            .add(format!("attach {path} below {}{mode}", below.display()));
+        Ok(())
+    }
+    fn detach_below(&self, path: &str, below: &Path) -> Result<()> {
+        self.0
+            .add(format!("detach {path} below {}", below.display()));
+        Ok(())
+    }
+    fn set_readonly(&self, path: &str, readonly: bool) -> Result<()> {
+        let mode = if readonly { "ro" } else { "rw" };
+        self.0.add(format!("remount {path} {mode}"));
         Ok(())
     }
     fn detach(&self, path: &str) -> Result<()> {
@@ -227,6 +245,10 @@ impl FakeVmm {
                 }
                 RequestBody::ForgetShare { path } => {
                     self.record.add(format!("forget {path}"));
+                    Ok(ReplyBody::Done)
+                }
+                RequestBody::AddNet(net) => {
+                    self.record.add(format!("plug {} taps", net.taps.len()));
                     Ok(ReplyBody::Done)
                 }
                 RequestBody::Counters => Ok(ReplyBody::Counters(Counters {
@@ -349,6 +371,10 @@ impl Agent for FakeAgent {
         request: CreateContainerRequest,
     ) -> Answer<ProcessStarted> {
         self.record.add(format!("create {}", request.id));
+        if !request.pid_namespace_of.is_empty() {
+            let joins = format!("{} joins {}", request.id, request.pid_namespace_of);
+            self.record.add(joins);
+        }
         if self.behaviour.stuck_create {
             std::future::pending::<()>().await;
         }
@@ -443,6 +469,29 @@ impl Agent for FakeAgent {
             sender.send(&event).await?;
         }
         Ok(())
+    }
+
+    /// Noted as the volume's id, its links with their targets and its other entries' names.
+    async fn update_volume(&self, _: &TtrpcContext, request: UpdateVolumeRequest) -> Answer<Empty> {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let names = request
+            .entries
+            .iter()
+            .filter(|entry| !entry.path.is_empty());
+        let names: Vec<String> = names
+            .map(|entry| match entry.mode & libc::S_IFMT {
+                libc::S_IFLNK => format!("{}>{}", text(&entry.path), text(&entry.content)),
+                _ => text(&entry.path),
+            })
+            .collect();
+        self.record
+            .add(format!("volume {} {}", request.id, names.join(" ")));
+        Ok(Empty::new())
+    }
+
+    async fn remove_volume(&self, _: &TtrpcContext, request: VolumeRef) -> Answer<Empty> {
+        self.record.add(format!("remove volume {}", request.id));
+        Ok(Empty::new())
     }
 
     async fn drop_caches(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {

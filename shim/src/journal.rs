@@ -120,6 +120,12 @@ impl StateDir {
             .map_err(|error| Error::internal(format!("{} is damaged: {error}", path.display())))
     }
 
+    /// Where files lie that are mounted into the pod's containers.
+    #[must_use]
+    pub fn files(&self) -> PathBuf {
+        self.path.join("files")
+    }
+
     /// Removes the directory, and its namespace's when that is empty. Repeatable.
     pub fn remove(&self) {
         let _ = fs::remove_dir_all(&self.path);

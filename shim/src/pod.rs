@@ -1,8 +1,11 @@
 //! The pod: one VM and the containers in it. An actor like a container: it routes, starts the VM for
 //! the first container, ends it after the last, and keeps the journal and the timeline.
 
+mod oom;
+mod sandbox;
+mod wanted;
+
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -10,26 +13,26 @@ use brig_agent_protocol::agent::{Event, event};
 use slog::{Logger, info, warn};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::{Config, MAX_VCPUS, MIB};
+use crate::config::{Config, MIB};
 use crate::container::{self, ContainerHandle, Context, Creation, Reply};
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::identity::Identity;
 use crate::journal::{Journal, StateDir};
 use crate::process::Exit;
-use crate::spec::{Network, Role, Spec};
+use crate::spec::{Network, Role};
 use crate::stand_in::StandIn;
 use crate::timeline::Timeline;
-use crate::vm::boot::{Boot, News, Sandbox};
+use crate::vm::boot::{Boot, News};
 use crate::vm::death::Death;
-use crate::vm::{Host, Plan, Vm};
+use crate::vm::{Host, Vm};
+pub use sandbox::{Creation as SandboxCreation, State as SandboxState};
+use wanted::Wanted;
 
 /// Messages that wait for the pod.
 const MAILBOX: usize = 128;
 /// News of the VM that wait for the pod.
 const NEWS: usize = 256;
-/// Guest memory on top of a container's own limit, for kernel and agent, in bytes.
-const GUEST_OVERHEAD: u64 = 64 * MIB;
 
 /// What the pod is told at its beginning.
 pub struct Setup {
@@ -65,6 +68,7 @@ enum Message {
         reply: oneshot::Sender<Option<Arc<Vm>>>,
     },
     VmEnded(Death),
+    Sandbox(sandbox::Ask),
     Shutdown {
         even_if_busy: bool,
         reply: oneshot::Sender<bool>,
@@ -148,8 +152,11 @@ struct Pod {
     news: mpsc::Sender<News>,
     stage: Stage,
     containers: HashMap<String, ContainerHandle>,
+    /// Through the Sandbox API; a pod of 1.x has a sandbox container instead.
+    sandbox: Option<sandbox::Sandbox>,
     /// Containers of the pod by their pids on the node.
     pids: HashMap<u32, String>,
+    oom_scores: oom::OomScores,
     timeline: Timeline,
     waiting: Vec<oneshot::Sender<bool>>,
 }
@@ -164,6 +171,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         namespace: setup.namespace.clone(),
         publisher: setup.publisher.clone(),
         logger: setup.logger.clone(),
+        volumes: crate::volume::Volumes::new(setup.logger.clone()),
         news: news.clone(),
         removed,
         drain: Duration::from_secs(10),
@@ -177,7 +185,9 @@ pub fn spawn(setup: Setup) -> PodHandle {
         news,
         stage: Stage::Empty,
         containers: HashMap::new(),
+        sandbox: None,
         pids: HashMap::new(),
+        oom_scores: oom::OomScores::default(),
         timeline,
         waiting: Vec::new(),
     };
@@ -223,7 +233,8 @@ impl Pod {
                 reply,
             } => {
                 let mut creation = *creation;
-                match self.name_pids(&mut creation).await {
+                let named = self.name_pids(&mut creation).await;
+                match named.and_then(|()| self.add_files(&mut creation)) {
                     Ok(()) => self.create(creation, *config, reply),
                     Err(error) => drop(reply.send(Err(error))),
                 }
@@ -241,7 +252,9 @@ impl Pod {
                 };
                 let _ = reply.send(vm);
             }
+            Message::Sandbox(ask) => self.sandbox_asked(ask),
             Message::VmEnded(death) => {
+                self.sandbox_ended(death.at);
                 for container in self.containers.values() {
                     container.vm_ended(death.clone()).await;
                 }
@@ -250,7 +263,8 @@ impl Pod {
                 even_if_busy,
                 reply,
             } => {
-                if !self.containers.is_empty() && !even_if_busy {
+                let busy = self.sandbox.is_some() || !self.containers.is_empty();
+                if busy && !even_if_busy {
                     let _ = reply.send(false);
                 } else if matches!(self.stage, Stage::Stopped) {
                     let _ = reply.send(true);
@@ -261,6 +275,7 @@ impl Pod {
             }
             Message::Stopped => {
                 self.stage = Stage::Stopped;
+                self.sandbox_ended(SystemTime::now());
                 for waiting in self.waiting.drain(..) {
                     let _ = waiting.send(true);
                 }
@@ -288,10 +303,7 @@ impl Pod {
             }
         }
         match StandIn::start(self.setup.journal.netns.clone()).await {
-            Ok(stand_in) => {
-                self.pids.insert(stand_in.pid(), creation.id.clone());
-                creation.stand_in = Some(stand_in);
-            }
+            Ok(stand_in) => creation.stand_in = Some(stand_in),
             Err(error) => {
                 warn!(self.setup.logger, "a container has no pid of its own, so none can join its pid namespace";
                     "container" => &creation.id, "error" => %error);
@@ -319,8 +331,8 @@ impl Pod {
                 let _ = reply.send(Err(Error::state(error)));
                 return;
             }
-            _ => match self.boot(&creation.spec, &creation.role, config) {
-                Ok(boot) => boot,
+            _ => match Wanted::of(&creation.spec, &creation.role, config) {
+                Ok(wanted) => self.boot(wanted),
                 Err(error) => {
                     let _ = reply.send(Err(error));
                     return;
@@ -328,6 +340,16 @@ impl Pod {
             },
         };
         let id = creation.id.clone();
+        if let Some(stand_in) = &creation.stand_in {
+            self.pids.insert(stand_in.pid(), id.clone());
+        }
+        if let Role::Member(_) = creation.role {
+            let adjustment = creation.spec.oom_score_adj().unwrap_or(0);
+            self.oom_scores.add(&id, adjustment);
+            if let Some(vm) = boot.vm() {
+                self.oom_scores.apply(vm.pid(), &self.setup.logger);
+            }
+        }
         let context = self.context.clone();
         let handle = if creation.role == Role::Sandbox {
             let mailbox = self.mailbox.clone();
@@ -338,44 +360,20 @@ impl Pod {
         self.containers.insert(id, handle);
     }
 
-    fn boot(&mut self, spec: &Spec, role: &Role, mut config: Config) -> Result<Boot> {
+    fn boot(&mut self, wanted: Wanted) -> Boot {
         self.timeline.mark("create.received", SystemTime::now());
-        let network: Network = spec.network()?;
-        self.context.drain = config.timeout(10);
-        let limit = match role {
-            Role::Sandbox => spec.sandbox_memory(),
-            Role::Single | Role::Member(_) => spec.memory_limit(),
-        };
-        let memory = guest_memory(limit, config.memory, node_memory());
-        config.vcpus = guest_cpus(spec.sandbox_cpus(), config.vcpus);
-        let sandbox = Sandbox {
-            id: self.setup.id.clone(),
-            hostname: spec.hostname().to_owned(),
-            sysctls: match role {
-                Role::Sandbox => spec.sysctls(),
-                Role::Single | Role::Member(_) => BTreeMap::new(),
-            },
-            shm_size: spec.sandbox_shm().map_or(0, file_system_size),
-            ..Sandbox::default()
-        };
-        if let Network::Path(path) = &network {
+        self.context.drain = wanted.config.timeout(10);
+        if let Network::Path(path) = &wanted.network {
             self.setup.journal.netns = Some(path.clone());
         }
-        let plan = Plan {
-            memory,
-            network,
-            cgroup: None,
-            cgroup_path: spec.cgroups_path().map(str::to_owned),
-            oom_score_adj: spec.oom_score_adj().unwrap_or(0),
-            config,
-        };
+        let (plan, sandbox) = wanted.plan(&self.setup.id);
         info!(self.setup.logger, "a VM is started";
-            "vcpus" => plan.config.vcpus, "memory_mib" => memory / MIB);
+            "vcpus" => plan.config.vcpus, "memory_mib" => plan.memory / MIB);
         let host = Arc::clone(&self.setup.host);
         let logger = self.setup.logger.clone();
         let boot = Boot::start(host, plan, sandbox, self.news.clone(), logger);
         self.stage = Stage::Up(boot.clone());
-        Ok(boot)
+        boot
     }
 
     async fn news(&mut self, news: News) {
@@ -431,7 +429,9 @@ impl Pod {
     fn removed(&mut self, id: &str) {
         self.containers.remove(id);
         self.pids.retain(|_, container| container != id);
-        if self.containers.is_empty() && matches!(self.stage, Stage::Up(_)) {
+        self.oom_scores.remove(id);
+        let over = self.containers.is_empty() && self.sandbox.is_none();
+        if over && matches!(self.stage, Stage::Up(_)) {
             self.stop();
         }
     }
@@ -503,53 +503,4 @@ async fn end_vm(boot: &Boot) {
         }
     }
     boot.settled().await;
-}
-
-/// Guest memory in bytes for a pod whose containers may use `limit`: never less than the handler's,
-/// because a container without a limit is not counted in it, and never more than the node's.
-fn guest_memory(limit: Option<u64>, configured: u64, node: u64) -> u64 {
-    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
-    configured.max(wanted.min(node))
-}
-
-/// Guest CPUs for a pod whose containers may use `limit`: never fewer than the handler's, never more
-/// than the node has.
-fn guest_cpus(limit: Option<u64>, configured: u8) -> u8 {
-    let node = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let most = u8::try_from(node).unwrap_or(MAX_VCPUS).min(MAX_VCPUS);
-    let wanted = limit.map_or(0, |limit| u8::try_from(limit).unwrap_or(MAX_VCPUS));
-    configured.max(wanted.min(most))
-}
-
-/// The size of the file system here in bytes; 0 when that cannot be known.
-fn file_system_size(path: &Path) -> u64 {
-    let size = |fs: rustix::fs::StatVfs| fs.f_blocks.saturating_mul(fs.f_frsize);
-    rustix::fs::statvfs(path).map_or(0, size)
-}
-
-/// The node's memory in bytes: more than it has is no use to a VM.
-fn node_memory() -> u64 {
-    let info = nix::sys::sysinfo::sysinfo();
-    info.map_or(u64::MAX, |info| info.ram_total())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pods_limits_make_its_vm_larger_but_never_smaller_than_the_handlers() {
-        let (default, node) = (256 * MIB, 4096 * MIB);
-        for (limit, expected) in [
-            (None, 256),
-            (Some(16 * MIB), 256),
-            (Some(1024 * MIB), 1024 + 64),
-            (Some(u64::MAX), 4096),
-        ] {
-            assert_eq!(guest_memory(limit, default, node), expected * MIB);
-        }
-        assert_eq!(guest_cpus(None, 1), 1);
-        assert_eq!(guest_cpus(Some(1), 2), 2);
-        assert!(guest_cpus(Some(u64::MAX), 1) <= MAX_VCPUS);
-    }
 }

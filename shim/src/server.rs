@@ -1,5 +1,7 @@
-//! The server process: one thread, the Task service v2 and v3 on the socket that `start` made, and an
-//! orderly end, whether containerd or a signal brings it.
+//! The server process: one thread, the Task service v2 and v3 and the Sandbox service on the socket that
+//! `start` made, and an orderly end, whether containerd or a signal brings it.
+
+mod connections;
 
 use std::collections::HashMap;
 use std::fs;
@@ -11,16 +13,18 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use rustix::fs::{Mode, OFlags};
 use slog::{Logger, error, info};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
+use tokio::time::timeout;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{MethodHandler, Server, Service, TtrpcContext};
 
 use crate::bootstrap::args::Args;
-use crate::bootstrap::start::{STARTED_AT, TTRPC_ADDRESS};
+use crate::bootstrap::start::{CONFIG_PATH, STARTED_AT, TTRPC_ADDRESS};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
@@ -28,8 +32,10 @@ use crate::identity::Identity;
 use crate::journal::{Journal, StateDir, ignore_missing};
 use crate::log;
 use crate::pod::{self, PodHandle, Setup};
+use crate::sandbox_service::SandboxService;
 use crate::service::TaskService;
 use crate::vm::Host;
+use connections::Connections;
 
 /// The two names of one service.
 const TASK_NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
@@ -39,6 +45,9 @@ pub const DEBUG_SERVICE: &str = "brig.Debug";
 pub const COUNTERS_METHOD: &str = "Counters";
 /// How long containerd may take for the last events.
 const FLUSH: Duration = Duration::from_secs(5);
+
+/// How long clients may take to hang up once they have been answered.
+const HANG_UP: Duration = Duration::from_secs(2);
 
 /// Serves until the pod has ended.
 ///
@@ -93,7 +102,8 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
             publisher: publisher.clone(),
             logger: logger.clone(),
         });
-        run(listener, socket.as_deref(), pod, publisher, logger).await
+        let config = std::env::var_os(CONFIG_PATH).map(PathBuf::from);
+        run(listener, socket.as_deref(), config, pod, publisher, logger).await
     });
     state.remove();
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -103,6 +113,7 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
 pub(crate) async fn run(
     listener: UnixListener,
     socket: Option<&Path>,
+    config: Option<PathBuf>,
     pod: PodHandle,
     publisher: Publisher,
     logger: &Logger,
@@ -110,10 +121,13 @@ pub(crate) async fn run(
     let failed = |error: io::Error| Error::io("cannot serve", &error);
     let done = Arc::new(Notify::new());
     let service = TaskService::new(pod.clone(), Arc::clone(&done));
+    let sandbox = SandboxService::new(pod.clone(), config, Arc::clone(&done));
     let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
+    let (connections, mut open) = Connections::of(listener);
     let mut server = Server::new()
-        .add_listener(Listener::from(listener))
-        .register_service(debug_service(pod.clone()));
+        .add_listener(Listener::new(connections))
+        .register_service(debug_service(pod.clone()))
+        .register_service(create_sandbox(Arc::new(sandbox)));
     for name in TASK_NAMES {
         server = server.register_service(renamed(create_task(Arc::new(service.clone())), name));
     }
@@ -134,7 +148,8 @@ pub(crate) async fn run(
         ignore_missing(fs::remove_file(socket)).map_err(failed)?;
     }
     publisher.flush(FLUSH).await;
-    let _ = tokio::time::timeout(FLUSH, server.shutdown()).await;
+    let _ = timeout(HANG_UP, open.wait_for(|count| *count == 0)).await;
+    let _ = timeout(FLUSH, server.shutdown()).await;
     info!(logger, "the shim has ended");
     Ok(())
 }

@@ -62,7 +62,7 @@ fn prepare(request: CreateTaskRequest) -> Result<(Creation, Config)> {
         ));
     }
     let path = options::config_path(request.options.as_ref())?;
-    let config = Config::load(path.as_deref())?;
+    let mut config = Config::load(path.as_deref())?;
     let bundle = PathBuf::from(&request.bundle);
     let spec_bytes = spec::read(&bundle.join("config.json"))?;
     let spec = Spec::parse(&spec_bytes)?;
@@ -70,6 +70,10 @@ fn prepare(request: CreateTaskRequest) -> Result<(Creation, Config)> {
     match role {
         Role::Sandbox => spec.check_sandbox()?,
         Role::Single | Role::Member(_) => drop(spec.network()?),
+    }
+    // The VM is made for the first container; the others find it as it is.
+    if !matches!(role, Role::Member(_)) {
+        config.annotate(spec.annotations())?;
     }
     let creation = Creation {
         id: request.id,

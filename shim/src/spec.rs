@@ -140,6 +140,20 @@ pub struct BindMount {
     pub readonly: bool,
     /// With the mounts below the source (`rbind`).
     pub recursive: bool,
+    /// What happens with mounts that are made later.
+    pub propagation: Propagation,
+}
+
+/// Whether mounts made later below a bind mount's source are seen on the other side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Propagation {
+    /// Neither side sees the other's.
+    #[default]
+    Private,
+    /// The container sees the node's (`rslave`).
+    HostToContainer,
+    /// Each sees the other's (`rshared`).
+    Bidirectional,
 }
 
 impl Spec {
@@ -304,6 +318,12 @@ impl Spec {
         self.hostname.as_deref().unwrap_or("")
     }
 
+    /// All annotations.
+    pub fn annotations(&self) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.annotations.iter().flatten();
+        all.map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     /// An annotation.
     #[must_use]
     pub fn annotation(&self, key: &str) -> Option<&str> {
@@ -352,6 +372,13 @@ impl Spec {
                 destination: mount.destination.clone(),
                 readonly: has("ro") || has("rro"),
                 recursive,
+                propagation: if has("rshared") || has("shared") {
+                    Propagation::Bidirectional
+                } else if has("rslave") || has("slave") {
+                    Propagation::HostToContainer
+                } else {
+                    Propagation::Private
+                },
             });
         }
         Ok(found)
@@ -406,6 +433,7 @@ mod tests {
         assert_eq!(mounts.len(), 2);
         assert_eq!((mounts[0].index, mounts[1].index), (1, 3));
         assert!(mounts[0].readonly && mounts[0].recursive);
+        assert_eq!(mounts[0].propagation, Propagation::Private);
         assert!(!mounts[1].readonly && !mounts[1].recursive);
     }
 

@@ -1,39 +1,60 @@
-//! The agent's figures as containerd's cgroup v2 metrics. The agent is not trusted: figures are only
-//! passed on, lists are bounded.
+//! The agent's figures as containerd's metrics, in the form that the node's cgroups have. The agent is
+//! not trusted: figures are only passed on, lists are bounded.
 
-use brig_agent_protocol::agent::StatsResponse;
+mod v1;
+
+use brig_agent_protocol::agent::{StatsResponse, stats_response};
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
 use crate::error::{Error, Result};
 
-/// The type containerd knows the metrics by.
+/// The type containerd knows the metrics of cgroup v2 by.
 const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 /// Block devices that are told of.
 const MAX_DEVICES: usize = 256;
+/// Sizes of huge pages that are told of, and the length of one's name in bytes.
+const MAX_PAGE_SIZES: usize = 16;
 
-/// Encodes the figures of one container.
+/// Encodes the figures of one container. A node with cgroup v1 has consumers that know no other form.
 ///
 /// # Errors
 /// None in practice: protobuf cannot encode.
 pub fn encode(stats: StatsResponse) -> Result<Any> {
-    let value = metrics(stats)
-        .write_to_bytes()
-        .map_err(|e| Error::internal(e.to_string()))?;
+    encode_as(stats, crate::cgroup::is_v2())
+}
+
+fn encode_as(stats: StatsResponse, v2: bool) -> Result<Any> {
+    let (type_url, value) = if v2 {
+        (TYPE, metrics(stats).write_to_bytes())
+    } else {
+        (v1::TYPE, v1::metrics(stats).write_to_bytes())
+    };
     Ok(Any {
-        type_url: TYPE.to_owned(),
-        value,
+        type_url: type_url.to_owned(),
+        value: value.map_err(|e| Error::internal(e.to_string()))?,
         ..Any::default()
     })
+}
+
+fn devices(io: &[stats_response::Io]) -> impl Iterator<Item = &stats_response::Io> {
+    io.iter().take(MAX_DEVICES)
+}
+
+fn page_sizes(
+    hugetlb: Vec<stats_response::HugeTlb>,
+) -> impl Iterator<Item = stats_response::HugeTlb> {
+    let sizes = hugetlb.into_iter().take(MAX_PAGE_SIZES);
+    sizes.filter(|page| page.page_size.len() <= MAX_PAGE_SIZES)
 }
 
 fn metrics(stats: StatsResponse) -> Metrics {
     let cpu = stats.cpu.unwrap_or_default();
     let memory = stats.memory.unwrap_or_default();
-    let usage = stats.io.into_iter().take(MAX_DEVICES).map(|io| IOEntry {
+    let usage = devices(&stats.io).map(|io| IOEntry {
         major: io.major,
         minor: io.minor,
         rbytes: io.rbytes,
@@ -41,6 +62,16 @@ fn metrics(stats: StatsResponse) -> Metrics {
         rios: io.rios,
         wios: io.wios,
         ..IOEntry::default()
+    });
+    let io = IOStat {
+        usage: usage.collect(),
+        ..IOStat::default()
+    };
+    let hugetlb = page_sizes(stats.hugetlb).map(|page| HugeTlbStat {
+        current: page.usage,
+        max: page.limit,
+        pagesize: page.page_size,
+        ..HugeTlbStat::default()
     });
     let line = |name: &str| memory.stat.get(name).copied().unwrap_or(0);
     Metrics {
@@ -107,10 +138,8 @@ fn metrics(stats: StatsResponse) -> Metrics {
             oom_kill: memory.events_oom_kill,
             ..MemoryEvents::default()
         }),
-        io: MessageField::some(IOStat {
-            usage: usage.collect(),
-            ..IOStat::default()
-        }),
+        io: MessageField::some(io),
+        hugetlb: hugetlb.collect(),
         ..Metrics::default()
     }
 }
@@ -118,7 +147,7 @@ fn metrics(stats: StatsResponse) -> Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use brig_agent_protocol::agent::stats_response::Memory;
+    use brig_agent_protocol::agent::stats_response::{HugeTlb, Memory};
 
     #[test]
     fn figures_arrive_under_containerds_names() {
@@ -132,11 +161,25 @@ mod tests {
             .stat
             .insert("workingset_refault_anon".into(), u64::MAX);
         memory.stat.insert("workingset_refault_file".into(), 1);
-        let any = encode(StatsResponse {
-            memory: MessageField::some(memory),
-            pids_current: 3,
-            ..StatsResponse::default()
-        })
+        let any = encode_as(
+            StatsResponse {
+                memory: MessageField::some(memory),
+                pids_current: 3,
+                hugetlb: vec![
+                    HugeTlb {
+                        page_size: "2MB".into(),
+                        usage: 9,
+                        ..HugeTlb::default()
+                    },
+                    HugeTlb {
+                        page_size: "x".repeat(1000),
+                        ..HugeTlb::default()
+                    },
+                ],
+                ..StatsResponse::default()
+            },
+            true,
+        )
         .unwrap();
         assert_eq!(any.type_url, TYPE);
         let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
@@ -144,5 +187,16 @@ mod tests {
         assert_eq!((metrics.memory.usage, metrics.memory.inactive_file), (7, 5));
         assert_eq!(metrics.memory.workingset_refault, u64::MAX);
         assert_eq!(metrics.memory_events.oom_kill, 2);
+        assert_eq!((metrics.hugetlb.len(), metrics.hugetlb[0].current), (1, 9));
+    }
+
+    #[test]
+    fn a_node_with_cgroup_v1_gets_the_form_of_v1() {
+        let any = encode_as(StatsResponse::default(), false).unwrap();
+        assert_eq!(any.type_url, v1::TYPE);
+        assert_eq!(
+            encode(StatsResponse::default()).unwrap().type_url == TYPE,
+            crate::cgroup::is_v2()
+        );
     }
 }

@@ -29,6 +29,7 @@ const KILL_TIME: Duration = Duration::from_secs(30);
 pub struct Cgroup {
     path: PathBuf,
     device_program: Option<OwnedFd>,
+    logger: slog::Logger,
 }
 
 /// Makes `base` a place for container cgroups: delegates every controller down to its children.
@@ -51,16 +52,22 @@ impl Cgroup {
     ///
     /// # Errors
     /// `InvalidArgument` for a limit this kernel cannot set; the directory is then gone again.
-    pub fn create(path: PathBuf, resources: Option<&Resources>) -> Result<Self> {
+    pub fn create(
+        path: PathBuf,
+        resources: Option<&Resources>,
+        logger: &slog::Logger,
+    ) -> Result<Self> {
         fs::create_dir(&path)
             .map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))?;
         let mut cgroup = Self {
             path,
             device_program: None,
+            logger: logger.clone(),
         };
         let default = Resources::default();
         let resources = resources.unwrap_or(&default);
-        let outcome = resources::apply(&cgroup.path, resources)
+        let outcome = cgroup
+            .apply(resources)
             .and_then(|()| cgroup.limit_devices(resources));
         if let Err(error) = outcome {
             let _ = fs::remove_dir(&cgroup.path);
@@ -79,12 +86,19 @@ impl Cgroup {
     /// # Errors
     /// `InvalidArgument` for a limit that cannot be set.
     pub fn update(&mut self, resources: &Resources) -> Result<()> {
-        resources::apply(&self.path, resources)?;
+        self.apply(resources)?;
         if resources.devices.is_empty() {
             Ok(())
         } else {
             self.limit_devices(resources)
         }
+    }
+
+    fn apply(&self, resources: &Resources) -> Result<()> {
+        for note in resources::apply(&self.path, resources)? {
+            slog::warn!(self.logger, "a limit is left out"; "cgroup" => %self.path.display(), "note" => note);
+        }
+        Ok(())
     }
 
     fn limit_devices(&mut self, resources: &Resources) -> Result<()> {

@@ -2,18 +2,24 @@
 //!
 //! The mapping is a pure function from the resources to (file, value) pairs, so that it can be tested
 //! without controllers; names and numbers that reach a path are checked here.
-use std::{fs, io, path::Path};
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Write as _},
+    path::Path,
+};
 
 use crate::{
     error::{Error, Result},
     spec::{BlockIo, Cpu, Memory, Resources, ThrottleDevice},
 };
 
-/// Writes the limits of `resources` into the cgroup directory `path`.
+/// Writes the limits of `resources` into the cgroup directory `path`. The answer names what was left
+/// out because it is about the host's processors, in sentences.
 ///
 /// # Errors
 /// `InvalidArgument` naming the field that is unsupported or was refused by the kernel.
-pub fn apply(path: &Path, resources: &Resources) -> Result<()> {
+pub fn apply(path: &Path, resources: &Resources) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
     if let Some(memory) = resources
         .memory
         .filter(|m| m.check_before_update == Some(true))
@@ -21,21 +27,44 @@ pub fn apply(path: &Path, resources: &Resources) -> Result<()> {
         check_usage(path, &memory)?;
     }
     for (file, value) in plan(resources)? {
-        match fs::write(path.join(&file), &value) {
+        match set(&path.join(&file), &value) {
             Ok(()) => {}
             // The weight has two homes, after the I/O scheduler in use.
             Err(_) if file == "io.bfq.weight" => {}
             // Without swap there is nothing to limit; CRI always sends this with a memory limit.
             Err(error) if file == "memory.swap.max" && error.kind() == io::ErrorKind::NotFound => {}
+            // kubelet names each page size of its node, also where nothing is asked for.
+            Err(error)
+                if file.starts_with("hugetlb.")
+                    && value == "0"
+                    && error.kind() == io::ErrorKind::NotFound => {}
+            // The node's numbers (kubelet's CPU manager): the guest has not as many. All it has, then.
+            Err(error) if file == "cpuset.cpus" || file == "cpuset.mems" => {
+                set(&path.join(&file), "\n").map_err(|e| Error::io(&file, e))?;
+                notes.push(format!("{file} = {value} is not in the guest: {error}"));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::InvalidArgument(format!(
                     "the guest kernel has no {file}"
                 )));
             }
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
+                return Err(Error::InvalidArgument(format!(
+                    "{file} = {value}: the guest has no such device; limits of the node's devices do not reach into it"
+                )));
+            }
             Err(error) => return Err(Error::InvalidArgument(format!("{file} = {value}: {error}"))),
         }
     }
-    Ok(())
+    Ok(notes)
+}
+
+/// Writes to a file that exists: cgroupfs answers an attempt to make one with "permission denied".
+fn set(file: &Path, value: &str) -> io::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(file)?
+        .write_all(value.as_bytes())
 }
 
 fn check_usage(path: &Path, memory: &Memory) -> Result<()> {
@@ -177,22 +206,29 @@ fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
     {
         put(writes, "cpu.weight", weight_of_shares(shares).to_string());
     }
-    if cpu.quota.is_some() || cpu.period.is_some() {
-        let quota = cpu
-            .quota
+    // 0 is "not set" to runc, which kubelet counts on.
+    let (quota, period) = (
+        cpu.quota.filter(|q| *q != 0),
+        cpu.period.filter(|p| *p != 0),
+    );
+    if quota.is_some() || period.is_some() {
+        let quota = quota
             .filter(|q| *q > 0)
             .map_or("max".into(), |q| q.to_string());
-        let period = cpu.period.filter(|p| *p != 0).unwrap_or(100_000);
+        let period = period.unwrap_or(100_000);
         put(writes, "cpu.max", format!("{quota} {period}"));
     }
     if let Some(burst) = cpu.burst {
         put(writes, "cpu.max.burst", burst.to_string());
     }
-    if !cpu.cpus.is_empty() {
-        put(writes, "cpuset.cpus", cpu.cpus.clone());
-    }
-    if !cpu.mems.is_empty() {
-        put(writes, "cpuset.mems", cpu.mems.clone());
+    for (file, list) in [("cpuset.cpus", &cpu.cpus), ("cpuset.mems", &cpu.mems)] {
+        let wrong = |b: u8| !b.is_ascii_digit() && !b",-:/ ".contains(&b);
+        if list.bytes().any(wrong) {
+            return Err(unsupported("cpu", &format!("{file}: {list}")));
+        }
+        if !list.trim().is_empty() {
+            put(writes, file, list.clone());
+        }
     }
     Ok(())
 }
@@ -298,19 +334,22 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_without_swap_takes_a_swap_limit_and_one_without_pids_does_not_take_theirs() {
+    fn what_the_kernel_lacks_is_refused_by_name_unless_nothing_is_asked_of_it() {
+        // No file is ever made, which a cgroup answers with another error than "not found".
         let dir = tempfile::tempdir().unwrap();
-        // Opening creates files here but not in a cgroup: make that fail in the same way.
-        let missing = dir.path().join("gone");
-        let resources: Resources = serde_json::from_value(json!({"memory": {"swap": -1}})).unwrap();
-        assert!(apply(&missing, &resources).is_ok());
-        let resources: Resources = serde_json::from_value(json!({"pids": {"limit": 5}})).unwrap();
-        assert!(
-            apply(&missing, &resources)
-                .unwrap_err()
-                .to_string()
-                .contains("pids.max")
-        );
+        let applied = |value| apply(dir.path(), &serde_json::from_value(value).unwrap());
+        assert!(applied(json!({"memory": {"swap": -1}})).is_ok());
+        assert!(applied(json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 0}]})).is_ok());
+        for (asked, file) in [
+            (json!({"pids": {"limit": 5}}), "pids.max"),
+            (
+                json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 1}]}),
+                "hugetlb.1GB.max",
+            ),
+        ] {
+            assert!(applied(asked).unwrap_err().to_string().contains(file));
+        }
+        assert!(fs::read_dir(dir.path()).unwrap().next().is_none());
     }
 
     #[test]
@@ -323,10 +362,9 @@ mod tests {
             planned(json!({"cpu": {"quota": -1}})),
             ["cpu.max=max 100000"]
         );
-        assert!(
-            planned(json!({"memory": {"limit": 0}, "cpu": {"shares": 0}, "pids": {"limit": 0}}))
-                .is_empty()
-        );
+        let zeros = json!({"memory": {"limit": 0}, "pids": {"limit": 0},
+            "cpu": {"shares": 0, "quota": 0, "period": 0, "cpus": ""}});
+        assert!(planned(zeros).is_empty());
     }
 
     #[test]
@@ -359,6 +397,7 @@ mod tests {
             refused(json!({"memory": {"disableOOMKiller": true}})).contains("disableOOMKiller")
         );
         assert!(refused(json!({"cpu": {"realtimeRuntime": 5}})).contains("realtime"));
+        assert!(refused(json!({"cpu": {"cpus": "all"}})).contains("cpuset.cpus"));
         assert!(refused(json!({"network": {"classID": 5}})).contains("classID"));
         assert!(refused(json!({"memory": {"limit": 100, "swap": 50}})).contains("swap"));
         for file in [

@@ -26,7 +26,9 @@ pub fn read(path: &Path) -> StatsResponse {
             limit: number("memory.max"),
             max_usage: number("memory.peak"),
             swap_usage: number("memory.swap.current"),
-            swap_limit: number("memory.swap.max"),
+            // A kernel without swap limits none.
+            swap_limit: fs::read_to_string(path.join("memory.swap.max"))
+                .map_or(u64::MAX, |text| limit(&text)),
             stat: flat(&text("memory.stat")),
             events_low: get(&events, "low"),
             events_high: get(&events, "high"),
@@ -39,8 +41,37 @@ pub fn read(path: &Path) -> StatsResponse {
         pids_current: number("pids.current"),
         pids_limit: number("pids.max"),
         io: text("io.stat").lines().filter_map(io_line).collect(),
+        hugetlb: hugetlb(path),
         ..Default::default()
     }
+}
+
+/// One entry for each size of huge page that the kernel knows.
+fn hugetlb(path: &Path) -> Vec<stats_response::HugeTlb> {
+    let files = fs::read_dir(path).into_iter().flatten().flatten();
+    let mut sizes: Vec<String> = files
+        .filter_map(|file| {
+            let name = file.file_name().into_string().ok()?;
+            let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+            // Not the reservations.
+            (!size.contains('.')).then(|| size.to_owned())
+        })
+        .collect();
+    sizes.sort();
+    let read = |size: &str, what: &str| {
+        fs::read_to_string(path.join(format!("hugetlb.{size}.{what}"))).unwrap_or_default()
+    };
+    let entry = |size: String| stats_response::HugeTlb {
+        usage: limit(&read(&size, "current")),
+        limit: limit(&read(&size, "max")),
+        events_max: flat(&read(&size, "events"))
+            .get("max")
+            .copied()
+            .unwrap_or_default(),
+        page_size: size,
+        ..Default::default()
+    };
+    sizes.into_iter().map(entry).collect()
 }
 
 /// How often the kernel killed a process of the cgroup for memory.
@@ -113,11 +144,28 @@ mod tests {
             "io.stat",
             "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n7:0 \n",
         );
+        put("hugetlb.2MB.current", "2097152\n");
+        put("hugetlb.2MB.rsvd.current", "7\n");
+        put("hugetlb.2MB.max", "max\n");
+        put("hugetlb.2MB.events", "max 3\n");
         let stats = read(dir.path());
+        let [huge] = stats.hugetlb.as_slice() else {
+            panic!("{:?}", stats.hugetlb);
+        };
+        assert_eq!(
+            (
+                huge.page_size.as_str(),
+                huge.usage,
+                huge.limit,
+                huge.events_max
+            ),
+            ("2MB", 2 << 20, u64::MAX, 3)
+        );
         assert_eq!(stats.cpu.usage_usec, 10);
         assert_eq!(stats.cpu.throttled_usec, 9);
         assert_eq!(stats.memory.usage, 4096);
         assert_eq!(stats.memory.limit, u64::MAX);
+        assert_eq!(stats.memory.swap_limit, u64::MAX);
         assert_eq!(stats.memory.stat["file"], 200);
         assert_eq!(stats.memory.events_oom_kill, 4);
         assert_eq!(stats.pids_current, 5);

@@ -10,11 +10,11 @@ use rustix::{
 };
 
 use super::{
-    Context as _, Failure, Result,
+    Agent, Context as _, Failure, Result, guest_devices,
     idmap::Ids,
     root::{Missing, Root, attach_on, clone_mount},
 };
-use crate::spec::Device;
+use crate::spec::Linux;
 
 /// The nodes every container has (OCI runtime-spec, "Default Devices").
 const DEFAULTS: [(&str, u32, u32); 6] = [
@@ -63,57 +63,26 @@ impl PathOnly for std::fs::OpenOptions {
     }
 }
 
-/// Makes the default devices, those of `linux.devices`, and the links.
-pub fn make(root: &Root, devices: &[Device], ids: &Ids) -> Result<()> {
+/// Makes the default devices, those of the specification that the guest has, and the links.
+pub fn make(agent: &Agent, root: &Root, linux: &Linux, ids: &Ids) -> Result<()> {
+    let (chosen, left_out) = if linux.devices.is_empty() {
+        Default::default()
+    } else {
+        let guest = guest_devices::list().during("the guest's devices")?;
+        guest_devices::choose(linux, &guest)?
+    };
+    if !left_out.is_empty() {
+        agent.warn(guest_devices::left_out(&left_out));
+    }
     for (path, major, minor) in DEFAULTS {
-        if devices.iter().all(|d| d.path != path) {
-            node(
-                root,
-                path,
-                FileType::CharacterDevice,
-                (major, minor),
-                0o666,
-                ids.root()?,
-            )?;
+        if chosen.iter().all(|node| node.path != path) {
+            let kind = FileType::CharacterDevice;
+            node(root, path, kind, (major, minor), 0o666, ids.root()?)?;
         }
     }
-    for device in devices {
-        let kind = match device.kind.as_str() {
-            "c" | "u" => FileType::CharacterDevice,
-            "b" => FileType::BlockDevice,
-            "p" => FileType::Fifo,
-            other => {
-                return Err(Failure(format!(
-                    "linux.devices {}: type {other:?} is none of c, u, b, p",
-                    device.path
-                )));
-            }
-        };
-        let number = |n: i64| {
-            u32::try_from(n).map_err(|_| {
-                Failure(format!(
-                    "linux.devices {}: number {n} is out of range",
-                    device.path
-                ))
-            })
-        };
-        let numbers = if kind == FileType::Fifo {
-            (0, 0)
-        } else {
-            (number(device.major)?, number(device.minor)?)
-        };
-        let owner = (
-            ids.uid(device.uid.unwrap_or(0))?,
-            ids.gid(device.gid.unwrap_or(0))?,
-        );
-        node(
-            root,
-            &device.path,
-            kind,
-            numbers,
-            device.file_mode.unwrap_or(0o666),
-            owner,
-        )?;
+    for own in chosen {
+        let owner = (ids.uid(own.owner.0)?, ids.gid(own.owner.1)?);
+        node(root, &own.path, own.kind, own.numbers, own.mode, owner)?;
     }
     for (path, target) in LINKS {
         let (parent, name) = root.open_parent(path)?;

@@ -6,6 +6,7 @@
 mod caps;
 mod devices;
 mod filter;
+mod guest_devices;
 mod holder;
 mod idmap;
 mod lookup;
@@ -189,7 +190,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     let container_root = root::Root::prepare(create, &ids)?;
     let needs_devices = mounts::mount_all(create, &container_root, &ids)?;
     if needs_devices {
-        devices::make(&container_root, &spec.linux.devices, &ids)?;
+        devices::make(agent, &container_root, &spec.linux, &ids)?;
     }
     let terminal = match create.terminal {
         Some(size) => {

@@ -8,7 +8,9 @@ use rustix::{
 
 use super::{Context as _, Result};
 
-const IPC: [&str; 8] = [
+/// Of the ipc namespace, and the one of the uts namespace (the host name has a field of its own).
+const NAMESPACED: [&str; 9] = [
+    "kernel.domainname",
     "kernel.msgmax",
     "kernel.msgmnb",
     "kernel.msgmni",
@@ -19,18 +21,21 @@ const IPC: [&str; 8] = [
     "kernel.shm_rmid_forced",
 ];
 
-/// Refuses what would change the guest for every container.
+/// Refuses what is no namespace's own, as other runtimes do: what a pod may ask for does not depend on
+/// its runtime.
 ///
 /// # Errors
 /// A sentence naming the key.
-pub fn check(sysctls: &BTreeMap<String, String>) -> std::result::Result<(), String> {
-    for key in sysctls.keys() {
+pub fn check<'a>(keys: impl IntoIterator<Item = &'a String>) -> std::result::Result<(), String> {
+    for key in keys {
         let key = key.replace('/', ".");
-        let namespaced =
-            key.starts_with("net.") || key.starts_with("fs.mqueue.") || IPC.contains(&key.as_str());
+        let namespaced = key.starts_with("net.")
+            || key.starts_with("fs.mqueue.")
+            || NAMESPACED.contains(&key.as_str());
         if !namespaced || key.split('.').any(str::is_empty) {
             return Err(format!(
-                "linux.sysctl {key} is not in a namespace of the container; set it for the sandbox instead"
+                "sysctl {key} is not in a separate kernel namespace: only net.*, fs.mqueue.* and those of \
+                 System V IPC can be set for a pod"
             ));
         }
     }
@@ -83,13 +88,13 @@ mod tests {
     use super::*;
 
     fn checked(key: &str) -> bool {
-        check(&BTreeMap::from([(key.to_owned(), "1".to_owned())])).is_ok()
+        check([&key.to_owned()]).is_ok()
     }
 
     #[test]
     fn only_namespaced_keys_pass() {
         assert!(checked("net.ipv4.ip_unprivileged_port_start"));
-        assert!(checked("kernel.shmmax"));
+        assert!(checked("kernel.shmmax") && checked("kernel.domainname"));
         assert!(checked("net/ipv4/conf/eth0.1/forwarding"));
         assert!(!checked("kernel.core_pattern"));
         assert!(!checked("vm.overcommit_memory"));

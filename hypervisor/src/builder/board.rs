@@ -1,4 +1,5 @@
-//! Puts the devices of a configuration on the bus, each behind a worker thread.
+//! Puts the devices of a configuration on the bus, each behind a worker thread, and later the interfaces that
+//! are plugged into the running machine.
 //!
 //! Trusts the shim's configuration.
 
@@ -8,9 +9,9 @@ use brig_agent_protocol::GUEST_CID;
 use kvm_ioctls::VmFd;
 use slog::{Logger, o};
 
-use super::{Descriptors, StartError};
+use super::{Descriptors, MAX_DEVICES, StartError};
 use crate::arch::x86_64::layout;
-use crate::control::{VmConfig, exit};
+use crate::control::{NetConfig, VmConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kvm::{KvmIoEventFds, KvmRoutes};
 use crate::notice::{Notice, Notifier};
@@ -27,7 +28,7 @@ use crate::virtio::pci::interrupt::VirtioInterrupt;
 use crate::virtio::pci::{Description, Services, VirtioPci};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockHandle};
-use crate::virtio::worker::{self, Slot, Worker};
+use crate::virtio::worker::{self, DeviceHandle, Slot, Worker};
 use crate::virtio::{GuestMemory, VirtioDevice};
 
 /// Interrupt vectors of a CPU that devices may have: Linux keeps some 50 of 256 for itself, and a
@@ -42,17 +43,21 @@ pub struct Handles {
     pub share: Option<FsHandle>,
 }
 
-/// The bus while it is being filled.
+/// The bus, and what it takes to put a device on it.
 pub struct Board {
     /// The bus.
-    pub bus: Bus,
+    pub bus: Arc<Bus>,
     functions: u8,
     vectors: u32,
     memory: GuestMemory,
     routes: Arc<KvmRoutes>,
     ioeventfds: Arc<KvmIoEventFds>,
     /// The threads of the devices.
-    pub workers: Vec<Worker>,
+    workers: Vec<Worker>,
+    /// The one that takes interfaces which are plugged later: that of the others, or that of quiet devices.
+    net_worker: usize,
+    nets: usize,
+    vcpus: u8,
     notifier: Notifier,
     log: Logger,
 }
@@ -69,7 +74,7 @@ impl Board {
         notifier: &Notifier,
         log: &Logger,
     ) -> Result<Self, StartError> {
-        let bus = Bus::new(vec![layout::MMIO32, mmio64]);
+        let bus = Arc::new(Bus::new(vec![layout::MMIO32, mmio64]));
         bus.add(Arc::new(HostBridge::new()))?;
         Ok(Self {
             bus,
@@ -79,6 +84,9 @@ impl Board {
             routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
             ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),
             workers: Vec::new(),
+            net_worker: 0,
+            nets: 0,
+            vcpus: 1,
             notifier: notifier.clone(),
             log: log.clone(),
         })
@@ -119,9 +127,11 @@ impl Board {
             ThreadKind::Worker,
             vec![Box::new(Rng::new()), Box::new(Balloon::new())],
         )?;
+        self.net_worker = self.workers.len() - 1;
         self.add_nets(config, fds)?;
         self.add_disks(config, fds)?;
-        check_vectors(self.vectors, config.vcpus)?;
+        self.vcpus = config.vcpus;
+        check_vectors(self.vectors, self.vcpus)?;
         Ok(Handles { vsock, share })
     }
 
@@ -137,15 +147,35 @@ impl Board {
     fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for net in &config.nets {
-            let taps = net.taps.iter().map(|tap| fds.take(*tap, "tap"));
-            let taps = taps.collect::<Result<Vec<_>, _>>()?;
-            let device = Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))?;
-            devices.push(Box::new(device));
+            devices.push(Box::new(new_net(net, fds)?));
         }
         if devices.is_empty() {
             return Ok(());
         }
-        self.add("net", ThreadKind::Worker, devices)
+        self.nets = devices.len();
+        self.add("net", ThreadKind::Worker, devices)?;
+        self.net_worker = self.workers.len() - 1;
+        Ok(())
+    }
+
+    /// Adds an interface to the running machine.
+    ///
+    /// # Errors
+    /// See [`StartError`]; also if there are too many, or too few interrupt vectors. Nothing has changed then.
+    pub fn plug_net(&mut self, net: &NetConfig, fds: &mut Descriptors) -> Result<(), StartError> {
+        if self.nets >= MAX_DEVICES {
+            return Err(StartError::Invalid(format!(
+                "at most {MAX_DEVICES} network interfaces are possible"
+            )));
+        }
+        let (slot, part) = self.prepare(Box::new(new_net(net, fds)?));
+        let vectors = self.vectors + u32::from(part.description.vectors());
+        check_vectors(vectors, self.vcpus)?;
+        let handle = self.workers[self.net_worker].add(slot);
+        self.put_on_bus(part, handle)?;
+        self.vectors = vectors;
+        self.nets += 1;
+        Ok(())
     }
 
     /// Each disk has its own thread: its I/O is synchronous.
@@ -169,16 +199,10 @@ impl Board {
         let mut slots = Vec::new();
         let mut functions = Vec::new();
         for device in devices {
-            let description = Description::of(&*device);
-            self.vectors += u32::from(description.vectors());
-            let msix = Msix::new(description.vectors(), self.routes.clone());
-            let interrupt = Arc::new(VirtioInterrupt::new(msix, description.queues()));
-            let failed = Arc::clone(&interrupt);
-            slots.push(Slot {
-                device,
-                on_failure: Box::new(move || failed.fail()),
-            });
-            functions.push((description, interrupt));
+            let (slot, part) = self.prepare(device);
+            self.vectors += u32::from(part.description.vectors());
+            slots.push(slot);
+            functions.push(part);
         }
         let notifier = self.notifier.clone();
         let (worker, handles) = worker::spawn(
@@ -193,24 +217,58 @@ impl Board {
             source,
         })?;
         self.workers.push(worker);
-        for ((description, interrupt), handle) in functions.into_iter().zip(handles) {
-            let base = layout::MMIO32.start + u64::from(self.functions) * BAR_SIZE;
-            let function = VirtioPci::new(
-                &description,
-                handle,
-                interrupt,
-                Services {
-                    memory: self.memory.clone(),
-                    ioeventfds: self.ioeventfds.clone(),
-                    log: self.log.clone(),
-                },
-                base,
-                self.functions.is_multiple_of(8),
-            )?;
-            self.functions = self.bus.add(Arc::new(function))? + 1;
+        for (part, handle) in functions.into_iter().zip(handles) {
+            self.put_on_bus(part, handle)?;
         }
         Ok(())
     }
+
+    /// A device's place on a worker, and its part on the bus.
+    fn prepare(&self, device: Box<dyn VirtioDevice>) -> (Slot, Part) {
+        let description = Description::of(&*device);
+        let msix = Msix::new(description.vectors(), self.routes.clone());
+        let interrupt = Arc::new(VirtioInterrupt::new(msix, description.queues()));
+        let failed = Arc::clone(&interrupt);
+        let slot = Slot {
+            device,
+            on_failure: Box::new(move || failed.fail()),
+        };
+        let part = Part {
+            description,
+            interrupt,
+        };
+        (slot, part)
+    }
+
+    fn put_on_bus(&mut self, part: Part, handle: DeviceHandle) -> Result<(), StartError> {
+        let base = layout::MMIO32.start + u64::from(self.functions) * BAR_SIZE;
+        let function = VirtioPci::new(
+            &part.description,
+            handle,
+            part.interrupt,
+            Services {
+                memory: self.memory.clone(),
+                ioeventfds: self.ioeventfds.clone(),
+                log: self.log.clone(),
+            },
+            base,
+            self.functions.is_multiple_of(8),
+        )?;
+        self.functions = self.bus.add(Arc::new(function))? + 1;
+        Ok(())
+    }
+}
+
+/// What the transport needs of a device.
+struct Part {
+    description: Description,
+    interrupt: Arc<VirtioInterrupt>,
+}
+
+fn new_net(net: &NetConfig, fds: &mut Descriptors) -> Result<Net, StartError> {
+    let taps = net.taps.iter().map(|tap| fds.take(*tap, "tap"));
+    let taps = taps.collect::<Result<Vec<_>, _>>()?;
+    Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))
 }
 
 fn device_error<E: std::fmt::Display>(device: &'static str) -> impl Fn(E) -> StartError {

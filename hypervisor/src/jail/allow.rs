@@ -159,6 +159,9 @@ const EPOLL: &[Allowed] = allow![
     SYS_fcntl one_of(1, &FCNTL),
 ];
 
+/// The real ids stay: they are whose account the kernel's counters are on.
+const UNCHANGED: [u32; 1] = [u32::MAX];
+
 const FCNTL: [u32; 5] = [
     libc::F_GETFD.cast_unsigned(),
     libc::F_SETFD.cast_unsigned(),
@@ -200,7 +203,19 @@ const MAIN: &[Allowed] = allow![
     SYS_sendto,
     SYS_recvfrom,
     SYS_shutdown,
-    SYS_ioctl one_of(1, &KVM_VM),
+    SYS_ioctl one_of(1, &MAIN_IOCTL),
+];
+
+/// Function by function, and the tap of an interface that is plugged later.
+const MAIN_IOCTL: [u32; 8] = [
+    KVM_VM[0],
+    KVM_VM[1],
+    KVM_VM[2],
+    KVM_VM[3],
+    KVM_VM[4],
+    KVM_VM[5],
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d8, // TUNSETVNETHDRSZ
 ];
 
 const VCPU: &[Allowed] = allow![
@@ -280,8 +295,8 @@ const FS: &[Allowed] = allow![
     SYS_removexattr,
     SYS_umask,
     // The guest's user owns what it creates; set-id bits go when the guest says so.
-    SYS_setresuid,
-    SYS_setresgid,
+    SYS_setresuid one_of(0, &UNCHANGED),
+    SYS_setresgid one_of(0, &UNCHANGED),
     SYS_capget,
     SYS_capset,
     // Interrupts.
@@ -349,6 +364,10 @@ mod tests {
             libc::SYS_pidfd_getfd,
             libc::SYS_prctl,
             libc::SYS_prlimit64,
+            libc::SYS_epoll_create,
+            libc::SYS_epoll_create1,
+            libc::SYS_setuid,
+            libc::SYS_setreuid,
             libc::SYS_kill,
             libc::SYS_init_module,
             libc::SYS_kexec_load,
@@ -375,6 +394,9 @@ mod tests {
             assert_eq!(can(kind, libc::SYS_ioctl, 0xae80), kind == ThreadKind::Vcpu);
             assert_eq!(can(kind, libc::SYS_openat, 0), kind == ThreadKind::Fs);
             assert_eq!(can(kind, libc::SYS_setresuid, 0), kind == ThreadKind::Fs);
+            for call in system_calls(kind).filter(|call| call.number == libc::SYS_setresuid) {
+                assert!(matches!(call.when, When::OneOf(0, [u32::MAX])));
+            }
         }
     }
 }

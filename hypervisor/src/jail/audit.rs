@@ -105,6 +105,10 @@ fn thread(status: &str, extent: Extent, found: &mut Vec<String>) {
             ));
         }
     }
+    // Real, effective, saved and file system id.
+    if field("Uid").split_ascii_whitespace().next() == Some("0") {
+        found.push(format!("thread {name} is on root's account"));
+    }
     // pid in the caller's namespace, then 1 or, for a thread's own line, the process's still.
     if field("NSpid").split_ascii_whitespace().count() < 2 {
         found.push(format!("thread {name} has no pid namespace of its own"));
@@ -191,7 +195,7 @@ mod tests {
     fn a_thread_with_more_than_the_list_is_told() {
         let allowed: u64 = allow::CAPABILITIES.iter().map(|one| one.bitmask()).sum();
         let status = format!(
-            "Name:\tx\nUmask:\t0000\nGroups:\t \nNSpid:\t7\t1\nCapInh:\t0\nCapPrm:\t{allowed:x}\n\
+            "Name:\tx\nUid:\t7\t0\t0\t0\nUmask:\t0000\nGroups:\t \nNSpid:\t7\t1\nCapInh:\t0\nCapPrm:\t{allowed:x}\n\
              CapEff:\t{allowed:x}\nCapBnd:\t0\nCapAmb:\t0\nNoNewPrivs:\t1\nSeccomp:\t2\n"
         );
         let check = |status: &str| {
@@ -203,6 +207,7 @@ mod tests {
         assert_eq!(check(&status.replace("Seccomp:\t2", "Seccomp:\t0")), 1);
         assert_eq!(check(&status.replace("CapBnd:\t0", "CapBnd:\t1ff")), 1);
         assert_eq!(check(&status.replace("NSpid:\t7\t1", "NSpid:\t7")), 1);
+        assert_eq!(check(&status.replace("Uid:\t7", "Uid:\t0")), 1);
         assert!(check("") > 5);
     }
 }

@@ -80,6 +80,7 @@ fn close() -> Result<Landlock, JailError> {
     privileges::forbid_namespaces()?;
     root::replace()?;
     privileges::neutral_identity()?;
+    privileges::own_counters()?;
     privileges::drop_all()?;
     landlock::restrict(SHARED)
 }

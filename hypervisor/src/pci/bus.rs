@@ -62,15 +62,20 @@ impl Bus {
 
     /// Adds a function at the lowest free number and returns that: functions are packed, because
     /// Linux probes all eight of a slot whose function 0 is multi-function, and only function 0 of
-    /// an empty slot.
+    /// an empty slot. A guest that runs finds it when it scans the bus again.
     ///
     /// # Errors
     /// [`BusFull`].
     pub fn add(&self, function: Arc<dyn Function>) -> Result<u8, BusFull> {
+        let _moving = lock(&self.moving);
         let mut functions = write(&self.functions);
         let index = functions.iter().position(Option::is_none).ok_or(BusFull)?;
         let devfn = u8::try_from(index).map_err(|_| BusFull)?;
+        let image = function.config_image();
         functions[index] = Some(function);
+        if let Some(mirror) = self.mirror.get() {
+            mirror.store(devfn, &image);
+        }
         Ok(devfn)
     }
 
@@ -346,6 +351,19 @@ mod tests {
         assert!(!lock(&seen).1);
         bus.ecam_write(0x103c, &[0x77]);
         assert!(lock(&seen).1);
+    }
+
+    #[test]
+    fn a_function_that_is_plugged_later_is_in_the_mirror_too() {
+        let bus = bus();
+        bus.add(Fake::new(0xc000_0000)).unwrap();
+        let image = Image::default();
+        let seen = Arc::clone(&image.0);
+        bus.set_mirror(Box::new(image));
+        assert_eq!(bus.add(Fake::new(0xc000_1000)).unwrap(), 1);
+        assert_eq!(lock(&seen).0[1][..4], [1, 0, 2, 0]);
+        bus.ecam_write(0x1004, &[2, 0]);
+        assert!(bus.memory_read(0xc000_1010, &mut [0]));
     }
 
     proptest! {

@@ -7,6 +7,7 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
@@ -58,6 +59,90 @@ pub(super) fn attach(vmm: &OwnedFd, mount: &OwnedFd, path: &SharePath) -> Result
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
         )
         .map_err(failed("attach"))
+    })
+}
+
+/// What a path below an attached directory leads to: mounts are crossed, links are not followed, and no
+/// step leaves the directory.
+fn open_below(path: &SharePath, below: &Path) -> rustix::io::Result<OwnedFd> {
+    let shared = open_directory(SHARED)?;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let top = openat2(&shared, path.as_str(), flags, Mode::empty(), resolve)?;
+    openat2(&top, below, flags, Mode::empty(), resolve)
+}
+
+/// Moves a detached mount onto a file or directory below what is attached at `path`.
+pub(super) fn attach_below(
+    vmm: &OwnedFd,
+    mount: &OwnedFd,
+    path: &SharePath,
+    below: &Path,
+) -> Result<(), ShareError> {
+    inside(vmm, || {
+        let target = open_below(path, below)
+            .map_err(inside_error("find the place of a later mount below", path))?;
+        move_mount(
+            mount,
+            "",
+            &target,
+            "",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )
+        .map_err(inside_error("attach a later mount below", path))
+    })
+}
+
+/// Unmounts what is mounted below what is attached at `path`, whoever uses it.
+pub(super) fn detach_below(
+    vmm: &OwnedFd,
+    path: &SharePath,
+    below: &Path,
+) -> Result<(), ShareError> {
+    inside(vmm, || {
+        let failed = inside_error("find a mount below", path);
+        let top = match open_below(path, below) {
+            // The place went with the mount.
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(()),
+            other => other.map_err(failed)?,
+        };
+        // By the directory that was found: a name could lead elsewhere by now. The working directory is
+        // this thread's own.
+        rustix::process::fchdir(&top).map_err(inside_error("enter a mount below", path))?;
+        umount2(".", MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| {
+            match errno {
+                // Nothing is mounted there.
+                Errno::EINVAL => ShareError::NotAttached {
+                    share_path: format!("{path}/{}", below.display()),
+                },
+                errno => umount_error(errno, path),
+            }
+        })
+    })
+}
+
+/// Changes the flags of the mount at `path`.
+pub(super) fn change(vmm: &OwnedFd, path: &SharePath, change: Change) -> Result<(), ShareError> {
+    inside(vmm, || {
+        let shared = open_directory(SHARED).map_err(inside_error("open the share for", path))?;
+        // The mount points are the share's own, so what is found is the top of a mount or nothing.
+        let top = openat2(
+            &shared,
+            path.as_str(),
+            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
+        )
+        .map_err(|errno| match errno {
+            rustix::io::Errno::NOENT => ShareError::NotAttached {
+                share_path: path.to_string(),
+            },
+            errno => inside_error("open", path)(errno),
+        })?;
+        mount_attr::change(top.as_fd(), change).map_err(|source| ShareError::Attributes {
+            share_path: path.to_string(),
+            source,
+        })
     })
 }
 

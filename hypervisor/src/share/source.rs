@@ -90,8 +90,7 @@ fn clone_recursively(path: &Path) -> io::Result<OwnedFd> {
             .name("share".into())
             .spawn_scoped(scope, || {
                 unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)?;
-                // A slave, so that the clone can be one.
-                propagate(MsFlags::MS_SLAVE)?;
+                propagate(MsFlags::MS_PRIVATE)?;
                 let points = kernel_fs::below(&path)?;
                 for point in points.iter().rev() {
                     umount2(

@@ -15,7 +15,7 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 
 use super::chain::Buffers;
-use super::ring::{Ring, take_queue};
+use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
 
 const NAME: &str = "balloon";
@@ -182,36 +182,21 @@ impl VirtioDevice for Balloon {
         activation: Activation,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        let Activation {
-            memory,
-            features,
-            mut queues,
-            interrupt,
-        } = activation;
-        let mut wanted = vec![
-            take_queue(&mut queues, NAME, 0)?,
-            take_queue(&mut queues, NAME, 1)?,
-        ];
-        queues.sort_by_key(|queue| queue.index);
-        wanted.append(&mut queues);
-        let mut active = Active {
-            memory,
-            interrupt,
-            rings: Vec::new(),
-        };
-        for (token, queue) in (0u32..).zip(wanted) {
-            match Ring::new(queue, NAME, features, token, sources) {
+        let opened = activation.open::<2>(NAME, sources)?;
+        let active = self.active.insert(Active {
+            memory: opened.memory,
+            interrupt: opened.interrupt,
+            rings: opened.rings.into(),
+        });
+        for (token, queue) in (2u32..).zip(opened.others) {
+            match Ring::new(queue, NAME, opened.features, token, sources) {
                 Ok(ring) => active.rings.push(ring),
                 Err(error) => {
-                    active
-                        .rings
-                        .into_iter()
-                        .for_each(|ring| ring.release(sources));
+                    self.deactivate(sources);
                     return Err(error);
                 }
             }
         }
-        self.active = Some(active);
         Ok(())
     }
 

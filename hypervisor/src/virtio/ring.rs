@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -14,7 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, ChainError};
-use super::{ActiveQueue, DeviceError, Interrupt, Sources};
+use super::{Activation, ActiveQueue, DeviceError, GuestMemory, Interrupt, Sources};
 
 /// One active queue of a device.
 pub struct Ring {
@@ -204,6 +205,68 @@ impl Ring {
 pub fn borrow_event(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open for as long as `event`, which the result borrows.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// An activation taken apart, with the queues that the device cannot do without.
+pub struct Opened<const N: usize> {
+    /// Guest RAM.
+    pub memory: GuestMemory,
+    /// Features both sides accepted.
+    pub features: u64,
+    /// How to interrupt the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// Queues 0 to N - 1, each waited for under its index.
+    pub rings: [Ring; N],
+    /// What else the driver enabled, by index; nobody waits for it yet.
+    pub others: Vec<ActiveQueue>,
+}
+
+impl Activation {
+    /// Opens queues 0 to N - 1.
+    ///
+    /// # Errors
+    /// If the driver did not enable one of them, or its event cannot be waited for. Nothing is waited for then.
+    pub fn open<const N: usize>(
+        self,
+        device: &'static str,
+        sources: &mut Sources<'_>,
+    ) -> Result<Opened<N>, DeviceError> {
+        let Self {
+            memory,
+            features,
+            mut queues,
+            interrupt,
+        } = self;
+        // All before one is registered: a driver may have enabled one alone.
+        let wanted = (0..).take(N);
+        let wanted = wanted
+            .map(|index| take_queue(&mut queues, device, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut rings = Vec::with_capacity(N);
+        for queue in wanted {
+            let token = u32::from(queue.index);
+            match Ring::new(queue, device, features, token, sources) {
+                Ok(ring) => rings.push(ring),
+                Err(error) => {
+                    rings
+                        .into_iter()
+                        .for_each(|ring: Ring| ring.release(sources));
+                    return Err(error);
+                }
+            }
+        }
+        queues.sort_by_key(|queue| queue.index);
+        Ok(Opened {
+            memory,
+            features,
+            interrupt,
+            rings: rings.try_into().map_err(|_| DeviceError::Guest {
+                device,
+                reason: format!("it has not the {N} queues it needs"),
+            })?,
+            others: queues,
+        })
+    }
 }
 
 /// Takes queue `index` out of an activation.

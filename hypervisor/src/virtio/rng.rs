@@ -11,7 +11,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::chain::Buffers;
-use super::ring::{Ring, take_queue};
+use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
 
 const NAME: &str = "rng";
@@ -117,17 +117,11 @@ impl VirtioDevice for Rng {
         activation: Activation,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        let Activation {
-            memory,
-            features,
-            mut queues,
-            interrupt,
-        } = activation;
-        let queue = take_queue(&mut queues, NAME, 0)?;
-        let ring = Ring::new(queue, NAME, features, REQUESTS, sources)?;
+        let opened = activation.open(NAME, sources)?;
+        let [ring] = opened.rings;
         self.active = Some(Active {
-            memory,
-            interrupt,
+            memory: opened.memory,
+            interrupt: opened.interrupt,
             ring,
         });
         Ok(())

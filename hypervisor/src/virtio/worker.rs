@@ -20,6 +20,7 @@ const WAKE_SLOT: u32 = u32::MAX;
 const BATCH: usize = 32;
 
 enum Command {
+    Add(Slot),
     Activate(u32, Box<Activation>),
     Deactivate(u32, SyncSender<()>),
     Stop,
@@ -75,6 +76,23 @@ pub struct Worker {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+    /// Devices it has been given.
+    slots: u32,
+}
+
+impl Worker {
+    /// Gives the running thread one more device, without a thread of its own: a filtered process has no way
+    /// to start one.
+    pub fn add(&mut self, slot: Slot) -> DeviceHandle {
+        let handle = DeviceHandle {
+            slot: self.slots,
+            commands: self.commands.clone(),
+            wake: Arc::clone(&self.wake),
+        };
+        self.slots += 1;
+        handle.send(Command::Add(slot));
+        handle
+    }
 }
 
 impl Drop for Worker {
@@ -107,7 +125,8 @@ pub fn spawn(
         std::os::fd::AsRawFd::as_raw_fd(&*wake),
         EpollEvent::new(EventSet::IN, u64::from(WAKE_SLOT) << 32),
     )?;
-    let handles = (0u32..)
+    let count = u32::try_from(slots.len()).map_err(io::Error::other)?;
+    let handles = (0..count)
         .zip(&slots)
         .map(|(slot, _)| DeviceHandle {
             slot,
@@ -145,6 +164,7 @@ pub fn spawn(
             commands,
             wake,
             thread: Some(thread),
+            slots: count,
         },
         handles,
     ))
@@ -210,6 +230,10 @@ impl Thread {
     fn take_commands(&mut self) -> bool {
         loop {
             match self.commands.try_recv() {
+                Ok(Command::Add(slot)) => self.slots.push(Running {
+                    slot,
+                    active: false,
+                }),
                 Ok(Command::Activate(slot, activation)) => self.activate(slot, *activation),
                 Ok(Command::Deactivate(slot, done)) => {
                     self.deactivate(slot);

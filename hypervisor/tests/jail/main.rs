@@ -108,6 +108,12 @@ fn the_living_process_has_what_the_list_allows_and_no_more() {
     assert!(jailed.node("status").contains("\nNSpid:\t"));
     let inner = jailed.ask("read /proc/self/status");
     assert_eq!(field(&inner, "Pid"), "1", "pid 1 of its own namespace");
+    let ids: Vec<u32> = field(&inner, "Uid")
+        .split_ascii_whitespace()
+        .map(|id| id.parse().unwrap())
+        .collect();
+    assert!(ids[0] >= 0xff00_0000, "counted on its own account: {ids:?}");
+    assert_eq!(ids[1..], [0; 3], "and root for files");
     assert_eq!(jailed.ask("hostname"), "brig");
     assert_eq!(jailed.ask("limit"), format!("{MAX_FILES} {MAX_FILES}"));
     assert!(

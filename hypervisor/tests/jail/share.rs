@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use brig_hypervisor::jail::allow;
-use brig_hypervisor::share::{Propagation, RootfsMount};
+use brig_hypervisor::share::RootfsMount;
 
 use super::*;
 
@@ -244,30 +244,103 @@ fn later_mounts_of_the_host_appear_only_if_asked_for() {
     assert!(shared.unwrap().success());
     let later = volume.path().join("later");
     fs::create_dir(&later).unwrap();
-    let attributes = |propagation| Attributes {
+    let recursive = Attributes {
         recursive: true,
-        propagation,
         ..Attributes::default()
     };
-    share
-        .attach_dir(volume.path(), "private", attributes(Propagation::Private))
-        .unwrap();
-    share
-        .attach_dir(
-            volume.path(),
-            "slave",
-            attributes(Propagation::HostToContainer),
-        )
-        .unwrap();
+    for name in ["private", "follows"] {
+        share.attach_dir(volume.path(), name, recursive).unwrap();
+    }
     mount_tmpfs(&later);
     fs::write(later.join("file"), "").unwrap();
     assert_eq!(jailed.ask("list /shared/private/later"), "");
-    assert_eq!(jailed.ask("list /shared/slave/later"), "file");
+    assert_eq!(jailed.ask("list /shared/follows/later"), "");
+    let below = Path::new("later");
+    share.attach_below(&later, "follows", below, true).unwrap();
+    assert_eq!(jailed.ask("list /shared/private/later"), "");
+    assert_eq!(jailed.ask("list /shared/follows/later"), "file");
+    assert_eq!(
+        jailed.ask("write /shared/follows/later/new"),
+        format!("error {}", libc::EROFS)
+    );
+    let line = jailed
+        .node("mountinfo")
+        .lines()
+        .find(|line| line.contains(" /shared/follows/later "))
+        .unwrap()
+        .to_owned();
+    for flag in allow::MOUNT_FLAGS {
+        assert!(line.contains(flag), "{line}");
+    }
+    // What the jail has open of it keeps it from neither end.
+    assert_eq!(jailed.ask("hold /shared/follows/later/file"), "held");
+    share.detach_below("follows", below).unwrap();
+    assert_eq!(jailed.ask("list /shared/follows/later"), "");
+    assert!(matches!(
+        share.detach_below("follows", below),
+        Err(ShareError::NotAttached { .. })
+    ));
+    jailed.ask("release");
     unmount(&later);
-    assert_eq!(jailed.ask("list /shared/slave/later"), "");
-    share.detach("slave").unwrap();
-    share.detach("private").unwrap();
+    for name in ["private", "follows"] {
+        share.detach(name).unwrap();
+    }
     unmount(volume.path());
+}
+
+#[test]
+fn a_later_mount_of_the_nodes_kernel_never_comes_along_and_no_link_is_followed() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::create_dir(volume.path().join("proc")).unwrap();
+    symlink("/", volume.path().join("link")).unwrap();
+    share
+        .attach_dir(volume.path(), "v", Attributes::default())
+        .unwrap();
+    for kernel in ["/proc", "/sys"] {
+        let refused = share.attach_below(Path::new(kernel), "v", Path::new("proc"), false);
+        assert!(
+            matches!(refused, Err(ShareError::KernelFileSystem { .. })),
+            "{kernel}: {refused:?}"
+        );
+    }
+    let other = tempfile::tempdir().unwrap();
+    for below in ["link/proc", "../v/proc", "/proc", "link"] {
+        let refused = share.attach_below(other.path(), "v", Path::new(below), false);
+        assert!(refused.is_err(), "{below}");
+        assert!(
+            share.detach_below("v", Path::new(below)).is_err(),
+            "{below}"
+        );
+    }
+    assert_eq!(jailed.ask("list /shared/v/proc"), "");
+    share.detach("v").unwrap();
+}
+
+#[test]
+fn read_only_can_be_taken_back_and_given_again() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir().unwrap();
+    let attributes = Attributes {
+        readonly: true,
+        ..Attributes::default()
+    };
+    share.attach_dir(volume.path(), "a/v", attributes).unwrap();
+    share.set_readonly("a/v", false).unwrap();
+    assert_eq!(jailed.ask("write /shared/a/v/new"), "written");
+    share.set_readonly("a/v", true).unwrap();
+    assert_eq!(
+        jailed.ask("write /shared/a/v/other"),
+        format!("error {}", libc::EROFS)
+    );
+    // The share's own root stays as it is.
+    assert!(share.set_readonly("a", false).is_err());
+    assert!(share.set_readonly("none", false).is_err());
+    assert_eq!(
+        jailed.ask("write /shared/a/new"),
+        format!("error {}", libc::EROFS)
+    );
+    share.detach("a/v").unwrap();
 }
 
 #[test]
@@ -281,7 +354,6 @@ fn mounts_below_a_shared_directory_go_with_it() {
     let recursive = Attributes {
         recursive: true,
         readonly: true,
-        ..Attributes::default()
     };
     share.attach_dir(volume.path(), "v", recursive).unwrap();
     assert_eq!(jailed.ask("read /shared/v/below/deep"), "d");

@@ -5,8 +5,9 @@
 use std::path::PathBuf;
 
 use protobuf::well_known_types::any::Any;
-use protobuf::{CodedInputStream, rt::WireType};
+use protobuf::{CodedInputStream, Message, rt::WireType};
 
+use super::reply::Input;
 use crate::error::{Error, Result};
 
 /// `config_path` of runtimeoptions.v1.Options.
@@ -26,6 +27,25 @@ pub fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>> {
     let path = read_field(&options.value)
         .map_err(|error| Error::invalid(format!("the runtime handler's options: {error}")))?;
     Ok(path.filter(|path| !path.is_empty()).map(PathBuf::from))
+}
+
+/// The configuration file that the options given to `start` name, if any: they are an extension of
+/// BootstrapParams, or before those all of standard input.
+///
+/// # Errors
+/// As [`config_path`].
+pub fn of_start(stdin: &[u8], input: &Input) -> Result<Option<PathBuf>> {
+    match input {
+        Input::Legacy => config_path(Any::parse_from_bytes(stdin).ok().as_ref()),
+        Input::Params(params) => {
+            for extension in &params.extensions {
+                if let Some(path) = config_path(extension.value.as_ref())? {
+                    return Ok(Some(path));
+                }
+            }
+            Ok(None)
+        }
+    }
 }
 
 fn read_field(bytes: &[u8]) -> protobuf::Result<Option<String>> {
@@ -78,6 +98,28 @@ mod tests {
         let mut other = options(vec![0x12, 1, b'/']);
         other.type_url = "containerd.runc.v1.Options".into();
         assert_eq!(config_path(Some(&other)).unwrap(), None);
+    }
+
+    #[test]
+    fn the_path_is_found_in_what_each_generation_gives_to_start() {
+        use containerd_shim_protos::bootstrap_api::{BootstrapParams, Extension};
+        let any = options(b"\x12\x02/c".to_vec());
+        let stdin = any.write_to_bytes().unwrap();
+        let expected = Some(PathBuf::from("/c"));
+        assert_eq!(of_start(&stdin, &Input::Legacy).unwrap(), expected);
+        let extension = |value: Any| Extension {
+            value: Some(value).into(),
+            ..Extension::default()
+        };
+        let params = BootstrapParams {
+            extensions: vec![extension(Any::default()), extension(any)],
+            ..BootstrapParams::default()
+        };
+        let params = Input::Params(Box::new(params));
+        assert_eq!(of_start(&[], &params).unwrap(), expected);
+        for nothing in [&b""[..], b"\xff\xff"] {
+            assert_eq!(of_start(nothing, &Input::Legacy).unwrap(), None);
+        }
     }
 
     proptest! {

@@ -4,6 +4,7 @@
 //! so that no descriptor number has to be agreed on; `start`'s standard output and error are not
 //! inherited, because containerd waits until they are closed.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,6 +18,7 @@ use rustix::fs::Mode;
 use sha2::{Digest, Sha256};
 
 use super::args::Args;
+use super::options;
 use super::reply::{self, Input};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
@@ -28,6 +30,8 @@ pub const SOCKET_DIR: &str = "/run/containerd/s";
 pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// Tells the server when `start` began: nanoseconds since the epoch.
 pub const STARTED_AT: &str = "BRIG_STARTED_AT";
+/// Tells the server which configuration file the handler names, for sandboxes, whose creation does not say.
+pub const CONFIG_PATH: &str = "BRIG_CONFIG_PATH";
 /// In the bundle: the server's address, for containerd's reload and for `delete`.
 pub const ADDRESS_FILE: &str = "address";
 
@@ -40,6 +44,7 @@ pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
     // A configuration nobody can use should fail here, where containerd shows the sentence.
     Config::load(None)?;
     let input = reply::classify(stdin, &args.namespace, &args.id);
+    let config = options::of_start(stdin, &input)?;
     let (mut dir, mut ttrpc, mut debug) = (PathBuf::from(SOCKET_DIR), None, args.debug);
     if let Input::Params(params) = &input {
         if let Some(socket_dir) = params.socket_dir.as_deref().filter(|dir| !dir.is_empty()) {
@@ -63,7 +68,11 @@ pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
         }
         write_address(&address)?;
     } else if let Some(listener) = listen(&socket)? {
-        let spawned = spawn_server(args, &socket, listener, ttrpc, debug, began);
+        let environment = [
+            (TTRPC_ADDRESS, ttrpc.map(OsString::from)),
+            (CONFIG_PATH, config.map(OsString::from)),
+        ];
+        let spawned = spawn_server(args, &socket, listener, environment, debug, began);
         if let Err(error) = spawned.and_then(|()| write_address(&address)) {
             let _ = fs::remove_file(&socket);
             return Err(error);
@@ -142,7 +151,7 @@ fn spawn_server(
     args: &Args,
     socket: &Path,
     listener: UnixListener,
-    ttrpc: Option<String>,
+    environment: [(&str, Option<OsString>); 2],
     debug: bool,
     began: SystemTime,
 ) -> Result<()> {
@@ -163,8 +172,10 @@ fn spawn_server(
     if debug {
         command.arg("-debug");
     }
-    if let Some(ttrpc) = ttrpc {
-        command.env(TTRPC_ADDRESS, ttrpc);
+    for (name, value) in environment {
+        if let Some(value) = value {
+            command.env(name, value);
+        }
     }
     // The server outlives us and becomes init's child; we must not wait for it.
     command.spawn().map(drop).map_err(failed)

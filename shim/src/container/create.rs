@@ -4,17 +4,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use brig_agent_protocol::agent::{CreateContainerRequest, MountSource};
+use brig_agent_protocol::agent::CreateContainerRequest;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use ttrpc::context;
 
 use super::{Context, Creation, Made, work};
 use crate::error::{Error, Kind, Result};
-use crate::spec::BindMount;
 use crate::stdio::{Ends, Stdio};
 use crate::vm::boot::Boot;
-use crate::vm::{Mounts, RootfsMount, Vm, mount_path, rootfs_path};
+use crate::vm::{Mounts, RootfsMount, Vm, rootfs_path};
+use crate::volume::Leases;
 
 /// Creates the container; `cancelled` turning true abandons it.
 pub(super) async fn create(
@@ -36,6 +36,7 @@ pub(super) async fn create(
             vm,
             stdio,
             attached: progress.attached,
+            leases: progress.leases,
         }),
         Err(error) => {
             progress.undo(context, &id).await;
@@ -50,6 +51,7 @@ pub(super) async fn create(
 struct Progress {
     vm: Option<Arc<Vm>>,
     attached: Vec<String>,
+    leases: Leases,
     attaching: Option<JoinHandle<Result<()>>>,
     stdio: Option<Stdio>,
     asking: Option<JoinHandle<Result<()>>>,
@@ -71,6 +73,7 @@ impl Progress {
             let _ = attaching.await;
         }
         work::detach(context, &vm, id, &self.attached).await;
+        context.volumes.release(self.leases).await;
     }
 }
 
@@ -91,6 +94,8 @@ async fn steps(
     progress: &mut Progress,
 ) -> Result<(Arc<Vm>, Stdio)> {
     let binds = creation.spec.bind_mounts()?;
+    // Read while the VM starts.
+    let mut planned = context.volumes.plan(binds, &boot).await?;
     let ends = Ends::open(
         &creation.io,
         &context.namespace,
@@ -103,21 +108,19 @@ async fn steps(
     let rootfs = Rootfs::of(&creation);
     // Noted before they are made: taking away what is not there is no error.
     progress.attached.push(rootfs_path(&creation.id));
-    let paths = binds
-        .iter()
-        .map(|bind| mount_path(&creation.id, bind.index));
-    progress.attached.extend(paths);
-    let sources: Result<Vec<MountSource>> = binds
-        .iter()
-        .map(|bind| source(&creation.id, bind))
-        .collect();
-    let sources = sources?;
+    let volumes = context
+        .volumes
+        .share(&mut planned, &vm, &mut progress.leases);
     let (id, for_mounts) = (creation.id.clone(), Arc::clone(&vm));
     progress.attaching = Some(tokio::spawn(async move {
-        let attach = move |mounts: &dyn Mounts| attach_all(mounts, &id, &rootfs, &binds);
+        let attach = move |mounts: &dyn Mounts| attach_rootfs(mounts, &id, &rootfs);
         for_mounts.with_mounts(attach).await
     }));
-    let ((), vm) = tokio::try_join!(step(&mut progress.attaching), boot.ready())?;
+    let ((), (), vm) =
+        tokio::try_join!(step(&mut progress.attaching), volumes.done(), boot.ready())?;
+    let mut sources = progress.leases.sources()?;
+    sources.extend(planned.in_guest(&vm).await?);
+    planned.lease(&mut progress.leases);
     let stdio = ends.connect(&vm).await?;
     let request = CreateContainerRequest {
         id: creation.id.clone(),
@@ -149,14 +152,6 @@ async fn steps(
     Ok((vm, stdio))
 }
 
-fn source(id: &str, bind: &BindMount) -> Result<MountSource> {
-    Ok(MountSource {
-        index: u32::try_from(bind.index).map_err(|_| Error::invalid("too many mounts"))?,
-        share_path: mount_path(id, bind.index),
-        ..MountSource::default()
-    })
-}
-
 /// Where the root file system comes from.
 enum Rootfs {
     Mounts(Vec<RootfsMount>),
@@ -178,10 +173,10 @@ impl Rootfs {
 }
 
 /// Blocking.
-fn attach_all(mounts: &dyn Mounts, id: &str, rootfs: &Rootfs, binds: &[BindMount]) -> Result<()> {
+fn attach_rootfs(mounts: &dyn Mounts, id: &str, rootfs: &Rootfs) -> Result<()> {
     let path = rootfs_path(id);
     match rootfs {
-        Rootfs::Mounts(list) => mounts.attach_rootfs(&path, list)?,
+        Rootfs::Mounts(list) => mounts.attach_rootfs(&path, list),
         Rootfs::Directory(directory) => {
             if !is_directory(directory) {
                 return Err(Error::invalid(format!(
@@ -189,29 +184,9 @@ fn attach_all(mounts: &dyn Mounts, id: &str, rootfs: &Rootfs, binds: &[BindMount
                     directory.display()
                 )));
             }
-            mounts.attach(&path, directory, false, true)?;
+            mounts.attach(&path, directory, false, true)
         }
     }
-    for bind in binds {
-        mounts
-            .attach(
-                &mount_path(id, bind.index),
-                &bind.source,
-                bind.readonly,
-                bind.recursive,
-            )
-            .map_err(|error| {
-                let kind = match error.kind {
-                    Kind::NotFound => Kind::InvalidArgument,
-                    kind => kind,
-                };
-                Error::new(
-                    kind,
-                    format!("mount on {}: {}", bind.destination, error.message),
-                )
-            })?;
-    }
-    Ok(())
 }
 
 fn is_directory(path: &Path) -> bool {

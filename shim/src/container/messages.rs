@@ -96,7 +96,7 @@ pub enum Request {
 /// One process in a container; an exec's own process has its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
-    /// The VMM's pid: a guest's numbers would name strangers on the node.
+    /// The container's on the node: a guest's numbers would name strangers there.
     pub pid: u32,
     /// The exec it is the process of.
     pub exec_id: Option<String>,

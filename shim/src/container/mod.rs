@@ -28,6 +28,7 @@ use crate::stdio::Stdio;
 use crate::vm::Vm;
 use crate::vm::boot::{Boot, News};
 use crate::vm::death::Death;
+use crate::volume::{Leases, Volumes};
 pub use messages::{Deleted, Listed, ProcessState, Reply, Request};
 
 /// Messages that wait for one container; senders wait when it is full.
@@ -42,6 +43,8 @@ pub struct Context {
     pub publisher: Publisher,
     /// The log.
     pub logger: Logger,
+    /// The pod's volumes.
+    pub volumes: Volumes,
     /// Moments for the timeline.
     pub news: mpsc::Sender<News>,
     /// Told when a container is gone for good.
@@ -87,6 +90,8 @@ struct Made {
     stdio: Stdio,
     /// Paths of the share, in the order of their attachment.
     attached: Vec<String>,
+    /// Its volumes in the guest's memory.
+    leases: Leases,
 }
 
 enum Message {
@@ -217,8 +222,12 @@ struct Container {
     init: Member,
     execs: HashMap<String, Member>,
     vm: Option<Arc<Vm>>,
+    /// A pod by itself, whose network may be set up between Create and Start.
+    alone: bool,
     stand_in: Option<StandIn>,
     attached: Vec<String>,
+    /// Held until the container is gone.
+    leases: Leases,
     paused: bool,
     created: Option<Reply<u32>>,
     /// Turned true to abandon a creation.
@@ -252,8 +261,10 @@ pub fn spawn(
         init: Member::new(creation.io.clone(), Phase::Creating, Vec::new()),
         execs: HashMap::new(),
         vm: None,
+        alone: creation.role == Role::Single,
         stand_in: creation.stand_in.take(),
         attached: Vec::new(),
+        leases: Leases::default(),
         paused: false,
         created: Some(reply),
         cancel,
@@ -365,6 +376,7 @@ impl Container {
         self.init.in_guest = true;
         self.init.process.created();
         self.attached = made.attached;
+        self.leases = made.leases;
         self.vm = Some(Arc::clone(&made.vm));
         self.mark("container.created");
         self.publish(TaskEvent::Create {

@@ -93,8 +93,10 @@ impl Container {
             .execs
             .get_mut(&exec_id)
             .map(|member| (member.process.io.clone(), std::mem::take(&mut member.spec)));
+        let alone = self.alone;
         tokio::spawn(async move {
             let result = match exec {
+                None if alone => work::start_alone(&context, &vm, &id).await,
                 None => work::start_init(&vm, &id).await,
                 Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
             };
@@ -353,7 +355,7 @@ impl Container {
                 return;
             }
         };
-        let request = self.reference();
+        let (request, own_pid) = (self.reference(), self.pid());
         let execs: HashMap<u32, String> = self
             .execs
             .iter()
@@ -366,7 +368,7 @@ impl Container {
                 .list_processes(context::Context::default(), &request);
             let listed = vm.call("ListProcesses", answer).await.map(|list| {
                 let listed = |pid| Listed {
-                    pid: vm.pid(),
+                    pid: own_pid,
                     exec_id: execs.get(&pid).cloned(),
                 };
                 list.pids.into_iter().take(MAX_LISTED).map(listed).collect()
@@ -455,6 +457,7 @@ impl Container {
         self.init.deleting = true;
         let running = phase == Phase::Created;
         let attached = std::mem::take(&mut self.attached);
+        let leases = std::mem::take(&mut self.leases);
         let stdio = self.init.stdio.take();
         // The execs stay until the end, because those that still run have an exit to be told of.
         let execs: Vec<_> = self
@@ -478,6 +481,7 @@ impl Container {
             }
             work::release(&context, &vm, &id, "", stdio, true).await;
             work::detach(&context, &vm, &id, &attached).await;
+            context.volumes.release(leases).await;
             let _ = mailbox.send(Message::InitDeleted { reply }).await;
         });
     }

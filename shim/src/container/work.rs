@@ -38,6 +38,12 @@ pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<Begun> {
     }
 }
 
+/// Starts the init process of a container that is a pod by itself, with the network it has by now.
+pub(super) async fn start_alone(context: &Context, vm: &Vm, id: &str) -> Result<Begun> {
+    vm.plug_networks(&context.logger).await?;
+    start_init(vm, id).await
+}
+
 /// Opens an exec's streams, makes it in the guest and starts it; nothing is left when that fails.
 pub(super) async fn start_exec(
     context: &Context,

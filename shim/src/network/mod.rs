@@ -54,6 +54,19 @@ pub struct TapInterface {
     pub addresses: Vec<Prefix>,
 }
 
+impl TapInterface {
+    /// The VMM's network device. The tap descriptors are appended to `fds`, which travel with the message.
+    pub fn device(self, fds: &mut Vec<OwnedFd>) -> NetConfig {
+        let first = fds.len();
+        fds.extend(self.taps);
+        NetConfig {
+            taps: (first..fds.len()).collect(),
+            mac: self.mac,
+            mtu: self.mtu,
+        }
+    }
+}
+
 /// A pod's network, ready for a VM.
 #[derive(Debug, Default)]
 pub struct PodNetwork {
@@ -101,16 +114,8 @@ impl PodNetwork {
 
     /// The VMM's network devices. The tap descriptors are appended to `fds`, which travel with the message.
     pub fn devices(self, fds: &mut Vec<OwnedFd>) -> Vec<NetConfig> {
-        let devices = self.interfaces.into_iter().map(|interface| {
-            let first = fds.len();
-            fds.extend(interface.taps);
-            NetConfig {
-                taps: (first..fds.len()).collect(),
-                mac: interface.mac,
-                mtu: interface.mtu,
-            }
-        });
-        devices.collect()
+        let devices = self.interfaces.into_iter();
+        devices.map(|interface| interface.device(fds)).collect()
     }
 }
 
@@ -121,11 +126,21 @@ impl PodNetwork {
 /// [`NetworkError`]; nothing is touched when the namespace is the host's or holds what a VM cannot have, and
 /// what was done is undone when it fails later.
 pub fn set_up(path: &Path, queues: usize) -> Result<PodNetwork, NetworkError> {
+    find_new(path, queues, &[])
+}
+
+/// As [`set_up`], for the interfaces whose Ethernet addresses are not among those `known`, with their routes and
+/// neighbours.
+///
+/// # Errors
+/// As of [`set_up`]; the known interfaces stay as they are.
+pub fn find_new(path: &Path, queues: usize, known: &[[u8; 6]]) -> Result<PodNetwork, NetworkError> {
     let namespace = Namespace::open(path)?;
     namespace.run(|| {
         let mut netlink =
             Netlink::open().map_err(|error| failed("open a netlink socket", error))?;
-        let layout = Layout::read(&mut netlink)?;
+        let mut layout = Layout::read(&mut netlink)?;
+        layout.leave_out_known(known);
         let queues = queue_pairs(queues, layout.links.len());
         let result = take_over(&mut netlink, &layout.links, queues);
         let interfaces = result.inspect_err(|_| {

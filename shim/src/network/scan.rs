@@ -25,7 +25,7 @@ use netlink_packet_route::route::{RouteMessage, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::netlink::Netlink;
-use super::{MAX_INTERFACES, NetworkError, failed, mac_text};
+use super::{MAX_INTERFACES, NetworkError, failed, mac_text, tap};
 
 /// An address with the length of its prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,6 +153,18 @@ impl Layout {
     }
 }
 
+impl Layout {
+    /// Keeps what is new beside the interfaces with these Ethernet addresses.
+    pub fn leave_out_known(&mut self, known: &[[u8; 6]]) {
+        self.links.retain(|link| !known.contains(&link.mac));
+        let links = &self.links;
+        let is_new = |name: &str| links.iter().any(|link| link.name == name);
+        self.routes.retain(|route| is_new(&route.interface));
+        self.neighbours
+            .retain(|neighbour| is_new(&neighbour.interface));
+    }
+}
+
 /// The indexes of all interfaces.
 pub fn indexes(netlink: &mut Netlink) -> Result<Vec<u32>, NetworkError> {
     let links = list_links(netlink)?;
@@ -226,7 +238,8 @@ fn link<'a>(
         }
     }
     let flags = message.header.flags;
-    if flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) {
+    let ours = tap::is_our_name(&name) && matches!(kind_of(message), Some(InfoKind::Tun));
+    if ours || flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) {
         return Ok(None);
     }
     let unsupported = |what: &str| {

@@ -28,6 +28,13 @@ const TUN: &str = "/dev/net/tun";
 /// The kernel puts the first free number at the end.
 const NAME_PATTERN: &[u8] = b"brig%d\0";
 
+/// Whether a tap of this name may be one of ours.
+pub fn is_our_name(name: &str) -> bool {
+    name.strip_prefix("brig").is_some_and(|number| {
+        !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+    })
+}
+
 /// A tap and its queues.
 #[derive(Debug)]
 pub struct Tap {

@@ -71,6 +71,32 @@ fn the_guest_alone_answers_and_reaches_the_node_over_ipv4_and_ipv6() {
 }
 
 #[test]
+fn interfaces_that_come_later_are_found_beside_those_that_are_there() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new("late");
+    let none = find_new(&node.pod, 1, &[]).unwrap();
+    assert!(none.interfaces.is_empty());
+    node.add_interface("eth0", 0);
+    let first = find_new(&node.pod, 1, &[]).unwrap();
+    let known = first.interfaces[0].mac;
+    let nothing = find_new(&node.pod, 1, &[known]).unwrap();
+    assert!(nothing.interfaces.is_empty(), "our own tap is none");
+    assert!(nothing.routes.is_empty());
+    node.add_interface("net1", 1);
+    let second = find_new(&node.pod, 1, &[known]).unwrap();
+    assert_eq!(second.interfaces.len(), 1);
+    assert_eq!(second.interfaces[0].name, "net1");
+    assert!(!second.routes.is_empty());
+    assert!(second.routes.iter().all(|route| route.interface == "net1"));
+    // And the first one goes on.
+    let interface = &first.interfaces[0];
+    let guest = Guest::new(&interface.taps[0], interface.mac);
+    guest.serve(|| assert!(node.ping("10.77.0.2")));
+}
+
+#[test]
 fn interfaces_addresses_routes_and_neighbours_are_as_cni_made_them() {
     if !can_run() {
         return;

@@ -19,6 +19,7 @@ use ttrpc::context;
 
 use super::control::{Control, ControlError, Incoming};
 use super::lines;
+use super::plug::Late;
 use super::watch::Watch;
 use super::{Host, Launched, Plan, Timeouts, Vm, first_stream};
 use crate::cgroup::Cgroup;
@@ -270,6 +271,11 @@ fn adopt(
         logger: logger.clone(),
     };
     tokio::spawn(watch.run());
+    let late = launched.netns.map(|netns| {
+        let config = &launched.machine.0;
+        let known = config.nets.iter().map(|net| net.mac).collect();
+        Late::new(netns, config.vcpus.into(), known)
+    });
     let vm = Arc::new(Vm {
         pid,
         control,
@@ -279,6 +285,7 @@ fn adopt(
         kill,
         next_stream: first_stream(),
         timeouts,
+        late,
     });
     tokio::spawn(relieve(Arc::downgrade(&vm), pressure, logger.clone()));
     let (machine, fds) = launched.machine;

@@ -73,6 +73,10 @@ impl Host for Node {
             .take_control()
             .ok_or_else(|| Error::internal("the VMM has no control socket"))?;
         let guest_network = network.guest();
+        let netns_path = match &plan.network {
+            Network::Path(path) => path.clone(),
+            Network::New => format!("/proc/{}/ns/net", process.pid()).into(),
+        };
         let mut fds = vec![kvm, kernel, initramfs, vmm_agent.into()];
         let machine = VmConfig {
             vcpus: config.vcpus,
@@ -96,6 +100,7 @@ impl Host for Node {
             mounts: Arc::new(share),
             machine: (machine, fds),
             network: guest_network,
+            netns: Some(netns_path),
         })
     }
 

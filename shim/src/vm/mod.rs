@@ -9,6 +9,7 @@ pub mod control;
 pub mod death;
 pub mod host;
 mod lines;
+mod plug;
 mod share;
 pub mod watch;
 
@@ -94,6 +95,21 @@ pub trait Mounts: Send + Sync {
     /// # Errors
     /// What the host says.
     fn attach(&self, path: &str, source: &Path, readonly: bool, recursive: bool) -> Result<()>;
+    /// Makes a mount of the node appear `below` what is at `path`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a file system of the node's kernel; what the host says.
+    fn attach_below(&self, path: &str, below: &Path, source: &Path, readonly: bool) -> Result<()>;
+    /// Takes that away, whoever uses it.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn detach_below(&self, path: &str, below: &Path) -> Result<()>;
+    /// Makes it read-only on the host's side, or writable.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn set_readonly(&self, path: &str, readonly: bool) -> Result<()>;
     /// Takes it away; nothing may use it any more.
     ///
     /// # Errors
@@ -150,6 +166,8 @@ pub struct Launched {
     pub machine: (VmConfig, Vec<OwnedFd>),
     /// What the guest is told about its network.
     pub network: GuestNetwork,
+    /// Where more interfaces may appear before the container is started.
+    pub netns: Option<PathBuf>,
 }
 
 /// Time-outs of one VM.
@@ -192,6 +210,7 @@ pub struct Vm {
     kill: Arc<Notify>,
     next_stream: AtomicU64,
     timeouts: Timeouts,
+    late: Option<plug::Late>,
 }
 
 impl fmt::Debug for Vm {
@@ -422,12 +441,6 @@ const fn first_stream() -> AtomicU64 {
 #[must_use]
 pub fn rootfs_path(container: &str) -> String {
     format!("{container}/rootfs")
-}
-
-/// Where the source of `mounts[index]` lies below the share.
-#[must_use]
-pub fn mount_path(container: &str, index: usize) -> String {
-    format!("{container}/m{index}")
 }
 
 /// A path on the node, for messages.

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use brig_hypervisor::share::{Attributes, Propagation, RootfsMount as Mount, Share, ShareError};
+use brig_hypervisor::share::{Attributes, RootfsMount as Mount, Share, ShareError};
 
 use super::{Mounts, RootfsMount, shown};
 use crate::error::{Error, Kind, Result};
@@ -27,7 +27,6 @@ impl Mounts for Share {
         let attributes = Attributes {
             readonly,
             recursive,
-            propagation: Propagation::Private,
         };
         let attached = if metadata.is_dir() {
             self.attach_dir(source, path, attributes)
@@ -35,6 +34,21 @@ impl Mounts for Share {
             self.attach_file(source, path, attributes)
         };
         attached.map_err(|error| refused(&error))
+    }
+
+    fn attach_below(&self, path: &str, below: &Path, source: &Path, readonly: bool) -> Result<()> {
+        Share::attach_below(self, source, path, below, readonly).map_err(|error| refused(&error))
+    }
+
+    fn detach_below(&self, path: &str, below: &Path) -> Result<()> {
+        match Share::detach_below(self, path, below) {
+            Ok(()) | Err(ShareError::NotAttached { .. }) => Ok(()),
+            Err(error) => Err(refused(&error)),
+        }
+    }
+
+    fn set_readonly(&self, path: &str, readonly: bool) -> Result<()> {
+        Share::set_readonly(self, path, readonly).map_err(|error| refused(&error))
     }
 
     fn detach(&self, path: &str) -> Result<()> {

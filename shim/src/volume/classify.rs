@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::mountinfo::MountTable;
 use crate::error::{Error, Result};
-use crate::spec::BindMount;
+use crate::spec::{BindMount, Propagation};
 use crate::vm::shown;
 
 /// Kubelet's plugins whose volumes it writes with its atomic writer, or as plain read-only files.
@@ -64,19 +64,31 @@ pub enum Class {
 /// Decides for one mount.
 ///
 /// # Errors
-/// `InvalidArgument` with the reason for a source that no guest can have; `NotFound` for one that is
-/// missing.
+/// `InvalidArgument` with the reason for a source that is missing or that no guest can have.
 pub fn classify(bind: &BindMount, table: &MountTable) -> Result<Class> {
-    let refused = |error: io::Error| {
-        Error::io(
+    let refused = |error: io::Error| match error.kind() {
+        // The container is not what is missing.
+        io::ErrorKind::NotFound => Error::invalid(format!(
+            "mount on {}: its source {} is missing on this node",
+            bind.destination,
+            shown(&bind.source)
+        )),
+        _ => Error::io(
             format_args!(
                 "mount on {}: source {}",
                 bind.destination,
                 shown(&bind.source)
             ),
             &error,
-        )
+        ),
     };
+    if bind.propagation == Propagation::Bidirectional {
+        return Err(Error::invalid(format!(
+            "mount on {}: Bidirectional mount propagation (rshared) is not possible: what is mounted in a VM \
+             belongs to the VM's kernel and cannot appear on the node; use HostToContainer or None",
+            bind.destination
+        )));
+    }
     let metadata = fs::metadata(&bind.source).map_err(refused)?;
     if let Some(class) = special(bind, &metadata)? {
         return Ok(class);
@@ -236,6 +248,7 @@ mod tests {
             destination: "/v".into(),
             readonly,
             recursive: true,
+            propagation: Propagation::Private,
         }
     }
 
@@ -362,7 +375,17 @@ mod tests {
             Class::Device("null")
         );
         let error = class(&dir.path().join("missing"), false).unwrap_err();
-        assert_eq!(error.kind, Kind::NotFound);
+        assert_eq!(error.kind, Kind::InvalidArgument);
+    }
+
+    #[test]
+    fn bidirectional_propagation_is_refused_with_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut wanted = bind(dir.path(), false);
+        wanted.propagation = Propagation::Bidirectional;
+        let error = classify(&wanted, &MountTable::default()).unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        assert!(error.message.contains("rshared"), "{error}");
     }
 
     #[test]

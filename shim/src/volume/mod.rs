@@ -8,7 +8,9 @@
 
 mod classify;
 mod feed;
+mod follow;
 mod mountinfo;
+mod shared;
 mod snapshot;
 mod watch;
 
@@ -26,6 +28,7 @@ use crate::vm::{Vm, shown};
 use classify::Class;
 use feed::{Budget, Feed, Source, Volume};
 use mountinfo::MountTable;
+use shared::{Attachment, Use};
 use snapshot::Identity;
 use watch::Watcher;
 
@@ -55,15 +58,15 @@ struct State {
     live: HashMap<Key, Weak<Volume>>,
     /// Volumes that last as long as the pod.
     kept: Vec<Arc<Volume>>,
+    /// What is attached to the share, and how many containers use it.
+    attached: HashMap<shared::Key, (Attachment, usize)>,
     watcher: Option<Arc<Watcher>>,
 }
 
 /// What becomes of a container's bind mounts.
 pub struct Planned {
-    /// To be attached to the share.
-    pub shared: Vec<BindMount>,
+    shared: Vec<(BindMount, shared::Key)>,
     in_guest: Vec<InGuest>,
-    /// Destinations that the sandbox serves by itself need no source.
     logger: Logger,
 }
 
@@ -83,9 +86,12 @@ enum What {
     },
 }
 
-/// Keeps the volumes of a container in the guest.
+/// A container's hold on its volumes, to be given to [`Volumes::release`].
 #[derive(Default)]
-pub struct Leases(#[allow(dead_code)] Vec<Arc<Volume>>);
+pub struct Leases {
+    in_guest: Vec<Arc<Volume>>,
+    shared: Vec<Use>,
+}
 
 impl Volumes {
     /// A pod without volumes.
@@ -115,9 +121,9 @@ impl Volumes {
         };
         // All are started before one is waited for.
         let mut waiting = Vec::new();
-        for (bind, found) in classified {
+        for (bind, key_of_share, found) in classified {
             match found {
-                Found::Share => planned.shared.push(bind),
+                Found::Share => planned.shared.push((bind, key_of_share)),
                 Found::Device(name) => planned.in_guest.push(InGuest {
                     index: bind.index,
                     what: What::Device(name),
@@ -134,13 +140,13 @@ impl Volumes {
                             inside,
                             memory,
                         };
-                        waiting.push((bind, what));
+                        waiting.push((bind, key_of_share, what));
                     }
-                    Err(reason) => planned.share_instead(bind, &reason),
+                    Err(reason) => planned.share_instead(bind, key_of_share, &reason),
                 },
             }
         }
-        for (bind, what) in waiting {
+        for (bind, key_of_share, what) in waiting {
             let suitable = match &what {
                 What::Volume { volume, .. } => volume.suitable().await,
                 What::Device(_) => Ok(()),
@@ -150,10 +156,45 @@ impl Volumes {
                     index: bind.index,
                     what,
                 }),
-                Err(reason) => planned.share_instead(bind, &reason),
+                Err(reason) => planned.share_instead(bind, key_of_share, &reason),
             }
         }
         Ok(planned)
+    }
+
+    /// Asks for what is to be attached to the share. Nothing is waited for, so that an abandoned creation
+    /// knows what to give back.
+    pub fn share(&self, planned: &mut Planned, vm: &Arc<Vm>, leases: &mut Leases) -> Attaching {
+        let mut state = self.shared.lock();
+        let mut attaching = Vec::new();
+        for (bind, key) in planned.shared.drain(..) {
+            state.made += 1;
+            let path = shared::path(state.made);
+            let entry = state.attached.entry(key.clone()).or_insert_with(|| {
+                let logger = self.shared.logger.clone();
+                (Attachment::start(&key, path, Arc::clone(vm), logger), 0)
+            });
+            entry.1 += 1;
+            attaching.push(entry.0.acquire(&bind));
+            leases.shared.push(Use {
+                key,
+                index: bind.index,
+                attachment: entry.0.clone(),
+                readonly: bind.readonly,
+            });
+        }
+        Attaching(attaching)
+    }
+
+    /// Lets go of a container's volumes, after the guest has unmounted them: returns when what nobody
+    /// else uses is free on the node.
+    pub async fn release(&self, leases: Leases) {
+        // The guest's own volumes end by themselves.
+        drop(leases.in_guest);
+        for held in leases.shared.into_iter().rev() {
+            let last = self.shared.lock().give_back(&held.key);
+            held.attachment.release(held.readonly, last).await;
+        }
     }
 
     /// The volume of this key, started if the pod does not have it.
@@ -198,6 +239,19 @@ impl Shared {
 }
 
 impl State {
+    /// Whether this was the last use.
+    fn give_back(&mut self, key: &shared::Key) -> bool {
+        let Some((_, uses)) = self.attached.get_mut(key) else {
+            return true;
+        };
+        *uses = uses.saturating_sub(1);
+        let last = *uses == 0;
+        if last {
+            self.attached.remove(key);
+        }
+        last
+    }
+
     fn watcher(&mut self) -> std::result::Result<Arc<Watcher>, String> {
         if let Some(watcher) = &self.watcher {
             return Ok(Arc::clone(watcher));
@@ -211,11 +265,46 @@ impl State {
     }
 }
 
+/// Attachments to the share that are under way.
+pub struct Attaching(Vec<tokio::sync::oneshot::Receiver<Result<()>>>);
+
+impl Attaching {
+    /// Waits until all are there.
+    ///
+    /// # Errors
+    /// The first one's, with the mount's destination.
+    pub async fn done(self) -> Result<()> {
+        for attached in self.0 {
+            attached
+                .await
+                .unwrap_or_else(|_| Err(Error::internal("an attachment's task has ended")))?;
+        }
+        Ok(())
+    }
+}
+
+impl Leases {
+    /// What the agent is told of the mounts that are shared.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for more mounts than a number holds.
+    pub fn sources(&self) -> Result<Vec<MountSource>> {
+        let source = |held: &Use| {
+            Ok(MountSource {
+                index: u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?,
+                share_path: held.attachment.path.clone(),
+                ..MountSource::default()
+            })
+        };
+        self.shared.iter().map(source).collect()
+    }
+}
+
 impl Planned {
-    fn share_instead(&mut self, bind: BindMount, reason: &str) {
+    fn share_instead(&mut self, bind: BindMount, key: shared::Key, reason: &str) {
         info!(self.logger, "a volume is shared by virtio-fs, not copied: no inotify";
             "mount" => &bind.destination, "reason" => reason);
-        self.shared.push(bind);
+        self.shared.push((bind, key));
     }
 
     /// Waits until the guest has every volume; returns what the agent is told of them.
@@ -250,9 +339,8 @@ impl Planned {
         Ok(sources)
     }
 
-    /// What has to be held as long as the container exists.
-    #[must_use]
-    pub fn into_leases(self) -> Leases {
+    /// Adds what has to be held as long as the container exists.
+    pub fn lease(self, leases: &mut Leases) {
         let volumes = self
             .in_guest
             .into_iter()
@@ -260,7 +348,7 @@ impl Planned {
                 What::Volume { volume, .. } => Some(volume),
                 What::Device(_) => None,
             });
-        Leases(volumes.collect())
+        leases.in_guest.extend(volumes);
     }
 }
 
@@ -298,16 +386,34 @@ enum Found {
 }
 
 /// Blocking.
-fn classify_all(binds: Vec<BindMount>) -> Result<Vec<(BindMount, Found)>> {
+fn classify_all(binds: Vec<BindMount>) -> Result<Vec<(BindMount, shared::Key, Found)>> {
     let table =
         MountTable::read().map_err(|error| Error::io("cannot read the node's mounts", &error))?;
     binds
         .into_iter()
         .map(|bind| {
             let found = find(&bind, &table)?;
-            Ok((bind, found))
+            let key = share_key(&bind, &table)?;
+            Ok((bind, key, found))
         })
         .collect()
+}
+
+fn share_key(bind: &BindMount, table: &MountTable) -> Result<shared::Key> {
+    let key = std::fs::canonicalize(&bind.source).and_then(|source| {
+        let identity = Identity::of(&source)?;
+        Ok(shared::Key::of(bind, source, identity, table))
+    });
+    key.map_err(|error| {
+        Error::io(
+            format_args!(
+                "mount on {}: source {}",
+                bind.destination,
+                shown(&bind.source)
+            ),
+            &error,
+        )
+    })
 }
 
 fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {

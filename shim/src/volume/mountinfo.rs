@@ -9,6 +9,10 @@ use std::path::{Path, PathBuf};
 /// A mount of the shim's mount namespace, which is the node's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mounted {
+    /// The kernel's number of it.
+    pub id: u64,
+    /// It is mounted read-only.
+    pub readonly: bool,
     /// Major and minor number of the file system.
     pub device: (u32, u32),
     /// What of the file system is mounted, from its own top.
@@ -59,6 +63,21 @@ impl MountTable {
             .filter(move |mounted| mounted.device == device && mounted.root == Path::new("/"))
     }
 
+    /// The mount that a path is on and those below it: a bind of the path shows them all.
+    #[must_use]
+    pub fn seen_from(&self, path: &Path) -> Vec<&Mounted> {
+        let top = self.of(path);
+        let below = self.below(path).filter(|mounted| Some(*mounted) != top);
+        top.into_iter().chain(below).collect()
+    }
+
+    /// The mounts at and below a path, in the order of the table.
+    pub fn below(&self, path: &Path) -> impl Iterator<Item = &Mounted> {
+        self.0
+            .iter()
+            .filter(move |mounted| mounted.point.starts_with(path))
+    }
+
     /// Where a path lies in its file system, relative to its top; none if the table does not show it, or if
     /// it was removed.
     #[must_use]
@@ -78,7 +97,12 @@ fn line(line: &[u8]) -> Option<Mounted> {
     let dash = words.iter().skip(6).position(|word| *word == b"-")? + 6;
     let device = std::str::from_utf8(words.get(2)?).ok()?;
     let (major, minor) = device.split_once(':')?;
+    let options = words.get(5)?;
     Some(Mounted {
+        id: std::str::from_utf8(words.first()?).ok()?.parse().ok()?,
+        readonly: options
+            .split(|byte| *byte == b',')
+            .any(|word| word == b"ro"),
         device: (major.parse().ok()?, minor.parse().ok()?),
         root: path(words.get(3)?),
         point: path(words.get(4)?),
@@ -148,6 +172,21 @@ mod tests {
         let table = MountTable::parse(b"3 1 0:30 /inner/deep /sub/0 rw - tmpfs tmpfs rw\n");
         let (_, inside) = table.place(Path::new("/sub/0/x")).unwrap();
         assert_eq!(inside, Path::new("inner/deep/x"));
+    }
+
+    #[test]
+    fn a_path_shows_its_own_mount_and_those_below() {
+        let table = MountTable::parse(
+            b"1 0 8:1 / / rw - ext4 x rw\n2 1 0:3 / /a ro,nosuid - x x rw\n\
+              3 2 0:4 / /a/b rw - x x rw\n4 1 0:5 / /ab rw - x x rw\n",
+        );
+        let seen = |path: &str| -> Vec<(u64, bool)> {
+            let seen = table.seen_from(Path::new(path));
+            seen.iter().map(|m| (m.id, m.readonly)).collect()
+        };
+        assert_eq!(seen("/a"), [(2, true), (3, false)]);
+        assert_eq!(seen("/a/x"), [(2, true)]);
+        assert_eq!(seen("/"), [(1, false), (2, true), (3, false), (4, false)]);
     }
 
     #[test]

@@ -178,7 +178,7 @@ pub fn chain(top: &Path, inside: &Path) -> Result<Vec<VolumeEntry>, ReadError> {
     let mut below = std::path::PathBuf::new();
     for name in inside.components() {
         below.push(name);
-        let stat = statat(CWD, &top.join(&below), AtFlags::SYMLINK_NOFOLLOW)?;
+        let stat = statat(CWD, top.join(&below), AtFlags::SYMLINK_NOFOLLOW)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory | FileType::RegularFile => {}
             _ => break,

@@ -1,1 +1,259 @@
+use super::*;
+use crate::config::Config;
+use crate::fakes::{Behaviour, FakeHost, Record};
+use crate::spec::{Network, Propagation};
+use crate::vm::Plan;
+use crate::vm::boot::Sandbox;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::time::Duration;
+use tokio::time::{sleep, timeout};
 
+struct Pod {
+    volumes: Volumes,
+    boot: Boot,
+    record: Record,
+    _news: tokio::sync::mpsc::Receiver<crate::vm::boot::News>,
+}
+
+fn pod() -> Pod {
+    let host = FakeHost::new(Behaviour::default());
+    let record = host.record.clone();
+    let logger = Logger::root(slog::Discard, slog::o!());
+    let (news, news_in) = tokio::sync::mpsc::channel(256);
+    let plan = Plan {
+        config: Config::defaults(Path::new("/nonexistent")),
+        memory: 64 << 20,
+        network: Network::New,
+        cgroup_path: None,
+        cgroup: None,
+        oom_score_adj: 0,
+    };
+    let boot = Boot::start(host, plan, Sandbox::default(), news, logger.clone());
+    Pod {
+        volumes: Volumes::new(logger),
+        boot,
+        record,
+        _news: news_in,
+    }
+}
+
+impl Pod {
+    async fn mount(&self, binds: Vec<BindMount>) -> (Planned, Vec<MountSource>) {
+        let planned = self.volumes.plan(binds, &self.boot).await.unwrap();
+        let vm = self.boot.ready().await.unwrap();
+        let sources = planned.in_guest(&vm).await.unwrap();
+        (planned, sources)
+    }
+
+    async fn eventually(&self, entry: &str) {
+        let seen = async {
+            while !self.record.has(entry) {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if timeout(Duration::from_secs(10), seen).await.is_err() {
+            panic!("no {entry:?} in {:?}", self.record.all());
+        }
+    }
+}
+
+fn leases(planned: Planned) -> Leases {
+    let mut leases = Leases::default();
+    planned.lease(&mut leases);
+    leases
+}
+
+fn bind(index: usize, source: &Path) -> BindMount {
+    BindMount {
+        index,
+        source: source.to_owned(),
+        destination: format!("/v{index}"),
+        readonly: true,
+        recursive: true,
+        propagation: Propagation::Private,
+    }
+}
+
+fn write(volume: &Path, generation: u32) {
+    let name = format!("..{generation}");
+    fs::create_dir(volume.join(&name)).unwrap();
+    fs::write(volume.join(&name).join("key"), format!("{generation}")).unwrap();
+    symlink(&name, volume.join("..data_tmp")).unwrap();
+    fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
+    if generation > 1 {
+        fs::remove_dir_all(volume.join(format!("..{}", generation - 1))).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_change_on_the_node_reaches_the_guest_and_the_last_container_frees_it() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 1);
+    let pod = pod();
+    let (first, sources) = pod.mount(vec![bind(3, dir.path())]).await;
+    assert!(first.shared.is_empty());
+    assert_eq!((sources[0].index, sources[0].volume.as_str()), (3, "v1"));
+    assert!(sources[0].share_path.is_empty());
+    pod.eventually("volume v1 ..1 ..1/key ..data>..1").await;
+    // Another container of the pod has the same one.
+    let (second, sources) = pod.mount(vec![bind(0, dir.path())]).await;
+    assert_eq!(sources[0].volume, "v1");
+    write(dir.path(), 2);
+    pod.eventually("volume v1 ..2 ..2/key ..data>..2").await;
+    drop(leases(first));
+    write(dir.path(), 3);
+    pod.eventually("volume v1 ..3 ..3/key ..data>..3").await;
+    assert!(!pod.record.has("remove volume v1"));
+    drop(leases(second));
+    pod.eventually("remove volume v1").await;
+    // A container that comes later gets a new one.
+    let (_third, sources) = pod.mount(vec![bind(0, dir.path())]).await;
+    assert_eq!(sources[0].volume, "v2");
+}
+
+#[tokio::test]
+async fn the_guest_never_sees_half_a_generation() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 1);
+    let pod = pod();
+    let (_planned, _) = pod.mount(vec![bind(0, dir.path())]).await;
+    for generation in 2..60 {
+        write(dir.path(), generation);
+        sleep(Duration::from_millis(u64::from(generation % 7))).await;
+    }
+    pod.eventually("volume v1 ..59 ..59/key ..data>..59").await;
+    for seen in pod.record.all() {
+        let Some((_, target)) = seen.split_once("..data>") else {
+            continue;
+        };
+        assert!(seen.contains(&format!(" {target}/key ")), "{seen}");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_copied_is_shared_and_what_cannot_be_had_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let large = dir.path().join("volumes/kubernetes.io~configmap/large");
+    fs::create_dir_all(&large).unwrap();
+    fs::write(large.join("f"), vec![0; 3 << 20]).unwrap();
+    let plain = dir.path().join("plain");
+    fs::create_dir(&plain).unwrap();
+    let pod = pod();
+    let binds = vec![
+        bind(0, &plain),
+        bind(1, &large),
+        bind(2, Path::new("/dev/null")),
+    ];
+    let (planned, sources) = pod.mount(binds).await;
+    let shared: Vec<_> = planned.shared.iter().map(|(bind, _)| bind.index).collect();
+    assert_eq!(shared, [0, 1]);
+    assert_eq!(sources.len(), 1);
+    assert_eq!((sources[0].index, sources[0].device.as_str()), (2, "null"));
+    let refused = pod
+        .volumes
+        .plan(vec![bind(0, Path::new("/dev/ptmx"))], &pod.boot)
+        .await;
+    assert!(refused.is_err_and(|error| error.message.contains("/dev/ptmx")));
+}
+
+#[tokio::test]
+async fn a_fixed_copy_does_not_follow_its_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let bound = dir.path().join("volume-subpaths/cfg/main");
+    fs::create_dir_all(dir.path().join("volumes/kubernetes.io~configmap/cfg")).unwrap();
+    fs::create_dir_all(&bound).unwrap();
+    fs::write(bound.join("0"), "one").unwrap();
+    let pod = pod();
+    let (planned, sources) = pod.mount(vec![bind(0, &bound.join("0"))]).await;
+    assert_eq!(sources[0].volume_path, "file");
+    fs::write(bound.join("0"), "two").unwrap();
+    sleep(Duration::from_millis(200)).await;
+    let sent = pod.record.all();
+    let sent = sent
+        .iter()
+        .filter(|seen| seen.starts_with("volume "))
+        .count();
+    assert_eq!(sent, 1);
+    drop(planned);
+    pod.eventually("remove volume v1").await;
+}
+
+impl Pod {
+    async fn share(&self, binds: Vec<BindMount>) -> Leases {
+        let mut planned = self.volumes.plan(binds, &self.boot).await.unwrap();
+        let vm = self.boot.ready().await.unwrap();
+        let mut leases = Leases::default();
+        let attaching = self.volumes.share(&mut planned, &vm, &mut leases);
+        attaching.done().await.unwrap();
+        leases
+    }
+
+    /// What was done to the share, in order.
+    fn shared(&self) -> Vec<String> {
+        let words = ["attach ", "remount ", "forget ", "detach "];
+        let mut all = self.record.all();
+        all.retain(|seen| words.iter().any(|word| seen.starts_with(word)));
+        all
+    }
+}
+
+#[tokio::test]
+async fn a_directory_is_attached_once_and_freed_with_its_last_container() {
+    let dir = tempfile::tempdir().unwrap();
+    let pod = pod();
+    let mut writer = bind(0, dir.path());
+    writer.readonly = false;
+    let first = pod.share(vec![bind(4, dir.path())]).await;
+    let path = first.sources().unwrap()[0].share_path.clone();
+    assert_eq!(first.sources().unwrap()[0].index, 4);
+    let second = pod.share(vec![writer, bind(1, dir.path())]).await;
+    let paths: Vec<_> = second.sources().unwrap();
+    assert!(paths.len() == 2 && paths.iter().all(|source| source.share_path == path));
+    pod.volumes.release(first).await;
+    assert_eq!(
+        pod.shared(),
+        [format!("attach {path} ro"), format!("remount {path} rw")]
+    );
+    pod.volumes.release(second).await;
+    assert_eq!(
+        pod.shared()[2..],
+        [format!("forget {path}"), format!("detach {path}")]
+    );
+    let third = pod.share(vec![bind(0, dir.path())]).await;
+    assert_ne!(third.sources().unwrap()[0].share_path, path);
+}
+
+#[tokio::test]
+async fn what_is_writable_becomes_read_only_when_its_last_writer_has_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let pod = pod();
+    let mut writer = bind(0, dir.path());
+    writer.readonly = false;
+    let first = pod.share(vec![writer]).await;
+    let second = pod.share(vec![bind(0, dir.path())]).await;
+    let path = first.sources().unwrap()[0].share_path.clone();
+    pod.volumes.release(first).await;
+    assert_eq!(
+        pod.shared(),
+        [format!("attach {path}"), format!("remount {path} ro")]
+    );
+    pod.volumes.release(second).await;
+}
+
+#[tokio::test]
+async fn an_attachment_that_fails_names_its_mount() {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().join("v");
+    fs::create_dir(&volume).unwrap();
+    let pod = pod();
+    let binds = vec![bind(7, &volume)];
+    let mut planned = pod.volumes.plan(binds, &pod.boot).await.unwrap();
+    let vm = pod.boot.ready().await.unwrap();
+    fs::remove_dir(&volume).unwrap();
+    let mut leases = Leases::default();
+    let attaching = pod.volumes.share(&mut planned, &vm, &mut leases);
+    let error = attaching.done().await.unwrap_err();
+    assert!(error.message.contains("/v7"), "{error}");
+    pod.volumes.release(leases).await;
+}

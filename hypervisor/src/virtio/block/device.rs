@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::backend::Backend;
 use super::request::{Limits, MAX_RANGE_SECTORS, MAX_RANGES, Request, SERIAL, Status};
-use crate::virtio::ring::{Ring, take_queue};
+use crate::virtio::ring::Ring;
 use crate::virtio::{
     Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice,
 };
@@ -198,17 +198,11 @@ impl VirtioDevice for Block {
         activation: Activation,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        let Activation {
-            memory,
-            features,
-            mut queues,
-            interrupt,
-        } = activation;
-        let queue = take_queue(&mut queues, NAME, 0)?;
-        let ring = Ring::new(queue, NAME, features, REQUESTS, sources)?;
+        let opened = activation.open(NAME, sources)?;
+        let [ring] = opened.rings;
         self.active = Some(Active {
-            memory,
-            interrupt,
+            memory: opened.memory,
+            interrupt: opened.interrupt,
             ring,
         });
         Ok(())

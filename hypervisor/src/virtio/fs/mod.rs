@@ -26,7 +26,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::chain::Chain;
-use super::ring::{Ring, take_queue};
+use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
 use served::Served;
 
@@ -36,7 +36,6 @@ const TAG_LENGTH: usize = 36;
 const REQUEST_QUEUES: u32 = 1;
 /// §5.11.2: FORGET and INTERRUPT, which must not wait behind requests.
 const HIPRIO: u16 = 0;
-const REQUEST: u16 = 1;
 const HIPRIO_SIZE: u16 = 128;
 /// A request of 1 MiB is 256 pages and some headers.
 const REQUEST_SIZE: u16 = 512;
@@ -163,26 +162,11 @@ impl VirtioDevice for Fs {
         activation: Activation,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        let Activation {
-            memory,
-            features,
-            mut queues,
-            interrupt,
-        } = activation;
-        // Both before either is registered: a driver may have enabled one alone.
-        let hiprio = take_queue(&mut queues, NAME, HIPRIO)?;
-        let request = take_queue(&mut queues, NAME, REQUEST)?;
-        let hiprio = Ring::new(hiprio, NAME, features, u32::from(HIPRIO), sources)?;
-        let request = match Ring::new(request, NAME, features, u32::from(REQUEST), sources) {
-            Ok(ring) => ring,
-            Err(error) => {
-                hiprio.release(sources);
-                return Err(error);
-            }
-        };
+        let opened = activation.open(NAME, sources)?;
+        let [hiprio, request] = opened.rings;
         self.active = Some(Active {
-            memory,
-            interrupt,
+            memory: opened.memory,
+            interrupt: opened.interrupt,
             hiprio,
             request,
         });

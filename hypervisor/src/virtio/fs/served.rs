@@ -5,7 +5,7 @@
 //! owns every inode and open file of that mount: forgetting a mount is dropping its instance, and no
 //! `O_PATH` descriptor can keep a volume busy (DESIGN section 9).
 //!
-//! A node id is the export's number and the instance's inode. Attributes get inode numbers that are
+//! A node id is the export's number and the file's number in it ([`numbers`]). Attributes get inode numbers that are
 //! unique in the whole share, which the guest sees as one file system.
 //!
 //! Hostile: every argument. `..` is refused outright; only the kernel's own NFS export asks for it.
@@ -13,6 +13,7 @@
 mod budget;
 mod exports;
 mod link;
+mod numbers;
 
 use std::ffi::CStr;
 use std::io;
@@ -101,7 +102,9 @@ impl Served {
 
     fn at(&self, node: u64) -> io::Result<(Arc<Export>, u64)> {
         let node = NodeId::from_guest(node);
-        Ok((self.exports.get(node.export)?, node.inode))
+        let export = self.exports.get(node.export)?;
+        let inode = export.numbers.inode(node.number)?;
+        Ok((export, inode))
     }
 
     /// Both in one export, or a rename or link between mounts, which is EXDEV as everywhere.
@@ -111,7 +114,10 @@ impl Served {
         if first.export != second.export {
             return Err(errno(libc::EXDEV));
         }
-        Ok((self.exports.get(first.export)?, first.inode, second.inode))
+        let export = self.exports.get(first.export)?;
+        let first = export.numbers.inode(first.number)?;
+        let second = export.numbers.inode(second.number)?;
+        Ok((export, first, second))
     }
 
     fn plain_name(name: &CStr) -> io::Result<&CStr> {

@@ -1,5 +1,6 @@
 //! The device as a guest sees it.
 
+mod churn;
 mod client;
 
 use std::fs;

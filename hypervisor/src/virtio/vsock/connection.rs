@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 
-use super::credit::{BUFFER, Credit};
+use super::credit::{Credit, Window};
 use super::endpoint::{Direction, Endpoint, Outcome};
 use super::packet::{Header, MAX_PAYLOAD, op, shutdown};
 use crate::virtio::Sources;
@@ -97,6 +97,7 @@ impl Connection {
         header: Vec<u8>,
         input: Option<Endpoint>,
         output: Option<Endpoint>,
+        window: Window,
     ) -> Self {
         Self {
             key,
@@ -106,7 +107,7 @@ impl Connection {
             reset: false,
             established: false,
             opening: Some(op::REQUEST),
-            credit: Credit::default(),
+            credit: Credit::new(window),
             credit_due: false,
             credit_asked: false,
             header,
@@ -121,8 +122,14 @@ impl Connection {
     }
 
     /// The connection that the guest has opened with `request`.
-    pub fn agent(key: Key, request: &Header, input: Endpoint, output: Endpoint) -> Self {
-        let mut connection = Self::outgoing(key, 0, Vec::new(), Some(input), Some(output));
+    pub fn agent(
+        key: Key,
+        request: &Header,
+        input: Endpoint,
+        output: Endpoint,
+        window: Window,
+    ) -> Self {
+        let mut connection = Self::outgoing(key, 0, Vec::new(), Some(input), Some(output), window);
         connection.origin = Origin::Agent;
         connection.established = true;
         connection.opening = Some(op::RESPONSE);
@@ -133,7 +140,7 @@ impl Connection {
     /// `buf_alloc` and `fwd_cnt` for the next packet, which makes them known to the guest.
     pub fn credit(&mut self) -> (u32, u32) {
         self.credit_due = false;
-        (BUFFER, self.credit.tell())
+        (self.credit.window(), self.credit.tell())
     }
 
     fn sending(&self) -> bool {
@@ -323,6 +330,8 @@ impl Connection {
         }
         if !payload.is_empty() {
             let held = self.backlog.len();
+            // Growing by doubling would hold more than the window.
+            self.backlog.reserve_exact(payload.len());
             self.backlog.resize(held + payload.len(), 0);
             let (front, back) = self.backlog.as_mut_slices();
             let mut start = held;
@@ -434,14 +443,15 @@ impl Connection {
         self.detached || self.told == shutdown::BOTH
     }
 
-    /// Closes the descriptors, whatever is left.
-    pub fn release(self, sources: &mut Sources<'_>) {
+    /// Closes the descriptors, whatever is left, and gives its window up.
+    pub fn release(self, sources: &mut Sources<'_>) -> Window {
         if let Some(input) = self.input {
             input.finish(Direction::Input, sources);
         }
         if let Some(output) = self.output {
             output.finish(Direction::Output, sources);
         }
+        self.credit.into_window()
     }
 }
 

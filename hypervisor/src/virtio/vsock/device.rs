@@ -19,7 +19,7 @@ use super::connection::Origin;
 use super::handle::{Command, VsockEvent, VsockHandle};
 use super::mux::Mux;
 use super::packet::{HEADER, Header};
-use crate::virtio::ring::{Ring, borrow_event, take_queue};
+use crate::virtio::ring::{Ring, borrow_event};
 use crate::virtio::{
     Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice,
 };
@@ -226,28 +226,15 @@ impl VirtioDevice for Vsock {
                 io::Error::other("there is no event to wait for")
             })));
         };
-        let Activation {
-            memory,
-            features,
-            mut queues,
-            interrupt,
-        } = activation;
-        let receive = take_queue(&mut queues, NAME, 0)?;
-        let transmit = take_queue(&mut queues, NAME, 1)?;
-        let event = take_queue(&mut queues, NAME, 2).ok();
-        let receive = Ring::new(receive, NAME, features, RX, sources)?;
-        let transmit = match Ring::new(transmit, NAME, features, TX, sources) {
-            Ok(ring) => ring,
-            Err(error) => {
-                receive.release(sources);
-                return Err(error);
-            }
-        };
+        let opened = activation.open(NAME, sources)?;
+        let [receive, transmit] = opened.rings;
         // We never send an event, but its kicks must not stay pending.
-        let event = event.and_then(|queue| Ring::new(queue, NAME, features, EVENT, sources).ok());
+        let event = opened.others.into_iter().next();
+        let event =
+            event.and_then(|queue| Ring::new(queue, NAME, opened.features, EVENT, sources).ok());
         self.active = Some(Active {
-            memory,
-            interrupt,
+            memory: opened.memory,
+            interrupt: opened.interrupt,
             receive,
             transmit,
             event,

@@ -3,7 +3,7 @@
 //! The host end of each stream is a descriptor that the shim handed over; there is no socket file
 //! and no listener. The guest may open exactly one stream, the agent's; every other is opened by
 //! the host. Everything in a packet is hostile: addresses, lengths, credit, order. What the device
-//! holds for a stream is bounded by [`credit::BUFFER`] bytes.
+//! holds for a stream is bounded by [`credit::BUFFER`] bytes, for all of them together by a [`credit::Pool`].
 
 mod connection;
 mod credit;

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use brig_agent_protocol::{AGENT_PORT, HOST_CID};
 
 use super::connection::{Connection, Key, Origin};
+use super::credit::Pool;
 use super::endpoint::{Direction, Endpoint};
 use super::handle::{Live, MAX_STREAMS, StreamParams, VsockEvent};
 use super::packet::{HEADER, Header, TYPE_STREAM, op, shutdown};
@@ -41,6 +42,8 @@ pub struct Mux {
     /// Connections that have something to send.
     turns: VecDeque<usize>,
     next_port: u32,
+    /// What may wait for the readers of all connections.
+    pool: Pool,
     first_token: u32,
     live: Live,
     events: Box<dyn Fn(VsockEvent) + Send>,
@@ -66,6 +69,7 @@ impl Mux {
             control: VecDeque::new(),
             turns: VecDeque::new(),
             next_port: FIRST_HOST_PORT,
+            pool: Pool::new(),
             first_token,
             live,
             events,
@@ -97,7 +101,9 @@ impl Mux {
         let key = self.fresh_key(params.port);
         self.by_stream.insert(params.stream, slot);
         self.by_key.insert(key, slot);
-        let connection = Connection::outgoing(key, params.stream, params.header, input, output);
+        let window = self.pool.take();
+        let connection =
+            Connection::outgoing(key, params.stream, params.header, input, output, window);
         self.settle(slot, Box::new(connection), sources);
         Ok(())
     }
@@ -249,7 +255,7 @@ impl Mux {
             }
         };
         self.by_key.insert(key, slot);
-        let connection = Connection::agent(key, request, input, output);
+        let connection = Connection::agent(key, request, input, output, self.pool.take());
         self.settle(slot, Box::new(connection), sources);
         Ok(())
     }
@@ -366,7 +372,7 @@ impl Mux {
         if let Origin::Stream(stream) = origin {
             self.by_stream.remove(&stream);
         }
-        connection.release(sources);
+        self.pool.give_back(connection.release(sources));
         self.generations[slot] = self.generations[slot].wrapping_add(1);
         self.vacant.push(slot);
         self.report_closed(origin, reset);

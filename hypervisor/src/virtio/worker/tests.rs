@@ -187,6 +187,32 @@ fn a_device_that_fails_is_deactivated_and_its_neighbour_goes_on() {
 }
 
 #[test]
+fn a_device_can_be_given_to_a_running_worker() {
+    let mut setup = setup(&[false]);
+    let first = event();
+    setup.handles[0].activate(activation(&first));
+    expect(&setup.seen[0], "activate");
+    let (sender, seen) = mpsc::channel();
+    let late = setup.worker.add(Slot {
+        device: Box::new(Fake {
+            seen: sender,
+            kick: None,
+            fails: false,
+        }),
+        on_failure: Box::new(|| ()),
+    });
+    let kick = event();
+    late.activate(activation(&kick));
+    expect(&seen, "activate");
+    kick.write(1).unwrap();
+    expect(&seen, "process");
+    first.write(1).unwrap();
+    expect(&setup.seen[0], "process");
+    drop(setup.worker);
+    expect(&seen, "deactivate");
+}
+
+#[test]
 fn dropping_the_worker_deactivates_what_is_active() {
     let setup = setup(&[false]);
     setup.handles[0].activate(activation(&event()));

@@ -7,6 +7,7 @@ use containerd_shim_protos::api::{
     StartRequest, StateRequest, Status, WaitRequest,
 };
 use containerd_shim_protos::shim::events::ForwardRequest;
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_events};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -86,8 +87,10 @@ impl Harness {
         let listener = UnixListener::bind(&socket).unwrap();
         listener.set_nonblocking(true).unwrap();
         let path = socket.clone();
-        let server =
-            tokio::spawn(async move { run(listener, Some(&path), pod, publisher, &logger).await });
+        let server = tokio::spawn(async move {
+            let config = path.with_file_name("config.toml");
+            run(listener, Some(&path), Some(config), pod, publisher, &logger).await
+        });
         let address = format!("unix://{}", socket.display());
         let client = TaskClient::new(Client::connect(&address).await.unwrap());
         Self {
@@ -98,6 +101,18 @@ impl Harness {
             server,
             _containerd: containerd,
         }
+    }
+
+    /// A client of the Sandbox service, over a connection of its own.
+    pub(super) async fn sandbox(&self) -> SandboxClient {
+        fs::write(self.dir.path().join("config.toml"), "time_scale = 0.1").unwrap();
+        let address = format!("unix://{}", self.dir.path().join("shim").display());
+        SandboxClient::new(Client::connect(&address).await.unwrap())
+    }
+
+    /// The pod's directory on the node.
+    pub(super) fn state(&self) -> PathBuf {
+        self.dir.path().join("state/ns/c")
     }
 
     fn bundle(&self, spec: &str) -> PathBuf {
@@ -226,6 +241,8 @@ impl Harness {
     pub(super) async fn end(mut self) -> Vec<String> {
         let request = ShutdownRequest::default();
         let _ = self.client.shutdown(ctx(), &request).await;
+        // As containerd does.
+        drop(self.client);
         let ended = timeout(LONG, self.server)
             .await
             .expect("the server goes on");

@@ -1,6 +1,6 @@
 //! Pods in pause mode: a sandbox container and the containers of its pod share one server and one VM.
 
-use containerd_shim_protos::api::Status;
+use containerd_shim_protos::api::{StatsRequest, Status};
 use ttrpc::Code;
 
 use super::harness::{Harness, code};
@@ -18,8 +18,8 @@ async fn running(behaviour: Behaviour) -> Harness {
     let harness = Harness::new(behaviour).await;
     let pid = harness.create_as("c", SANDBOX).await.unwrap();
     assert_eq!(harness.start("").await.unwrap(), pid);
-    assert_eq!(harness.create_as("app", MEMBER).await.unwrap(), pid);
-    assert_eq!(harness.start_of("app", "").await.unwrap(), pid);
+    let own = harness.create_as("app", MEMBER).await.unwrap();
+    assert!(own != pid && harness.start_of("app", "").await.unwrap() == own);
     harness
 }
 
@@ -47,6 +47,12 @@ async fn a_pod_is_one_vm_that_outlives_its_containers_and_ends_with_its_sandbox(
     harness.create_as("app", MEMBER).await.unwrap();
     harness.start_of("app", "").await.unwrap();
 
+    let figures = StatsRequest {
+        id: "c".into(),
+        ..StatsRequest::default()
+    };
+    let answer = harness.client.stats(super::ctx(), &figures).await;
+    assert!(answer.is_ok(), "collectors ask every task: {answer:?}");
     // A signal that a pause process ignores.
     harness.kill("", 10).await.unwrap();
     assert_eq!(harness.status("").await.unwrap(), Status::RUNNING);
@@ -120,4 +126,44 @@ fn connect(id: &str) -> containerd_shim_protos::api::ConnectRequest {
         id: id.into(),
         ..Default::default()
     }
+}
+
+#[tokio::test]
+async fn a_container_names_the_one_whose_pid_namespace_it_joins_by_its_pid() {
+    let harness = Harness::new(Behaviour::default()).await;
+    let sandbox = harness.create_as("c", SANDBOX).await.unwrap();
+    harness.start("").await.unwrap();
+    let with_pids = |pid: u32| {
+        let namespace = format!(r#"[{{"type":"pid","path":"/proc/{pid}/ns/pid"}},"#);
+        MEMBER.replace('[', &namespace)
+    };
+    let first = harness.create_as("first", MEMBER).await.unwrap();
+    let second = harness.create_as("second", MEMBER).await.unwrap();
+    assert!(first != second && first != sandbox && second != sandbox);
+    assert!(std::path::Path::new(&format!("/proc/{second}/ns/pid")).exists());
+    harness
+        .create_as("debug", &with_pids(second))
+        .await
+        .unwrap();
+    harness
+        .create_as("shared", &with_pids(sandbox))
+        .await
+        .unwrap();
+    let record = &harness.record;
+    assert!(record.has("debug joins second") && record.has("create shared"));
+    assert!(
+        !record
+            .all()
+            .iter()
+            .any(|entry| entry.starts_with("shared joins"))
+    );
+
+    for id in ["second", "debug"] {
+        harness.start_of(id, "").await.unwrap();
+        harness.kill_of(id, "", 9).await.unwrap();
+        harness.wait_of(id, "").await.unwrap();
+        harness.delete_of(id, "").await.unwrap();
+    }
+    let late = harness.create_as("debug", &with_pids(second)).await;
+    assert_eq!(code(late).0, Code::FAILED_PRECONDITION);
 }

@@ -17,10 +17,10 @@ use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 
 use super::errno;
+use super::numbers::{INODE_BITS, Numbers};
 
-/// Bits of a node id that are the instance's inode: a million million files a mount. The rest is the
-/// export's number, of which a share has 16 million in its life; neither is used twice.
-const INODE_BITS: u32 = 40;
+/// A node id has the export's number above [`INODE_BITS`]: a share has 16 million in its life, and none is
+/// used twice.
 const MAX_EXPORT: u32 = (1 << (u64::BITS - INODE_BITS)) - 1;
 
 /// A volume may change on the host: the guest asks again after this.
@@ -37,11 +37,15 @@ const ROOT_EXPORT: u32 = 0;
 /// volume that hangs, which then stays busy.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Which export, and which inode of its instance.
+/// Paths of the root's directories are cleaned of forgotten ones when there are twice as many as were in
+/// use the last time, or this many.
+const CLEAN_AT: usize = 256;
+
+/// Which export, and which of its [`Numbers`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NodeId {
     pub(super) export: u32,
-    pub(super) inode: u64,
+    pub(super) number: u64,
 }
 
 impl NodeId {
@@ -49,15 +53,15 @@ impl NodeId {
         Self {
             // 24 bits are left, so this never fails.
             export: u32::try_from(node >> INODE_BITS).unwrap_or(u32::MAX),
-            inode: node & ((1 << INODE_BITS) - 1),
+            number: node & ((1 << INODE_BITS) - 1),
         }
     }
 
     fn to_guest(self) -> io::Result<u64> {
-        if self.inode >> INODE_BITS != 0 || self.export > MAX_EXPORT {
+        if self.number >> INODE_BITS != 0 || self.export > MAX_EXPORT {
             return Err(errno(libc::ENFILE));
         }
-        Ok(u64::from(self.export) << INODE_BITS | self.inode)
+        Ok(u64::from(self.export) << INODE_BITS | self.number)
     }
 }
 
@@ -65,6 +69,8 @@ impl NodeId {
 pub(super) struct Export {
     pub(super) number: u32,
     pub(super) fs: PassthroughFs,
+    /// How its inodes are numbered for the guest.
+    pub(super) numbers: Numbers,
     /// Below the share's root; empty for that root.
     path: PathBuf,
     /// Device of its top directory.
@@ -87,6 +93,11 @@ impl Export {
         }
         Err(error)
     }
+
+    /// Whether the instance holds this inode.
+    fn lives(&self, inode: u64) -> bool {
+        self.fs.getattr(&Context::default(), inode, None).is_ok()
+    }
 }
 
 /// All exports of a share.
@@ -106,6 +117,7 @@ struct State {
     options: FsOptions,
     /// Paths of the root export's inodes.
     directories: HashMap<u64, PathBuf>,
+    clean_at: usize,
     /// A number for each device of each export, mixed into inode numbers.
     devices: HashMap<(u32, u64), u16>,
     next_device: u16,
@@ -120,6 +132,7 @@ impl Exports {
                 next: ROOT_EXPORT,
                 options: FsOptions::empty(),
                 directories: HashMap::new(),
+                clean_at: CLEAN_AT,
                 devices: HashMap::new(),
                 next_device: 0,
             }),
@@ -137,7 +150,14 @@ impl Exports {
 
     fn add_root(&self, state: &mut State) -> io::Result<()> {
         state.next = state.next.max(ROOT_EXPORT + 1);
-        let root = open_export(ROOT_EXPORT, &self.root, PathBuf::new(), state.options)?;
+        // Counted: each mount is looked up through it once, and there may be more than it could tell apart.
+        let root = open_export(
+            ROOT_EXPORT,
+            &self.root,
+            PathBuf::new(),
+            state.options,
+            Numbers::Counted,
+        )?;
         // First, so that it is number 0 and plain inode numbers stay as they are.
         state.devices.insert((ROOT_EXPORT, root.device), 0);
         state.next_device = state.next_device.max(1);
@@ -217,10 +237,11 @@ impl Exports {
         if export.number != ROOT_EXPORT {
             return self.entry(export, entry);
         }
-        let Some(path) = self.remember(parent, name, &entry) else {
+        let Some(path) = self.path_of(parent, name) else {
             return Err(errno(libc::ESTALE));
         };
         if entry.attr.st_dev == export.device {
+            self.remember(export, entry.inode, path);
             let mut entry = self.entry(export, entry)?;
             // A mount point comes and goes by the shim's hand.
             entry.entry_timeout = Duration::ZERO;
@@ -244,13 +265,21 @@ impl Exports {
         Ok(entry)
     }
 
-    /// Notes the path of an inode of the root export, and returns it.
-    fn remember(&self, parent: u64, name: &CStr, entry: &Entry) -> Option<PathBuf> {
+    fn path_of(&self, parent: u64, name: &CStr) -> Option<PathBuf> {
+        let name = std::ffi::OsStr::from_bytes(name.to_bytes());
+        Some(self.lock().directories.get(&parent)?.join(name))
+    }
+
+    /// Notes the path of an inode of the root export.
+    fn remember(&self, root: &Export, inode: u64, path: PathBuf) {
         let mut state = self.lock();
-        let directory = state.directories.get(&parent)?;
-        let path = directory.join(std::ffi::OsStr::from_bytes(name.to_bytes()));
-        state.directories.insert(entry.inode, path.clone());
-        Some(path)
+        if state.directories.len() >= state.clean_at {
+            state
+                .directories
+                .retain(|inode, _| *inode == ROOT_ID || root.lives(*inode));
+            state.clean_at = CLEAN_AT.max(2 * state.directories.len());
+        }
+        state.directories.insert(inode, path);
     }
 
     /// The export of the mount at a path, made when it is first seen. `top` tells the mount that is
@@ -273,11 +302,14 @@ impl Exports {
         if number > MAX_EXPORT {
             return Err(errno(libc::ENFILE));
         }
+        let directory = self.root.join(&path);
+        let numbers = Numbers::of_mount(&directory);
         let fresh = Arc::new(open_export(
             number,
-            &self.root.join(&path),
+            &directory,
             path,
             state.options,
+            numbers,
         )?);
         state.next = number + 1;
         state.live.insert(number, Arc::clone(&fresh));
@@ -288,7 +320,9 @@ impl Exports {
     pub(super) fn entry(&self, export: &Export, mut entry: Entry) -> io::Result<Entry> {
         let node = NodeId {
             export: export.number,
-            inode: entry.inode,
+            number: export
+                .numbers
+                .to_guest(entry.inode, |inode| export.lives(inode))?,
         };
         entry.inode = node.to_guest()?;
         entry.attr = self.shown(export, entry.attr);
@@ -317,6 +351,7 @@ fn open_export(
     directory: &Path,
     path: PathBuf,
     options: FsOptions,
+    numbers: Numbers,
 ) -> io::Result<Export> {
     let exclusive = path.file_name().is_some_and(|name| name == ROOTFS);
     let (timeout, cache_policy) = if exclusive {
@@ -342,6 +377,7 @@ fn open_export(
         inode_file_handles: false,
         allow_direct_io: false,
         dax_file_size: None,
+        use_host_ino: numbers.are_the_hosts(),
         ..Config::default()
     })?;
     // Opens the top and takes the options in.
@@ -350,6 +386,7 @@ fn open_export(
     Ok(Export {
         number,
         fs,
+        numbers,
         path,
         device: top.st_dev,
         top: top.st_ino,
@@ -365,21 +402,21 @@ mod tests {
     fn a_node_id_is_an_export_and_an_inode() {
         let node = NodeId {
             export: 7,
-            inode: 12,
+            number: 12,
         };
         assert_eq!(NodeId::from_guest(node.to_guest().unwrap()), node);
         assert_eq!(
             NodeId::from_guest(ROOT_ID),
             NodeId {
                 export: ROOT_EXPORT,
-                inode: ROOT_ID
+                number: ROOT_ID
             }
         );
         let most = NodeId::from_guest(u64::MAX);
         assert_eq!(NodeId::from_guest(most.to_guest().unwrap()), most);
         let too_far = NodeId {
             export: 1,
-            inode: 1 << INODE_BITS,
+            number: 1 << INODE_BITS,
         };
         assert!(too_far.to_guest().is_err());
     }

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::path::Path;
 
-use super::super::{Fs, FsHandle, REQUEST};
+use super::super::{Fs, FsHandle};
 use crate::virtio::testing::Harness;
 
 pub(super) const LOOKUP: u32 = 1;
@@ -21,6 +21,8 @@ pub(super) const CREATE: u32 = 35;
 pub(super) const READDIRPLUS: u32 = 44;
 pub(super) const RENAME2: u32 = 45;
 
+/// The request queue, beside that for FORGET.
+pub(super) const REQUEST: u16 = 1;
 pub(super) const HEADER: usize = 16;
 pub(super) const ROOT: u64 = 1;
 

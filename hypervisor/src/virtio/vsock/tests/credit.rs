@@ -4,10 +4,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use super::*;
-use crate::virtio::vsock::StreamParams;
 use crate::virtio::vsock::credit::BUFFER;
 use crate::virtio::vsock::packet::op;
 use crate::virtio::vsock::testing::{Guest, PORT, payload};
+use crate::virtio::vsock::{MAX_STREAMS, StreamParams};
 
 #[test]
 fn no_more_is_sent_than_the_guest_has_room_for() {
@@ -146,4 +146,62 @@ fn a_device_without_event_index_interrupts() {
     guest.send(22, 1, op::REQUEST, 0);
     assert_eq!(guest.received_ops(), [op::RST]);
     assert!(guest.harness.interrupts.of(0) >= 1);
+}
+
+#[test]
+fn the_buffers_of_all_streams_together_are_bounded() {
+    let mut guest = Guest::new();
+    let mut readers = Vec::new();
+    let mut announced = 0;
+    for stream in 0..MAX_STREAMS as u64 {
+        let (reader, writer) = pipe();
+        readers.push(reader);
+        guest
+            .handle
+            .open(StreamParams {
+                stream,
+                port: PORT,
+                header: vec![],
+                input: None,
+                output: Some(writer),
+            })
+            .unwrap();
+        let packets = guest.received();
+        let header = packets[0].0;
+        assert_eq!(header.op, op::REQUEST);
+        assert!(header.buf_alloc >= 16 << 10, "stream {stream}");
+        announced += u64::from(header.buf_alloc);
+        guest.send(header.src_port, PORT, op::RESPONSE, 0);
+        guest.received();
+        if stream == 1000 {
+            // What was announced is what counts, not what another stream has.
+            let window = header.buf_alloc;
+            for _ in 0..4 {
+                // Into the pipe.
+                guest.send_data(header.src_port, PORT, &[0; 16_384]);
+            }
+            guest.send_data(header.src_port, PORT, &vec![0; window as usize]);
+            assert!(!guest.received_ops().contains(&op::RST));
+            guest.send_data(header.src_port, PORT, &[0]);
+            assert_eq!(guest.received_ops(), [op::RST]);
+        }
+    }
+    assert!(announced < 25 << 20, "{announced}");
+    for stream in 0..MAX_STREAMS as u64 {
+        guest.handle.close(stream);
+    }
+    guest.received();
+    let (_reader, writer) = pipe();
+    guest
+        .handle
+        .open(StreamParams {
+            stream: 5000,
+            port: PORT,
+            header: vec![],
+            input: None,
+            output: Some(writer),
+        })
+        .unwrap();
+    let packets = guest.received();
+    assert_eq!(packets.last().unwrap().0.buf_alloc, BUFFER, "and come back");
 }

@@ -1,0 +1,252 @@
+//! Volumes in the guest's memory, as containers see them.
+#![allow(clippy::unwrap_used)]
+mod guest;
+
+use std::{fs, os::unix::fs::symlink};
+
+use brig_agent_protocol::agent::*;
+use guest::*;
+use serde_json::{Value, json};
+use ttrpc::Code;
+use update_volume_request::Kind;
+
+fn entry(path: &str, mode: u32, content: &str, identity: u64) -> VolumeEntry {
+    VolumeEntry {
+        path: path.into(),
+        mode,
+        content: content.into(),
+        identity,
+        ..Default::default()
+    }
+}
+
+fn update(id: &str, kind: Kind, entries: Vec<VolumeEntry>) -> UpdateVolumeRequest {
+    UpdateVolumeRequest {
+        id: id.into(),
+        kind: kind.into(),
+        entries,
+        size: 4 << 20,
+        ..Default::default()
+    }
+}
+
+fn generation(number: u64) -> Vec<VolumeEntry> {
+    let name = format!("..2026_{number}");
+    let mut key = entry(
+        &format!("{name}/key"),
+        libc::S_IFREG | 0o440,
+        &format!("generation {number}\n"),
+        number * 10 + 1,
+    );
+    key.gid = 2000;
+    vec![
+        entry("", libc::S_IFDIR | 0o755, "", 1),
+        entry(&name, libc::S_IFDIR | 0o755, "", number * 10),
+        key,
+        entry("..data", libc::S_IFLNK | 0o777, &name, number * 10 + 2),
+        entry("key", libc::S_IFLNK | 0o777, "..data/key", 2),
+    ]
+}
+
+fn source(index: u32, volume: &str, path: &str) -> MountSource {
+    MountSource {
+        index,
+        volume: volume.into(),
+        volume_path: path.into(),
+        ..Default::default()
+    }
+}
+
+/// A spec whose only mount besides /proc is a bind of a volume at /v.
+fn with_volume(script: &str, options: Value) -> Value {
+    let mut spec = spec(script);
+    spec["mounts"] = json!([
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/v", "type": "bind", "source": "/var/lib/kubelet/x", "options": options}
+    ]);
+    spec
+}
+
+async fn put(guest: &Guest, request: UpdateVolumeRequest) {
+    guest.client.update_volume(ctx(), &request).await.unwrap();
+}
+
+async fn removed(guest: &Guest, id: &str) {
+    let request = VolumeRef {
+        id: id.into(),
+        ..Default::default()
+    };
+    guest.client.remove_volume(ctx(), &request).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_replica_is_read_only_updates_live_and_is_shared_by_containers() {
+    let mut guest = Guest::start().await;
+    put(&guest, update("v1", Kind::REPLICA, generation(1))).await;
+    guest.rootfs("c1");
+    // That inotify tells of the swap is shown in the end-to-end suites: busybox has no program for it.
+    let script = "
+        stat -f -c %T /v; cat /v/key; stat -Lc '%a %u %g' /v/key
+        touch /v/x 2>/dev/null || echo read-only
+        while grep -q 'generation 1' /v/key; do sleep 0.05; done
+        cat /v/key; ls -A /v | tr '\\n' ' '";
+    let spec = with_volume(script, json!(["rbind", "ro"]));
+    let (stdio, ends) = guest.stdio(false, false).await;
+    let sources = vec![source(1, "v1", "")];
+    guest
+        .create_with("c1", &spec, stdio, sources.clone())
+        .await
+        .unwrap();
+    guest.run("c1", "").await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    put(&guest, update("v1", Kind::REPLICA, generation(2))).await;
+    let (stdout, stderr) = ends.read_all().await;
+    assert_eq!(stderr, "");
+    assert_eq!(
+        stdout,
+        "tmpfs\ngeneration 1\n440 0 2000\nread-only\ngeneration 2\n..2026_2 ..data key "
+    );
+    guest.exit_of("c1", "").await;
+    guest.delete("c1", "").await.unwrap();
+
+    guest.rootfs("c2");
+    let spec = with_volume("cat /v/key", json!(["rbind", "ro"]));
+    let outcome = guest.whole_with("c2", &spec, sources.clone()).await;
+    assert_eq!(outcome.stdout, "generation 2\n");
+    assert!(!exists(&guest.share().join("c2/m1")));
+
+    removed(&guest, "v1").await;
+    removed(&guest, "v1").await;
+    guest.rootfs("c3");
+    let (stdio, _ends) = guest.stdio(false, false).await;
+    let (code, message) = refusal(guest.create_with("c3", &spec, stdio, sources).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("volume v1"), "{message}");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn nothing_of_an_update_is_seen_before_its_last_request() {
+    let mut guest = Guest::start().await;
+    let mut entries = generation(1);
+    let rest = entries.split_off(2);
+    let mut first = update("v1", Kind::REPLICA, entries);
+    first.more = true;
+    put(&guest, first).await;
+    let spec = with_volume("ls -A /v | wc -l", json!(["rbind", "ro"]));
+    for (id, wanted) in [("c1", "0\n"), ("c2", "3\n")] {
+        guest.rootfs(id);
+        let outcome = guest.whole_with(id, &spec, vec![source(1, "v1", "")]).await;
+        assert_eq!(outcome.stdout, wanted, "{}", outcome.stderr);
+        put(&guest, update("v1", Kind::REPLICA, rest.clone())).await;
+    }
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_memory_volume_has_its_limit_and_outlives_its_containers() {
+    let mut guest = Guest::start().await;
+    let mut top = entry("", libc::S_IFDIR | 0o2775, "", 1);
+    top.gid = 2000;
+    put(&guest, update("v1", Kind::MEMORY, vec![top])).await;
+    // The first container of the pod makes what a later one has as its sub-path.
+    let script = "id -G; df -k /v | awk 'END {print $2}'; mkdir -p /v/deep && echo x > /v/deep/f
+        stat -c '%u %g %a' /v/deep/f; (head -c 5000000 /dev/zero > /v/big) 2>/dev/null || echo full; rm /v/big";
+    let mut spec = with_volume(script, json!(["rbind", "rw"]));
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [2000]});
+    guest.rootfs("c1");
+    let outcome = guest
+        .whole_with("c1", &spec, vec![source(1, "v1", "")])
+        .await;
+    assert_eq!(outcome.stdout, "1000 2000\n4096\n1000 2000 644\nfull\n");
+    // Kubelet has made the sub-path on the host, which is missing in the guest or is there already.
+    let mut made = entry("other", libc::S_IFDIR | 0o2777, "", 2);
+    made.gid = 2000;
+    let there = entry("deep", libc::S_IFDIR | 0o700, "", 3);
+    put(&guest, update("v1", Kind::MEMORY, vec![made, there])).await;
+    for (id, path, wanted) in [
+        ("c2", "deep", "f\n1000 2000 2755\n"),
+        ("c3", "other", "0 2000 2777\n"),
+        ("c4", "deep/f", "/v\n1000 2000 644\n"),
+    ] {
+        guest.rootfs(id);
+        let spec = with_volume("ls -A /v; stat -c '%u %g %a' /v", json!(["rbind", "rw"]));
+        let outcome = guest
+            .whole_with(id, &spec, vec![source(1, "v1", path)])
+            .await;
+        assert_eq!(outcome.stdout, wanted, "{path} {}", outcome.stderr);
+    }
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_link_that_a_container_left_in_a_volume_does_not_lead_out_of_it() {
+    let mut guest = Guest::start().await;
+    put(&guest, update("v1", Kind::MEMORY, Vec::new())).await;
+    guest.rootfs("c1");
+    let script = "ln -s / /v/root; ln -s ../../../../.. /v/up; ln -s /proc/1/root /v/magic";
+    let spec = with_volume(script, json!(["rbind", "rw"]));
+    let sources = vec![source(1, "v1", "")];
+    guest.whole_with("c1", &spec, sources).await;
+    let spec = with_volume("ls /v | tr '\\n' ' '", json!(["rbind", "rw"]));
+    for (id, path) in [("c2", "root"), ("c3", "up")] {
+        guest.rootfs(id);
+        let outcome = guest
+            .whole_with(id, &spec, vec![source(1, "v1", path)])
+            .await;
+        // The links lead to the volume's own top.
+        assert_eq!(outcome.stdout, "magic root up ", "{path}");
+    }
+    guest.rootfs("c4");
+    let (stdio, _ends) = guest.stdio(false, false).await;
+    let sources = vec![source(1, "v1", "magic")];
+    assert!(
+        guest
+            .create_with("c4", &spec, stdio, sources)
+            .await
+            .is_err()
+    );
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_device_of_the_guest_can_be_mounted_and_nonsense_is_refused() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let device = |name: &str| {
+        vec![MountSource {
+            index: 1,
+            device: name.into(),
+            ..Default::default()
+        }]
+    };
+    let spec = with_volume("echo x > /v && wc -c < /v", json!(["rbind", "rw"]));
+    let outcome = guest.whole_with("c1", &spec, device("null")).await;
+    assert_eq!(outcome.stdout, "0\n", "{}", outcome.stderr);
+    for sources in [
+        device("../etc"),
+        device("none"),
+        vec![source(1, "../v1", "")],
+        vec![source(1, "v1", "../x")],
+        vec![source(1, "v1", "")],
+    ] {
+        guest.rootfs("c2");
+        let (stdio, _ends) = guest.stdio(false, false).await;
+        let refused = guest.create_with("c2", &spec, stdio, sources.clone()).await;
+        let (code, _) = refusal(refused);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{sources:?}");
+        fs::remove_dir_all(guest.share().join("c2")).unwrap();
+    }
+    let outside = guest.dir.path().join("outside");
+    symlink("/etc", &outside).unwrap();
+    for bad in [
+        entry("../outside", libc::S_IFREG, "x", 1),
+        entry("/etc/x", libc::S_IFREG, "x", 1),
+        entry("c", libc::S_IFCHR, "", 1),
+    ] {
+        let request = update("v2", Kind::REPLICA, vec![bad]);
+        let (code, _) = refusal(guest.client.update_volume(ctx(), &request).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+    }
+    guest.stop().await;
+}

@@ -1,0 +1,319 @@
+//! The pod as containerd's Sandbox API sees it: made without a sandbox container, it has a life of its own
+//! and lasts until it is stopped, whatever becomes of its containers.
+
+use std::time::SystemTime;
+
+use tokio::sync::{oneshot, watch};
+
+use super::{Message, Pod, PodHandle, Stage, Wanted, gone};
+use crate::config::Config;
+use crate::container::{self, ContainerHandle, Reply};
+use crate::error::{Error, Result};
+use crate::process::{Exit, KILLED};
+use crate::sandbox_config::PodConfig;
+use crate::sandbox_files;
+use crate::spec::{Network, Role, Spec};
+use crate::vm::boot::Boot;
+
+/// A sandbox that containerd has created.
+pub(super) struct Sandbox {
+    boot: Boot,
+    phase: Phase,
+    created_at: SystemTime,
+    config: PodConfig,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Created,
+    Starting,
+    Ready,
+    Stopping,
+}
+
+/// What containerd asks for when it creates a sandbox.
+#[derive(Debug)]
+pub struct Creation {
+    /// The sandbox's id.
+    pub id: String,
+    /// CRI's configuration of the pod.
+    pub pod: PodConfig,
+    /// The pod's network namespace.
+    pub network: Network,
+    /// The handler's configuration.
+    pub config: Config,
+}
+
+/// How a sandbox is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    /// The VMM's pid while it lives, else 0.
+    pub pid: u32,
+    /// It was started and has not ended.
+    pub ready: bool,
+    /// When it was created.
+    pub created_at: SystemTime,
+    /// How it ended, if it has.
+    pub exit: Option<Exit>,
+}
+
+/// What a sandbox is asked.
+pub(super) enum Ask {
+    Create(Box<Creation>, Reply<()>),
+    Start(Reply<(u32, SystemTime)>),
+    /// The VM is up, or is not.
+    Ready(Result<u32>, Reply<(u32, SystemTime)>),
+    Stop(oneshot::Sender<()>),
+    State(Reply<State>),
+    Wait(Reply<watch::Receiver<Option<Exit>>>),
+    Containers(oneshot::Sender<Vec<ContainerHandle>>),
+}
+
+impl PodHandle {
+    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Sandbox(ask(reply));
+        self.mailbox.send(message).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    }
+
+    /// Creates the sandbox: its VM starts to boot.
+    ///
+    /// # Errors
+    /// `AlreadyExists` the second time, and what a plan can be refused for.
+    pub async fn create_sandbox(&self, creation: Creation) -> Result<()> {
+        let creation = Box::new(creation);
+        self.ask(|reply| Ask::Create(creation, reply)).await?
+    }
+
+    /// Returns the VMM's pid and the time of creation when the guest can be used.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` before its creation or the second time, and why the VM did not come up.
+    pub async fn start_sandbox(&self) -> Result<(u32, SystemTime)> {
+        self.ask(Ask::Start).await?
+    }
+
+    /// Returns when the VMM is reaped and nothing is left on the host. Repeatable; nothing to stop is no
+    /// error.
+    ///
+    /// # Errors
+    /// None but that the actor is gone.
+    pub async fn stop_sandbox(&self) -> Result<()> {
+        self.ask(Ask::Stop).await
+    }
+
+    /// How the sandbox is.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub async fn sandbox_state(&self) -> Result<State> {
+        self.ask(Ask::State).await?
+    }
+
+    /// Waits for the sandbox's end.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub async fn wait_sandbox(&self) -> Result<Exit> {
+        let mut exit = self.ask(Ask::Wait).await??;
+        let exit = exit.wait_for(Option::is_some).await.map_err(|_| gone())?;
+        exit.ok_or_else(gone)
+    }
+
+    /// All containers of the pod.
+    pub async fn containers(&self) -> Vec<ContainerHandle> {
+        self.ask(Ask::Containers).await.unwrap_or_default()
+    }
+}
+
+impl Pod {
+    pub(super) fn sandbox_asked(&mut self, ask: Ask) {
+        match ask {
+            Ask::Create(creation, reply) => drop(reply.send(self.create_sandbox(*creation))),
+            Ask::Start(reply) => self.start_sandbox(reply),
+            Ask::Ready(result, reply) => self.sandbox_ready(result, reply),
+            Ask::Stop(reply) => self.stop_sandbox(reply),
+            Ask::State(reply) => drop(reply.send(self.sandbox().map(Sandbox::state))),
+            Ask::Wait(reply) => {
+                let exit = self.sandbox().map(|sandbox| sandbox.exit.subscribe());
+                let _ = reply.send(exit);
+            }
+            Ask::Containers(reply) => {
+                let _ = reply.send(self.containers.values().cloned().collect());
+            }
+        }
+    }
+
+    fn sandbox(&self) -> Result<&Sandbox> {
+        self.sandbox
+            .as_ref()
+            .ok_or_else(|| Error::not_found(format!("sandbox {} was not created", self.setup.id)))
+    }
+
+    fn create_sandbox(&mut self, creation: Creation) -> Result<()> {
+        let id = &creation.id;
+        if *id != self.setup.id {
+            let own = &self.setup.id;
+            return Err(Error::invalid(format!(
+                "this shim is that of sandbox {own}, not of {id}"
+            )));
+        }
+        if self.sandbox.is_some() || !matches!(self.stage, Stage::Empty) {
+            return Err(Error::already_exists(format!(
+                "sandbox {id} exists already"
+            )));
+        }
+        let Creation {
+            pod,
+            network,
+            config,
+            ..
+        } = creation;
+        let boot = self.boot(Wanted {
+            hostname: pod.hostname.clone(),
+            sysctls: pod.sysctls.clone(),
+            network,
+            memory: pod.memory,
+            cpus: pod.cpus,
+            shm_size: 0,
+            cgroup_path: Some(pod.cgroups_path(&self.setup.namespace, &self.setup.id)),
+            // As CRI sets it for a sandbox container.
+            oom_score_adj: -998,
+            config,
+        });
+        self.sandbox = Some(Sandbox {
+            boot,
+            phase: Phase::Created,
+            created_at: SystemTime::now(),
+            config: pod,
+            exit: watch::Sender::new(None),
+        });
+        Ok(())
+    }
+
+    fn start_sandbox(&mut self, reply: Reply<(u32, SystemTime)>) {
+        let id = &self.setup.id;
+        let refused = match &self.sandbox {
+            None => Some(format!("sandbox {id} must be created before it is started")),
+            Some(sandbox) if sandbox.exit.borrow().is_some() => {
+                let boot = sandbox.boot.clone();
+                let ended = Error::state(format!("sandbox {id} has ended"));
+                tokio::spawn(async move {
+                    // A VM that did not come up has a better reason.
+                    let error = boot.ready().await.err().unwrap_or(ended);
+                    let _ = reply.send(Err(error));
+                });
+                return;
+            }
+            Some(sandbox) => match sandbox.phase {
+                Phase::Created => None,
+                Phase::Starting | Phase::Ready => Some(format!("sandbox {id} was started already")),
+                Phase::Stopping => Some(format!("sandbox {id} is being stopped")),
+            },
+        };
+        if let Some(refused) = refused {
+            let _ = reply.send(Err(Error::state(refused)));
+            return;
+        }
+        if let Some(sandbox) = &mut self.sandbox {
+            sandbox.phase = Phase::Starting;
+            let (boot, mailbox) = (sandbox.boot.clone(), self.mailbox.clone());
+            let (files, config) = (self.setup.state.files(), sandbox.config.clone());
+            let written =
+                tokio::task::spawn_blocking(move || sandbox_files::write(&files, &config));
+            tokio::spawn(async move {
+                let ready = boot.ready().await.map(|vm| vm.pid());
+                let written = written.await.unwrap_or_else(|error| {
+                    Err(Error::internal(format!("a worker ended: {error}")))
+                });
+                let pid = ready.and_then(|pid| written.map(|()| pid));
+                let _ = mailbox.send(Message::Sandbox(Ask::Ready(pid, reply))).await;
+            });
+        }
+    }
+
+    fn sandbox_ready(&mut self, result: Result<u32>, reply: Reply<(u32, SystemTime)>) {
+        let Some(sandbox) = &mut self.sandbox else {
+            return;
+        };
+        let answer = result.and_then(|pid| {
+            if sandbox.phase != Phase::Starting || sandbox.exit.borrow().is_some() {
+                let error = format!("sandbox {} has ended", self.setup.id);
+                return Err(Error::state(error));
+            }
+            sandbox.phase = Phase::Ready;
+            Ok((pid, sandbox.created_at))
+        });
+        if answer.is_err() {
+            sandbox.ended(KILLED, SystemTime::now());
+        }
+        let _ = reply.send(answer);
+    }
+
+    fn stop_sandbox(&mut self, reply: oneshot::Sender<()>) {
+        let Some(sandbox) = &mut self.sandbox else {
+            let _ = reply.send(());
+            return;
+        };
+        sandbox.phase = Phase::Stopping;
+        if matches!(self.stage, Stage::Stopped) {
+            let _ = reply.send(());
+            return;
+        }
+        let (told, stopped) = oneshot::channel();
+        self.waiting.push(told);
+        self.stop();
+        tokio::spawn(async move {
+            let _ = stopped.await;
+            let _ = reply.send(());
+        });
+    }
+
+    /// Gives a container of the sandbox the pod's files.
+    pub(super) fn add_files(&self, creation: &mut container::Creation) -> Result<()> {
+        if self.sandbox.is_some() && matches!(creation.role, Role::Member(_)) {
+            creation.spec_bytes =
+                sandbox_files::mount(&self.setup.state.files(), &creation.spec_bytes)?;
+            creation.spec = Spec::parse(&creation.spec_bytes)?;
+        }
+        Ok(())
+    }
+
+    /// The VM has ended by itself, or everything of the pod is gone.
+    pub(super) fn sandbox_ended(&mut self, at: SystemTime) {
+        if let Some(sandbox) = &mut self.sandbox {
+            let status = if sandbox.phase == Phase::Stopping {
+                0
+            } else {
+                KILLED
+            };
+            sandbox.ended(status, at);
+        }
+    }
+}
+
+impl Sandbox {
+    /// The first end counts.
+    fn ended(&mut self, status: u32, at: SystemTime) {
+        self.exit.send_if_modified(|exit| {
+            let first = exit.is_none();
+            exit.get_or_insert(Exit { status, at });
+            first
+        });
+    }
+
+    fn state(&self) -> State {
+        let exit = *self.exit.borrow();
+        State {
+            pid: match exit {
+                None => self.boot.vm().map_or(0, |vm| vm.pid()),
+                Some(_) => 0,
+            },
+            ready: self.phase == Phase::Ready && exit.is_none(),
+            created_at: self.created_at,
+            exit,
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What a pod asks of its VM, whoever says it: the spec of its first container, or the Sandbox API.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::config::{Config, MAX_VCPUS, MIB};
+use crate::error::Result;
+use crate::spec::{Network, Role, Spec};
+use crate::vm::Plan;
+use crate::vm::boot::Sandbox;
+
+/// Guest memory on top of a container's own limit, for kernel and agent, in bytes.
+const GUEST_OVERHEAD: u64 = 64 * MIB;
+
+/// A pod's wishes.
+pub(super) struct Wanted {
+    /// Its host name.
+    pub(super) hostname: String,
+    /// Kernel parameters, by name.
+    pub(super) sysctls: BTreeMap<String, String>,
+    /// Its network namespace on the node.
+    pub(super) network: Network,
+    /// What its containers may use of memory, in bytes.
+    pub(super) memory: Option<u64>,
+    /// And of CPUs.
+    pub(super) cpus: Option<u64>,
+    /// Size of its `/dev/shm` in bytes; 0 for the usual.
+    pub(super) shm_size: u64,
+    /// Its cgroup.
+    pub(super) cgroup_path: Option<String>,
+    /// Of the VMM.
+    pub(super) oom_score_adj: i32,
+    /// The handler's configuration.
+    pub(super) config: Config,
+}
+
+impl Wanted {
+    /// What the first container of a pod says.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for the node's own network.
+    pub(super) fn of(spec: &Spec, role: &Role, config: Config) -> Result<Self> {
+        let sandbox = *role == Role::Sandbox;
+        Ok(Self {
+            hostname: spec.hostname().to_owned(),
+            sysctls: if sandbox {
+                spec.sysctls()
+            } else {
+                BTreeMap::new()
+            },
+            network: spec.network()?,
+            memory: if sandbox {
+                spec.sandbox_memory()
+            } else {
+                spec.memory_limit()
+            },
+            cpus: spec.sandbox_cpus(),
+            shm_size: spec.sandbox_shm().map_or(0, file_system_size),
+            cgroup_path: spec.cgroups_path().map(str::to_owned),
+            oom_score_adj: spec.oom_score_adj().unwrap_or(0),
+            config,
+        })
+    }
+
+    /// The VM of the pod `id`, and what its agent is told.
+    pub(super) fn plan(self, id: &str) -> (Plan, Sandbox) {
+        let mut config = self.config;
+        let memory = guest_memory(self.memory, config.memory, node_memory());
+        config.vcpus = guest_cpus(self.cpus, config.vcpus);
+        let sandbox = Sandbox {
+            id: id.to_owned(),
+            hostname: self.hostname,
+            sysctls: self.sysctls,
+            shm_size: self.shm_size,
+            ..Sandbox::default()
+        };
+        let plan = Plan {
+            memory,
+            network: self.network,
+            cgroup: None,
+            cgroup_path: self.cgroup_path,
+            oom_score_adj: self.oom_score_adj,
+            config,
+        };
+        (plan, sandbox)
+    }
+}
+
+/// Guest memory in bytes for a pod whose containers may use `limit`: never less than the handler's,
+/// because a container without a limit is not counted in it, and never more than the node's.
+fn guest_memory(limit: Option<u64>, configured: u64, node: u64) -> u64 {
+    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
+    configured.max(wanted.min(node))
+}
+
+/// Guest CPUs for a pod whose containers may use `limit`: never fewer than the handler's, never more
+/// than the node has.
+fn guest_cpus(limit: Option<u64>, configured: u8) -> u8 {
+    let node = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let most = u8::try_from(node).unwrap_or(MAX_VCPUS).min(MAX_VCPUS);
+    let wanted = limit.map_or(0, |limit| u8::try_from(limit).unwrap_or(MAX_VCPUS));
+    configured.max(wanted.min(most))
+}
+
+/// The size of the file system here in bytes; 0 when that cannot be known.
+fn file_system_size(path: &Path) -> u64 {
+    let size = |fs: rustix::fs::StatVfs| fs.f_blocks.saturating_mul(fs.f_frsize);
+    rustix::fs::statvfs(path).map_or(0, size)
+}
+
+/// The node's memory in bytes: more than it has is no use to a VM.
+fn node_memory() -> u64 {
+    let info = nix::sys::sysinfo::sysinfo();
+    info.map_or(u64::MAX, |info| info.ram_total())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_limits_make_its_vm_larger_but_never_smaller_than_the_handlers() {
+        let (default, node) = (256 * MIB, 4096 * MIB);
+        for (limit, expected) in [
+            (None, 256),
+            (Some(16 * MIB), 256),
+            (Some(1024 * MIB), 1024 + 64),
+            (Some(u64::MAX), 4096),
+        ] {
+            assert_eq!(guest_memory(limit, default, node), expected * MIB);
+        }
+        assert_eq!(guest_cpus(None, 1), 1);
+        assert_eq!(guest_cpus(Some(1), 2), 2);
+        assert!(guest_cpus(Some(u64::MAX), 1) <= MAX_VCPUS);
+    }
+}
