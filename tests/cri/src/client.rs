@@ -87,11 +87,25 @@ impl Cri {
         within: Duration,
         future: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T> {
+        self.wait_for(what, within, future)
+            .map(Response::into_inner)
+    }
+
+    /// Waits for more of an answer that is a stream.
+    ///
+    /// # Errors
+    /// With the status that ends the stream, or if nothing comes.
+    pub fn wait_for<T>(
+        &self,
+        what: &str,
+        within: Duration,
+        future: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T> {
         let outcome = self
             .runtime
             .block_on(async { tokio::time::timeout(within, future).await });
         match outcome {
-            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(status)) => bail!("{what}: {:?}: {}", status.code(), status.message()),
             Err(_) => bail!("{what}: no answer within {} s", within.as_secs()),
         }

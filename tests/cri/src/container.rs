@@ -17,10 +17,9 @@ use k8s_cri::v1::{
 
 use crate::client::Cri;
 use crate::log::{self, Line};
+use crate::node::BUSYBOX;
 use crate::pod::{Pod, profile};
 
-/// A static busybox.
-pub const BUSYBOX: &str = "docker.io/brig/busybox:test";
 /// The pause between two looks at something that has no event.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -95,7 +94,7 @@ impl<'a> ContainerSpec<'a> {
                 attempt: 0,
             }),
             image: Some(ImageSpec {
-                image: BUSYBOX.to_owned(),
+                image: BUSYBOX.0.to_owned(),
                 ..ImageSpec::default()
             }),
             command: args.iter().map(|arg| (*arg).to_owned()).collect(),
@@ -136,6 +135,11 @@ impl<'a> ContainerSpec<'a> {
         self.edit(|config| {
             config.metadata.get_or_insert_default().attempt = attempt;
         })
+    }
+
+    /// Another image than busybox.
+    pub fn image(self, name: &str) -> Self {
+        self.edit(|config| config.image.get_or_insert_default().image = name.to_owned())
     }
 
     /// Adds a variable to the environment.
@@ -242,6 +246,11 @@ pub struct Container {
 }
 
 impl Container {
+    /// The connection it was made on.
+    pub fn cri(&self) -> &Cri {
+        &self.cri
+    }
+
     /// Starts it.
     ///
     /// # Errors

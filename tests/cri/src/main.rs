@@ -5,14 +5,19 @@
 //! Brig is compared with runc and not with an opinion. It trusts containerd and the node.
 
 mod cases;
+mod churn;
 mod client;
 mod container;
+mod events;
 mod log;
+mod mounted;
 mod node;
 mod options;
 mod pod;
 mod results;
+mod stream;
 mod suite;
+mod table;
 
 use std::process::ExitCode;
 

@@ -13,8 +13,25 @@ use crate::client::Cri;
 /// The node's configuration, and the place where a test puts its own.
 const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
 const OWN_CONFIG: &str = "/run/brig-node/config.toml";
+/// An image's name, and the file that it is imported from.
+pub type Image = (&'static str, &'static str);
+
 /// The sandbox image of this suite: runc needs one that stays, Brig runs none.
-const PAUSE_IMAGE: &str = "docker.io/brig/pause:test";
+const PAUSE: Image = ("docker.io/brig/pause:test", "/host/bin/pause.tar");
+/// A static busybox.
+pub const BUSYBOX: Image = (
+    "docker.io/brig/busybox:test",
+    "/host/assets/images/busybox.tar",
+);
+/// The suite's own probe, one static program.
+pub const PROBE: Image = ("docker.io/brig/probe:test", "/host/bin/probe.tar");
+/// Debian with nginx and Python.
+pub const DEBIAN: Image = (
+    "docker.io/brig/debian:test",
+    "/host/assets/images/debian.tar",
+);
+/// Debian with PostgreSQL and Redis.
+pub const APPS: Image = ("docker.io/brig/apps:test", "/host/assets/images/apps.tar");
 
 /// One suite at a time, and none beside brig-e2e, which would take pods for leftovers.
 pub fn only_one() -> Result<Flock<File>> {
@@ -40,20 +57,22 @@ fn run(program: &str, args: &[&str]) -> Result<String> {
 
 /// Switches containerd if asked to, gives it this suite's sandbox image, and imports images.
 pub fn prepare(containerd: Option<&str>) -> Result<()> {
-    let config = fs::read_to_string(DEFAULT_CONFIG)
+    // One that somebody has put there may have handlers of his own.
+    let config = fs::read_to_string(OWN_CONFIG)
+        .or_else(|_| fs::read_to_string(DEFAULT_CONFIG))
         .with_context(|| format!("{DEFAULT_CONFIG}: is this the disposable node?"))?;
     let lines: Vec<String> = config
         .lines()
         .map(
             |line| match line.trim_start().starts_with("sandbox_image") {
-                true => format!("  sandbox_image = \"{PAUSE_IMAGE}\""),
+                true => format!("  sandbox_image = \"{}\"", PAUSE.0),
                 false => line.to_owned(),
             },
         )
         .collect();
     let wanted = lines.join("\n") + "\n";
     ensure!(
-        wanted.contains(PAUSE_IMAGE),
+        wanted.contains(PAUSE.0),
         "{DEFAULT_CONFIG} sets no sandbox_image"
     );
     let changed = fs::read_to_string(OWN_CONFIG).ok().as_ref() != Some(&wanted);
@@ -65,17 +84,19 @@ pub fn prepare(containerd: Option<&str>) -> Result<()> {
     } else if changed {
         restart_containerd()?;
     }
+    import(PAUSE)?;
+    import(BUSYBOX)
+}
+
+/// Imports an image, unless containerd has it.
+pub fn import(image: Image) -> Result<()> {
     let images = run("ctr", &["-n", "k8s.io", "image", "ls", "--quiet"])?;
-    for (image, tar) in [
-        (PAUSE_IMAGE, "/host/bin/pause.tar"),
-        (
-            "docker.io/brig/busybox:test",
-            "/host/assets/images/busybox.tar",
-        ),
-    ] {
-        if !images.contains(image) {
-            run("ctr", &["-n", "k8s.io", "image", "import", tar])?;
-        }
+    if !images.lines().any(|line| line == image.0) {
+        let mut command = Command::new("ctr");
+        command.args(["-n", "k8s.io", "image", "import", image.1]);
+        process::run(command, clock::seconds(60))?
+            .success()
+            .with_context(|| format!("cannot import {}", image.1))?;
     }
     Ok(())
 }
@@ -106,6 +127,25 @@ impl Directory {
         Ok(Self { path })
     }
 
+    /// A volume where kubelet has it, of a pod of its own: a runtime may tell its kind from the path.
+    pub fn volume(kind: &str, name: &str) -> Result<Self> {
+        let uid = format!("brig-cri-{name}-{}", std::process::id());
+        let pod = Path::new("/var/lib/kubelet/pods").join(uid);
+        let _ = fs::remove_dir_all(&pod);
+        let path = pod.join("volumes").join(kind).join(name);
+        fs::create_dir_all(&path)?;
+        Ok(Self { path })
+    }
+
+    /// Where kubelet binds a subPath of this volume, for the container `main`.
+    pub fn sub_path(&self) -> Result<PathBuf> {
+        let name = self.path.file_name().context("a volume without a name")?;
+        let pod = self.path.ancestors().nth(3).context("not kubelet's path")?;
+        let path = pod.join("volume-subpaths").join(name).join("main");
+        fs::create_dir_all(&path)?;
+        Ok(path.join("0"))
+    }
+
     /// Writes a file in it; returns where.
     pub fn file(&self, name: &str, text: &str) -> Result<PathBuf> {
         let path = self.path.join(name);
@@ -123,6 +163,9 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
+        // Kubelet's: the whole pod.
+        let pod = self.path.ancestors().nth(3);
+        let all = pod.filter(|pod| pod.starts_with("/var/lib/kubelet/pods/"));
+        let _ = fs::remove_dir_all(all.unwrap_or(&self.path));
     }
 }

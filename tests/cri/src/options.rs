@@ -14,13 +14,19 @@ pub struct Options {
     pub containerd: Option<String>,
     /// Where results go.
     pub results: PathBuf,
+    /// Only the cases of the smoke.
+    pub smoke: bool,
+    /// Only each `.1`th case, from the `.0`th (from 1) on.
+    pub shard: (usize, usize),
+    /// Instead of the cases: this many pods come and go, and nothing may grow.
+    pub churn: Option<u32>,
     /// Only list the cases.
     pub list: bool,
     /// Only write the table of the results that are there.
     pub table: bool,
 }
 
-const USAGE: &str = "usage: brig-cri [--handler runc|brig|brig-shim]... [--filter TEXT]... [--containerd 1.6|1.7|2.1] [--results DIR] [--list] [--table]";
+const USAGE: &str = "usage: brig-cri [--handler runc|brig|brig-shim]... [--filter TEXT]... [--smoke] [--shard K/N] [--containerd 1.6|1.7|2.1] [--churn PODS] [--results DIR] [--list] [--table]";
 
 /// Reads the arguments. Without a handler: runc and brig.
 pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
@@ -29,6 +35,9 @@ pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         filters: Vec::new(),
         containerd: None,
         results: PathBuf::from("/host/results"),
+        smoke: false,
+        shard: (1, 1),
+        churn: None,
         list: false,
         table: false,
     };
@@ -39,6 +48,9 @@ pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
             "--filter" => options.filters.push(value()?),
             "--containerd" => options.containerd = Some(value()?),
             "--results" => options.results = value()?.into(),
+            "--smoke" => options.smoke = true,
+            "--shard" => options.shard = shard(&value()?)?,
+            "--churn" => options.churn = Some(value()?.parse().context("--churn needs a number")?),
             "--list" => options.list = true,
             "--table" => options.table = true,
             _ => bail!("unknown argument {arg}\n{USAGE}"),
@@ -48,6 +60,15 @@ pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         options.handlers = vec!["runc".to_owned(), "brig".to_owned()];
     }
     Ok(options)
+}
+
+/// Reads "K/N", 1 <= K <= N.
+fn shard(text: &str) -> Result<(usize, usize)> {
+    let parts = text
+        .split_once('/')
+        .and_then(|(part, of)| Some((part.parse().ok()?, of.parse().ok()?)))
+        .filter(|(part, of): &(usize, usize)| (1..=*of).contains(part));
+    parts.with_context(|| format!("--shard needs K/N with 1 <= K <= N, not '{text}'"))
 }
 
 #[cfg(test)]
@@ -66,7 +87,15 @@ mod tests {
 
     #[test]
     fn an_unknown_argument_or_a_missing_value_is_refused() {
-        assert!(parsed(&["--smoke"]).is_err());
+        assert!(parsed(&["--quick"]).is_err());
         assert!(parsed(&["--handler"]).is_err());
+    }
+
+    #[test]
+    fn a_shard_is_one_of_its_number() {
+        assert_eq!(parsed(&["--shard", "2/3"]).unwrap().shard, (2, 3));
+        for bad in ["0/2", "3/2", "1", "1/x", "/"] {
+            assert!(parsed(&["--shard", bad]).is_err(), "{bad}");
+        }
     }
 }

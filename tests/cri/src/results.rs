@@ -1,21 +1,19 @@
 //! Runs cases one after another, says how each went, and writes the results down: a file for each
-//! handler and containerd, and one table of all that are there.
+//! handler and containerd.
 
-use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::fs;
 use std::io::Write;
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use brig_tests::node::{clock, process};
 use serde_json::{Value, json};
 
-use crate::cases;
-use crate::node;
 use crate::options::Options;
-use crate::suite::{Case, Suite};
+use crate::suite::{Case, NotHere, Suite};
+use crate::{cases, churn, node, table};
 
 /// Runs what was asked for; returns how many cases failed.
 pub fn run_all(options: &Options) -> Result<usize> {
@@ -23,8 +21,12 @@ pub fn run_all(options: &Options) -> Result<usize> {
         .into_iter()
         .filter(|case| {
             let name = format!("{}/{}", case.group, case.name);
-            options.filters.is_empty() || options.filters.iter().any(|part| name.contains(part))
+            let asked = options.filters.is_empty()
+                || options.filters.iter().any(|part| name.contains(part));
+            asked && (case.smoke || !options.smoke)
         })
+        .skip(options.shard.0 - 1)
+        .step_by(options.shard.1)
         .collect();
     if options.list {
         for case in selected {
@@ -33,18 +35,20 @@ pub fn run_all(options: &Options) -> Result<usize> {
         return Ok(0);
     }
     if options.table {
-        write_table(&options.results)?;
+        print!("{}", table::of_directory(&options.results)?);
         return Ok(0);
     }
     let _lock = node::only_one()?;
     node::prepare(options.containerd.as_deref())?;
+    if let Some(pods) = options.churn {
+        return churn::run(options, pods);
+    }
     let (mut passed, mut failed) = (0, Vec::new());
     for handler in &options.handlers {
         let outcome = run_handler(options, handler, &selected)?;
         passed += outcome.0;
         failed.extend(outcome.1);
     }
-    write_table(&options.results)?;
     for name in &failed {
         println!("failed: {name}");
     }
@@ -58,38 +62,54 @@ fn run_handler(
     handler: &str,
     selected: &[Case],
 ) -> Result<(usize, Vec<String>)> {
+    let begin = Instant::now();
     let mut suite = Suite::new(handler)?;
     let mut records: Vec<Value> = Vec::new();
-    let mut failed = Vec::new();
+    let (mut passed, mut failed) = (0, Vec::new());
     for case in selected {
         let begin = Instant::now();
-        let name = format!("{handler}: {}/{}", case.group, case.name);
+        let name = format!(
+            "{handler} on {}: {}/{}",
+            suite.containerd, case.group, case.name
+        );
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| (case.run)(&mut suite)))
             .unwrap_or_else(|_| Err(anyhow::anyhow!("the case panicked")));
         let millis = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let message = outcome.as_ref().err().map(|error| format!("{error:#}"));
-        match &message {
-            None => println!("PASS  {name}  ({millis} ms)"),
-            Some(message) => println!("FAIL  {name}  ({millis} ms)\n      {message}"),
-        }
+        let outcome = match outcome {
+            Ok(()) => {
+                println!("PASS  {name}  ({millis} ms)");
+                passed += 1;
+                json!({"passed": true})
+            }
+            Err(error) if error.is::<NotHere>() => {
+                println!("n/a   {name}  ({millis} ms)\n      {error:#}");
+                json!({"passed": null, "message": format!("{error:#}")})
+            }
+            Err(error) => {
+                println!("FAIL  {name}  ({millis} ms)\n      {error:#}");
+                failed.push(name);
+                // What a failed case left of the shared pod is not trusted by the next.
+                suite.forget_shared();
+                json!({"passed": false, "message": format!("{error:#}")})
+            }
+        };
         let _ = std::io::stdout().flush();
-        if message.is_some() {
-            failed.push(name);
-            // What a failed case left of the shared pod is not trusted by the next.
-            suite.forget_shared();
+        let mut record =
+            json!({"group": case.group, "name": case.name, "millis": millis, "date": today()});
+        if let (Some(record), Some(outcome)) = (record.as_object_mut(), outcome.as_object()) {
+            record.extend(outcome.clone());
         }
-        records.push(json!({
-            "group": case.group,
-            "name": case.name,
-            "passed": message.is_none(),
-            "millis": millis,
-            "message": message,
-        }));
+        records.push(record);
         // Now, so that an interrupted run has its results.
         write_records(options, &suite, &records)?;
     }
     suite.forget_shared();
-    Ok((selected.len() - failed.len(), failed))
+    println!(
+        "{handler} on {}: {} s",
+        suite.containerd,
+        begin.elapsed().as_secs()
+    );
+    Ok((passed, failed))
 }
 
 /// Writes a handler's records; of cases that were not selected, an earlier run's stay.
@@ -101,97 +121,45 @@ fn write_records(options: &Options, suite: &Suite, records: &[Value]) -> Result<
         .ok()
         .and_then(|data| serde_json::from_slice(&data).ok())
         .unwrap_or_default();
-    let same = |a: &Value, b: &Value| a["group"] == b["group"] && a["name"] == b["name"];
-    let mut merged = Vec::new();
-    for case in cases::all() {
-        let key = json!({"group": case.group, "name": case.name});
-        let old = earlier["cases"].as_array().into_iter().flatten();
-        merged.extend(
+    let merged: Vec<Value> = cases::all()
+        .iter()
+        .filter_map(|case| {
+            let old = earlier["cases"].as_array().into_iter().flatten();
             records
                 .iter()
                 .chain(old)
-                .find(|record| same(record, &key))
-                .cloned(),
-        );
-    }
+                .find(|record| record["group"] == case.group && record["name"] == case.name)
+                .cloned()
+        })
+        .collect();
     let report = json!({
         "handler": suite.handler,
         "containerd": suite.containerd,
-        "date": today(),
+        "versions": versions(suite),
         "cases": merged,
     });
     fs::write(&file, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// Writes the table of all results in the directory: case × (handler, containerd).
-fn write_table(results: &Path) -> Result<()> {
-    let mut reports = Vec::new();
-    for entry in fs::read_dir(results)? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("cri-") && name.ends_with(".json") {
-            let report: Value = serde_json::from_slice(&fs::read(&path)?)
-                .with_context(|| format!("{} is not JSON", path.display()))?;
-            reports.push(report);
-        }
-    }
-    fs::write(results.join("cri-table.md"), table(&mut reports)).context("cannot write the table")
-}
-
-/// runc first, then Brig, each by containerd's version.
-fn table(reports: &mut [Value]) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    reports.sort_by_key(|report| {
-        (
-            report["handler"] != "runc",
-            text(&report["handler"]),
-            text(&report["containerd"]),
-        )
-    });
-    let dates: BTreeSet<String> = reports.iter().map(|report| text(&report["date"])).collect();
-    let mut out = format!(
-        "# Pods through the CRI: runc and Brig\n\nMeasured {} by `brig-cri` in the disposable node. ✓ as stated, ✗ not, – not run.\n\n| Case |",
-        Vec::from_iter(dates).join(", ")
-    );
-    for report in reports.iter() {
-        let _ = write!(
-            out,
-            " {}, containerd {} |",
-            text(&report["handler"]),
-            text(&report["containerd"])
-        );
-    }
-    out.push_str("\n|---|");
-    out.push_str(&"---|".repeat(reports.len()));
-    out.push('\n');
-    let mut group = "";
-    for case in cases::all() {
-        if case.group != group {
-            group = case.group;
-            let _ = writeln!(out, "| **{group}** |{}", " |".repeat(reports.len()));
-        }
-        let _ = write!(out, "| {} |", case.name);
-        for report in reports.iter() {
-            let found = report["cases"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .find(|record| record["group"] == case.group && record["name"] == case.name);
-            let mark = match found.map(|record| record["passed"] == true) {
-                Some(true) => "✓",
-                Some(false) => "✗",
-                None => "–",
-            };
-            let _ = write!(out, " {mark} |");
-        }
-        out.push('\n');
-    }
-    out
+/// What ran: the part of a result that its reader cannot guess.
+fn versions(suite: &Suite) -> Value {
+    let ask = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(args);
+        process::run(command, clock::seconds(5))
+            .map(|outcome| outcome.text().lines().next().unwrap_or_default().to_owned())
+            .unwrap_or_default()
+    };
+    json!({
+        "containerd": suite.containerd_release,
+        "kernel": ask("uname", &["-r"]),
+        "runc": ask("runc", &["--version"]),
+    })
 }
 
 /// The day, as 2026-11-20 (UTC).
-fn today() -> String {
+pub fn today() -> String {
     let seconds = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |elapsed| elapsed.as_secs());
@@ -226,16 +194,5 @@ mod tests {
         ] {
             assert_eq!(date_of(day), date);
         }
-    }
-
-    #[test]
-    fn the_table_has_a_column_for_each_report_and_shows_failures() {
-        let case = &cases::all()[0];
-        let record =
-            |passed: bool| json!({"group": case.group, "name": case.name, "passed": passed});
-        let report = |handler: &str, passed: bool| json!({"handler": handler, "containerd": "1.7", "date": "2026-11-20", "cases": [record(passed)]});
-        let text = table(&mut [report("brig", false), report("runc", true)]);
-        assert!(text.contains("| Case | runc, containerd 1.7 | brig, containerd 1.7 |"));
-        assert!(text.contains(&format!("| {} | ✓ | ✗ |", case.name)));
     }
 }

@@ -11,6 +11,7 @@ use k8s_cri::v1::{
 
 use crate::client::Cri;
 use crate::container::Container;
+use crate::node::{self, Image};
 use crate::pod::{Pod, PodSpec};
 
 /// What keeps a container alive.
@@ -24,6 +25,8 @@ pub struct Case {
     pub name: &'static str,
     /// Fails with what was expected and what was found.
     pub run: fn(&mut Suite) -> Result<()>,
+    /// Whether it belongs to the smoke: the part that every change must pass.
+    pub smoke: bool,
 }
 
 /// A case.
@@ -32,7 +35,43 @@ pub const fn case(
     name: &'static str,
     run: fn(&mut Suite) -> Result<()>,
 ) -> Case {
-    Case { group, name, run }
+    Case {
+        group,
+        name,
+        run,
+        smoke: false,
+    }
+}
+
+/// A case of the smoke.
+pub const fn smoke(
+    group: &'static str,
+    name: &'static str,
+    run: fn(&mut Suite) -> Result<()>,
+) -> Case {
+    Case {
+        group,
+        name,
+        run,
+        smoke: true,
+    }
+}
+
+/// Why a case says nothing with this handler, containerd or node.
+#[derive(Debug)]
+pub struct NotHere(String);
+
+impl std::fmt::Display for NotHere {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NotHere {}
+
+/// Ends a case that cannot be asked here; it is shown with the reason, and is no pass.
+pub fn not_here<T>(reason: impl Into<String>) -> Result<T> {
+    Err(NotHere(reason.into()).into())
 }
 
 /// A pod with one sleeping container.
@@ -52,7 +91,10 @@ pub struct Suite {
     pub handler: String,
     /// containerd's version, "1.7".
     pub containerd: String,
+    /// The same in full.
+    pub containerd_release: String,
     shared: Option<Rc<Shared>>,
+    images: Vec<Image>,
 }
 
 impl Suite {
@@ -74,7 +116,9 @@ impl Suite {
             cri,
             handler: handler.to_owned(),
             containerd,
+            containerd_release: version,
             shared: None,
+            images: Vec::new(),
         };
         suite.remove_leftovers()?;
         Ok(suite)
@@ -118,6 +162,15 @@ impl Suite {
     /// Whether Brig is under test.
     pub fn is_brig(&self) -> bool {
         self.handler.starts_with("brig")
+    }
+
+    /// Sees to it that containerd has an image.
+    pub fn image(&mut self, image: Image) -> Result<()> {
+        if !self.images.contains(&image) {
+            node::import(image)?;
+            self.images.push(image);
+        }
+        Ok(())
     }
 
     /// A pod to be, of the handler under test.

@@ -1,6 +1,11 @@
 //! The cases, grouped as the parts of a pod that Kubernetes relies on.
 
+mod apps;
+mod attach;
+mod config_volumes;
+mod forward;
 mod life;
+mod mounts;
 mod network;
 mod process;
 mod resources;
@@ -19,11 +24,16 @@ pub fn all() -> Vec<Case> {
         process::CASES,
         network::CASES,
         streams::CASES,
+        attach::CASES,
+        forward::CASES,
         volumes::CASES,
+        config_volumes::CASES,
+        mounts::CASES,
         security::CASES,
         resources::CASES,
         stats::CASES,
         life::CASES,
+        apps::CASES,
     ]
     .into_iter()
     .flatten()

@@ -13,10 +13,10 @@ use k8s_cri::v1::{DnsConfig, Protocol};
 use crate::container::{Container, eventually};
 use crate::node::Directory;
 use crate::pod::Pod;
-use crate::suite::{Case, SLEEP, Shared, Suite, case};
+use crate::suite::{Case, SLEEP, Shared, Suite, case, smoke};
 
 pub const CASES: &[Case] = &[
-    case(
+    smoke(
         "network",
         "the addresses that the CRI shows are on eth0",
         addresses,
@@ -26,9 +26,9 @@ pub const CASES: &[Case] = &[
         "MAC address and MTU are those of the node's end",
         link,
     ),
-    case("network", "node to pod, IPv4 and IPv6", node_to_pod),
+    smoke("network", "node to pod, IPv4 and IPv6", node_to_pod),
     case("network", "pod to node, IPv4 and IPv6", pod_to_node),
-    case("network", "pod to pod, IPv4 and IPv6", pod_to_pod),
+    smoke("network", "pod to pod, IPv4 and IPv6", pod_to_pod),
     case("network", "UDP: a pod's query is answered by the node", udp),
     case("network", "a large transfer arrives whole", transfer),
     case("network", "hostPort reaches the pod", host_port),
@@ -58,23 +58,25 @@ fn server(pod: &Pod) -> Result<Container> {
         .start()
 }
 
-/// Reads `/hostname` over HTTP from the node.
-fn fetch(address: &str, port: u16) -> Result<String> {
+/// Reads a page over HTTP from the node; returns head and body.
+pub fn fetch_page(address: &str, port: u16, page: &str) -> Result<String> {
     use std::io::Write;
-    let target: SocketAddr = match address.contains(':') {
-        true => format!("[{address}]:{port}"),
-        false => format!("{address}:{port}"),
-    }
-    .parse()?;
+    let target: SocketAddr = format!("{}:{port}", bracketed(address)).parse()?;
     let mut stream = eventually("a connection", clock::seconds(3), || {
         // Refused as long as the server does not listen.
         Ok(TcpStream::connect_timeout(&target, clock::seconds(1)).ok())
     })
     .with_context(|| format!("to {target}"))?;
     stream.set_read_timeout(Some(clock::seconds(3)))?;
-    stream.write_all(b"GET /hostname HTTP/1.0\r\n\r\n")?;
+    stream.write_all(format!("GET {page} HTTP/1.0\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// Reads `/hostname` over HTTP from the node.
+fn fetch(address: &str, port: u16) -> Result<String> {
+    let answer = fetch_page(address, port, "/hostname")?;
     let (_, body) = answer
         .split_once("\r\n\r\n")
         .with_context(|| format!("no HTTP answer: '{answer}'"))?;

@@ -7,10 +7,10 @@ use brig_tests::node::check::{contains_one, equal, that};
 use brig_tests::node::clock;
 use k8s_cri::v1::ContainerState;
 
-use crate::suite::{Case, SLEEP, Suite, case};
+use crate::suite::{Case, SLEEP, Suite, case, smoke};
 
 pub const CASES: &[Case] = &[
-    case("process", "exit codes are told exactly", exit_codes),
+    smoke("process", "exit codes are told exactly", exit_codes),
     case(
         "process",
         "a process killed by a signal ends with 128 + its number",
@@ -28,7 +28,7 @@ pub const CASES: &[Case] = &[
         "a missing program fails the start with its name",
         missing_program,
     ),
-    case(
+    smoke(
         "process",
         "SIGTERM ends a container that heeds it, before its grace",
         graceful,

@@ -2,34 +2,36 @@
 
 use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
-use k8s_cri::v1::NamespaceMode;
+use k8s_cri::v1::{ContainerEventType, NamespaceMode};
 
-use crate::suite::{Case, SLEEP, Suite, case, refused};
+use crate::container::Container;
+use crate::events::Events;
+use crate::suite::{Case, SLEEP, Suite, case, not_here, refused, smoke};
 
 pub const CASES: &[Case] = &[
-    case("sandbox", "a pod is ready and says who it is", ready),
-    case(
+    smoke("sandbox", "a pod is ready and says who it is", ready),
+    smoke(
         "sandbox",
         "the pod's host name is its containers'",
         hostname,
     ),
-    case(
+    smoke(
         "sandbox",
         "containers share the loopback interface",
         loopback,
     ),
-    case("sandbox", "containers share /dev/shm", shm),
+    smoke("sandbox", "containers share /dev/shm", shm),
     case(
         "sandbox",
         "by default each container has a pid namespace",
         pid_private,
     ),
-    case(
+    smoke(
         "sandbox",
         "shareProcessNamespace: containers see each other",
         pid_shared,
     ),
-    case(
+    smoke(
         "sandbox",
         "an ephemeral container joins its target's processes",
         pid_target,
@@ -39,12 +41,12 @@ pub const CASES: &[Case] = &[
         "orphans in a shared pid namespace are reaped",
         orphans,
     ),
-    case(
+    smoke(
         "sandbox",
         "a container is restarted in a living pod",
         restart,
     ),
-    case(
+    smoke(
         "sandbox",
         "the last container's end leaves the pod ready",
         last_container,
@@ -55,7 +57,7 @@ pub const CASES: &[Case] = &[
         init_and_sidecar,
     ),
     case("sandbox", "stop and remove may be repeated", idempotent),
-    case(
+    smoke(
         "sandbox",
         "removing a running pod takes its containers along",
         remove_running,
@@ -65,7 +67,23 @@ pub const CASES: &[Case] = &[
         "an unknown handler is refused by name",
         unknown_handler,
     ),
-    case("sandbox", "hostNetwork: as the handler can", host_network),
+    case(
+        "sandbox",
+        "events: created, started, stopped, deleted, in this order",
+        events,
+    ),
+    case("sandbox", "the clock is the node's", clock_is_right),
+    case(
+        "sandbox",
+        "a systemd slice as the pod's cgroup parent",
+        slice,
+    ),
+    case(
+        "sandbox",
+        "an annotation counts where the operator allows it",
+        annotation,
+    ),
+    smoke("sandbox", "hostNetwork: as the handler can", host_network),
     case("sandbox", "hostPID: as the handler can", host_pid),
     case("sandbox", "hostIPC: as the handler can", host_ipc),
 ];
@@ -262,6 +280,119 @@ fn remove_running(suite: &mut Suite) -> Result<()> {
     that("its container is gone", container.status().is_err())
 }
 
+/// What kubelet's evented PLEG reads.
+fn events(suite: &mut Suite) -> Result<()> {
+    let mut events = Events::open(&suite.cri)?;
+    let shared = suite.shared()?;
+    let (container, _) = shared.pod.container("events", &["true"]).finish()?;
+    container.remove()?;
+    let expected = [
+        ContainerEventType::ContainerCreatedEvent,
+        ContainerEventType::ContainerStartedEvent,
+        ContainerEventType::ContainerStoppedEvent,
+        ContainerEventType::ContainerDeletedEvent,
+    ];
+    let mut seen = Vec::new();
+    while seen.last() != Some(&ContainerEventType::ContainerDeletedEvent) {
+        let event = events
+            .next(&suite.cri)
+            .with_context(|| format!("after {seen:?}"))?;
+        if event.container_id == container.id {
+            seen.push(event.container_event_type());
+        }
+    }
+    equal("events", expected.as_slice(), seen.as_slice())
+}
+
+fn clock_is_right(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let now = || -> Result<u64> {
+        Ok(std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)?
+            .as_secs())
+    };
+    let before = now()?;
+    let inside: u64 = shared.container.sh("date +%s")?.parse()?;
+    let after = now()?;
+    that(
+        &format!("{inside} is between {before} and {after}, to a second"),
+        (before.saturating_sub(1)..=after + 1).contains(&inside),
+    )
+}
+
+/// Kubelet with the systemd driver names a slice; containerd makes `slice:cri-containerd:ID` of it.
+fn slice(suite: &mut Suite) -> Result<()> {
+    let parent = "brig.slice/brig-cri.slice/brig-cri-pod1.slice";
+    let pod = suite
+        .pod("slice")
+        .linux(|linux| parent.clone_into(&mut linux.cgroup_parent))
+        .run(&suite.cri)?;
+    let container = pod.container("main", SLEEP).start()?;
+    container.sh("true")?;
+    drop(container);
+    pod.stop()?;
+    pod.remove()
+}
+
+/// containerd passes `io.brig.*` on to Brig's handlers; runc knows no such thing.
+fn annotation(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("runc has no annotations of its own");
+    }
+    let total = |container: &Container| -> Result<u64> {
+        let script = "awk '/^MemTotal:/ { print $2 }' /proc/meminfo";
+        Ok(container.sh(script)?.parse()?)
+    };
+    let ask = |suite: &Suite, memory: &str| {
+        suite
+            .pod("annotated")
+            .edit(|config| {
+                config
+                    .annotations
+                    .insert("io.brig.memory".to_owned(), memory.to_owned());
+            })
+            .run(&suite.cri)
+    };
+    refused(
+        "an annotation that the operator has not allowed",
+        ask(suite, "192MiB"),
+        &["io.brig.memory"],
+    )?;
+    let drop_in = DropIn::new("pod_annotations = [\"memory\"]\n")?;
+    refused(
+        "an annotation that is no size",
+        ask(suite, "plenty"),
+        &["io.brig.memory"],
+    )?;
+    let pod = ask(suite, "192MiB")?;
+    let container = pod.container("main", SLEEP).start()?;
+    drop(drop_in);
+    let kib = total(&container)?;
+    that(
+        &format!("its kernel has less than 192 MiB, and most of that: {kib} KiB"),
+        (120 << 10..192 << 10).contains(&kib),
+    )
+}
+
+/// A drop-in of Brig's configuration, for as long as it is in scope.
+struct DropIn(std::path::PathBuf);
+
+impl DropIn {
+    fn new(text: &str) -> Result<Self> {
+        let directory = std::path::Path::new("/etc/brig/config.d");
+        std::fs::create_dir_all(directory)?;
+        let path = directory.join("brig-cri.toml");
+        std::fs::write(&path, text)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for DropIn {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 fn unknown_handler(suite: &mut Suite) -> Result<()> {
     let pod = crate::pod::PodSpec::new("no-such-handler", "unknown").run(&suite.cri);
     refused("an unknown handler", pod, &["no-such-handler"])
@@ -269,6 +400,11 @@ fn unknown_handler(suite: &mut Suite) -> Result<()> {
 
 /// A pod in the node's network: runc has it, a VM says that it cannot.
 fn host_network(suite: &mut Suite) -> Result<()> {
+    if suite.handler == "brig-shim" && suite.containerd == "2.1" {
+        return not_here(
+            "containerd 2.1.9 itself panics on hostNetwork with sandboxer = \"shim\", whatever the shim",
+        );
+    }
     let pod = suite
         .pod("host-network")
         // Kubelet gives such a pod the node's.

@@ -9,7 +9,7 @@ use k8s_cri::v1::{
 };
 
 use crate::container::eventually;
-use crate::suite::{Case, SLEEP, Suite, between, case};
+use crate::suite::{Case, SLEEP, Suite, between, case, smoke};
 
 pub const CASES: &[Case] = &[
     case(
@@ -22,8 +22,23 @@ pub const CASES: &[Case] = &[
         "container: the working set is that of its memory",
         container_memory,
     ),
-    case("stats", "containers of a pod are listed by its id", listed),
+    smoke(
+        "stats",
+        "container: the figures are those of its cgroup",
+        container_exact,
+    ),
     case(
+        "stats",
+        "container: the writable layer's bytes are told",
+        writable_layer,
+    ),
+    smoke(
+        "stats",
+        "the sandbox's process has the pod's network figures",
+        process_network,
+    ),
+    case("stats", "containers of a pod are listed by its id", listed),
+    smoke(
         "stats",
         "pod: processor, memory and processes are told",
         pod,
@@ -71,6 +86,92 @@ fn container_memory(suite: &mut Suite) -> Result<()> {
         Ok((working_set >= 30 * MIB).then_some(working_set))
     })
     .and_then(|working_set| between("working set", 30 * MIB, 48 * MIB, working_set))
+}
+
+/// The same question asked of the container's own cgroup: before, and after, so that the answer lies
+/// between.
+fn container_exact(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let ask = || -> Result<(u64, u64)> {
+        let script = "awk '/^usage_usec/ { print $2 }' /sys/fs/cgroup/cpu.stat; cat /sys/fs/cgroup/memory.current; awk '/^inactive_file/ { print $2 }' /sys/fs/cgroup/memory.stat";
+        let said = shared.container.sh(script)?;
+        let numbers = said
+            .lines()
+            .map(str::parse)
+            .collect::<Result<Vec<u64>, _>>()?;
+        match numbers.as_slice() {
+            [cpu, memory, inactive] => Ok((cpu * 1000, memory - inactive)),
+            _ => anyhow::bail!("three numbers, not '{said}'"),
+        }
+    };
+    // Some anonymous memory and page cache to tell apart.
+    shared
+        .container
+        .sh("head -c 8388608 /dev/zero > /filled; cat /filled > /dev/null; rm /filled; head -c 8388608 /dev/zero > /dev/shm/filled")?;
+    let before = ask()?;
+    // What was asked before may be a second old or so.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let stats = shared.container.stats()?;
+    let after = ask()?;
+    shared.container.sh("rm /dev/shm/filled")?;
+    let cpu = stats.cpu.context("no cpu statistics")?;
+    between(
+        "processor time in ns",
+        before.0,
+        after.0,
+        value(cpu.usage_core_nano_seconds.as_ref()),
+    )?;
+    let memory = stats.memory.context("no memory statistics")?;
+    // An exec's own pages come and go between the three looks.
+    const SLACK: u64 = 2 << 20;
+    between(
+        "working set",
+        before.1.min(after.1).saturating_sub(SLACK),
+        before.1.max(after.1) + SLACK,
+        value(memory.working_set_bytes.as_ref()),
+    )
+}
+
+fn writable_layer(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared.pod.container("layer", SLEEP).start()?;
+    container.sh("head -c 3145728 /dev/zero > /three; sync")?;
+    // containerd looks at snapshots every ten seconds.
+    eventually("three MiB", clock::seconds(4), || {
+        let layer = container
+            .stats()?
+            .writable_layer
+            .context("no writable layer")?;
+        let used = value(layer.used_bytes.as_ref());
+        Ok((3 << 20..6 << 20).contains(&used).then_some(()))
+    })
+}
+
+/// Kubelet's own reading: `/proc/PID/net/dev` of the process that containerd names.
+fn process_network(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let pid = super::life::sandbox_pid(&shared.pod)?;
+    let received = || -> Result<u64> {
+        let table = std::fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
+        let line = table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("eth0:"))
+            .context("no eth0")?;
+        Ok(line
+            .split_whitespace()
+            .next()
+            .context("no figure")?
+            .parse()?)
+    };
+    let before = received()?;
+    shared
+        .container
+        .sh("ping -c 2 -i 0.2 -s 1000 -W 20 10.88.0.1")?;
+    let after = received()?;
+    that(
+        &format!("bytes received grew by 2,000 or more: {before}, then {after}"),
+        after >= before + 2_000,
+    )
 }
 
 fn listed(suite: &mut Suite) -> Result<()> {

@@ -8,16 +8,16 @@ use brig_tests::node::check::{clip, contains_one, equal, that};
 use brig_tests::node::clock;
 
 use crate::container::eventually;
-use crate::suite::{Case, Suite, case};
+use crate::suite::{Case, Suite, case, smoke};
 
 pub const CASES: &[Case] = &[
-    case(
+    smoke(
         "streams",
         "exec: output, errors and the exit code are apart",
         exec,
     ),
     case("streams", "exec: 1 MiB of output is whole", exec_large),
-    case(
+    smoke(
         "streams",
         "exec: past its time-out it is an error and its process ended",
         exec_timeout,
@@ -27,7 +27,7 @@ pub const CASES: &[Case] = &[
         "exec: a missing program is an error with its name",
         exec_missing,
     ),
-    case(
+    smoke(
         "streams",
         "logs: CRI format, both streams, in order",
         log_format,
@@ -42,7 +42,7 @@ pub const CASES: &[Case] = &[
         "logs: whole for a container that ends at once",
         log_quick,
     ),
-    case("streams", "logs: reopened after a rotation", log_rotation),
+    smoke("streams", "logs: reopened after a rotation", log_rotation),
     case("streams", "logs: 5,000 lines are whole", log_many),
     case("streams", "a container with a terminal has one", terminal),
 ];

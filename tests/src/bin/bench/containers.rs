@@ -106,7 +106,7 @@ fn one(ctr: &Ctr, samples: &mut Samples) -> Result<()> {
 }
 
 /// Guest RAM is by far the largest mapping of a VMM.
-fn guest_kib(vmm: i32) -> Result<u64> {
+pub fn guest_kib(vmm: i32) -> Result<u64> {
     let maps = fs::read_to_string(format!("/proc/{vmm}/smaps"))?;
     maps.lines()
         .filter_map(|line| line.strip_prefix("Size:"))
@@ -116,7 +116,7 @@ fn guest_kib(vmm: i32) -> Result<u64> {
 }
 
 /// The shim: named by Brig's journal, or the parent of runc's container.
-fn shim_of(ctr: &Ctr, id: &str, pid: i32) -> Result<i32> {
+pub fn shim_of(ctr: &Ctr, id: &str, pid: i32) -> Result<i32> {
     let journal = PathBuf::from("/run/brig")
         .join(&ctr.namespace)
         .join(id)

@@ -2,10 +2,11 @@
 //! interleaved and repeated; a table and JSON.
 //!
 //! Counts do not depend on the clock. Times do, and under emulation only their ratios mean anything,
-//! which the output says.
+//! which the output says. `--overhead` prints what a pod costs by its size instead.
 
 mod boot;
 mod containers;
+mod overhead;
 mod qemu;
 mod report;
 mod syscalls;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
-const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR]";
+const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR] | --overhead [RUNTIME]";
 
 fn main() -> ExitCode {
     match run() {
@@ -36,6 +37,10 @@ fn run() -> Result<()> {
         match arg.as_str() {
             "--rounds" => rounds = value()?.parse::<usize>()?.max(1),
             "--results" => results = value()?.into(),
+            "--overhead" => {
+                let runtime = args.next();
+                return overhead::measure(runtime.as_deref().unwrap_or("io.containerd.brig.v2"));
+            }
             // Run under strace by this program itself: one boot, nothing else.
             "--boot-brig-once" => return boot::brig_once(),
             "--boot-qemu-once" => return boot::qemu_once(),

@@ -3,10 +3,12 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
 use brig_tests::pattern::{self, Checksum};
 use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde_json::{Value, json};
 
 /// The symbolic name of an error, "EROFS".
@@ -61,6 +63,37 @@ pub fn list(path: &str) -> Result<Value> {
         .collect();
     names.sort();
     Ok(json!(names))
+}
+
+/// Says 'ready', waits for a change in a directory, and names what inotify said of it.
+pub fn watch(path: &str) -> Result<u8> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    let mask = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MODIFY;
+    inotify
+        .add_watch(path, mask)
+        .with_context(|| format!("cannot watch {path}"))?;
+    println!("ready");
+    io::stdout().flush()?;
+    // A writer of a new generation makes more than one change; the rename is the one that counts.
+    loop {
+        for event in inotify.read_events()? {
+            let name = event.name.unwrap_or_default();
+            println!("{:?} {}", event.mask, name.to_string_lossy());
+            if event.mask.contains(AddWatchFlags::IN_MOVED_TO) {
+                return Ok(0);
+            }
+        }
+    }
+}
+
+/// Connects to a Unix socket, sends a line and prints the answer.
+pub fn connect(path: &str) -> Result<u8> {
+    let mut stream =
+        UnixStream::connect(path).with_context(|| format!("cannot connect to {path}"))?;
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(20)))?;
+    stream.write_all(b"hello\n")?;
+    io::copy(&mut stream, &mut io::stdout().lock())?;
+    Ok(0)
 }
 
 /// Writes the pattern, makes it durable, says so, and waits to be killed.
