@@ -219,9 +219,7 @@ impl Container {
                 let _ = reply.send(cgroup::processes(self.parts.cgroup.path()));
             }
             Command::Freeze { frozen, reply } => self.freeze(frozen, reply),
-            Command::Update { resources, reply } => {
-                let _ = reply.send(self.parts.cgroup.update(&resources));
-            }
+            Command::Update { resources, reply } => self.parts.cgroup.update(*resources, reply),
             Command::PidNamespace { reply } => {
                 let pid = self.running_pid();
                 let _ = reply.send(pid.map(|pid| format!("/proc/{pid}/ns/pid").into()));

@@ -71,8 +71,13 @@ pub struct Create {
 /// What a bind mount shows.
 #[derive(Debug, Deserialize, Serialize)]
 pub enum MountSource {
-    /// A path under the share.
-    Share(String),
+    /// What the host shares.
+    Share {
+        /// A path under the share.
+        path: String,
+        /// The host holds `ro`, not the guest.
+        readonly_on_host: bool,
+    },
     /// A volume in the guest's memory.
     Volume {
         /// Its id.

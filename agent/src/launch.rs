@@ -119,7 +119,7 @@ impl Launcher {
                     }
                     (Message::Terminal, fd) => terminal = fd,
                     (Message::Warning(text), _) => {
-                        slog::warn!(self.logger, "container helper"; "note" => text)
+                        slog::info!(self.logger, "container helper"; "note" => text)
                     }
                     (Message::Failed(text), _) => return Err(Error::InvalidArgument(text)),
                     (Message::Ready, _) => ready = true,

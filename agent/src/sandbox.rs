@@ -287,7 +287,7 @@ impl Context {
             ("mountLabel", !spec.linux.mount_label.is_empty()),
         ];
         for (field, _) in ignored.iter().filter(|(_, present)| *present) {
-            slog::debug!(self.logger, "field of the host left out"; "container" => id, "field" => field);
+            slog::info!(self.logger, "a label of the node has no meaning in the guest and is left out"; "container" => id, "field" => field);
         }
     }
 

@@ -90,7 +90,10 @@ fn mount_source(source: &agent::MountSource) -> Result<MountSource> {
         return Ok(MountSource::Device(source.device.clone()));
     }
     share_path(&source.share_path)?;
-    Ok(MountSource::Share(source.share_path.clone()))
+    Ok(MountSource::Share {
+        path: source.share_path.clone(),
+        readonly_on_host: source.readonly_on_host,
+    })
 }
 
 /// The specification of a container.

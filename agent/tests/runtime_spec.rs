@@ -484,3 +484,28 @@ async fn what_cannot_be_applied_is_refused_over_the_wire() {
     );
     guest.stop().await;
 }
+
+#[tokio::test]
+async fn devices_of_the_node_are_refused_and_dropped_for_a_privileged_container() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    let disk = json!({"path": "/dev/disk-of-node", "type": "b", "major": 511, "minor": 7});
+    let mut ordinary = spec("true");
+    ordinary["linux"]["devices"] = json!([disk]);
+    let (code, text) = refusal(guest.create("c1", &ordinary, Stdio::default()).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.contains("/dev/disk-of-node"), "{text}");
+    // The guest here is this machine, whose /dev has fuse.
+    let got = output(
+        &mut guest,
+        "ls /dev/disk-of-node 2>/dev/null; ls /dev/fuse; : < /dev/fuse && echo open; ls -l /dev/ptmx | awk '{print $11}'",
+        |spec| {
+            spec["linux"]["devices"] = json!([disk]);
+            spec["linux"]["resources"]["devices"] =
+                json!([{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]);
+        },
+    )
+    .await;
+    assert_eq!(got, "/dev/fuse\nopen\npts/ptmx\n");
+    guest.stop().await;
+}

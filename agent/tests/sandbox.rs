@@ -223,3 +223,16 @@ async fn statistics_and_caches_answer() {
         .unwrap();
     guest.stop().await;
 }
+
+#[tokio::test]
+async fn a_sysctl_of_the_whole_kernel_is_refused_for_the_sandbox_too() {
+    let guest = Guest::boot().await;
+    let request = StartSandboxRequest {
+        sysctls: [("vm.swappiness".to_owned(), "1".to_owned())].into(),
+        ..Default::default()
+    };
+    let (code, text) = refusal(guest.client.start_sandbox(ctx(), &request).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.contains("vm.swappiness"), "{text}");
+    guest.stop().await;
+}

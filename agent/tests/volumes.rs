@@ -250,3 +250,25 @@ async fn a_device_of_the_guest_can_be_mounted_and_nonsense_is_refused() {
     }
     guest.stop().await;
 }
+
+#[tokio::test]
+async fn what_the_host_holds_read_only_is_not_made_so_again() {
+    let mut guest = Guest::start().await;
+    for (id, readonly_on_host, wanted) in [("c1", false, "read-only\n"), ("c2", true, "")] {
+        guest.rootfs(id);
+        let volume = guest.share().join(id).join("m1/below");
+        fs::create_dir_all(&volume).unwrap();
+        let script = "touch /v/below/x 2>/dev/null || echo read-only";
+        let spec = with_volume(script, json!(["rbind", "ro"]));
+        let sources = vec![MountSource {
+            index: 1,
+            share_path: format!("{id}/m1"),
+            readonly_on_host,
+            ..Default::default()
+        }];
+        let outcome = guest.whole_with(id, &spec, sources).await;
+        assert_eq!(outcome.stdout, wanted, "{}", outcome.stderr);
+        assert_eq!(exists(&volume.join("x")), readonly_on_host);
+    }
+    guest.stop().await;
+}

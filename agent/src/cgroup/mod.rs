@@ -15,6 +15,7 @@ use std::{
 
 use crate::{
     error::{Error, Result},
+    process::Reply,
     spec::Resources,
 };
 
@@ -66,9 +67,8 @@ impl Cgroup {
         };
         let default = Resources::default();
         let resources = resources.unwrap_or(&default);
-        let outcome = cgroup
-            .apply(resources)
-            .and_then(|()| cgroup.limit_devices(resources));
+        let outcome =
+            apply(&cgroup.path, resources, logger).and_then(|()| cgroup.limit_devices(resources));
         if let Err(error) = outcome {
             let _ = fs::remove_dir(&cgroup.path);
             return Err(error);
@@ -81,24 +81,17 @@ impl Cgroup {
         &self.path
     }
 
-    /// Changes the limits that `resources` names.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a limit that cannot be set.
-    pub fn update(&mut self, resources: &Resources) -> Result<()> {
-        self.apply(resources)?;
-        if resources.devices.is_empty() {
-            Ok(())
-        } else {
-            self.limit_devices(resources)
-        }
-    }
-
-    fn apply(&self, resources: &Resources) -> Result<()> {
-        for note in resources::apply(&self.path, resources)? {
-            slog::warn!(self.logger, "a limit is left out"; "cgroup" => %self.path.display(), "note" => note);
-        }
-        Ok(())
+    /// Changes the limits that `resources` names and answers `done`, on a thread of its own: the kernel
+    /// makes who lowers a memory limit wait until the memory is found.
+    pub fn update(&mut self, resources: Resources, done: Reply<()>) {
+        let devices = match resources.devices.as_slice() {
+            [] => Ok(()),
+            _ => self.limit_devices(&resources),
+        };
+        let (path, logger) = (self.path.clone(), self.logger.clone());
+        tokio::task::spawn_blocking(move || {
+            let _ = done.send(devices.and_then(|()| apply(&path, &resources, &logger)));
+        });
     }
 
     fn limit_devices(&mut self, resources: &Resources) -> Result<()> {
@@ -114,6 +107,13 @@ impl Cgroup {
     pub fn kill(&self) -> Result<()> {
         write(&self.path, "cgroup.kill", "1")
     }
+}
+
+fn apply(path: &Path, resources: &Resources, logger: &slog::Logger) -> Result<()> {
+    for note in resources::apply(path, resources)? {
+        slog::warn!(logger, "a limit is left out"; "cgroup" => %path.display(), "note" => note);
+    }
+    Ok(())
 }
 
 /// Freezes or thaws every process of the cgroup `path` and waits for the kernel to say so.

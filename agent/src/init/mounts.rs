@@ -67,6 +67,13 @@ fn mount_one(
     } else {
         (new_file_system(root, mount, &options)?, true)
     };
+    if let Some(MountSource::Share {
+        readonly_on_host: true,
+        ..
+    }) = source
+    {
+        options.own.set &= !libc::MOUNT_ATTR_RDONLY;
+    }
     mount_attr::apply(tree.as_fd(), &options.own, false).during("mount options")?;
     mount_attr::apply(tree.as_fd(), &options.below, true).during("mount options")?;
 
@@ -128,7 +135,7 @@ fn bind_source(
     recursive: bool,
 ) -> Result<(OwnedFd, bool)> {
     let tree = match source {
-        Some(MountSource::Share(path)) => clone_from_share(&create.share, path, recursive)?,
+        Some(MountSource::Share { path, .. }) => clone_from_share(&create.share, path, recursive)?,
         Some(MountSource::Volume { id, path }) => {
             volume::clone_for_container(&create.volumes, id, path)
                 .during(format_args!("{path:?} of the volume {id}"))?
