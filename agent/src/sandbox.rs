@@ -127,7 +127,7 @@ impl Context {
             launcher: Launcher::new(binary, reaper, logger.clone()),
             events: Events::default(),
             outputs: Outputs::default(),
-            volumes: Arc::new(Volumes::new(&places.run)),
+            volumes: Arc::new(Volumes::new(&places.run, &places.share)),
             logger,
             containers: Mutex::default(),
             pid_holder: tokio::sync::OnceCell::new(),

@@ -128,17 +128,30 @@ async fn a_replica_is_read_only_updates_live_and_is_shared_by_containers() {
 #[tokio::test]
 async fn nothing_of_an_update_is_seen_before_its_last_request() {
     let mut guest = Guest::start().await;
-    let mut entries = generation(1);
-    let rest = entries.split_off(2);
-    let mut first = update("v1", Kind::REPLICA, entries);
+    let spec = with_volume("ls -A /v | tr '\\n' ' '", json!(["rbind", "ro"]));
+    let part = |number: u64, from: usize, to: usize| {
+        let entries = generation(number)[from..to].to_vec();
+        update("v1", Kind::REPLICA, entries)
+    };
+    let mut first = part(1, 0, 2);
     first.more = true;
-    put(&guest, first).await;
-    let spec = with_volume("ls -A /v | wc -l", json!(["rbind", "ro"]));
-    for (id, wanted) in [("c1", "0\n"), ("c2", "3\n")] {
+    let mut last = part(1, 2, 5);
+    last.continued = true;
+    // The start of an update that never came to its end.
+    let mut lost = part(8, 0, 3);
+    lost.more = true;
+    let steps = [
+        ("c1", vec![first], ""),
+        ("c2", vec![last], "..2026_1 ..data key "),
+        ("c3", vec![lost, part(2, 0, 5)], "..2026_2 ..data key "),
+    ];
+    for (id, requests, wanted) in steps {
+        for request in requests {
+            put(&guest, request).await;
+        }
         guest.rootfs(id);
         let outcome = guest.whole_with(id, &spec, vec![source(1, "v1", "")]).await;
         assert_eq!(outcome.stdout, wanted, "{}", outcome.stderr);
-        put(&guest, update("v1", Kind::REPLICA, rest.clone())).await;
     }
     guest.stop().await;
 }

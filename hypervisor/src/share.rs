@@ -51,6 +51,12 @@ pub enum ShareError {
         /// "directory" or "file".
         expected: &'static str,
     },
+    /// A host path leads to something else than it did when it was examined.
+    #[error("{} leads to something else than before; nothing of it was shared", path.display())]
+    Moved {
+        /// The host's path.
+        path: PathBuf,
+    },
     /// A host path is part of the node's kernel.
     #[error("{} is a procfs, sysfs, cgroup or other file system of the node's kernel, which is never shared with a VM", path.display())]
     KernelFileSystem {
@@ -124,14 +130,45 @@ pub enum ShareError {
     Thread(#[source] io::Error),
 }
 
+/// How the share path of a directory ends below which more mounts will be attached: the file server cannot number
+/// its files by the host's inode numbers then.
+pub const GROWING: &str = ".grows";
+
 /// How a mount is shared. `nosuid`, `nodev` and `noexec` always hold on the host's side; the guest's own
 /// mount flags decide inside the guest.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Attributes {
-    /// Nothing below can be written, whatever the guest does.
+    /// Nothing of it can be written, whatever the guest does.
     pub readonly: bool,
+    /// But the mounts below can, as far as they can be on the host.
+    pub writable_below: bool,
     /// Mounts below the source are shared too, but for those of the node's kernel (procfs, sysfs…).
     pub recursive: bool,
+    /// What the source must be, if it was examined before.
+    pub expected: Option<FileId>,
+}
+
+/// Tells a file or directory from any other of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileId {
+    /// Its file system's device number.
+    pub device: u64,
+    /// Its inode number there.
+    pub inode: u64,
+}
+
+/// A mount that the host has made below a shared directory. A guest may write there, so each part is checked
+/// when the mount is taken: it could have put a link in its place.
+#[derive(Debug, Clone, Copy)]
+pub struct LaterMount<'a> {
+    /// The directory that was shared, without links.
+    pub top: &'a Path,
+    /// Which directory that is.
+    pub identity: FileId,
+    /// The way from there to the mount point.
+    pub way: &'a Path,
+    /// The mount's number in mountinfo.
+    pub id: u64,
 }
 
 /// The share of one running VMM.
@@ -170,6 +207,7 @@ impl Share {
         attributes: Attributes,
     ) -> Result<(), ShareError> {
         let mount = source::clone(source, attributes.recursive, source::Kind::Directory)?;
+        source::expect(&mount, source, attributes.expected)?;
         self.attach(mount, share_path, attributes)
     }
 
@@ -184,6 +222,7 @@ impl Share {
         attributes: Attributes,
     ) -> Result<(), ShareError> {
         let mount = source::clone(source, false, source::Kind::File)?;
+        source::expect(&mount, source, attributes.expected)?;
         self.attach(mount, share_path, attributes)
     }
 
@@ -207,6 +246,7 @@ impl Share {
             Attributes {
                 readonly,
                 recursive: true,
+                ..Attributes::default()
             },
         )
     }
@@ -227,35 +267,31 @@ impl Share {
         namespace::attach(&self.pidfd, &mount, &share_path)
     }
 
-    /// Attaches a mount that the host has made below a shared directory since: `source` is its mount point
-    /// there, `below` the way to it from the directory at `share_path`. Mounts below it are not brought along.
+    /// Attaches a mount that the host has made below a shared directory since, at the same place below what is
+    /// at `share_path`, whose name must end in [`GROWING`]. Mounts below it do not come along.
     ///
     /// # Errors
-    /// [`ShareError::KernelFileSystem`] for what is never shared, else as [`Self::attach_dir`].
+    /// [`ShareError::Moved`] when the place leads to something else by now, [`ShareError::KernelFileSystem`]
+    /// for what is never shared, else as [`Self::attach_dir`].
     pub fn attach_below(
         &self,
-        source: &Path,
+        later: &LaterMount<'_>,
         share_path: &str,
-        below: &Path,
         readonly: bool,
     ) -> Result<(), ShareError> {
-        let metadata = std::fs::symlink_metadata(source).map_err(|error| ShareError::Source {
-            path: source.to_owned(),
-            source: error,
-        })?;
-        let kind = if metadata.is_dir() {
-            source::Kind::Directory
-        } else {
-            source::Kind::File
-        };
-        let mount = source::clone(source, false, kind)?;
         let share_path = SharePath::new(share_path)?;
+        if !share_path.as_str().ends_with(GROWING) {
+            return Err(ShareError::InvalidPath {
+                path: share_path.to_string(),
+            });
+        }
+        let mount = source::clone_later(later)?;
         let attributes = Attributes {
             readonly,
             ..Attributes::default()
         };
         seal(&mount, &share_path, attributes)?;
-        namespace::attach_below(&self.pidfd, &mount, &share_path, below)
+        namespace::attach_below(&self.pidfd, &mount, &share_path, later.way)
     }
 
     /// Takes away what [`Self::attach_below`] or a recursive attachment has put below a shared directory.
@@ -304,15 +340,16 @@ impl Share {
 
 /// Sets every attribute before the mount can be reached by anyone.
 fn seal(mount: &OwnedFd, share_path: &SharePath, attributes: Attributes) -> Result<(), ShareError> {
-    let readonly = if attributes.readonly {
-        mount_attr::RDONLY
-    } else {
-        0
+    let readonly = |asked| if asked { mount_attr::RDONLY } else { 0 };
+    let failed = |source| ShareError::Attributes {
+        share_path: share_path.to_string(),
+        source,
     };
+    let below = attributes.readonly && !attributes.writable_below;
     mount_attr::change(
         mount.as_fd(),
         Change {
-            set: mount_attr::NOSUID | mount_attr::NODEV | mount_attr::NOEXEC | readonly,
+            set: mount_attr::NOSUID | mount_attr::NODEV | mount_attr::NOEXEC | readonly(below),
             clear: 0,
             // Nothing that happens to the host's mounts or the pod's reaches the other: a slave would let a
             // procfs that is mounted later into the VMM.
@@ -320,8 +357,13 @@ fn seal(mount: &OwnedFd, share_path: &SharePath, attributes: Attributes) -> Resu
             recursive: true,
         },
     )
-    .map_err(|source| ShareError::Attributes {
-        share_path: share_path.to_string(),
-        source,
-    })
+    .map_err(failed)?;
+    mount_attr::change(
+        mount.as_fd(),
+        Change {
+            set: readonly(attributes.readonly),
+            ..Change::default()
+        },
+    )
+    .map_err(failed)
 }

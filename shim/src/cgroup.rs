@@ -275,6 +275,7 @@ fn make_once(hierarchy: &Path, relative: &Path, unmarked: &mut Vec<PathBuf>) -> 
     let mut path = hierarchy.to_owned();
     let leaf = hierarchy.join(relative);
     for part in relative.components() {
+        delegate(&path);
         path.push(part);
         match fs::create_dir(&path) {
             // A pod that ends before this parent is marked leaves it alone. That is right: we are
@@ -286,6 +287,24 @@ fn make_once(hierarchy: &Path, relative: &Path, unmarked: &mut Vec<PathBuf>) -> 
         }
     }
     Ok(())
+}
+
+/// Gives the children of a cgroup v2 directory the controllers it has itself, as runc does: without them the pod
+/// has no figures, and what the kernel kills in it for memory is counted elsewhere. What cannot be given (a
+/// directory with processes in it takes some controllers only) is done without.
+fn delegate(dir: &Path) {
+    let Ok(available) = fs::read_to_string(dir.join("cgroup.controllers")) else {
+        return;
+    };
+    let control = dir.join("cgroup.subtree_control");
+    let given = fs::read_to_string(&control).unwrap_or_default();
+    for controller in available.split_ascii_whitespace() {
+        if !given.split_ascii_whitespace().any(|one| one == controller) {
+            let file = fs::OpenOptions::new().write(true).open(&control);
+            // In one write, which `write!` would not be.
+            let _ = file.and_then(|mut file| file.write_all(format!("+{controller}").as_bytes()));
+        }
+    }
 }
 
 /// Says that a shim made this directory.
@@ -432,6 +451,21 @@ mod tests {
         c.remove_dirs();
         assert!(!root.path().join("old/x").exists());
         assert!(root.path().join("old").is_dir());
+    }
+
+    #[test]
+    fn children_get_the_controllers_that_their_parent_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let control = dir.path().join("cgroup.subtree_control");
+        fs::write(&control, "memory\n").unwrap();
+        delegate(dir.path());
+        assert_eq!(fs::read_to_string(&control).unwrap(), "memory\n");
+        fs::write(dir.path().join("cgroup.controllers"), "memory\n").unwrap();
+        delegate(dir.path());
+        assert_eq!(fs::read_to_string(&control).unwrap(), "memory\n");
+        fs::write(dir.path().join("cgroup.controllers"), "memory pids\n").unwrap();
+        delegate(dir.path());
+        assert!(fs::read_to_string(&control).unwrap().starts_with("+pids"));
     }
 
     #[test]

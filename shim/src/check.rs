@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::cgroup;
 use crate::config::Config;
 use crate::error::Error;
+use crate::forward;
 use crate::vm::host::{open_kernel, open_kvm};
 
 /// How a check came out.
@@ -83,6 +84,7 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         file("brig-vmm", &config.vmm),
         Finding::of("user namespaces", user_namespaces()),
         cgroups(),
+        port_forward(),
     ]
 }
 
@@ -122,6 +124,19 @@ fn cgroups() -> Finding {
             "v1: pods are accounted by best effort"
         }
         .to_owned(),
+    }
+}
+
+/// Pods run without it.
+fn port_forward() -> Finding {
+    let (outcome, detail) = match forward::check() {
+        Ok(()) => (Outcome::Good, "by BPF socket lookup".to_owned()),
+        Err(error) => (Outcome::Note, error.to_string()),
+    };
+    Finding {
+        outcome,
+        what: "port-forward",
+        detail,
     }
 }
 

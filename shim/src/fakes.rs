@@ -30,7 +30,7 @@ use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::vm::watch::tests::FakeProcess;
-use crate::vm::{Host, Launched, Mounts, Plan, RootfsMount};
+use crate::vm::{Attributes, Host, LaterMount, Launched, Mounts, Plan, RootfsMount};
 
 /// What was asked of the fakes, in order.
 #[derive(Clone, Default)]
@@ -165,18 +165,22 @@ impl Mounts for FakeMounts {
         self.0.add(format!("attach {path}"));
         Ok(())
     }
-    fn attach(&self, path: &str, source: &Path, readonly: bool, _: bool) -> Result<()> {
+    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<()> {
         if !source.exists() {
             return Err(Error::not_found(format!("{} is missing", source.display())));
         }
-        let mode = if readonly { " ro" } else { "" };
+        let mode = match (how.readonly, how.writable_below) {
+            (false, _) => "",
+            (true, false) => " ro",
+            (true, true) => " ro, writable below",
+        };
         self.0.add(format!("attach {path}{mode}"));
         Ok(())
     }
-    fn attach_below(&self, path: &str, below: &Path, _: &Path, readonly: bool) -> Result<()> {
+    fn attach_below(&self, path: &str, later: &LaterMount<'_>, readonly: bool) -> Result<()> {
         let mode = if readonly { " ro" } else { "" };
         self.0
-            .add(format!("attach {path} below {}{mode}", below.display()));
+            .add(format!("attach {path} below {}{mode}", later.way.display()));
         Ok(())
     }
     fn detach_below(&self, path: &str, below: &Path) -> Result<()> {

@@ -123,7 +123,7 @@ impl StateDir {
     /// Where files lie that are mounted into the pod's containers.
     #[must_use]
     pub fn files(&self) -> PathBuf {
-        self.path.join("files")
+        self.path.join(crate::sandbox_files::DIRECTORY)
     }
 
     /// Removes the directory, and its namespace's when that is empty. Repeatable.

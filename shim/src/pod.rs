@@ -430,6 +430,11 @@ impl Pod {
         self.containers.remove(id);
         self.pids.retain(|_, container| container != id);
         self.oom_scores.remove(id);
+        if let Stage::Up(boot) = &self.stage
+            && let Some(vm) = boot.vm()
+        {
+            self.oom_scores.apply(vm.pid(), &self.setup.logger);
+        }
         let over = self.containers.is_empty() && self.sandbox.is_none();
         if over && matches!(self.stage, Stage::Up(_)) {
             self.stop();
@@ -448,11 +453,13 @@ impl Pod {
         };
         let state = self.setup.state.clone();
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
-        let cgroup = self.setup.journal.cgroup.clone();
+        let mut cgroup = self.setup.journal.cgroup.clone();
         let netns = self.setup.journal.netns.clone();
         tokio::spawn(async move {
             if let Some(boot) = boot {
                 end_vm(&boot).await;
+                // A pod that fails at once ends before it has heard of its cgroup.
+                cgroup = cgroup.or_else(|| boot.cgroup());
             }
             let log = logger.clone();
             let cleaned = tokio::task::spawn_blocking(move || {

@@ -1,8 +1,9 @@
-//! `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf` of a pod that was made through the Sandbox API: with a
-//! sandbox container CRI writes them, here nobody does unless the runtime.
+//! `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf` and the shared `/dev/shm` of a pod that was made through
+//! the Sandbox API: with a sandbox container CRI makes them, here nobody does unless the runtime.
 //!
-//! They lie in the pod's own directory and are mounted into each container that brings none of its own, as
-//! CRI mounts its. Blocking code.
+//! They lie in the pod's own directory and each container that brings none of its own has them mounted, as CRI
+//! mounts its: writable unless the root file system is read-only. What a container writes stays in the guest,
+//! because the directory is in the node's memory: the guest has copies ([`is_one`]). Blocking code.
 
 use std::fs;
 use std::io;
@@ -13,7 +14,9 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::sandbox_config::{Dns, PodConfig};
 
-/// Names in the pod's directory, and below `/etc` in a container.
+/// The directory of the files in the pod's own, a name that nobody else gives to one.
+pub const DIRECTORY: &str = "brig-sandbox-files";
+/// Names in it, and below `/etc` in a container.
 const NAMES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
 /// Writes the files into `dir`, which is made.
@@ -49,6 +52,15 @@ pub fn write(dir: &Path, config: &PodConfig) -> Result<()> {
     Ok(())
 }
 
+/// Whether a mount's source is one of these files, which the guest gets as a copy of its own.
+#[must_use]
+pub fn is_one(source: &Path) -> bool {
+    let inside = source.parent().and_then(Path::file_name);
+    let name = source.file_name().and_then(|name| name.to_str());
+    inside.is_some_and(|inside| inside == DIRECTORY)
+        && name.is_some_and(|name| NAMES.contains(&name))
+}
+
 /// resolv.conf(5).
 fn resolv_conf(dns: &Dns) -> String {
     let mut text = String::new();
@@ -67,11 +79,12 @@ fn resolv_conf(dns: &Dns) -> String {
     text
 }
 
-/// Adds a mount of each file to a container's `config.json`, unless something is mounted there already.
+/// Adds a mount of each file and of the memory that the containers of `sandbox` share to a container's
+/// `config.json`, unless a volume is mounted there.
 ///
 /// # Errors
 /// `InvalidArgument` when it is no OCI spec.
-pub fn mount(dir: &Path, spec: &[u8]) -> Result<Vec<u8>> {
+pub fn mount(dir: &Path, sandbox: &str, spec: &[u8]) -> Result<Vec<u8>> {
     let invalid = |what: String| Error::invalid(format!("config.json is not an OCI spec: {what}"));
     let mut spec: Value = serde_json::from_slice(spec).map_err(|e| invalid(e.to_string()))?;
     let readonly = spec.pointer("/root/readonly") == Some(&Value::Bool(true));
@@ -97,6 +110,22 @@ pub fn mount(dir: &Path, spec: &[u8]) -> Result<Vec<u8>> {
                 "options": ["rbind", "rprivate", if readonly { "ro" } else { "rw" }],
             }));
         }
+    }
+    // By the source that CRI gives it, which is no file of the node to anybody here.
+    let shared = dir.join("sandboxes").join(sandbox).join("shm");
+    let is_shm = |mount: &Value| {
+        let place = mount.get("destination").and_then(Value::as_str);
+        place.is_some_and(|place| Path::new(place) == Path::new("/dev/shm"))
+    };
+    let own = |mount: &Value| mount.get("type").and_then(Value::as_str) == Some("tmpfs");
+    mounts.retain(|mount| !(is_shm(mount) && own(mount)));
+    if !mounts.iter().any(is_shm) {
+        mounts.push(json!({
+            "destination": "/dev/shm",
+            "type": "bind",
+            "source": shared,
+            "options": ["rbind", "rprivate", "rw"],
+        }));
     }
     serde_json::to_vec(&spec).map_err(|error| Error::internal(error.to_string()))
 }
@@ -133,10 +162,12 @@ mod tests {
 
     #[test]
     fn a_container_gets_the_files_it_does_not_bring() {
-        let dir = Path::new("/run/brig/n/s/files");
+        let dir = Path::new("/run/brig/n/s").join(DIRECTORY);
+        let dir = dir.as_path();
         let spec = br#"{"root":{"path":"r","readonly":true},"x":{"y":1},
+            "annotations":{"io.kubernetes.cri.sandbox-id":"s"},
             "mounts":[{"destination":"/etc/hosts","type":"bind","source":"/srv/hosts"}]}"#;
-        let mounted = mount(dir, spec).unwrap();
+        let mounted = mount(dir, "s", spec).unwrap();
         let value: Value = serde_json::from_slice(&mounted).unwrap();
         assert_eq!(value["x"]["y"], 1);
         let binds = Spec::parse(&mounted).unwrap().bind_mounts().unwrap();
@@ -154,15 +185,41 @@ mod tests {
         );
         assert_eq!(binds[0].source, Path::new("/srv/hosts"));
         assert_eq!(binds[1].source, dir.join("hostname"));
-        let mounted = mount(dir, b"{}").unwrap();
+        let ours = |index: usize| is_one(&binds[index].source);
+        assert!(!ours(0) && ours(1) && ours(2));
+        assert!(!is_one(&dir.join("other")) && !is_one(Path::new("/srv/hosts")));
+        let bare = br#"{"annotations":{"io.kubernetes.cri.sandbox-id":"s"}}"#;
+        let mounted = mount(dir, "s", bare).unwrap();
         let binds = Spec::parse(&mounted).unwrap().bind_mounts().unwrap();
         assert!(binds.len() == 3 && binds.iter().all(|bind| !bind.readonly));
+    }
+
+    #[test]
+    fn containers_share_the_pods_memory_unless_a_volume_is_there() {
+        let spec = |shm: &str| {
+            let spec = format!(
+                r#"{{"annotations":{{"io.kubernetes.cri.sandbox-id":"s"}},"mounts":[{shm}]}}"#
+            );
+            let mounted = mount(Path::new("/f"), "s", spec.as_bytes()).unwrap();
+            Spec::parse(&mounted).unwrap()
+        };
+        for shm in [
+            "",
+            r#"{"destination":"/dev/shm","type":"tmpfs","source":"shm"}"#,
+        ] {
+            let spec = spec(shm);
+            assert_eq!(spec.sandbox_shm(), Some(Path::new("/f/sandboxes/s/shm")));
+            // Not one of the node's.
+            assert_eq!(spec.bind_mounts().unwrap().len(), 3);
+        }
+        let volume = r#"{"destination":"/dev/shm","type":"bind","source":"/srv/v"}"#;
+        assert_eq!(spec(volume).sandbox_shm(), None);
     }
 
     proptest! {
         #[test]
         fn any_bytes_are_patched_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = mount(Path::new("/d"), &bytes);
+            let _ = mount(Path::new("/d"), "s", &bytes);
         }
     }
 }

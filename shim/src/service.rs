@@ -326,13 +326,19 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        let exec_id = String::new();
-        let state = self
-            .ask(&request.id, |reply| Request::State { exec_id, reply })
-            .await?;
+        let task_pid = match self.pod.sandbox_state().await {
+            // A containerd that was restarted asks so whether its sandbox lives; there is no task of this id.
+            Ok(sandbox) if sandbox.id == request.id => sandbox.pid,
+            _ => {
+                let exec_id = String::new();
+                self.ask(&request.id, |reply| Request::State { exec_id, reply })
+                    .await?
+                    .pid
+            }
+        };
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: state.pid,
+            task_pid,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..ConnectResponse::default()
         })

@@ -138,6 +138,8 @@ pub struct BindMount {
     pub destination: String,
     /// Enforced on the host side.
     pub readonly: bool,
+    /// Also for the mounts below (`rro`).
+    pub readonly_below: bool,
     /// With the mounts below the source (`rbind`).
     pub recursive: bool,
     /// What happens with mounts that are made later.
@@ -371,6 +373,7 @@ impl Spec {
                 source,
                 destination: mount.destination.clone(),
                 readonly: has("ro") || has("rro"),
+                readonly_below: has("rro"),
                 recursive,
                 propagation: if has("rshared") || has("shared") {
                     Propagation::Bidirectional

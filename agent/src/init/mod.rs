@@ -34,7 +34,7 @@ use crate::control::{self, CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructio
 
 pub use idmap::check as check_user_namespace;
 pub use process::check as check_process;
-pub use root::clone_mount;
+pub use root::{clone_from_share, clone_mount};
 pub use seccomp::check as check_seccomp;
 pub use sysctl::{check as check_sysctl, path_of as sysctl_path};
 
@@ -187,8 +187,10 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
 
     // What is made below must have the modes it was asked for.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    // Before the mounts become private: a copy of a shared one hears of what is mounted below it.
+    let volumes = mounts::clone_volumes(create)?;
     let container_root = root::Root::prepare(create, &ids)?;
-    let needs_devices = mounts::mount_all(create, &container_root, &ids)?;
+    let needs_devices = mounts::mount_all(create, &container_root, volumes, &ids)?;
     if needs_devices {
         devices::make(agent, &container_root, &spec.linux, &ids)?;
     }

@@ -4,6 +4,7 @@
 //! descriptor that was resolved inside the root: there is no moment at which a path is looked up
 //! twice.
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::fd::{AsFd as _, OwnedFd},
 };
@@ -30,15 +31,33 @@ use crate::{
     volume,
 };
 
+/// Copies of the volumes that the container mounts, by index into `spec.mounts`.
+pub fn clone_volumes(create: &Create) -> Result<BTreeMap<u32, OwnedFd>> {
+    let mut volumes = BTreeMap::new();
+    for (index, source) in &create.mount_sources {
+        if let MountSource::Volume { id, path } = source {
+            let copy = volume::clone_for_container(&create.volumes, id, path)
+                .during(format_args!("mounting {path:?} of the volume {id}"))?;
+            volumes.insert(*index, copy);
+        }
+    }
+    Ok(volumes)
+}
+
 /// Makes every mount of the specification, in order. The answer is whether the helper has to fill
 /// /dev: not when the container brings one of its own.
-pub fn mount_all(create: &Create, root: &Root, ids: &Ids) -> Result<bool> {
+pub fn mount_all(
+    create: &Create,
+    root: &Root,
+    mut volumes: BTreeMap<u32, OwnedFd>,
+    ids: &Ids,
+) -> Result<bool> {
     let mut needs_devices = true;
     for (index, mount) in create.spec.mounts.iter().enumerate() {
-        let source = u32::try_from(index)
-            .ok()
-            .and_then(|i| create.mount_sources.get(&i));
-        let bind = mount_one(create, root, mount, source, ids).map_err(|e| {
+        let index = u32::try_from(index).unwrap_or(u32::MAX);
+        let source = create.mount_sources.get(&index);
+        let volume = volumes.remove(&index);
+        let bind = mount_one(create, root, mount, (source, volume), ids).map_err(|e| {
             Failure(format!(
                 "mounting {:?} at {}: {e}",
                 mount.kind, mount.destination
@@ -55,7 +74,7 @@ fn mount_one(
     create: &Create,
     root: &Root,
     mount: &Mount,
-    source: Option<&MountSource>,
+    (source, volume): (Option<&MountSource>, Option<OwnedFd>),
     ids: &Ids,
 ) -> Result<bool> {
     let mut options = options::parse(&mount.options);
@@ -63,7 +82,7 @@ fn mount_one(
     let bind = options.bind.is_some() || mount.kind == "bind" || source.is_some();
     let (tree, is_dir) = if bind {
         let recursive = options.bind.unwrap_or(true);
-        bind_source(create, mount, source, recursive)?
+        bind_source(create, mount, (source, volume), recursive)?
     } else {
         (new_file_system(root, mount, &options)?, true)
     };
@@ -131,14 +150,13 @@ fn map_owner(kind: &str, options: &mut Options, ids: &Ids) -> Result<()> {
 fn bind_source(
     create: &Create,
     mount: &Mount,
-    source: Option<&MountSource>,
+    (source, volume): (Option<&MountSource>, Option<OwnedFd>),
     recursive: bool,
 ) -> Result<(OwnedFd, bool)> {
     let tree = match source {
         Some(MountSource::Share { path, .. }) => clone_from_share(&create.share, path, recursive)?,
-        Some(MountSource::Volume { id, path }) => {
-            volume::clone_for_container(&create.volumes, id, path)
-                .during(format_args!("{path:?} of the volume {id}"))?
+        Some(MountSource::Volume { id, .. }) => {
+            volume.ok_or_else(|| Failure(format!("the volume {id} was not prepared")))?
         }
         Some(MountSource::Device(name)) => {
             let node = rustix::fs::open(

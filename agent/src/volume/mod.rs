@@ -15,13 +15,18 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use brig_agent_protocol::agent::{UpdateVolumeRequest, update_volume_request::Kind};
+use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeEntry, update_volume_request::Kind};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags, openat, openat2},
+    mount::{MoveMountFlags, move_mount},
+};
 
 use crate::{
     error::{Error, Result},
-    init, validate,
+    init,
+    mount_attr::{self, Change},
+    validate,
 };
 use entry::Entry;
 use replica::Replica;
@@ -37,6 +42,7 @@ const MAX_PENDING: usize = 64 << 20;
 /// The sandbox's volumes.
 pub struct Volumes {
     root: PathBuf,
+    share: PathBuf,
     live: Mutex<HashMap<String, Arc<Mutex<Volume>>>>,
 }
 
@@ -51,6 +57,27 @@ struct Volume {
 enum Content {
     Replica(Replica),
     Memory,
+    /// Its files are the host's.
+    Shared,
+}
+
+impl Volume {
+    fn add_pending(&mut self, message: VolumeEntry, id: &str) -> Result<()> {
+        let entry = Entry::parse(message)?;
+        self.pending_bytes += entry.content.len();
+        self.pending.push(entry);
+        if self.pending_bytes > MAX_PENDING || self.pending.len() > MAX_ENTRIES {
+            return Err(Error::ResourceExhausted(format!(
+                "volume {id} is too large for the guest's memory"
+            )));
+        }
+        Ok(())
+    }
+
+    fn forget_pending(&mut self) {
+        self.pending = Vec::new();
+        self.pending_bytes = 0;
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -64,11 +91,12 @@ pub fn directory(run: &Path) -> PathBuf {
 }
 
 impl Volumes {
-    /// No volumes yet, in the agent's directory `run`.
+    /// No volumes yet, in the agent's directory `run`; the share is at `share`.
     #[must_use]
-    pub fn new(run: &Path) -> Self {
+    pub fn new(run: &Path, share: &Path) -> Self {
         Self {
             root: directory(run),
+            share: share.to_owned(),
             live: Mutex::default(),
         }
     }
@@ -82,28 +110,25 @@ impl Volumes {
         validate::id(&request.id)?;
         let volume = self.volume(&request)?;
         let mut volume = lock(&volume);
+        if !request.continued {
+            volume.forget_pending();
+        }
         for message in request.entries {
-            let entry = Entry::parse(message)?;
-            volume.pending_bytes += entry.content.len();
-            volume.pending.push(entry);
-            if volume.pending_bytes > MAX_PENDING || volume.pending.len() > MAX_ENTRIES {
-                volume.pending = Vec::new();
-                volume.pending_bytes = 0;
-                return Err(Error::ResourceExhausted(format!(
-                    "volume {} is too large for the guest's memory",
-                    request.id
-                )));
+            if let Err(error) = volume.add_pending(message, &request.id) {
+                volume.forget_pending();
+                return Err(error);
             }
         }
         if request.more {
             return Ok(());
         }
         let entries = std::mem::take(&mut volume.pending);
-        volume.pending_bytes = 0;
+        volume.forget_pending();
         let Volume { tree, content, .. } = &mut *volume;
         let applied = match content {
             Content::Replica(replica) => replica.become_exactly(tree, entries),
             Content::Memory => replica::add_missing(tree, &entries),
+            Content::Shared => Ok(()),
         };
         applied.map_err(|error| Error::io(format_args!("volume {}", request.id), error))
     }
@@ -122,6 +147,7 @@ impl Volumes {
         let content = match request.kind.enum_value() {
             Ok(Kind::REPLICA) => Content::Replica(Replica::default()),
             Ok(Kind::MEMORY) => Content::Memory,
+            Ok(Kind::SHARED) => Content::Shared,
             Err(kind) => {
                 return Err(Error::InvalidArgument(format!(
                     "volume {} is of the unknown kind {kind}",
@@ -130,8 +156,14 @@ impl Volumes {
             }
         };
         let at = self.root.join(&request.id);
-        let top = mount_memory(&at, request.size)
-            .map_err(|error| Error::io(format_args!("volume {}", request.id), error))?;
+        let top = match content {
+            Content::Shared => {
+                validate::share_path(&request.share_path)?;
+                mount_shared(&self.share, &request.share_path, &at)
+            }
+            Content::Replica(_) | Content::Memory => mount_memory(&at, request.size),
+        };
+        let top = top.map_err(|error| Error::io(format_args!("volume {}", request.id), error))?;
         let volume = Arc::new(Mutex::new(Volume {
             tree: Tree::new(top),
             content,
@@ -155,7 +187,9 @@ impl Volumes {
         let at = self.root.join(id);
         umount2(&at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
             .map_err(|error| Error::io(format_args!("volume {id}"), error))?;
-        fs::remove_dir(&at).map_err(|error| Error::io(format_args!("volume {id}"), error))
+        fs::remove_dir(&at)
+            .or_else(|_| fs::remove_file(&at))
+            .map_err(|error| Error::io(format_args!("volume {id}"), error))
     }
 }
 
@@ -182,6 +216,30 @@ fn mount_memory(at: &Path, size: u64) -> std::io::Result<OwnedFd> {
     )?)
 }
 
+/// Mounts what is at a path of the share at `at`, so that mounts below it propagate; returns its top.
+fn mount_shared(share: &Path, path: &str, at: &Path) -> std::io::Result<OwnedFd> {
+    let tree = init::clone_from_share(share, path, true).map_err(std::io::Error::other)?;
+    let shared = Change {
+        propagation: libc::MS_SHARED,
+        ..Change::default()
+    };
+    mount_attr::apply(tree.as_fd(), &shared, true)?;
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&tree)?.st_mode);
+    if kind == FileType::Directory {
+        fs::create_dir_all(at)?;
+    } else {
+        fs::File::create_new(at)?;
+    }
+    move_mount(
+        &tree,
+        "",
+        rustix::fs::CWD,
+        at,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
+    Ok(tree)
+}
+
 /// A detached copy of a volume's mount, or of a file or directory in it, for a container. Called by
 /// the helper.
 ///
@@ -191,7 +249,7 @@ pub fn clone_for_container(root: &Path, id: &str, path: &str) -> std::io::Result
     let top = openat(
         rustix::fs::CWD,
         root.join(id),
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
     if path.is_empty() {

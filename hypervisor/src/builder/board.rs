@@ -161,7 +161,7 @@ impl Board {
     /// Adds an interface to the running machine.
     ///
     /// # Errors
-    /// See [`StartError`]; also if there are too many, or too few interrupt vectors. Nothing has changed then.
+    /// See [`StartError`]; also if there are too many, or too few interrupt vectors. The guest sees nothing of it then.
     pub fn plug_net(&mut self, net: &NetConfig, fds: &mut Descriptors) -> Result<(), StartError> {
         if self.nets >= MAX_DEVICES {
             return Err(StartError::Invalid(format!(

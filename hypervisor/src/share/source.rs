@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, FileType, fstat};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, fstat, openat2, statx,
+};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
-use super::{ShareError, kernel_fs};
+use super::{FileId, LaterMount, ShareError, kernel_fs};
 
 /// One of the mounts containerd sends for a root file system; each goes on top of the one before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +77,69 @@ pub(super) fn clone(path: &Path, recursive: bool, kind: Kind) -> Result<OwnedFd,
         });
     }
     Ok(mount)
+}
+
+/// Checks that a clone is of what its path led to before.
+pub(super) fn expect(
+    mount: &OwnedFd,
+    path: &Path,
+    expected: Option<FileId>,
+) -> Result<(), ShareError> {
+    let stat = fstat(mount).map_err(|errno| ShareError::Source {
+        path: path.to_owned(),
+        source: errno.into(),
+    })?;
+    match expected {
+        Some(expected) if expected != id_of(&stat) => Err(ShareError::Moved {
+            path: path.to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn id_of(stat: &Stat) -> FileId {
+    FileId {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    }
+}
+
+/// Clones a mount that was made below a shared directory. No link is followed, and what is cloned is that
+/// mount: the directory's writers could have exchanged anything on the way.
+pub(super) fn clone_later(later: &LaterMount<'_>) -> Result<OwnedFd, ShareError> {
+    let path = later.top.join(later.way);
+    let failed = |errno: rustix::io::Errno| match errno {
+        rustix::io::Errno::LOOP
+        | rustix::io::Errno::XDEV
+        | rustix::io::Errno::NOENT
+        | rustix::io::Errno::NOTDIR => ShareError::Moved { path: path.clone() },
+        errno => ShareError::Source {
+            path: path.clone(),
+            source: errno.into(),
+        },
+    };
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let plain = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let top = openat2(CWD, later.top, flags, Mode::empty(), plain).map_err(failed)?;
+    if id_of(&fstat(&top).map_err(failed)?) != later.identity {
+        return Err(ShareError::Moved {
+            path: later.top.to_owned(),
+        });
+    }
+    let below = ResolveFlags::BENEATH | plain;
+    let point = openat2(&top, later.way, flags, Mode::empty(), below).map_err(failed)?;
+    let seen = statx(&point, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).map_err(failed)?;
+    if seen.stx_mnt_id != later.id {
+        return Err(ShareError::Moved { path });
+    }
+    let statfs = rustix::fs::fstatfs(&point).map_err(failed)?;
+    if kernel_fs::is_kernel_type(statfs.f_type.cast_unsigned()) {
+        return Err(ShareError::KernelFileSystem { path });
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    open_tree(&point, "", flags).map_err(failed)
 }
 
 /// Clones a path with the mounts below it, without the kernel's own.

@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use brig_hypervisor::jail::allow;
-use brig_hypervisor::share::RootfsMount;
+use brig_hypervisor::share::{FileId, LaterMount, RootfsMount};
 
 use super::*;
 
@@ -31,7 +31,7 @@ fn a_shared_directory_is_seen_in_the_jail_and_nowhere_else() {
         assert!(line.contains(flag), "{line}");
     }
 
-    share.detach("volumes/one").unwrap();
+    detach(&share, "volumes/one");
     assert_eq!(
         jailed.ask("list /shared"),
         "",
@@ -85,7 +85,7 @@ fn a_shared_file_is_alone() {
             ..
         })
     ));
-    share.detach("etc/hosts").unwrap();
+    detach(&share, "etc/hosts");
 }
 
 #[test]
@@ -121,9 +121,23 @@ fn an_overlay_lives_in_the_jail_alone() {
         Err(ShareError::Busy { .. })
     ));
     jailed.ask("release");
-    share.detach("c1/rootfs").unwrap();
+    detach(&share, "c1/rootfs");
     // Free: the same upper directory can be used by another overlay.
     share.attach_rootfs(&mounts, "c1/rootfs").unwrap();
+}
+
+/// Detaches, with patience: a child that another test is starting holds copies of this process's descriptors
+/// until it executes its program.
+fn detach(share: &Share, path: &str) {
+    for _ in 0..200 {
+        match share.detach(path) {
+            Err(ShareError::Busy { .. }) => {
+                std::thread::sleep(std::time::Duration::from_millis(10))
+            }
+            other => return other.unwrap(),
+        }
+    }
+    panic!("{path} stays busy");
 }
 
 fn overlay_base() -> &'static Path {
@@ -219,7 +233,7 @@ fn the_nodes_kernel_file_systems_never_come_along() {
         assert!(!table.contains(&format!(" - {kind} ")), "{kind}");
     }
     assert_eq!(table.matches(" - proc ").count(), 1, "only the jail's own");
-    share.detach("host").unwrap();
+    detach(&share, "host");
 }
 
 pub fn mount_tmpfs(path: &Path) {
@@ -248,73 +262,167 @@ fn later_mounts_of_the_host_appear_only_if_asked_for() {
         recursive: true,
         ..Attributes::default()
     };
-    for name in ["private", "follows"] {
+    for name in ["private", "follows.grows"] {
         share.attach_dir(volume.path(), name, recursive).unwrap();
     }
     mount_tmpfs(&later);
     fs::write(later.join("file"), "").unwrap();
     assert_eq!(jailed.ask("list /shared/private/later"), "");
-    assert_eq!(jailed.ask("list /shared/follows/later"), "");
+    assert_eq!(jailed.ask("list /shared/follows.grows/later"), "");
     let below = Path::new("later");
-    share.attach_below(&later, "follows", below, true).unwrap();
+    let (top, id) = (volume.path(), mount_id(&later));
+    share
+        .attach_below(&made_later(top, below, id), "follows.grows", true)
+        .unwrap();
+    // Nobody could tell its files from those of the others.
+    let refused = share.attach_below(&made_later(top, below, id), "private", true);
+    assert!(matches!(refused, Err(ShareError::InvalidPath { .. })));
     assert_eq!(jailed.ask("list /shared/private/later"), "");
-    assert_eq!(jailed.ask("list /shared/follows/later"), "file");
+    assert_eq!(jailed.ask("list /shared/follows.grows/later"), "file");
     assert_eq!(
-        jailed.ask("write /shared/follows/later/new"),
+        jailed.ask("write /shared/follows.grows/later/new"),
         format!("error {}", libc::EROFS)
     );
     let line = jailed
         .node("mountinfo")
         .lines()
-        .find(|line| line.contains(" /shared/follows/later "))
+        .find(|line| line.contains(" /shared/follows.grows/later "))
         .unwrap()
         .to_owned();
     for flag in allow::MOUNT_FLAGS {
         assert!(line.contains(flag), "{line}");
     }
     // What the jail has open of it keeps it from neither end.
-    assert_eq!(jailed.ask("hold /shared/follows/later/file"), "held");
-    share.detach_below("follows", below).unwrap();
-    assert_eq!(jailed.ask("list /shared/follows/later"), "");
+    assert_eq!(jailed.ask("hold /shared/follows.grows/later/file"), "held");
+    share.detach_below("follows.grows", below).unwrap();
+    assert_eq!(jailed.ask("list /shared/follows.grows/later"), "");
     assert!(matches!(
-        share.detach_below("follows", below),
+        share.detach_below("follows.grows", below),
         Err(ShareError::NotAttached { .. })
     ));
     jailed.ask("release");
     unmount(&later);
-    for name in ["private", "follows"] {
-        share.detach(name).unwrap();
+    for name in ["private", "follows.grows"] {
+        detach(&share, name);
     }
     unmount(volume.path());
 }
 
+fn mount_id(path: &Path) -> u64 {
+    let flags = rustix::fs::StatxFlags::MNT_ID;
+    let at = rustix::fs::AtFlags::empty();
+    rustix::fs::statx(rustix::fs::CWD, path, at, flags)
+        .unwrap()
+        .stx_mnt_id
+}
+
+fn made_later<'a>(top: &'a Path, way: &'a Path, id: u64) -> LaterMount<'a> {
+    let stat = rustix::fs::stat(top).unwrap();
+    LaterMount {
+        top,
+        identity: FileId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        },
+        way,
+        id,
+    }
+}
+
 #[test]
-fn a_later_mount_of_the_nodes_kernel_never_comes_along_and_no_link_is_followed() {
+fn a_later_mount_of_the_nodes_kernel_never_comes_along() {
     let (jailed, share) = Jailed::start();
     let volume = tempfile::tempdir_in("/dev/shm").unwrap();
-    fs::create_dir(volume.path().join("proc")).unwrap();
-    symlink("/", volume.path().join("link")).unwrap();
+    let below = volume.path().join("proc");
+    fs::create_dir(&below).unwrap();
     share
-        .attach_dir(volume.path(), "v", Attributes::default())
+        .attach_dir(volume.path(), "v.grows", Attributes::default())
         .unwrap();
-    for kernel in ["/proc", "/sys"] {
-        let refused = share.attach_below(Path::new(kernel), "v", Path::new("proc"), false);
+    let mount = Command::new("mount")
+        .args(["-t", "proc", "proc"])
+        .arg(&below)
+        .status();
+    assert!(mount.unwrap().success());
+    let later = made_later(volume.path(), Path::new("proc"), mount_id(&below));
+    let refused = share.attach_below(&later, "v.grows", false);
+    assert!(
+        matches!(refused, Err(ShareError::KernelFileSystem { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(jailed.ask("list /shared/v.grows/proc"), "");
+    unmount(&below);
+    detach(&share, "v.grows");
+}
+
+#[test]
+fn a_later_mount_whose_place_was_exchanged_is_not_followed_anywhere() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (top, below) = (volume.path(), volume.path().join("d/m"));
+    fs::create_dir_all(&below).unwrap();
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::create_dir(elsewhere.path().join("m")).unwrap();
+    fs::write(elsewhere.path().join("m/secret"), "s").unwrap();
+    let share_path = "v.grows";
+    share
+        .attach_dir(top, share_path, Attributes::default())
+        .unwrap();
+    mount_tmpfs(&below);
+    let id = mount_id(&below);
+    let try_it =
+        |way: &str| share.attach_below(&made_later(top, Path::new(way), id), share_path, false);
+    // What a guest's rename does: the mount's place is a link, or a directory above it is.
+    symlink(elsewhere.path().join("m"), top.join("d/link")).unwrap();
+    symlink(elsewhere.path(), top.join("up")).unwrap();
+    for way in ["d/link", "up/m", "../x", "/", "d", "gone"] {
+        let refused = try_it(way);
         assert!(
-            matches!(refused, Err(ShareError::KernelFileSystem { .. })),
-            "{kernel}: {refused:?}"
+            matches!(refused, Err(ShareError::Moved { .. })),
+            "{way}: {refused:?}"
         );
     }
-    let other = tempfile::tempdir().unwrap();
-    for below in ["link/proc", "../v/proc", "/proc", "link"] {
-        let refused = share.attach_below(other.path(), "v", Path::new(below), false);
-        assert!(refused.is_err(), "{below}");
+    // Another directory at the volume's own path.
+    let mut other = made_later(top, Path::new("d/m"), id);
+    other.identity.inode += 1;
+    let refused = share.attach_below(&other, share_path, false);
+    assert!(matches!(refused, Err(ShareError::Moved { .. })));
+    let linked = elsewhere.path().join("top");
+    symlink(top, &linked).unwrap();
+    let refused = share.attach_below(
+        &made_later(&linked, Path::new("d/m"), id),
+        share_path,
+        false,
+    );
+    assert!(matches!(refused, Err(ShareError::Moved { .. })));
+    // In the jail's view the place can be exchanged as well.
+    assert_eq!(jailed.ask("list /shared/v.grows/d/m"), "");
+    try_it("d/m").unwrap();
+    for way in ["up/m", "../x", "/proc"] {
         assert!(
-            share.detach_below("v", Path::new(below)).is_err(),
-            "{below}"
+            share.detach_below(share_path, Path::new(way)).is_err(),
+            "{way}"
         );
     }
-    assert_eq!(jailed.ask("list /shared/v/proc"), "");
-    share.detach("v").unwrap();
+    detach(&share, share_path);
+    unmount(&below);
+}
+
+#[test]
+fn a_source_that_is_not_what_was_examined_is_not_shared() {
+    let (_jailed, share) = Jailed::start();
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = Some(made_later(one.path(), Path::new(""), 0).identity);
+    let attributes = Attributes {
+        expected,
+        ..Attributes::default()
+    };
+    share.attach_dir(one.path(), "v", attributes).unwrap();
+    let refused = share.attach_dir(two.path(), "w", attributes);
+    assert!(
+        matches!(refused, Err(ShareError::Moved { .. })),
+        "{refused:?}"
+    );
+    detach(&share, "v");
 }
 
 #[test]
@@ -340,7 +448,7 @@ fn read_only_can_be_taken_back_and_given_again() {
         jailed.ask("write /shared/a/new"),
         format!("error {}", libc::EROFS)
     );
-    share.detach("a/v").unwrap();
+    detach(&share, "a/v");
 }
 
 #[test]
@@ -354,6 +462,7 @@ fn mounts_below_a_shared_directory_go_with_it() {
     let recursive = Attributes {
         recursive: true,
         readonly: true,
+        ..Attributes::default()
     };
     share.attach_dir(volume.path(), "v", recursive).unwrap();
     assert_eq!(jailed.ask("read /shared/v/below/deep"), "d");
@@ -361,7 +470,18 @@ fn mounts_below_a_shared_directory_go_with_it() {
         jailed.ask("write /shared/v/below/x"),
         format!("error {}", libc::EROFS)
     );
-    share.detach("v").unwrap();
+    detach(&share, "v");
+    let top_only = Attributes {
+        writable_below: true,
+        ..recursive
+    };
+    share.attach_dir(volume.path(), "v", top_only).unwrap();
+    assert_eq!(
+        jailed.ask("write /shared/v/x"),
+        format!("error {}", libc::EROFS)
+    );
+    assert_eq!(jailed.ask("write /shared/v/below/x"), "written");
+    detach(&share, "v");
     unmount(&below);
 }
 
@@ -379,5 +499,5 @@ fn a_mount_below_whose_directory_the_host_removes_does_not_keep_the_rest() {
     share.attach_dir(volume.path(), "v", recursive).unwrap();
     unmount(&below);
     fs::remove_dir(&below).unwrap();
-    share.detach("v").unwrap();
+    detach(&share, "v");
 }

@@ -13,7 +13,7 @@ use super::{Context, Creation, Made, work};
 use crate::error::{Error, Kind, Result};
 use crate::stdio::{Ends, Stdio};
 use crate::vm::boot::Boot;
-use crate::vm::{Mounts, RootfsMount, Vm, rootfs_path};
+use crate::vm::{Attributes, Mounts, RootfsMount, Vm, rootfs_path};
 use crate::volume::Leases;
 
 /// Creates the container; `cancelled` turning true abandons it.
@@ -55,14 +55,19 @@ struct Progress {
     attaching: Option<JoinHandle<Result<()>>>,
     stdio: Option<Stdio>,
     asking: Option<JoinHandle<Result<()>>>,
+    /// The agent was asked and did not answer in time.
+    unanswered: bool,
 }
 
 impl Progress {
     async fn undo(self, context: &Context, id: &str) {
         let Some(vm) = self.vm else { return };
-        if let Some(asking) = self.asking {
-            // An error of the agent means that it has made nothing; without an answer it may have.
-            let _ = asking.await;
+        let answered = match self.asking {
+            None => None,
+            Some(asking) => Some(asking.await.unwrap_or(Ok(()))),
+        };
+        // An error of the agent means that it has made nothing; without an answer it may have.
+        if self.unanswered || answered.is_some_and(|created| may_exist(&created)) {
             work::kill(&vm, id, "").await;
             work::release(context, &vm, id, "", None, true).await;
         }
@@ -74,6 +79,14 @@ impl Progress {
         }
         work::detach(context, &vm, id, &self.attached).await;
         context.volumes.release(self.leases).await;
+    }
+}
+
+/// Whether the agent may have a container after this answer to its creation.
+fn may_exist(created: &Result<()>) -> bool {
+    match created {
+        Ok(()) => true,
+        Err(error) => error.kind == Kind::DeadlineExceeded,
     }
 }
 
@@ -138,15 +151,11 @@ async fn steps(
         let answer = agent.agent().create_container(context, &request);
         let limit = agent.timeouts().setup;
         let created = agent.call_within(limit, "CreateContainer", answer).await;
-        if created
-            .as_ref()
-            .is_err_and(|error| error.kind == Kind::DeadlineExceeded)
-        {
-            work::kill(&agent, &request.id, "").await;
-        }
         created.map(drop)
     }));
-    step(&mut progress.asking).await?;
+    let created = step(&mut progress.asking).await;
+    progress.unanswered = created.is_err() && may_exist(&created);
+    created?;
     let stdio = progress.stdio.take();
     let stdio = stdio.ok_or_else(|| Error::internal("the streams of a container are gone"))?;
     Ok((vm, stdio))
@@ -184,7 +193,11 @@ fn attach_rootfs(mounts: &dyn Mounts, id: &str, rootfs: &Rootfs) -> Result<()> {
                     directory.display()
                 )));
             }
-            mounts.attach(&path, directory, false, true)
+            let how = Attributes {
+                recursive: true,
+                ..Attributes::default()
+            };
+            mounts.attach(&path, directory, how)
         }
     }
 }

@@ -64,6 +64,14 @@ pub enum ForwardError {
     },
 }
 
+/// Whether this node's kernel can do it; nothing is attached.
+///
+/// # Errors
+/// [`ForwardError::Kernel`].
+pub fn check() -> std::result::Result<(), ForwardError> {
+    program::load(&[]).map(drop)
+}
+
 /// A pod's localhost on the host side, taken over as long as this lives.
 #[derive(Debug)]
 pub struct Localhost {

@@ -1,6 +1,7 @@
 //! The program: TCP to 127.0.0.1 or ::1 goes to the listener of that family; everything else is looked up
 //! as if the program were not there. bpf(2), the kernel's Documentation/bpf/prog_sk_lookup.rst.
 
+use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -47,16 +48,27 @@ pub fn attach(
     namespace: &Namespace,
     listeners: &[(Family, TcpListener)],
 ) -> Result<OwnedFd, ForwardError> {
-    let failed = |step| move |source| ForwardError::Kernel { step, source };
+    let program = load(listeners)?;
+    bpf::attach(program.as_fd(), namespace.as_fd()).map_err(failed(
+        "attach a BPF program to the pod's network namespace",
+    ))
+}
+
+/// Loads the program for these listeners; it does nothing yet.
+///
+/// # Errors
+/// [`ForwardError::Kernel`].
+pub fn load(listeners: &[(Family, TcpListener)]) -> Result<OwnedFd, ForwardError> {
     let map = bpf::socket_map(2).map_err(failed("make a BPF socket map"))?;
     for (family, listener) in listeners {
         bpf::put_socket(map.as_fd(), family.key(), listener.as_fd())
             .map_err(failed("put a listener into a BPF socket map"))?;
     }
-    let program = bpf::load(&instructions(map.as_fd())).map_err(failed("load a BPF program"))?;
-    bpf::attach(program.as_fd(), namespace.as_fd()).map_err(failed(
-        "attach a BPF program to the pod's network namespace",
-    ))
+    bpf::load(&instructions(map.as_fd())).map_err(failed("load a BPF program"))
+}
+
+fn failed(step: &'static str) -> impl Fn(io::Error) -> ForwardError {
+    move |source| ForwardError::Kernel { step, source }
 }
 
 fn instructions(map: BorrowedFd<'_>) -> Vec<Instruction> {

@@ -48,6 +48,8 @@ pub struct Creation {
 /// How a sandbox is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
+    /// The sandbox's id.
+    pub id: String,
     /// The VMM's pid while it lives, else 0.
     pub pid: u32,
     /// It was started and has not ended.
@@ -135,7 +137,10 @@ impl Pod {
             Ask::Start(reply) => self.start_sandbox(reply),
             Ask::Ready(result, reply) => self.sandbox_ready(result, reply),
             Ask::Stop(reply) => self.stop_sandbox(reply),
-            Ask::State(reply) => drop(reply.send(self.sandbox().map(Sandbox::state))),
+            Ask::State(reply) => {
+                let id = self.setup.id.clone();
+                let _ = reply.send(self.sandbox().map(|sandbox| sandbox.state(id)));
+            }
             Ask::Wait(reply) => {
                 let exit = self.sandbox().map(|sandbox| sandbox.exit.subscribe());
                 let _ = reply.send(exit);
@@ -274,8 +279,11 @@ impl Pod {
     /// Gives a container of the sandbox the pod's files.
     pub(super) fn add_files(&self, creation: &mut container::Creation) -> Result<()> {
         if self.sandbox.is_some() && matches!(creation.role, Role::Member(_)) {
-            creation.spec_bytes =
-                sandbox_files::mount(&self.setup.state.files(), &creation.spec_bytes)?;
+            creation.spec_bytes = sandbox_files::mount(
+                &self.setup.state.files(),
+                &self.setup.id,
+                &creation.spec_bytes,
+            )?;
             creation.spec = Spec::parse(&creation.spec_bytes)?;
         }
         Ok(())
@@ -304,9 +312,10 @@ impl Sandbox {
         });
     }
 
-    fn state(&self) -> State {
+    fn state(&self, id: String) -> State {
         let exit = *self.exit.borrow();
         State {
+            id,
             pid: match exit {
                 None => self.boot.vm().map_or(0, |vm| vm.pid()),
                 Some(_) => 0,

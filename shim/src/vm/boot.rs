@@ -2,7 +2,7 @@
 //! work such as the root file system needs only the process and runs while the guest boots.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use brig_agent_protocol::agent::{Empty, Event, StartSandboxRequest};
@@ -63,6 +63,7 @@ pub enum News {
 #[derive(Debug, Clone)]
 pub struct Boot {
     progress: watch_channel::Receiver<Progress>,
+    cgroup: Arc<OnceLock<Cgroup>>,
 }
 
 /// What the guest is told at once.
@@ -90,8 +91,10 @@ impl Boot {
         logger: Logger,
     ) -> Self {
         let (sender, progress) = watch_channel::channel(Progress::Launching);
+        let cgroup = Arc::new(OnceLock::new());
+        let made = Arc::clone(&cgroup);
         tokio::spawn(async move {
-            let result = boot(host, plan, sandbox, &sender, news, &logger).await;
+            let result = boot(host, plan, sandbox, &made, &sender, news, &logger).await;
             sender.send_replace(match result {
                 Ok(vm) => Progress::Ready(vm),
                 Err(error) => {
@@ -100,7 +103,7 @@ impl Boot {
                 }
             });
         });
-        Self { progress }
+        Self { progress, cgroup }
     }
 
     async fn until(&self, far_enough: impl Fn(&Progress) -> Option<Arc<Vm>>) -> Result<Arc<Vm>> {
@@ -150,6 +153,12 @@ impl Boot {
         }
     }
 
+    /// The pod's cgroup, once it is made: known here before the news of it arrive.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<Cgroup> {
+        self.cgroup.get().cloned()
+    }
+
     /// Whether the agent can be asked.
     #[must_use]
     pub fn is_ready(&self) -> bool {
@@ -166,6 +175,7 @@ async fn boot(
     host: Arc<dyn Host>,
     mut plan: Plan,
     mut sandbox: Sandbox,
+    made: &OnceLock<Cgroup>,
     progress: &watch_channel::Sender<Progress>,
     news: mpsc::Sender<News>,
     logger: &Logger,
@@ -178,6 +188,7 @@ async fn boot(
     }
     let cgroup = plan.cgroup.clone();
     if let Some(cgroup) = &cgroup {
+        let _ = made.set(cgroup.clone());
         let _ = news.send(News::Cgroup(cgroup.clone())).await;
     }
     let mark = |name: &str, at: SystemTime| {

@@ -28,6 +28,7 @@ use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_agent_protocol::{FIRST_PROCESS_STREAM, STREAM_PORT, stream_header};
 use brig_hypervisor::control::{RequestBody, StreamConfig, VmConfig};
 use brig_hypervisor::launch::{VmmExit, VmmProcess};
+pub use brig_hypervisor::share::{Attributes, LaterMount};
 use tokio::sync::{Notify, watch as watch_channel};
 use tokio::time::timeout;
 use ttrpc::context;
@@ -94,12 +95,12 @@ pub trait Mounts: Send + Sync {
     ///
     /// # Errors
     /// What the host says.
-    fn attach(&self, path: &str, source: &Path, readonly: bool, recursive: bool) -> Result<()>;
-    /// Makes a mount of the node appear `below` what is at `path`.
+    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<()>;
+    /// Makes a later mount of the node appear below what is at `path`.
     ///
     /// # Errors
     /// `InvalidArgument` for a file system of the node's kernel; what the host says.
-    fn attach_below(&self, path: &str, below: &Path, source: &Path, readonly: bool) -> Result<()>;
+    fn attach_below(&self, path: &str, later: &LaterMount<'_>, readonly: bool) -> Result<()>;
     /// Takes that away, whoever uses it.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use brig_hypervisor::share::{Attributes, RootfsMount as Mount, Share, ShareError};
+use brig_hypervisor::share::{Attributes, LaterMount, RootfsMount as Mount, Share, ShareError};
 
 use super::{Mounts, RootfsMount, shown};
 use crate::error::{Error, Kind, Result};
@@ -21,23 +21,19 @@ impl Mounts for Share {
         Share::attach_rootfs(self, &mounts, path).map_err(|error| refused(&error))
     }
 
-    fn attach(&self, path: &str, source: &Path, readonly: bool, recursive: bool) -> Result<()> {
+    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<()> {
         let metadata = std::fs::metadata(source)
             .map_err(|error| Error::io(format_args!("mount source {}", shown(source)), &error))?;
-        let attributes = Attributes {
-            readonly,
-            recursive,
-        };
         let attached = if metadata.is_dir() {
-            self.attach_dir(source, path, attributes)
+            self.attach_dir(source, path, how)
         } else {
-            self.attach_file(source, path, attributes)
+            self.attach_file(source, path, how)
         };
         attached.map_err(|error| refused(&error))
     }
 
-    fn attach_below(&self, path: &str, below: &Path, source: &Path, readonly: bool) -> Result<()> {
-        Share::attach_below(self, source, path, below, readonly).map_err(|error| refused(&error))
+    fn attach_below(&self, path: &str, later: &LaterMount<'_>, readonly: bool) -> Result<()> {
+        Share::attach_below(self, later, path, readonly).map_err(|error| refused(&error))
     }
 
     fn detach_below(&self, path: &str, below: &Path) -> Result<()> {
@@ -68,6 +64,7 @@ fn refused(error: &ShareError) -> Error {
             Kind::NotFound
         }
         ShareError::Unsupported { .. } => Kind::Unimplemented,
+        ShareError::Moved { .. } => Kind::FailedPrecondition,
         ShareError::AlreadyAttached { .. } => Kind::AlreadyExists,
         ShareError::Busy { .. } | ShareError::NotAttached { .. } => Kind::FailedPrecondition,
         ShareError::Vmm(_) | ShareError::Jail(_) => Kind::Unavailable,

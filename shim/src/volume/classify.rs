@@ -11,6 +11,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::mountinfo::MountTable;
 use crate::error::{Error, Result};
+use crate::sandbox_files;
 use crate::spec::{BindMount, Propagation};
 use crate::vm::shown;
 
@@ -177,6 +178,13 @@ fn replica(bind: &BindMount, source: &Path, kind: FileType) -> Option<Class> {
     if volume(&bind.source).is_some_and(|(plugin, _)| REPLICATED.contains(&plugin)) {
         return kind.is_dir().then_some(live);
     }
+    if sandbox_files::is_one(&bind.source) {
+        return Some(Class::Replica {
+            top: source.to_owned(),
+            file: Some("file".to_owned()),
+            live: false,
+        });
+    }
     if let Some((pod, name)) = sub_path(&bind.source) {
         let of_replicated = REPLICATED
             .iter()
@@ -247,6 +255,7 @@ mod tests {
             source: source.to_owned(),
             destination: "/v".into(),
             readonly,
+            readonly_below: false,
             recursive: true,
             propagation: Propagation::Private,
         }

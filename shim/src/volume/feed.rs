@@ -12,12 +12,13 @@ use std::time::Duration;
 use brig_agent_protocol::agent::{
     UpdateVolumeRequest, VolumeEntry, VolumeRef, update_volume_request,
 };
+use brig_hypervisor::share::FileId;
 use slog::{Logger, debug, info, warn};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 use ttrpc::context;
 
-use super::snapshot::{self, Identity, LIMITS, ReadError, Snapshot};
+use super::snapshot::{self, LIMITS, ReadError, Snapshot};
 use super::watch::{Marker, Subscription};
 use crate::error::{Error, Result};
 use crate::vm::Vm;
@@ -34,6 +35,10 @@ const ATTEMPTS: u32 = 20;
 /// How long its writer is left alone in between: kubelet writes a generation in a few milliseconds.
 const SETTLE: Duration = Duration::from_millis(20);
 
+/// How long an update that failed waits for its next attempt, at first and at most.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+
 /// What is copied.
 #[derive(Debug, Clone)]
 pub(super) enum Source {
@@ -42,7 +47,7 @@ pub(super) enum Source {
         /// Where.
         top: PathBuf,
         /// Which it was when the container was created.
-        identity: Identity,
+        identity: FileId,
     },
     /// One file, under this name in the copy.
     File {
@@ -56,7 +61,7 @@ pub(super) enum Source {
         /// Where.
         top: PathBuf,
         /// Which.
-        identity: Identity,
+        identity: FileId,
         /// Its limit in bytes.
         size: u64,
     },
@@ -97,6 +102,11 @@ impl Volume {
             Ok(_) => Ok(()),
             Err(_) => Err("its reader has ended".to_owned()),
         }
+    }
+
+    /// Whether it will never be there.
+    pub(super) fn has_failed(&self) -> bool {
+        matches!(*self.progress.borrow(), Progress::Failed(_))
     }
 
     /// Waits until the guest has it.
@@ -197,51 +207,59 @@ impl Feed {
                 return;
             }
         };
-        tokio::select! {
-            () = self.serve(&vm, snapshot, &progress) => {}
-            _ = &mut ended => {}
-            _ = vm.ended() => return,
-        }
-        // An emptyDir lives as long as the pod.
-        if !matches!(self.source, Source::Memory { .. }) {
-            // Without a watch of ours, whatever the agent answers.
+        // A call of the agent is never given up half way: what it makes late must be removed after it.
+        let lives = match self.send(&vm, snapshot).await {
+            Ok(()) => {
+                progress.send_replace(Progress::Ready);
+                self.follow(&vm, &mut ended).await;
+                // An emptyDir lives as long as the pod.
+                matches!(self.source, Source::Memory { .. })
+            }
+            Err(error) => {
+                progress.send_replace(Progress::Failed(error));
+                false
+            }
+        };
+        if !lives && vm.death().is_none() {
             self.subscription = None;
             self.remove(&vm).await;
         }
     }
 
-    /// Ends when nothing is to be done any more before the volume's end.
-    async fn serve(&mut self, vm: &Vm, first: Snapshot, progress: &watch::Sender<Progress>) {
-        match self.send(vm, first).await {
-            Ok(()) => progress.send_replace(Progress::Ready),
-            Err(error) => {
-                progress.send_replace(Progress::Failed(error));
-                return;
+    /// Keeps the guest's state up to date until the volume's end or the VM's.
+    async fn follow(&mut self, vm: &Vm, ended: &mut oneshot::Receiver<()>) {
+        let mut retry = None;
+        loop {
+            tokio::select! {
+                () = changed(self.subscription.as_mut()) => retry = None,
+                () = later(retry) => {}
+                _ = &mut *ended => return,
+                _ = vm.ended() => return,
             }
-        };
-        while let Some(subscription) = &mut self.subscription {
-            subscription.changed().await;
-            match self.read().await {
-                Ok(snapshot) => {
-                    if let Err(error) = self.send(vm, snapshot).await {
-                        warn!(self.logger, "a volume's change did not reach the guest";
-                            "volume" => &self.id, "error" => error.message);
-                    }
-                }
+            let read = tokio::select! {
+                read = self.read() => read,
+                _ = &mut *ended => return,
+            };
+            let updated = match read {
+                Ok(snapshot) => self.send(vm, snapshot).await.map_err(|error| error.message),
                 Err(ReadError::Gone) => {
                     debug!(self.logger, "a volume was removed from the node"; "volume" => &self.id);
-                    break;
+                    Ok(())
                 }
-                Err(ReadError::Changed) => {
-                    // It goes on changing, so it is read again.
-                    sleep(SETTLE * ATTEMPTS).await;
+                Err(error) => Err(error.to_string()),
+            };
+            retry = match updated {
+                Ok(()) => None,
+                Err(reason) => {
+                    // Its writer believes it done, and nobody else would try again.
+                    let pause = retry.map_or(FIRST_RETRY, |last: Duration| last * 2);
+                    let pause = pause.min(LAST_RETRY);
+                    warn!(self.logger, "a volume's change did not reach the guest yet";
+                        "volume" => &self.id, "reason" => reason, "seconds" => pause.as_secs());
+                    Some(pause)
                 }
-                Err(error) => warn!(self.logger, "a volume stays as it was in the guest";
-                    "volume" => &self.id, "reason" => %error),
-            }
+            };
         }
-        // The volume stays as it is.
-        std::future::pending().await
     }
 
     /// Reads until nothing changed meanwhile.
@@ -291,6 +309,22 @@ impl Feed {
     }
 }
 
+/// Waits for a change of what is watched, for ever if nothing is.
+async fn changed(subscription: Option<&mut Subscription>) {
+    match subscription {
+        Some(subscription) => subscription.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for the time of the next attempt, for ever if none is needed.
+async fn later(retry: Option<Duration>) {
+    match retry {
+        Some(pause) => sleep(pause).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// One call of the agent.
 pub(super) async fn update(vm: &Vm, request: &UpdateVolumeRequest) -> Result<()> {
     let answer = vm
@@ -329,12 +363,14 @@ pub(super) fn requests(
         kind: kind.into(),
         size,
         more: true,
+        continued: true,
         ..UpdateVolumeRequest::default()
     };
     let mut requests = Vec::new();
     let (mut current, mut bytes) = (empty(), 0);
     for entry in entries {
-        bytes += u64::try_from(entry.content.len()).unwrap_or(u64::MAX);
+        let length = entry.content.len() + entry.path.len();
+        bytes += u64::try_from(length).unwrap_or(u64::MAX);
         current.entries.push(entry);
         if bytes >= REQUEST_BYTES || current.entries.len() >= REQUEST_ENTRIES {
             requests.push(std::mem::replace(&mut current, empty()));
@@ -343,6 +379,9 @@ pub(super) fn requests(
     }
     current.more = false;
     requests.push(current);
+    if let Some(first) = requests.first_mut() {
+        first.continued = false;
+    }
     requests
 }
 
@@ -364,12 +403,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn requests_keep_the_order_end_once_and_fit_a_message(sizes in proptest::collection::vec(0..(2_usize << 20), 0..12)) {
+        fn requests_keep_the_order_end_once_and_fit_a_message(sizes in proptest::collection::vec((0..(2_usize << 20), 1..4000_usize), 0..12)) {
             let entries: Vec<VolumeEntry> = sizes
                 .iter()
                 .enumerate()
-                .map(|(n, size)| VolumeEntry {
-                    path: n.to_string().into_bytes(),
+                .map(|(n, (size, name))| VolumeEntry {
+                    path: [n.to_string().into_bytes(), vec![b'x'; *name]].concat(),
                     content: vec![0; *size],
                     ..VolumeEntry::default()
                 })
@@ -379,6 +418,7 @@ mod tests {
             let together: Vec<VolumeEntry> = requests.iter().flat_map(|r| r.entries.clone()).collect();
             prop_assert!(together == entries);
             let more: Vec<bool> = requests.iter().map(|r| r.more).collect();
+            prop_assert!(requests.iter().enumerate().all(|(n, r)| r.continued == (n > 0)));
             prop_assert!(more.iter().rev().skip(1).all(|more| *more) && !more[more.len() - 1]);
             for request in &requests {
                 prop_assert!(request.compute_size() < 4 << 20);

@@ -19,8 +19,8 @@ use crate::watched::watched;
 /// What changed below a volume.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Changes {
-    /// Mounts that are new: where on the node, and the way from the volume's top. Parents first.
-    pub(super) added: Vec<(PathBuf, PathBuf)>,
+    /// Mounts that are new: the kernel's number, and the way from the volume's top. Parents first.
+    pub(super) added: Vec<(u64, PathBuf)>,
     /// Mounts that have gone, by the way from the volume's top. What lay below is first.
     pub(super) removed: Vec<PathBuf>,
 }
@@ -33,14 +33,17 @@ pub(super) struct Below {
 }
 
 impl Below {
-    /// The state of `table`, which the guest has got with the volume itself.
-    pub(super) fn new(source: &Path, table: &MountTable) -> Self {
-        let mut below = Self {
+    /// The guest has none yet.
+    pub(super) fn new(source: &Path) -> Self {
+        Self {
             source: source.to_owned(),
             known: BTreeMap::new(),
-        };
-        below.changes(table);
-        below
+        }
+    }
+
+    /// A mount that [`Self::changes`] had added is to be tried again at the next change.
+    pub(super) fn forget(&mut self, id: u64) {
+        self.known.remove(&id);
     }
 
     /// What is different in `table`.
@@ -64,7 +67,7 @@ impl Below {
             .sort_by_key(|way| std::cmp::Reverse(way.components().count()));
         for (id, way) in now {
             if !self.known.contains_key(&id) {
-                changes.added.push((self.source.join(&way), way.clone()));
+                changes.added.push((id, way.clone()));
                 self.known.insert(id, way);
             }
         }
@@ -117,8 +120,11 @@ mod tests {
     #[test]
     fn mounts_come_parents_first_and_go_children_first() {
         let before = [(1, "/", "ext4"), (2, "/v", "xfs"), (3, "/v/old", "tmpfs")];
-        let mut below = Below::new(Path::new("/v"), &table(&before));
+        let mut below = Below::new(Path::new("/v"));
+        assert_eq!(below.changes(&table(&before)).added, [(3, "old".into())]);
         assert_eq!(below.changes(&table(&before)), Changes::default());
+        below.forget(3);
+        assert_eq!(below.changes(&table(&before)).added, [(3, "old".into())]);
         let now = [
             (1, "/", "ext4"),
             (2, "/v", "xfs"),
@@ -128,11 +134,7 @@ mod tests {
             (7, "/v/auto", "autofs"),
         ];
         let changes = below.changes(&table(&now));
-        let added = [("/v/a", "a"), ("/v/a/b", "a/b")];
-        assert_eq!(
-            changes.added,
-            added.map(|(point, way)| (point.into(), way.into()))
-        );
+        assert_eq!(changes.added, [(4, "a".into()), (5, "a/b".into())]);
         assert_eq!(changes.removed, [Path::new("old")]);
         let changes = below.changes(&table(&before[..2]));
         assert_eq!(changes.removed, [Path::new("a/b"), Path::new("a")]);
@@ -141,9 +143,10 @@ mod tests {
 
     #[test]
     fn a_mount_that_is_replaced_goes_and_comes() {
-        let mut below = Below::new(Path::new("/v"), &table(&[(1, "/", "x"), (2, "/v/m", "x")]));
+        let mut below = Below::new(Path::new("/v"));
+        below.changes(&table(&[(1, "/", "x"), (2, "/v/m", "x")]));
         let changes = below.changes(&table(&[(1, "/", "x"), (9, "/v/m", "x")]));
         assert_eq!(changes.removed, [Path::new("m")]);
-        assert_eq!(changes.added, [("/v/m".into(), "m".into())]);
+        assert_eq!(changes.added, [(9, "m".into())]);
     }
 }

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use brig_agent_protocol::agent::{MountSource, update_volume_request};
+use brig_hypervisor::share::FileId;
 use slog::{Logger, info};
 
 use crate::error::{Error, Result};
@@ -29,15 +30,14 @@ use classify::Class;
 use feed::{Budget, Feed, Source, Volume};
 use mountinfo::MountTable;
 use shared::{Attachment, Use};
-use snapshot::Identity;
 use watch::Watcher;
 
 /// Which host directory a volume shows, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Key {
-    Live(Identity),
-    Fixed(Identity),
-    Memory(Identity),
+    Live(FileId),
+    Fixed(FileId),
+    Memory(FileId),
 }
 
 /// The volumes of one pod; cheap to clone.
@@ -169,7 +169,7 @@ impl Volumes {
         let mut attaching = Vec::new();
         for (bind, key) in planned.shared.drain(..) {
             state.made += 1;
-            let path = shared::path(state.made);
+            let path = shared::path(state.made, &key);
             let entry = state.attached.entry(key.clone()).or_insert_with(|| {
                 let logger = self.shared.logger.clone();
                 (Attachment::start(&key, path, Arc::clone(vm), logger), 0)
@@ -205,9 +205,12 @@ impl Volumes {
         boot: &Boot,
     ) -> std::result::Result<Arc<Volume>, String> {
         let mut state = self.shared.lock();
-        if let Some(volume) = state.live.get(&key).and_then(Weak::upgrade) {
+        // One that failed is made anew: kubelet tries again.
+        let known = state.live.get(&key).and_then(Weak::upgrade);
+        if let Some(volume) = known.filter(|volume| !volume.has_failed()) {
             return Ok(volume);
         }
+        state.kept.retain(|volume| !volume.has_failed());
         let subscription = match key {
             Key::Live(_) => Some(state.watcher()?.subscribe()),
             Key::Fixed(_) | Key::Memory(_) => None,
@@ -293,6 +296,7 @@ impl Leases {
             Ok(MountSource {
                 index: u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?,
                 share_path: held.attachment.path.clone(),
+                readonly_on_host: held.readonly_on_host(),
                 ..MountSource::default()
             })
         };
@@ -401,7 +405,7 @@ fn classify_all(binds: Vec<BindMount>) -> Result<Vec<(BindMount, shared::Key, Fo
 
 fn share_key(bind: &BindMount, table: &MountTable) -> Result<shared::Key> {
     let key = std::fs::canonicalize(&bind.source).and_then(|source| {
-        let identity = Identity::of(&source)?;
+        let identity = snapshot::identity(&source)?;
         Ok(shared::Key::of(bind, source, identity, table))
     });
     key.map_err(|error| {
@@ -431,7 +435,7 @@ fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
         Class::Share => Ok(Found::Share),
         Class::Device(name) => Ok(Found::Device(name)),
         Class::Replica { top, file, live } => {
-            let identity = Identity::of(&top).map_err(failed)?;
+            let identity = snapshot::identity(&top).map_err(failed)?;
             let inside = PathBuf::from(file.clone().unwrap_or_default());
             let source = match file {
                 Some(name) => Source::File { path: top, name },
@@ -451,7 +455,7 @@ fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
         }
         Class::Memory { inside, .. } if inside.to_str().is_none() => Ok(Found::Share),
         Class::Memory { top, inside } => {
-            let identity = Identity::of(&top).map_err(failed)?;
+            let identity = snapshot::identity(&top).map_err(failed)?;
             let limits = rustix::fs::statvfs(&top).map_err(|errno| failed(errno.into()))?;
             Ok(Found::Volume {
                 key: Key::Memory(identity),

@@ -8,16 +8,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use brig_agent_protocol::agent::Empty;
-use slog::{Logger, warn};
+use brig_hypervisor::share::FileId;
+use slog::{Logger, info, warn};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::context;
 
 use super::follow::{Below, Changed, Changes};
 use super::mountinfo::MountTable;
-use super::snapshot::Identity;
 use crate::error::{Error, Kind, Result};
 use crate::spec::{BindMount, Propagation};
-use crate::vm::Vm;
+use crate::vm::{Attributes, LaterMount, Vm};
+use brig_hypervisor::share::GROWING;
 
 /// Where the attachments lie below the share: no container's id begins with a dot.
 const DIRECTORY: &str = ".volumes";
@@ -27,13 +28,15 @@ const DIRECTORY: &str = ".volumes";
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     source: PathBuf,
-    identity: Identity,
+    identity: FileId,
     recursive: bool,
     /// Later mounts of the node are seen.
     follows: bool,
     mounts: Vec<u64>,
     /// Where read-only cannot be taken back: mounts below, or a read-only source.
     readonly: Option<bool>,
+    /// Read-only does not hold for the mounts below.
+    writable_below: bool,
 }
 
 impl Key {
@@ -41,7 +44,7 @@ impl Key {
     pub(super) fn of(
         bind: &BindMount,
         source: PathBuf,
-        identity: Identity,
+        identity: FileId,
         table: &MountTable,
     ) -> Self {
         let mut seen = table.seen_from(&source);
@@ -58,13 +61,15 @@ impl Key {
             follows,
             mounts: seen.iter().map(|mounted| mounted.id).collect(),
             readonly: (!plain).then_some(bind.readonly),
+            writable_below: bind.readonly && !bind.readonly_below && seen.len() > 1,
         }
     }
 }
 
 /// The path of the share for an attachment of this number.
-pub(super) fn path(number: u64) -> String {
-    format!("{DIRECTORY}/{number}")
+pub(super) fn path(number: u64, key: &Key) -> String {
+    let kind = if key.follows { GROWING } else { "" };
+    format!("{DIRECTORY}/{number}{kind}")
 }
 
 /// Something is wanted of an attachment's task.
@@ -97,14 +102,23 @@ pub(super) struct Use {
     pub(super) readonly: bool,
 }
 
+impl Use {
+    /// The guest must not make the mount read-only, which is so on the host as far as it should be.
+    pub(super) fn readonly_on_host(&self) -> bool {
+        self.key.writable_below
+    }
+}
+
 impl Attachment {
     /// Starts the task; nothing is attached yet.
     pub(super) fn start(key: &Key, path: String, vm: Arc<Vm>, logger: Logger) -> Self {
         let (mailbox, messages) = mpsc::unbounded_channel();
         let task = Task {
             source: key.source.clone(),
+            identity: key.identity,
             recursive: key.recursive,
             follows: key.follows,
+            writable_below: key.writable_below,
             path: path.clone(),
             vm,
             logger,
@@ -142,8 +156,10 @@ impl Attachment {
 
 struct Task {
     source: PathBuf,
+    identity: FileId,
     recursive: bool,
     follows: bool,
+    writable_below: bool,
     path: String,
     vm: Arc<Vm>,
     logger: Logger,
@@ -209,7 +225,14 @@ impl Task {
     async fn acquire(&mut self) -> Result<()> {
         let (path, writable) = (self.path.clone(), self.writers > 0);
         if !self.attached {
-            let (source, recursive) = (self.source.clone(), self.recursive);
+            let source = self.source.clone();
+            let how = Attributes {
+                readonly: !writable,
+                writable_below: self.writable_below,
+                // What lies below a followed one comes as later mounts do, through the same checks.
+                recursive: self.recursive && !self.follows,
+                expected: Some(self.identity),
+            };
             // First, so that nothing is missed.
             let changed =
                 match self.follows {
@@ -218,18 +241,13 @@ impl Task {
                     })?),
                     false => None,
                 };
-            let table = self
-                .vm
-                .with_mounts(move |mounts| {
-                    let table = MountTable::read()
-                        .map_err(|error| Error::io("cannot read the node's mounts", &error))?;
-                    mounts.attach(&path, &source, !writable, recursive)?;
-                    Ok(table)
-                })
+            self.vm
+                .with_mounts(move |mounts| mounts.attach(&path, &source, how))
                 .await?;
             self.attached = true;
             self.writable = writable;
-            self.below = changed.map(|changed| (Below::new(&self.source, &table), changed));
+            self.below = changed.map(|changed| (Below::new(&self.source), changed));
+            self.follow().await;
         } else if writable && !self.writable {
             self.vm
                 .with_mounts(move |mounts| mounts.set_readonly(&path, false))
@@ -255,24 +273,39 @@ impl Task {
         let Changes { added, removed } = below.changes(&table);
         let (any_gone, readonly) = (!removed.is_empty(), !self.writable);
         let (path, logger) = (self.path.clone(), self.logger.clone());
-        let _ = self
+        let (top, identity) = (self.source.clone(), self.identity);
+        let missing = self
             .vm
             .with_mounts(move |mounts| {
+                let mut missing = Vec::new();
                 for way in &removed {
                     if let Err(error) = mounts.detach_below(&path, way) {
                         warn!(logger, "a mount of the node that has gone is still in the pod";
                             "path" => &path, "error" => error.message);
                     }
                 }
-                for (source, way) in &added {
-                    if let Err(error) = mounts.attach_below(&path, way, source, readonly) {
-                        warn!(logger, "a later mount of the node is not in the pod";
+                for (id, way) in &added {
+                    let later = LaterMount {
+                        top: &top,
+                        identity,
+                        way,
+                        id: *id,
+                    };
+                    if let Err(error) = mounts.attach_below(&path, &later, readonly) {
+                        info!(logger, "a mount of the node is not in the pod";
                             "path" => &path, "error" => error.message);
+                        // What can never be shared is not tried again.
+                        if error.kind != Kind::InvalidArgument {
+                            missing.push(*id);
+                        }
                     }
                 }
-                Ok(())
+                Ok(missing)
             })
             .await;
+        for id in missing.unwrap_or_default() {
+            below.forget(id);
+        }
         if any_gone {
             // The guest may still know files of it, which keep its device busy on the node.
             let request = Empty::new();

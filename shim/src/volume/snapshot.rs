@@ -12,6 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use brig_agent_protocol::agent::VolumeEntry;
+use brig_hypervisor::share::FileId;
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2,
     readlinkat, statat,
@@ -56,29 +57,18 @@ impl fmt::Debug for Snapshot {
     }
 }
 
-/// Which directory or file a path led to once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Identity {
-    /// Its file system's device number.
-    pub device: u64,
-    /// Its inode number there.
-    pub inode: u64,
+/// Which directory or file a path leads to.
+///
+/// # Errors
+/// Those of stat(2).
+pub fn identity(path: &Path) -> io::Result<FileId> {
+    Ok(identity_of(&rustix::fs::stat(path)?))
 }
 
-impl Identity {
-    /// Of what a path leads to now.
-    ///
-    /// # Errors
-    /// Those of stat(2).
-    pub fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self::from_stat(&rustix::fs::stat(path)?))
-    }
-
-    fn from_stat(stat: &Stat) -> Self {
-        Self {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-        }
+fn identity_of(stat: &Stat) -> FileId {
+    FileId {
+        device: stat.st_dev,
+        inode: stat.st_ino,
     }
 }
 
@@ -118,7 +108,7 @@ pub type Watch<'a> = &'a mut dyn FnMut(BorrowedFd<'_>) -> io::Result<()>;
 /// See [`ReadError`].
 pub fn directory(
     top: &Path,
-    identity: Identity,
+    identity: FileId,
     limits: Limits,
     watch: Watch<'_>,
 ) -> Result<Snapshot, ReadError> {
@@ -133,7 +123,7 @@ pub fn directory(
         errno => errno.into(),
     })?;
     let stat = fstat(&directory)?;
-    if Identity::from_stat(&stat) != identity {
+    if identity_of(&stat) != identity {
         return Err(ReadError::Gone);
     }
     let mut walk = Walk {

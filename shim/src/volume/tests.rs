@@ -70,6 +70,7 @@ fn bind(index: usize, source: &Path) -> BindMount {
         source: source.to_owned(),
         destination: format!("/v{index}"),
         readonly: true,
+        readonly_below: false,
         recursive: true,
         propagation: Propagation::Private,
     }
@@ -255,5 +256,112 @@ async fn an_attachment_that_fails_names_its_mount() {
     let attaching = pod.volumes.share(&mut planned, &vm, &mut leases);
     let error = attaching.done().await.unwrap_err();
     assert!(error.message.contains("/v7"), "{error}");
+    pod.volumes.release(leases).await;
+}
+
+/// A tmpfs of the node for the time of a test.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn on(path: &Path) -> Self {
+        let arguments = ["-t", "tmpfs", "brig-test"];
+        let mut command = std::process::Command::new("mount");
+        assert!(
+            command
+                .args(arguments)
+                .arg(path)
+                .status()
+                .unwrap()
+                .success()
+        );
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn a_later_mount_of_the_node_comes_and_goes_where_it_was_asked_for() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["one/deep", "two/deep"] {
+        fs::create_dir_all(dir.path().join(name)).unwrap();
+    }
+    let pod = pod();
+    let mut follows = bind(0, &dir.path().join("one"));
+    follows.propagation = Propagation::HostToContainer;
+    let leases = pod
+        .share(vec![follows, bind(1, &dir.path().join("two"))])
+        .await;
+    let path = leases.sources().unwrap()[0].share_path.clone();
+    let mounts = ["one/deep", "two/deep"].map(|name| Tmpfs::on(&dir.path().join(name)));
+    pod.eventually(&format!("attach {path} below deep ro"))
+        .await;
+    drop(mounts);
+    pod.eventually(&format!("detach {path} below deep")).await;
+    pod.eventually("drop_caches").await;
+    let below = pod
+        .shared()
+        .iter()
+        .filter(|seen| seen.contains(" below "))
+        .count();
+    assert_eq!(below, 2, "the private one is left alone");
+    pod.volumes.release(leases).await;
+}
+
+#[tokio::test]
+async fn a_memory_volume_is_made_once_and_lasts_as_long_as_the_pod() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
+    fs::create_dir_all(&volume).unwrap();
+    let _tmpfs = Tmpfs::on(&volume);
+    fs::write(volume.join("seed"), "x").unwrap();
+    let pod = pod();
+    let (planned, sources) = pod.mount(vec![bind(0, &volume)]).await;
+    assert_eq!(
+        (sources[0].volume.as_str(), sources[0].volume_path.as_str()),
+        ("v1", "")
+    );
+    pod.eventually("volume v1 seed").await;
+    drop(leases(planned));
+    // Kubelet makes the directory of a sub-path; what else it finds there is not sent again.
+    fs::create_dir_all(volume.join("a/b")).unwrap();
+    let (_second, sources) = pod.mount(vec![bind(2, &volume.join("a/b"))]).await;
+    assert_eq!(
+        (sources[0].volume.as_str(), sources[0].volume_path.as_str()),
+        ("v1", "a/b")
+    );
+    pod.eventually("volume v1 a a/b").await;
+    assert!(!pod.record.has("remove volume v1"));
+}
+
+#[tokio::test]
+async fn read_only_holds_for_the_mounts_below_only_if_asked_for() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("below")).unwrap();
+    let _below = Tmpfs::on(&dir.path().join("below"));
+    let pod = pod();
+    let mut all = bind(0, dir.path());
+    all.readonly_below = true;
+    let leases = pod.share(vec![all, bind(1, dir.path())]).await;
+    let sources = leases.sources().unwrap();
+    let (all, top) = (&sources[0], &sources[1]);
+    assert_ne!(all.share_path, top.share_path);
+    assert!(!all.readonly_on_host && top.readonly_on_host);
+    let shared = pod.shared();
+    assert!(shared.contains(&format!("attach {} ro", all.share_path)));
+    assert!(shared.contains(&format!("attach {} ro, writable below", top.share_path)));
     pod.volumes.release(leases).await;
 }

@@ -79,6 +79,11 @@ pub fn prepare(containerd: Option<&str>) -> Result<()> {
     if changed {
         fs::write(OWN_CONFIG, wanted)?;
     }
+    // The shim's own time-outs are stretched as the suite's are.
+    let brig = Path::new("/etc/brig/config.d");
+    fs::create_dir_all(brig)?;
+    let scale = format!("time_scale = {:.1}\n", clock::scale().clamp(0.1, 100.0));
+    fs::write(brig.join("brig-cri-time.toml"), scale)?;
     if let Some(version) = containerd {
         run("use-containerd", &[version])?;
     } else if changed {

@@ -357,6 +357,28 @@ fn a_forgotten_mount_is_free_and_its_inodes_are_stale() {
 }
 
 #[test]
+fn a_mount_that_comes_and_goes_below_a_volume_is_seen_by_the_next_lookup() {
+    let Some(share) = mounted_share() else { return };
+    let below = share.path().join("v/below");
+    fs::create_dir(&below).unwrap();
+    let mut client = Client::new(share.path());
+    let before = client.walk("v/below");
+    assert_eq!(before.entry_seconds, 1, "the guest asks again");
+    mount_tmpfs(&below);
+    fs::write(below.join("later"), "later").unwrap();
+    let mounted = client.walk("v/below");
+    assert_ne!((mounted.node, mounted.ino), (before.node, before.ino));
+    assert_eq!(client.walk("v/below/later").size, 5);
+    umount2(&below, MntFlags::MNT_DETACH).unwrap();
+    assert_eq!(client.walk("v/below").node, before.node);
+    assert_eq!(
+        client.lookup(before.node, "later").unwrap_err(),
+        libc::ENOENT
+    );
+    client.handle.forget("");
+}
+
+#[test]
 fn a_mount_can_be_forgotten_under_load() {
     let Some(share) = mounted_share() else { return };
     let mut client = Client::new(share.path());

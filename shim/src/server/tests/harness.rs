@@ -6,8 +6,8 @@ use containerd_shim_protos::api::{
     CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, Mount, ShutdownRequest,
     StartRequest, StateRequest, Status, WaitRequest,
 };
-use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::sandbox_async::SandboxClient;
+use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_events};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;

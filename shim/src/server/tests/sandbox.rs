@@ -2,6 +2,7 @@
 //! Stop, Wait, Status and Shutdown.
 
 use brig_hypervisor::control::exit as control_exit;
+use containerd_shim_protos::api::ConnectRequest;
 use containerd_shim_protos::sandbox_api::{
     CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest,
     SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest, StartSandboxRequest,
@@ -16,6 +17,7 @@ use super::harness::{Harness, code, ctx};
 use super::{LONG, Status};
 use crate::fakes::Behaviour;
 use crate::sandbox_config::tests::{bytes, options, varint};
+use crate::sandbox_files;
 
 const MEMBER: &str = r#"{"process":{"args":["true"]},"annotations":{
     "io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":"c"},
@@ -109,6 +111,16 @@ async fn a_sandbox_outlives_its_containers_and_is_stopped_and_shut_down() {
     assert!(state.info["info"].contains(&pid.to_string()));
     ping(&client).await.unwrap();
 
+    // As a containerd does that was restarted.
+    let connect = |id: &str| ConnectRequest {
+        id: id.into(),
+        ..ConnectRequest::default()
+    };
+    let connected = harness.client.connect(ctx(), &connect("c")).await;
+    assert_eq!(connected.unwrap().task_pid, pid);
+    let other = harness.client.connect(ctx(), &connect("app")).await;
+    assert_eq!(code(other).0, Code::NOT_FOUND);
+
     // Nobody closes the server on a sandbox without containers.
     harness.create_as("app", MEMBER).await.unwrap();
     harness.start_of("app", "").await.unwrap();
@@ -141,6 +153,8 @@ async fn a_sandbox_outlives_its_containers_and_is_stopped_and_shut_down() {
     assert!(state.exited_at.seconds > 0);
     stop(&client).await.unwrap();
     assert_eq!(wait(&client).await.unwrap(), 0);
+    let connected = harness.client.connect(ctx(), &connect("c")).await;
+    assert_eq!(connected.unwrap().task_pid, 0);
     assert_eq!(code(ping(&client).await).0, Code::FAILED_PRECONDITION);
     shut_down(harness, client).await;
 }
@@ -182,20 +196,24 @@ async fn the_platform_is_linux_before_and_after_the_creation() {
 }
 
 #[tokio::test]
-async fn a_container_gets_the_pods_files() {
+async fn a_container_gets_copies_of_the_pods_files_and_nothing_of_the_nodes_memory() {
     let harness = Harness::new(Behaviour::default()).await;
     let client = harness.sandbox().await;
     client.create_sandbox(ctx(), &creation()).await.unwrap();
     start(&client).await.unwrap();
-    let files = harness.state().join("files");
+    let files = harness.state().join(sandbox_files::DIRECTORY);
     let read = |name: &str| std::fs::read_to_string(files.join(name)).unwrap();
     assert_eq!(read("hostname"), "pod\n");
     assert_eq!(read("resolv.conf"), "nameserver 10.0.0.10\n");
     harness.create_as("app", MEMBER).await.unwrap();
-    let attached = harness.record.all();
-    let attached = attached.iter().filter(|entry| entry.starts_with("attach "));
-    // The root file system and three files.
-    assert_eq!(attached.count(), 4);
+    let all = harness.record.all();
+    let count = |kind: &str| all.iter().filter(|entry| entry.starts_with(kind)).count();
+    assert_eq!(
+        count("attach "),
+        1,
+        "more than the root file system: {all:?}"
+    );
+    assert_eq!(count("volume "), 3, "{all:?}");
     shut_down(harness, client).await;
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::PathBuf;
 
 fn read_with(top: &Path, limits: Limits) -> Result<Snapshot, ReadError> {
-    directory(top, Identity::of(top).unwrap(), limits, &mut |_| Ok(()))
+    directory(top, identity(top).unwrap(), limits, &mut |_| Ok(()))
 }
 
 fn read(top: &Path) -> Result<Snapshot, ReadError> {
@@ -68,7 +68,7 @@ fn each_directory_is_watched_before_it_is_listed() {
     let mut watched = Vec::new();
     let snapshot = directory(
         dir.path(),
-        Identity::of(dir.path()).unwrap(),
+        identity(dir.path()).unwrap(),
         LIMITS,
         &mut |fd| {
             watched.push(fstat(fd)?.st_ino);
@@ -108,7 +108,7 @@ fn limits_are_kept_and_named() {
 fn another_directory_at_the_path_is_not_taken_for_the_first() {
     let (dir, _) = atomic();
     let other = tempfile::tempdir().unwrap();
-    let identity = Identity::of(other.path()).unwrap();
+    let identity = identity(other.path()).unwrap();
     let got = directory(dir.path(), identity, LIMITS, &mut |_| Ok(()));
     assert!(matches!(got, Err(ReadError::Gone)), "{got:?}");
     let got = directory(Path::new("/nonexistent/x"), identity, LIMITS, &mut |_| {

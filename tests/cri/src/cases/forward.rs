@@ -1,8 +1,11 @@
 //! Port-forward, as `kubectl port-forward` asks containerd for it: containerd dials the loopback
 //! interface of the pod's network namespace on the node.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
+use brig_tests::node::clock;
 
 use crate::container::Container;
 use crate::pod::Pod;
@@ -86,11 +89,15 @@ fn large(suite: &mut Suite) -> Result<()> {
 
 fn nobody(suite: &mut Suite) -> Result<()> {
     let shared = suite.shared()?;
+    let begin = Instant::now();
     let stream = Forwarded::open(&shared.pod, 8199)?;
+    // An error if nothing comes, so what follows was said by an end of the stream.
     let (data, reason) = stream.finish()?;
     equal("bytes", 0, data.len())?;
+    that("it was closed at once", begin.elapsed() < clock::seconds(2))?;
     if suite.is_brig() {
-        // The node's end accepts before the guest has said no; then the connection closes.
+        // The node's end must accept before the guest can say no, and containerd passes a reset on as
+        // an end without a reason.
         return Ok(());
     }
     contains("the reason", "refused", &reason)

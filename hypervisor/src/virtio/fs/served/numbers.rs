@@ -4,7 +4,7 @@
 //! for every file there ever was. It can use the host's inode numbers instead and keep nothing, but
 //! then it tells at most 255 pairs of device and mount apart and fails beyond. So an export takes the host's
 //! numbers where it is one file system by itself, which container root file systems and most volumes are, and
-//! counts where mounts may appear below it by themselves or one mount has many devices.
+//! counts where mounts may appear below it later or one mount has many devices.
 //!
 //! The library's host numbers have 56 bits, of which a node id has room for [`INODE_BITS`]. Nearly all fit as
 //! they are; a table holds the others for as long as the guest knows them.
@@ -20,6 +20,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
 
 use super::errno;
+use crate::share::GROWING;
 
 /// Bits of a node id that are the export's own: a million million files a mount.
 pub(super) const INODE_BITS: u32 = 40;
@@ -141,6 +142,9 @@ fn stands_alone(mountinfo: &str, directory: &Path) -> bool {
     let Some(directory) = directory.to_str() else {
         return false;
     };
+    if directory.ends_with(GROWING) {
+        return false;
+    }
     let mut alone = false;
     for line in mountinfo.lines() {
         let mut fields = line.split(' ').skip(4);
@@ -178,6 +182,8 @@ mod tests {
 26 22 8:1 /z /shared/slave rw,nosuid master:7 - ext4 /dev/sda1 rw
 27 22 0:40 / /shared/sub rw,nosuid - btrfs /dev/sdb rw
 28 22 8:1 /z /shared/c1/rootfs2 rw,nosuid - ext4 /dev/sda1 rw
+29 22 8:1 /z /shared/.volumes/1 rw,nosuid - ext4 /dev/sda1 rw
+30 22 8:1 /z /shared/.volumes/2.grows rw,nosuid - ext4 /dev/sda1 rw
 broken
 ";
 
@@ -194,6 +200,8 @@ broken
         assert!(!alone("/shared/slave"), "mounts may appear");
         assert!(!alone("/shared/sub"), "has many devices");
         assert!(!alone("/shared/none"));
+        assert!(alone("/shared/.volumes/1"));
+        assert!(!alone("/shared/.volumes/2.grows"), "mounts will come");
         assert!(!alone("/shared"));
         assert!(!stands_alone(TABLE, Path::new("/shared/c1/rootfs")));
     }
