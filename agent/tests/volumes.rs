@@ -285,3 +285,69 @@ async fn what_the_host_holds_read_only_is_not_made_so_again() {
     }
     guest.stop().await;
 }
+
+#[tokio::test]
+async fn mounts_of_one_container_are_seen_by_those_that_ask_for_them_and_not_outside() {
+    let mut guest = Guest::start().await;
+    let volume = guest.share().join("shared/v");
+    fs::create_dir_all(volume.join("below")).unwrap();
+    let request = UpdateVolumeRequest {
+        share_path: "shared/v".into(),
+        ..update("s1", Kind::SHARED, Vec::new())
+    };
+    put(&guest, request).await;
+    // The one that mounts waits for the others, which tell by files in the volume what they see.
+    let mounts = "until [ -e /v/a ] && [ -e /v/b ]; do sleep 0.05; done
+        mount -t tmpfs none /v/below && echo up > /v/below/f && touch /v/go
+        until [ -e /v/done ]; do sleep 0.05; done; umount /v/below";
+    let looks = |me: &str| {
+        format!(
+            "touch /v/{me}; until [ -e /v/go ]; do sleep 0.05; done; ls /v/below; touch /v/saw-{me}"
+        )
+    };
+    let mut ends = Vec::new();
+    let containers = [
+        ("c1", mounts.to_owned(), "rshared"),
+        ("c2", looks("a"), "rslave"),
+        ("c3", looks("b"), "rprivate"),
+    ];
+    for (id, script, propagation) in &containers {
+        guest.rootfs(id);
+        let mut spec = with_volume(script, json!(["rbind", "rw", propagation]));
+        let mut caps = CAPS.to_vec();
+        caps.push("CAP_SYS_ADMIN");
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set] = json!(caps);
+        }
+        let (stdio, end) = guest.stdio(false, false).await;
+        let sources = vec![source(1, "s1", "")];
+        guest.create_with(id, &spec, stdio, sources).await.unwrap();
+        guest.run(id, "").await.unwrap();
+        ends.push(end);
+    }
+    let mut outputs = Vec::new();
+    for end in ends.drain(1..) {
+        outputs.push(end.read_all().await);
+    }
+    let empty = String::new();
+    assert_eq!(outputs[0], ("f\n".to_owned(), empty.clone()), "rslave");
+    assert_eq!(outputs[1], (empty.clone(), empty.clone()), "rprivate");
+    // This process stands for the host.
+    assert!(!exists(&volume.join("below/f")));
+    // One that comes later has it too.
+    guest.rootfs("c4");
+    let spec = with_volume("ls /v/below; touch /v/done", json!(["rbind", "rshared"]));
+    let late = guest
+        .whole_with("c4", &spec, vec![source(1, "s1", "")])
+        .await;
+    assert_eq!(late.stdout, "f\n", "{}", late.stderr);
+    let (_, stderr) = ends.remove(0).read_all().await;
+    assert_eq!(stderr, "");
+    for (id, ..) in &containers {
+        guest.exit_of(id, "").await;
+        guest.delete(id, "").await.unwrap();
+    }
+    removed(&guest, "s1").await;
+    assert!(!exists(&guest.dir.path().join("run/volumes/s1")));
+    guest.stop().await;
+}

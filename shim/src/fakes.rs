@@ -488,6 +488,10 @@ impl Agent for FakeAgent {
                 _ => text(&entry.path),
             })
             .collect();
+        if names.iter().any(|name| name == "refused-once") && !self.record.has("refused") {
+            self.record.add("refused");
+            return Err(Error::internal("no space").into());
+        }
         self.record
             .add(format!("volume {} {}", request.id, names.join(" ")));
         Ok(Empty::new())

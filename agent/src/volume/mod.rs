@@ -218,7 +218,8 @@ fn mount_memory(at: &Path, size: u64) -> std::io::Result<OwnedFd> {
 
 /// Mounts what is at a path of the share at `at`, so that mounts below it propagate; returns its top.
 fn mount_shared(share: &Path, path: &str, at: &Path) -> std::io::Result<OwnedFd> {
-    let tree = init::clone_from_share(share, path, true).map_err(std::io::Error::other)?;
+    let tree = init::clone_from_share(share, path, true)
+        .map_err(|failure| std::io::Error::other(failure.to_string()))?;
     let shared = Change {
         propagation: libc::MS_SHARED,
         ..Change::default()

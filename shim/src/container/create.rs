@@ -131,6 +131,7 @@ async fn steps(
     }));
     let ((), (), vm) =
         tokio::try_join!(step(&mut progress.attaching), volumes.done(), boot.ready())?;
+    progress.leases.join().await?;
     let mut sources = progress.leases.sources()?;
     sources.extend(planned.in_guest(&vm).await?);
     planned.lease(&mut progress.leases);

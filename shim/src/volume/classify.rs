@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use super::mountinfo::MountTable;
 use crate::error::{Error, Result};
 use crate::sandbox_files;
-use crate::spec::{BindMount, Propagation};
+use crate::spec::BindMount;
 use crate::vm::shown;
 
 /// Kubelet's plugins whose volumes it writes with its atomic writer, or as plain read-only files.
@@ -83,13 +83,6 @@ pub fn classify(bind: &BindMount, table: &MountTable) -> Result<Class> {
             &error,
         ),
     };
-    if bind.propagation == Propagation::Bidirectional {
-        return Err(Error::invalid(format!(
-            "mount on {}: Bidirectional mount propagation (rshared) is not possible: what is mounted in a VM \
-             belongs to the VM's kernel and cannot appear on the node; use HostToContainer or None",
-            bind.destination
-        )));
-    }
     let metadata = fs::metadata(&bind.source).map_err(refused)?;
     if let Some(class) = special(bind, &metadata)? {
         return Ok(class);
@@ -246,6 +239,7 @@ fn is_atomically_written(directory: &Path) -> bool {
 mod tests {
     use super::*;
     use crate::error::Kind;
+    use crate::spec::Propagation;
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
 
@@ -385,16 +379,6 @@ mod tests {
         );
         let error = class(&dir.path().join("missing"), false).unwrap_err();
         assert_eq!(error.kind, Kind::InvalidArgument);
-    }
-
-    #[test]
-    fn bidirectional_propagation_is_refused_with_the_reason() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut wanted = bind(dir.path(), false);
-        wanted.propagation = Propagation::Bidirectional;
-        let error = classify(&wanted, &MountTable::default()).unwrap_err();
-        assert_eq!(error.kind, Kind::InvalidArgument);
-        assert!(error.message.contains("rshared"), "{error}");
     }
 
     #[test]

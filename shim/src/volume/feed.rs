@@ -222,7 +222,7 @@ impl Feed {
         };
         if !lives && vm.death().is_none() {
             self.subscription = None;
-            self.remove(&vm).await;
+            remove(&vm, &self.id, &self.logger).await;
         }
     }
 
@@ -291,21 +291,21 @@ impl Feed {
             "volume" => &self.id, "entries" => count, "bytes" => bytes);
         Ok(())
     }
+}
 
-    async fn remove(&self, vm: &Vm) {
-        let request = VolumeRef {
-            id: self.id.clone(),
-            ..VolumeRef::default()
-        };
-        let answer = vm
-            .agent()
-            .remove_volume(context::Context::default(), &request);
-        if let Err(error) = vm.call("RemoveVolume", answer).await
-            && vm.death().is_none()
-        {
-            warn!(self.logger, "a volume is left in the guest";
-                "volume" => &self.id, "error" => error.message);
-        }
+/// Frees a volume in the guest.
+pub(super) async fn remove(vm: &Vm, id: &str, logger: &Logger) {
+    let request = VolumeRef {
+        id: id.to_owned(),
+        ..VolumeRef::default()
+    };
+    let answer = vm
+        .agent()
+        .remove_volume(context::Context::default(), &request);
+    if let Err(error) = vm.call("RemoveVolume", answer).await
+        && vm.death().is_none()
+    {
+        warn!(logger, "a volume is left in the guest"; "volume" => id, "error" => error.message);
     }
 }
 

@@ -5,6 +5,7 @@
 //! each mount goes through the share's checks and gets its flags before the guest can reach it.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -66,9 +67,9 @@ impl Below {
             .removed
             .sort_by_key(|way| std::cmp::Reverse(way.components().count()));
         for (id, way) in now {
-            if !self.known.contains_key(&id) {
+            if let Entry::Vacant(place) = self.known.entry(id) {
                 changes.added.push((id, way.clone()));
-                self.known.insert(id, way);
+                place.insert(way);
             }
         }
         changes

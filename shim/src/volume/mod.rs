@@ -169,10 +169,10 @@ impl Volumes {
         let mut attaching = Vec::new();
         for (bind, key) in planned.shared.drain(..) {
             state.made += 1;
-            let path = shared::path(state.made, &key);
+            let number = state.made;
             let entry = state.attached.entry(key.clone()).or_insert_with(|| {
                 let logger = self.shared.logger.clone();
-                (Attachment::start(&key, path, Arc::clone(vm), logger), 0)
+                (Attachment::start(&key, number, Arc::clone(vm), logger), 0)
             });
             entry.1 += 1;
             attaching.push(entry.0.acquire(&bind));
@@ -293,14 +293,33 @@ impl Leases {
     /// `InvalidArgument` for more mounts than a number holds.
     pub fn sources(&self) -> Result<Vec<MountSource>> {
         let source = |held: &Use| {
-            Ok(MountSource {
-                index: u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?,
-                share_path: held.attachment.path.clone(),
-                readonly_on_host: held.readonly_on_host(),
-                ..MountSource::default()
+            let index = u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?;
+            Ok(match &held.attachment.volume {
+                Some(volume) => MountSource {
+                    index,
+                    volume: volume.clone(),
+                    ..MountSource::default()
+                },
+                None => MountSource {
+                    index,
+                    share_path: held.attachment.path.clone(),
+                    readonly_on_host: held.readonly_on_host(),
+                    ..MountSource::default()
+                },
             })
         };
         self.shared.iter().map(source).collect()
+    }
+
+    /// Waits until the guest, which is up, has made what it needs for those mounts.
+    ///
+    /// # Errors
+    /// The agent's or the VM's.
+    pub async fn join(&self) -> Result<()> {
+        for held in &self.shared {
+            held.attachment.join().await?;
+        }
+        Ok(())
     }
 }
 

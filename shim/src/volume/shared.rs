@@ -7,12 +7,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use brig_agent_protocol::agent::Empty;
+use brig_agent_protocol::agent::{Empty, UpdateVolumeRequest, update_volume_request};
 use brig_hypervisor::share::FileId;
 use slog::{Logger, info, warn};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::context;
 
+use super::feed;
 use super::follow::{Below, Changed, Changes};
 use super::mountinfo::MountTable;
 use crate::error::{Error, Kind, Result};
@@ -30,7 +31,7 @@ pub(super) struct Key {
     source: PathBuf,
     identity: FileId,
     recursive: bool,
-    /// Later mounts of the node are seen.
+    /// Later mounts of the node are seen, and those of the pod's other containers.
     follows: bool,
     mounts: Vec<u64>,
     /// Where read-only cannot be taken back: mounts below, or a read-only source.
@@ -48,7 +49,7 @@ impl Key {
         table: &MountTable,
     ) -> Self {
         let mut seen = table.seen_from(&source);
-        let follows = bind.propagation == Propagation::HostToContainer && bind.recursive;
+        let follows = bind.propagation != Propagation::Private && bind.recursive;
         // Those below come and go for all who follow.
         if !bind.recursive || follows {
             seen.truncate(1);
@@ -67,7 +68,7 @@ impl Key {
 }
 
 /// The path of the share for an attachment of this number.
-pub(super) fn path(number: u64, key: &Key) -> String {
+fn path(number: u64, key: &Key) -> String {
     let kind = if key.follows { GROWING } else { "" };
     format!("{DIRECTORY}/{number}{kind}")
 }
@@ -78,6 +79,9 @@ enum Message {
         readonly: bool,
         /// For the error's sentence.
         destination: String,
+        reply: oneshot::Sender<Result<()>>,
+    },
+    Join {
         reply: oneshot::Sender<Result<()>>,
     },
     Release {
@@ -91,6 +95,8 @@ enum Message {
 #[derive(Clone)]
 pub(super) struct Attachment {
     pub(super) path: String,
+    /// The guest's volume that shows it, where mounts below it propagate.
+    pub(super) volume: Option<String>,
     mailbox: mpsc::UnboundedSender<Message>,
 }
 
@@ -111,7 +117,9 @@ impl Use {
 
 impl Attachment {
     /// Starts the task; nothing is attached yet.
-    pub(super) fn start(key: &Key, path: String, vm: Arc<Vm>, logger: Logger) -> Self {
+    pub(super) fn start(key: &Key, number: u64, vm: Arc<Vm>, logger: Logger) -> Self {
+        let path = path(number, key);
+        let volume = key.follows.then(|| format!("s{number}"));
         let (mailbox, messages) = mpsc::unbounded_channel();
         let task = Task {
             source: key.source.clone(),
@@ -126,9 +134,15 @@ impl Attachment {
             writable: false,
             writers: 0,
             below: None,
+            volume: volume.clone(),
+            in_guest: false,
         };
         tokio::spawn(task.run(messages));
-        Self { path, mailbox }
+        Self {
+            path,
+            volume,
+            mailbox,
+        }
     }
 
     /// Asks for the attachment. It is under way whether or not the answer is waited for.
@@ -140,6 +154,17 @@ impl Attachment {
             reply,
         });
         answer
+    }
+
+    /// Waits until the guest, which is up, has made its volume of it, if it is one.
+    pub(super) async fn join(&self) -> Result<()> {
+        if self.volume.is_none() {
+            return Ok(());
+        }
+        let (reply, answer) = oneshot::channel();
+        let _ = self.mailbox.send(Message::Join { reply });
+        let ended = |_| Err(Error::internal("an attachment's task has ended"));
+        answer.await.unwrap_or_else(ended)
     }
 
     /// Gives a use back and waits for what follows: the last one frees the source.
@@ -168,6 +193,9 @@ struct Task {
     writers: usize,
     /// What lies below, once it is attached, if that is followed.
     below: Option<(Below, Changed)>,
+    volume: Option<String>,
+    /// The guest has made it.
+    in_guest: bool,
 }
 
 /// Waits for a change of the node's mounts, for ever if nobody wants to know.
@@ -205,6 +233,9 @@ impl Task {
                         Error::new(kind, format!("mount on {destination}: {}", error.message))
                     });
                     let _ = reply.send(acquired);
+                }
+                Message::Join { reply } => {
+                    let _ = reply.send(self.join().await);
                 }
                 Message::Release {
                     readonly,
@@ -317,9 +348,34 @@ impl Task {
         }
     }
 
+    async fn join(&mut self) -> Result<()> {
+        if self.in_guest {
+            return Ok(());
+        }
+        if let Some(volume) = &self.volume {
+            let request = UpdateVolumeRequest {
+                id: volume.clone(),
+                kind: update_volume_request::Kind::SHARED.into(),
+                share_path: self.path.clone(),
+                ..UpdateVolumeRequest::default()
+            };
+            // Noted first: an answer that is late has made it too.
+            self.in_guest = true;
+            if let Err(error) = feed::update(&self.vm, &request).await {
+                feed::remove(&self.vm, volume, &self.logger).await;
+                self.in_guest = false;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     async fn release(&mut self, last: bool) {
         if self.vm.death().is_some() {
             return;
+        }
+        if let Some(volume) = self.volume.as_ref().filter(|_| last && self.in_guest) {
+            feed::remove(&self.vm, volume, &self.logger).await;
         }
         let path = self.path.clone();
         if last {

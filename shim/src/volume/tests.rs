@@ -187,6 +187,7 @@ impl Pod {
         let mut leases = Leases::default();
         let attaching = self.volumes.share(&mut planned, &vm, &mut leases);
         attaching.done().await.unwrap();
+        leases.join().await.unwrap();
         leases
     }
 
@@ -299,7 +300,7 @@ async fn a_later_mount_of_the_node_comes_and_goes_where_it_was_asked_for() {
     let leases = pod
         .share(vec![follows, bind(1, &dir.path().join("two"))])
         .await;
-    let path = leases.sources().unwrap()[0].share_path.clone();
+    let path = leases.shared[0].attachment.path.clone();
     let mounts = ["one/deep", "two/deep"].map(|name| Tmpfs::on(&dir.path().join(name)));
     pod.eventually(&format!("attach {path} below deep ro"))
         .await;
@@ -364,4 +365,70 @@ async fn read_only_holds_for_the_mounts_below_only_if_asked_for() {
     assert!(shared.contains(&format!("attach {} ro", all.share_path)));
     assert!(shared.contains(&format!("attach {} ro, writable below", top.share_path)));
     pod.volumes.release(leases).await;
+}
+
+#[tokio::test]
+async fn containers_that_propagate_have_one_volume_of_the_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let pod = pod();
+    let with = |propagation| BindMount {
+        readonly: false,
+        propagation,
+        ..bind(0, dir.path())
+    };
+    let first = pod.share(vec![with(Propagation::Bidirectional)]).await;
+    let second = pod.share(vec![with(Propagation::HostToContainer)]).await;
+    let third = pod.share(vec![with(Propagation::Private)]).await;
+    let source = |leases: &Leases| leases.sources().unwrap()[0].clone();
+    assert_eq!(source(&first).volume, source(&second).volume);
+    assert!(source(&first).share_path.is_empty() && !source(&third).share_path.is_empty());
+    let volume = source(&first).volume;
+    let made = format!("volume {volume} ");
+    let count = || {
+        pod.record
+            .all()
+            .iter()
+            .filter(|seen| **seen == made)
+            .count()
+    };
+    assert_eq!(count(), 1);
+    let path = first.shared[0].attachment.path.clone();
+    pod.volumes.release(first).await;
+    assert!(!pod.record.has(&format!("remove volume {volume}")));
+    pod.volumes.release(second).await;
+    let removed = format!("remove volume {volume}");
+    assert!(pod.record.in_order(&removed, &format!("forget {path}")));
+    pod.volumes.release(third).await;
+}
+
+#[tokio::test]
+async fn a_change_that_does_not_reach_the_guest_is_sent_again() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 1);
+    let pod = pod();
+    let (_planned, _) = pod.mount(vec![bind(0, dir.path())]).await;
+    fs::write(dir.path().join("refused-once"), "x").unwrap();
+    pod.eventually("refused").await;
+    // Nothing changes on the node any more.
+    pod.eventually("volume v1 ..1 ..1/key ..data>..1 refused-once")
+        .await;
+}
+
+#[tokio::test]
+async fn a_memory_volume_that_failed_is_made_anew() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
+    fs::create_dir_all(&volume).unwrap();
+    let _tmpfs = Tmpfs::on(&volume);
+    fs::write(volume.join("refused-once"), "x").unwrap();
+    let pod = pod();
+    let vm = pod.boot.ready().await.unwrap();
+    let planned = pod.volumes.plan(vec![bind(0, &volume)], &pod.boot);
+    assert!(planned.await.unwrap().in_guest(&vm).await.is_err());
+    pod.eventually("remove volume v1").await;
+    let (_second, sources) = pod.mount(vec![bind(0, &volume)]).await;
+    assert_eq!(sources[0].volume, "v2");
 }

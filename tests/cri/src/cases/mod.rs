@@ -51,4 +51,33 @@ mod tests {
         let names: BTreeSet<_> = all.iter().map(|case| (case.group, case.name)).collect();
         assert_eq!(names.len(), all.len());
     }
+
+    /// The table of what a pod may ask for names its cases by how they begin.
+    #[test]
+    fn what_the_compatibility_table_names_is_a_case() {
+        let table = include_str!("../../../../docs/compatibility.md");
+        let all: Vec<String> = super::all()
+            .iter()
+            .map(|case| format!("{}/{}", case.group, case.name))
+            .collect();
+        let groups: BTreeSet<_> = super::all().iter().map(|case| case.group).collect();
+        let mut named = 0;
+        for group in groups {
+            for (at, _) in table.match_indices(&format!("{group}/")) {
+                // `tests/cri`, a path, is no case.
+                if table[..at].ends_with(|before: char| before == '/' || before.is_alphanumeric()) {
+                    continue;
+                }
+                let rest = &table[at..];
+                let end = rest.find(['…', ',', '|', '(', ';', '\n']);
+                let begin = rest[..end.unwrap_or(rest.len())].trim();
+                assert!(
+                    all.iter().any(|name| name.starts_with(begin)),
+                    "no case begins with '{begin}'"
+                );
+                named += 1;
+            }
+        }
+        assert!(named > 80, "only {named} cases are named");
+    }
 }

@@ -16,11 +16,21 @@ const NODE_LINK: &str = "brige2e0";
 const NODE: &str = "10.99.0.1";
 const POD: &str = "10.99.0.2";
 
-pub const CASES: &[Case] = &[any(
-    "network",
-    "a pod has its namespace's address, both ways, and leaves the namespace as it was",
-    both_ways,
-)];
+/// The node's end of its CNI bridge.
+const BRIDGE: &str = "10.88.0.1";
+
+pub const CASES: &[Case] = &[
+    any(
+        "network",
+        "a pod has its namespace's address, both ways, and leaves the namespace as it was",
+        both_ways,
+    ),
+    any(
+        "network",
+        "a network that CNI makes between create and start is the pod's",
+        after_create,
+    ),
+];
 
 fn ip(args: &[&str]) -> Result<String> {
     let mut command = Command::new("ip");
@@ -142,4 +152,18 @@ fn both_ways(suite: &mut Suite) -> Result<()> {
     equal("interfaces and queueing of the namespace", before, after)?;
     drop(namespace);
     Ok(())
+}
+
+/// `ctr run --cni` calls the plug-ins with the namespace of the pid that Create has returned.
+fn after_create(suite: &mut Suite) -> Result<()> {
+    let listener = TcpListener::bind(("0.0.0.0", 0))?;
+    let target = format!("{BRIDGE}:{}", listener.local_addr()?.port());
+    let asked = answer_once(listener);
+    let run = suite.probe("cni", &["connect", &target]).flag("--cni");
+    let outcome = suite.ctr.run(&run)?.success()?;
+    contains("the node's answer", "hello 10.88.", &outcome.text())?;
+    let request = asked
+        .join()
+        .map_err(|_| anyhow::anyhow!("the listener panicked"))??;
+    contains("the pod's request", "GET /", &request)
 }
