@@ -15,6 +15,8 @@ pub(crate) const NOSUID: u64 = 0x2;
 pub(crate) const NODEV: u64 = 0x4;
 /// Nothing can be executed or mapped executable.
 pub(crate) const NOEXEC: u64 = 0x8;
+/// Owners are mapped by `userns_fd`.
+const IDMAP: u64 = 0x0010_0000;
 
 /// `struct mount_attr` of `linux/mount.h`.
 #[repr(C)]
@@ -50,11 +52,25 @@ pub(crate) fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
         propagation: change.propagation,
         userns_fd: 0,
     };
-    let recursive = if change.recursive {
-        libc::AT_RECURSIVE
-    } else {
-        0
+    set(mount, &attr, change.recursive)
+}
+
+/// Has a mount that was never attached show its files' owners through the map of a user namespace.
+///
+/// # Errors
+/// What the kernel says: `EINVAL` from a file system that cannot do it.
+pub(crate) fn map_ids(mount: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let attr = MountAttr {
+        attr_set: IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?,
     };
+    set(mount, &attr, false)
+}
+
+fn set(mount: BorrowedFd<'_>, attr: &MountAttr, recursive: bool) -> io::Result<()> {
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a C string, `attr` has the size given, and the kernel only reads both.
     let result = unsafe {
         libc::syscall(
@@ -62,7 +78,7 @@ pub(crate) fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
             mount.as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH | recursive,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<MountAttr>(),
         )
     };

@@ -9,6 +9,7 @@
 //! its namespace without following a link, and nothing there but `/shared` is touched. Blocking code,
 //! some milliseconds a call: run it on a blocking thread.
 
+mod idmap;
 mod kernel_fs;
 mod namespace;
 mod path;

@@ -14,6 +14,7 @@ use rustix::fs::{
 };
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::idmap::IdMap;
 use super::{FileId, LaterMount, ShareError, kernel_fs};
 
 /// One of the mounts containerd sends for a root file system; each goes on top of the one before.
@@ -234,6 +235,10 @@ fn check(mount: &RootfsMount) -> Result<(), ShareError> {
     if mount.options.iter().any(|option| option == "loop") {
         return unsupported("it needs a loop device; use a snapshotter with block devices");
     }
+    let mapped = |option: &String| option.starts_with("uidmap=") || option.starts_with("gidmap=");
+    if mount.fstype != "overlay" && mount.options.iter().any(mapped) {
+        return unsupported("only an overlay's layers can be mapped to a user namespace's ids");
+    }
     match mount.fstype.as_str() {
         _ if is_bind(mount) => Ok(()),
         "overlay" | "tmpfs" => Ok(()),
@@ -283,11 +288,16 @@ fn mount_one(one: &RootfsMount) -> Result<(), ShareError> {
             source,
         }
     };
+    let mut words = one.options.clone();
+    if let Some(map) = IdMap::take(&mut words).map_err(failed("reading its id map"))? {
+        map.apply(&words)
+            .map_err(failed("mapping its layers' ids"))?;
+    }
     let Options {
         flags,
         data,
         directory,
-    } = options(&one.options);
+    } = options(&words);
     if data.len() > MAX_OPTIONS {
         return Err(failed(
             "its options exceed a page; the image has too many layers",
