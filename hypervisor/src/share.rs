@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+pub use namespace::unescape;
 pub use source::RootfsMount;
 
 use crate::launch::{LaunchError, VmmProcess};

@@ -357,8 +357,10 @@ fn mount_points(table: &[u8]) -> impl Iterator<Item = Vec<u8>> {
         .map(unescape)
 }
 
-/// Undoes the kernel's `\ooo` for space, tab, newline and backslash.
-pub(super) fn unescape(field: &[u8]) -> Vec<u8> {
+/// Undoes the kernel's `\ooo` for space, tab, newline and backslash in a field of mountinfo
+/// (proc_pid_mountinfo(5)).
+#[must_use]
+pub fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let [first, tail @ ..] = rest {

@@ -6,6 +6,8 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use brig_hypervisor::share::unescape;
+
 /// A mount of the shim's mount namespace, which is the node's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mounted {
@@ -110,28 +112,8 @@ fn line(line: &[u8]) -> Option<Mounted> {
     })
 }
 
-/// Undoes the kernel's `\ooo` for space, tab, newline and backslash.
 fn path(field: &[u8]) -> PathBuf {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let [first, tail @ ..] = rest {
-        match tail {
-            [
-                a @ b'0'..=b'3',
-                b @ b'0'..=b'7',
-                c @ b'0'..=b'7',
-                after @ ..,
-            ] if *first == b'\\' => {
-                out.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
-                rest = after;
-            }
-            _ => {
-                out.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    OsString::from_vec(out).into()
+    OsString::from_vec(unescape(field)).into()
 }
 
 #[cfg(test)]
