@@ -140,12 +140,8 @@ pub struct Mount {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Hooks {
-    pub prestart: Vec<Hook>,
-    pub create_runtime: Vec<Hook>,
     pub create_container: Vec<Hook>,
     pub start_container: Vec<Hook>,
-    pub poststart: Vec<Hook>,
-    pub poststop: Vec<Hook>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]

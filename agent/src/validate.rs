@@ -169,21 +169,18 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
     Ok(())
 }
 
+/// Hooks of the runtime's namespace are run by the shim, on the node.
 fn check_hooks(hooks: &Hooks) -> std::result::Result<(), String> {
     let stages = [
-        ("prestart", &hooks.prestart),
-        ("createRuntime", &hooks.create_runtime),
         ("createContainer", &hooks.create_container),
         ("startContainer", &hooks.start_container),
-        ("poststart", &hooks.poststart),
-        ("poststop", &hooks.poststop),
     ];
     match stages
         .iter()
         .find_map(|(name, hooks)| Some((name, hooks.first()?)))
     {
         Some((name, hook)) => Err(format!(
-            "hooks.{name} ({}) is not supported: hooks are programs of the host, which has no part in a guest",
+            "hooks.{name} ({}) is not supported: it is a program of the host for the container's namespaces, which are in a guest",
             hook.path
         )),
         None => Ok(()),
@@ -211,8 +208,8 @@ mod tests {
             (json!({"vm": {}}), "vm"),
             (json!({"windows": {}}), "windows"),
             (
-                json!({"hooks": {"prestart": [{"path": "/bin/h"}]}}),
-                "hooks.prestart (/bin/h)",
+                json!({"hooks": {"startContainer": [{"path": "/bin/h"}]}}),
+                "hooks.startContainer (/bin/h)",
             ),
             (
                 json!({"hooks": {"createContainer": [{"path": "/x"}]}}),

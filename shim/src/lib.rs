@@ -13,6 +13,7 @@ pub mod events;
 #[cfg(test)]
 mod fakes;
 pub mod forward;
+pub mod hooks;
 pub mod identity;
 pub mod journal;
 pub mod log;

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::hooks::Hooks;
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
 pub const MAX_SPEC: u64 = 3 << 20;
@@ -33,6 +34,7 @@ pub struct Spec {
     annotations: Option<BTreeMap<String, String>>,
     process: Option<Process>,
     linux: Option<Linux>,
+    hooks: Option<Hooks>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -318,6 +320,12 @@ impl Spec {
     #[must_use]
     pub fn hostname(&self) -> &str {
         self.hostname.as_deref().unwrap_or("")
+    }
+
+    /// The hooks that run on the node.
+    #[must_use]
+    pub fn hooks(&self) -> Option<&Hooks> {
+        self.hooks.as_ref()
     }
 
     /// All annotations.

@@ -14,7 +14,9 @@ use super::args::Args;
 use super::start::ADDRESS_FILE;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::hooks::{ContainerHooks, Stage};
 use crate::journal::StateDir;
+use crate::spec::{self, Spec};
 
 /// 128 + SIGKILL: what became of the container's processes.
 const KILLED: u32 = 137;
@@ -28,25 +30,47 @@ const TIMEOUT: Duration = Duration::from_secs(4);
 pub fn delete(args: &Args) -> Result<Vec<u8>> {
     // An unreadable configuration must not keep a dead pod's remains in place.
     let base = Config::load(None).map_or_else(|_| "/run/brig".into(), |config| config.state_dir);
-    let pid = clean(&StateDir::new(&base, &args.namespace, &args.id)?)?;
-    remove_socket(if args.bundle.as_os_str().is_empty() {
+    let (pid, was_left) = clean(&StateDir::new(&base, &args.namespace, &args.id)?)?;
+    let bundle = if args.bundle.as_os_str().is_empty() {
         Path::new(".")
     } else {
         &args.bundle
-    });
+    };
+    remove_socket(bundle);
+    if was_left {
+        stopped_hooks(&args.id, bundle);
+    }
     respond(pid, SystemTime::now())
 }
 
-fn clean(dir: &StateDir) -> Result<u32> {
-    let mut pid = 0;
+/// The server did not live to run them. Last, because containerd does not wait for long.
+fn stopped_hooks(id: &str, bundle: &Path) {
+    let hooks = || -> Result<()> {
+        let bundle =
+            std::fs::canonicalize(bundle).map_err(|error| Error::io(bundle.display(), &error))?;
+        let spec = Spec::parse(&spec::read(&bundle.join("config.json"))?)?;
+        match ContainerHooks::of(&spec, id, &bundle, None) {
+            Some(hooks) => hooks.run(Stage::Stopped, 0),
+            None => Ok(()),
+        }
+    };
+    if let Err(error) = hooks() {
+        eprintln!("brig: after {id}: {error}");
+    }
+}
+
+/// Undoes what is left; returns the VMM's pid and whether there was anything.
+fn clean(dir: &StateDir) -> Result<(u32, bool)> {
+    let (mut pid, mut was_left) = (0, false);
     if let Some(journal) = dir.read()? {
+        was_left = true;
         pid = journal.vmm.map_or(0, |vmm| vmm.pid);
         journal
             .undo(TIMEOUT)
             .map_err(|error| Error::io("cannot clean up after the shim", &error))?;
     }
     dir.remove();
-    Ok(pid)
+    Ok((pid, was_left))
 }
 
 /// A server killed before it wrote its journal is known by its bundle's address file alone.
@@ -97,9 +121,9 @@ mod tests {
             netns: None,
         })
         .unwrap();
-        assert_eq!(clean(&dir).unwrap(), vmm.id());
+        assert_eq!(clean(&dir).unwrap(), (vmm.id(), true));
         assert!(!vmm.wait().unwrap().success());
-        assert_eq!(clean(&dir).unwrap(), 0);
+        assert_eq!(clean(&dir).unwrap(), (0, false));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use ttrpc::context;
 
 use super::{Context, Creation, Made, work};
 use crate::error::{Error, Kind, Result};
+use crate::hooks::{ContainerHooks, Stage};
 use crate::stdio::{Ends, Stdio};
 use crate::vm::boot::Boot;
 use crate::vm::{Attributes, Mounts, RootfsMount, Vm, rootfs_path};
@@ -21,10 +22,14 @@ pub(super) async fn create(
     context: &Context,
     creation: Creation,
     boot: Boot,
+    hooks: Option<Arc<ContainerHooks>>,
     mut cancelled: watch::Receiver<bool>,
 ) -> Result<Made> {
     let id = creation.id.clone();
-    let mut progress = Progress::default();
+    let mut progress = Progress {
+        hooks,
+        ..Progress::default()
+    };
     let result = tokio::select! {
         result = steps(context, creation, boot, &mut progress) => result,
         _ = cancelled.wait_for(|cancelled| *cancelled) => {
@@ -53,6 +58,10 @@ struct Progress {
     attached: Vec<String>,
     leases: Leases,
     attaching: Option<JoinHandle<Result<()>>>,
+    hooks: Option<Arc<ContainerHooks>>,
+    hooking: Option<JoinHandle<Result<()>>>,
+    /// The hooks of a creation have begun to run, so those of its end follow.
+    hooked: bool,
     stdio: Option<Stdio>,
     asking: Option<JoinHandle<Result<()>>>,
     /// The agent was asked and did not answer in time.
@@ -74,8 +83,11 @@ impl Progress {
         if let Some(stdio) = self.stdio {
             stdio.abandon(&vm).await;
         }
-        if let Some(attaching) = self.attaching {
-            let _ = attaching.await;
+        for under_way in [self.attaching, self.hooking].into_iter().flatten() {
+            let _ = under_way.await;
+        }
+        if self.hooked {
+            work::hooks(context, id, self.hooks, Stage::Stopped, vm.pid()).await;
         }
         work::detach(context, &vm, id, &self.attached).await;
         context.volumes.release(self.leases).await;
@@ -135,6 +147,13 @@ async fn steps(
     let mut sources = progress.leases.sources()?;
     sources.extend(planned.in_guest(&vm).await?);
     planned.lease(&mut progress.leases);
+    if let Some(hooks) = progress.hooks.clone() {
+        progress.hooked = true;
+        let pid = vm.pid();
+        let run = move || hooks.run(Stage::Create, pid);
+        progress.hooking = Some(tokio::task::spawn_blocking(run));
+        step(&mut progress.hooking).await?;
+    }
     let stdio = ends.connect(&vm).await?;
     let request = CreateContainerRequest {
         id: creation.id.clone(),

@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Error, Result};
 use crate::events::{Publisher, TaskEvent};
+use crate::hooks::ContainerHooks;
 use crate::process::{Exit, Io, Phase, Process};
 use crate::spec::{Role, Spec};
 use crate::stand_in::StandIn;
@@ -225,6 +226,7 @@ struct Container {
     /// A pod by itself, whose network may be set up between Create and Start.
     alone: bool,
     stand_in: Option<StandIn>,
+    hooks: Option<Arc<ContainerHooks>>,
     attached: Vec<String>,
     /// Held until the container is gone.
     leases: Leases,
@@ -252,7 +254,11 @@ pub fn spawn(
 ) -> ContainerHandle {
     let (mailbox, messages) = mpsc::channel(MAILBOX);
     let (cancel, cancelled) = watch::channel(false);
+    let own_pid = creation.stand_in.as_ref().map(StandIn::pid);
+    let hooks = ContainerHooks::of(&creation.spec, &creation.id, &creation.bundle, own_pid);
+    let hooks = hooks.map(Arc::new);
     let container = Container {
+        hooks: hooks.clone(),
         context: context.clone(),
         id: creation.id.clone(),
         bundle: creation.bundle.display().to_string(),
@@ -275,7 +281,7 @@ pub fn spawn(
         mailbox: mailbox.clone(),
     };
     tokio::spawn(async move {
-        let made = create::create(&context, creation, boot, cancelled).await;
+        let made = create::create(&context, creation, boot, hooks, cancelled).await;
         let _ = mailbox.send(Message::Made(Box::new(made))).await;
     });
     tokio::spawn(container.run(messages));

@@ -9,6 +9,7 @@ use ttrpc::context;
 use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
 use crate::error::{Error, Result};
 use crate::events::TaskEvent;
+use crate::hooks::Stage;
 use crate::process::{Exit, Io, Phase};
 
 /// Processes of a container that are listed.
@@ -93,13 +94,17 @@ impl Container {
             .execs
             .get_mut(&exec_id)
             .map(|member| (member.process.io.clone(), std::mem::take(&mut member.spec)));
-        let alone = self.alone;
+        let (alone, hooks) = (self.alone, self.hooks.clone());
         tokio::spawn(async move {
+            let init = exec.is_none();
             let result = match exec {
                 None if alone => work::start_alone(&context, &vm, &id).await,
                 None => work::start_init(&vm, &id).await,
                 Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
             };
+            if init && result.is_ok() {
+                work::hooks(&context, &id, hooks, Stage::Started, vm.pid()).await;
+            }
             let _ = mailbox
                 .send(Message::Started {
                     exec_id,
@@ -458,6 +463,7 @@ impl Container {
         let running = phase == Phase::Created;
         let attached = std::mem::take(&mut self.attached);
         let leases = std::mem::take(&mut self.leases);
+        let hooks = self.hooks.take();
         let stdio = self.init.stdio.take();
         // The execs stay until the end, because those that still run have an exit to be told of.
         let execs: Vec<_> = self
@@ -482,6 +488,7 @@ impl Container {
             work::release(&context, &vm, &id, "", stdio, true).await;
             work::detach(&context, &vm, &id, &attached).await;
             context.volumes.release(leases).await;
+            work::hooks(&context, &id, hooks, Stage::Stopped, vm.pid()).await;
             let _ = mailbox.send(Message::InitDeleted { reply }).await;
         });
     }

@@ -1,11 +1,14 @@
 //! The work that takes time: calls of the agent, streams, mounts. No state is kept here.
 
+use std::sync::Arc;
+
 use brig_agent_protocol::agent::{CreateExecRequest, ProcessRef, SignalRequest};
 use slog::warn;
 use ttrpc::context;
 
 use super::{Begun, Context};
 use crate::error::{Kind, Result};
+use crate::hooks::{ContainerHooks, Stage};
 use crate::process::Io;
 use crate::stdio::{Ends, Stdio};
 use crate::vm::Vm;
@@ -40,8 +43,27 @@ pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<Begun> {
 
 /// Starts the init process of a container that is a pod by itself, with the network it has by now.
 pub(super) async fn start_alone(context: &Context, vm: &Vm, id: &str) -> Result<Begun> {
-    vm.plug_networks(&context.logger).await?;
+    if let Err(error) = vm.plug_networks(&context.logger).await {
+        kill(vm, id, "").await;
+        return Err(error);
+    }
     start_init(vm, id).await
+}
+
+/// Runs the hooks of a container's start or end. As the runtime specification has it, a failure is logged
+/// and changes nothing.
+pub(super) async fn hooks(
+    context: &Context,
+    id: &str,
+    hooks: Option<Arc<ContainerHooks>>,
+    stage: Stage,
+    vmm: u32,
+) {
+    let Some(hooks) = hooks else { return };
+    let ran = tokio::task::spawn_blocking(move || hooks.run(stage, vmm)).await;
+    if let Ok(Err(error)) = ran {
+        warn!(context.logger, "a hook has failed"; "container" => id, "error" => error.message);
+    }
 }
 
 /// Opens an exec's streams, makes it in the guest and starts it; nothing is left when that fails.

@@ -292,6 +292,44 @@ async fn a_stuck_creation_blocks_nobody_and_can_be_deleted() {
 }
 
 #[tokio::test]
+async fn hooks_run_on_the_node_at_their_stages() {
+    let harness = Harness::new(Behaviour::default()).await;
+    let hook = |stage: &str| {
+        format!(
+            r#""{stage}":[{{"path":"/bin/sh","args":["sh","-c","echo {stage} >> ran; cat > {stage}"]}}]"#
+        )
+    };
+    let stages = ["prestart", "createRuntime", "poststart", "poststop"].map(hook);
+    let spec = SPEC.replacen('{', &format!(r#"{{"hooks":{{{}}},"#, stages.join(",")), 1);
+    let pid = harness.create_as("c", &spec).await.unwrap();
+    let bundle = harness.dir.path().join("bundle");
+    let ran = || std::fs::read_to_string(bundle.join("ran")).unwrap();
+    assert_eq!(ran(), "prestart\ncreateRuntime\n");
+    let state = std::fs::read_to_string(bundle.join("createRuntime")).unwrap();
+    assert!(state.contains(&format!(r#""pid":{pid}"#)), "{state}");
+    harness.start("").await.unwrap();
+    assert_eq!(ran(), "prestart\ncreateRuntime\npoststart\n");
+    harness.kill("", 9).await.unwrap();
+    harness.wait("").await.unwrap();
+    harness.delete("").await.unwrap();
+    assert!(ran().ends_with("poststop\n"), "{}", ran());
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_hook_that_fails_ends_the_creation_and_what_it_made_is_undone() {
+    let harness = Harness::new(Behaviour::default()).await;
+    let hooks = r#"{"hooks":{"createRuntime":[{"path":"/bin/sh","args":["sh","-c","echo no net >&2; exit 1"]}],
+        "poststop":[{"path":"/usr/bin/touch","args":["touch","undone"]}]},"#;
+    let refused = code(harness.create_as("c", &SPEC.replacen('{', hooks, 1)).await);
+    assert!(refused.1.contains("no net"), "{refused:?}");
+    assert!(harness.dir.path().join("bundle/undone").exists());
+    assert!(!harness.record.has("create c"));
+    assert!(harness.record.has("detach c/rootfs"));
+    harness.end().await;
+}
+
+#[tokio::test]
 async fn a_creation_without_an_answer_is_undone_in_the_guest() {
     let behaviour = Behaviour {
         stuck_create: true,

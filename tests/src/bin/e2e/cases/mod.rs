@@ -7,6 +7,7 @@ mod errors;
 mod events;
 mod exec;
 mod exit;
+mod hooks;
 mod hostile;
 mod images;
 mod leaks;
@@ -32,6 +33,7 @@ const GROUPS: &[&[Case]] = &[
     resources::CASES,
     mounts::CASES,
     network::CASES,
+    hooks::CASES,
     events::CASES,
     images::CASES,
     devices::CASES,

@@ -98,7 +98,7 @@ impl Drop for Namespace {
 }
 
 /// Accepts one connection and answers it; returns what was asked.
-fn answer_once(listener: TcpListener) -> std::thread::JoinHandle<Result<String>> {
+pub fn answer_once(listener: TcpListener) -> std::thread::JoinHandle<Result<String>> {
     std::thread::spawn(move || {
         let (mut stream, peer) = listener.accept()?;
         let mut request = [0u8; 64];
