@@ -9,6 +9,8 @@ use std::fs;
 
 use slog::{Logger, warn};
 
+use crate::journal::ignore_missing;
+
 /// The adjustments of a pod's containers, by id.
 #[derive(Debug, Default)]
 pub(super) struct OomScores(HashMap<String, i32>);
@@ -37,7 +39,9 @@ impl OomScores {
         let logger = logger.clone();
         tokio::task::spawn_blocking(move || {
             let path = format!("/proc/{pid}/oom_score_adj");
-            if let Err(error) = fs::write(path, adjustment.to_string()) {
+            // A VMM that has ended needs none.
+            let written = ignore_missing(fs::write(path, adjustment.to_string()));
+            if let Err(error) = written {
                 warn!(logger, "the VMM keeps its OOM score adjustment"; "error" => %error);
             }
         });

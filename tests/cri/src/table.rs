@@ -13,6 +13,7 @@ use crate::cases;
 /// The table of all results in the directory and in those just below it (one for each node).
 pub fn of_directory(results: &Path) -> Result<String> {
     let mut reports = Vec::new();
+    let mut churn = BTreeMap::new();
     let mut directories = vec![results.to_owned()];
     for entry in fs::read_dir(results)
         .with_context(|| format!("cannot list {}", results.display()))?
@@ -30,10 +31,36 @@ pub fn of_directory(results: &Path) -> Result<String> {
                 let report: Value = serde_json::from_slice(&fs::read(&path)?)
                     .with_context(|| format!("{} is not JSON", path.display()))?;
                 reports.push(report);
+            } else if let Some(of) = name.strip_prefix("churn-") {
+                let report: Value = serde_json::from_slice(&fs::read(&path)?)
+                    .with_context(|| format!("{} is not JSON", path.display()))?;
+                churn.insert(of.trim_end_matches(".json").to_owned(), report);
             }
         }
     }
-    Ok(table(&reports))
+    Ok(table(&reports) + &slopes(&churn))
+}
+
+/// Growth a pod, by handler and containerd, in the second half of the longest churn there is.
+fn slopes(churn: &BTreeMap<String, Value>) -> String {
+    let mut out = String::new();
+    for (of, report) in churn {
+        let counts = report.as_object().into_iter().flatten();
+        let samples = |count: &Value| count["samples"].as_array().map_or(0, Vec::len);
+        let pods = counts.clone().map(|(_, count)| samples(count)).max();
+        let _ = write!(
+            out,
+            "\nChurn of {} pods ({of}), growth a pod over the last half:",
+            pods.unwrap_or_default()
+        );
+        for (name, count) in counts {
+            let slope = count["slope"].as_f64().unwrap_or(f64::NAN);
+            let _ = write!(out, " {name} {slope:.3};");
+        }
+        out.pop();
+        out.push_str(".\n");
+    }
+    out
 }
 
 fn text(value: &Value) -> String {
@@ -140,6 +167,16 @@ mod tests {
         assert!(text.contains("| Case | runc, containerd 1.7 | brig, containerd 1.7 |"));
         assert!(text.contains(&format!("| {} | ✓ | ✗ |", cases::all()[0].name)));
         assert!(text.contains(&format!("| {} | – | – |", cases::all()[1].name)));
+    }
+
+    #[test]
+    fn churn_is_told_by_its_slopes() {
+        let report = json!({"mounts": {"slope": 0.0, "samples": [1, 1, 1]}});
+        let text = slopes(&BTreeMap::from([("brig-1.7".to_owned(), report)]));
+        assert_eq!(
+            text,
+            "\nChurn of 3 pods (brig-1.7), growth a pod over the last half: mounts 0.000.\n"
+        );
     }
 
     #[test]

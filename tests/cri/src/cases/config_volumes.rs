@@ -143,7 +143,10 @@ fn inotify(suite: &mut Suite) -> Result<()> {
     suite.image(PROBE)?;
     let container = shared
         .pod
-        .container("watcher", &["/bin/brig-probe", "watch", "/config"])
+        .container(
+            "watcher",
+            &["/bin/brig-probe", "watch", "/config", "..data"],
+        )
         .image(PROBE.0)
         .mount_readonly(&map.volume.path, "/config")
         .start()?;

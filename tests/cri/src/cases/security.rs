@@ -431,7 +431,13 @@ fn user_namespace(suite: &mut Suite) -> Result<()> {
         }
         other => other?,
     };
-    let container = pod.container("main", SLEEP).start()?;
+    let container = match pod.container("main", SLEEP).start() {
+        // 2.x wants each volume idmapped, also its own three files, and asks the runtime first.
+        Err(error) if format!("{error:#}").contains("idmap mounts not supported") => {
+            return not_here(format!("idmapped volumes are missing: {error:#}"));
+        }
+        other => other?,
+    };
     let script = "cat /proc/self/uid_map | awk '{ print $1, $2, $3 }'; id -u; touch /made && stat -c %u /made; touch /dev/shm/made";
     equal(
         "map, uid, owner of a file",

@@ -65,8 +65,8 @@ pub fn list(path: &str) -> Result<Value> {
     Ok(json!(names))
 }
 
-/// Says 'ready', waits for a change in a directory, and names what inotify said of it.
-pub fn watch(path: &str) -> Result<u8> {
+/// Says 'ready', and names what inotify says of a directory until `wanted` is renamed in it.
+pub fn watch(path: &str, wanted: &str) -> Result<u8> {
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
     let mask = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MODIFY;
     inotify
@@ -74,12 +74,11 @@ pub fn watch(path: &str) -> Result<u8> {
         .with_context(|| format!("cannot watch {path}"))?;
     println!("ready");
     io::stdout().flush()?;
-    // A writer of a new generation makes more than one change; the rename is the one that counts.
     loop {
         for event in inotify.read_events()? {
             let name = event.name.unwrap_or_default();
             println!("{:?} {}", event.mask, name.to_string_lossy());
-            if event.mask.contains(AddWatchFlags::IN_MOVED_TO) {
+            if event.mask.contains(AddWatchFlags::IN_MOVED_TO) && name == wanted {
                 return Ok(0);
             }
         }

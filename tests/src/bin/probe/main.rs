@@ -37,7 +37,7 @@ const USAGE: &str = "usage: brig-probe COMMAND
   random                     a random number, boot id
   write-fsync PATH BYTES     write the pattern, fsync, print its checksum, wait
   read PATH | write PATH TEXT | stat PATH | list PATH
-  watch PATH                 print 'ready', then changes of the directory up to a rename in it
+  watch PATH NAME            print 'ready', then changes of the directory until NAME is renamed in it
   dial PATH                  connect to a Unix socket, send a line, print the answer
   privileges PATH            facts as seen by the program at PATH (setuid, setcap)
   vsock-dial CID:PORT...     try to connect to each
@@ -95,7 +95,7 @@ fn run() -> Result<u8> {
         ["write", path, text] => files::write(path, text),
         ["stat", path] => print(&files::stat(path)?),
         ["list", path] => print(&files::list(path)?),
-        ["watch", path] => files::watch(path),
+        ["watch", path, name] => files::watch(path, name),
         ["dial", path] => files::connect(path),
         ["privileges", path] => privileges::exec_facts(path),
         ["vsock-dial", targets @ ..] => print(&vsock::dial_all(targets)),
