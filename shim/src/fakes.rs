@@ -34,19 +34,35 @@ use crate::vm::{Attributes, Host, LaterMount, Launched, Mounts, Plan, RootfsMoun
 
 /// What was asked of the fakes, in order.
 #[derive(Clone, Default)]
-pub(crate) struct Record(Arc<Mutex<Vec<String>>>);
+pub(crate) struct Record {
+    entries: Arc<Mutex<Vec<String>>>,
+    added: Arc<tokio::sync::Notify>,
+}
 
 impl Record {
     pub(crate) fn add(&self, entry: impl Into<String>) {
-        self.0.lock().unwrap().push(entry.into());
+        self.entries.lock().unwrap().push(entry.into());
+        self.added.notify_waiters();
     }
 
     pub(crate) fn all(&self) -> Vec<String> {
-        self.0.lock().unwrap().clone()
+        self.entries.lock().unwrap().clone()
     }
 
     pub(crate) fn has(&self, entry: &str) -> bool {
         self.all().iter().any(|seen| seen == entry)
+    }
+
+    /// Waits until this was asked.
+    pub(crate) async fn until(&self, entry: &str) {
+        loop {
+            // Before the look, so that what is added in between is not missed.
+            let added = self.added.notified();
+            if self.has(entry) {
+                return;
+            }
+            added.await;
+        }
     }
 
     fn position(&self, entry: &str) -> usize {

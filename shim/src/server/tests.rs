@@ -278,12 +278,7 @@ async fn a_stuck_creation_blocks_nobody_and_can_be_deleted() {
         ..Behaviour::default()
     };
     let harness = Harness::new(behaviour).await;
-    let client = harness.client.clone();
-    let request = harness.creation(SPEC);
-    let created = tokio::spawn(async move { client.create(ctx(), &request).await });
-    while !harness.record.has("create c") {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let created = harness.creation_under_way().await;
     assert_eq!(harness.status("").await.unwrap(), Status::CREATED);
     assert_eq!(code(harness.kill("", 9).await).0, Code::FAILED_PRECONDITION);
     harness.delete("").await.unwrap();
@@ -350,12 +345,7 @@ async fn what_a_slow_creation_makes_after_its_deletion_is_undone() {
         ..Behaviour::default()
     };
     let harness = Harness::new(behaviour).await;
-    let client = harness.client.clone();
-    let request = harness.creation(SPEC);
-    let created = tokio::spawn(async move { client.create(ctx(), &request).await });
-    while !harness.record.has("create c") {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let created = harness.creation_under_way().await;
     harness.delete("").await.unwrap();
     assert!(created.await.unwrap().is_err());
     let record = harness.record.clone();

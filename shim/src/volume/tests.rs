@@ -316,15 +316,21 @@ async fn a_later_mount_of_the_node_comes_and_goes_where_it_was_asked_for() {
     pod.volumes.release(leases).await;
 }
 
+/// A directory as kubelet makes it for an emptyDir in memory.
+fn memory_volume() -> (tempfile::TempDir, PathBuf, Tmpfs) {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
+    fs::create_dir_all(&volume).unwrap();
+    let tmpfs = Tmpfs::on(&volume);
+    (dir, volume, tmpfs)
+}
+
 #[tokio::test]
 async fn a_memory_volume_is_made_once_and_lasts_as_long_as_the_pod() {
     if !nix::unistd::geteuid().is_root() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let volume = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
-    fs::create_dir_all(&volume).unwrap();
-    let _tmpfs = Tmpfs::on(&volume);
+    let (_dir, volume, _tmpfs) = memory_volume();
     fs::write(volume.join("seed"), "x").unwrap();
     let pod = pod();
     let (planned, sources) = pod.mount(vec![bind(0, &volume)]).await;
@@ -419,10 +425,7 @@ async fn a_memory_volume_that_failed_is_made_anew() {
     if !nix::unistd::geteuid().is_root() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let volume = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
-    fs::create_dir_all(&volume).unwrap();
-    let _tmpfs = Tmpfs::on(&volume);
+    let (_dir, volume, _tmpfs) = memory_volume();
     fs::write(volume.join("refused-once"), "x").unwrap();
     let pod = pod();
     let vm = pod.boot.ready().await.unwrap();

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, Mount, ShutdownRequest,
-    StartRequest, StateRequest, Status, WaitRequest,
+    CreateTaskRequest, CreateTaskResponse, DeleteRequest, ExecProcessRequest, KillRequest, Mount,
+    ShutdownRequest, StartRequest, StateRequest, Status, WaitRequest,
 };
 use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim::events::ForwardRequest;
@@ -153,6 +153,17 @@ impl Harness {
         let mut request = self.creation(spec);
         request.id = id.into();
         Ok(self.client.create(ctx(), &request).await?.pid)
+    }
+
+    /// A creation that the agent has been asked for and has not answered.
+    pub(super) async fn creation_under_way(&self) -> JoinHandle<ttrpc::Result<CreateTaskResponse>> {
+        let client = self.client.clone();
+        let request = self.creation(SPEC);
+        let created = tokio::spawn(async move { client.create(ctx(), &request).await });
+        timeout(LONG, self.record.until("create c"))
+            .await
+            .expect("the agent is not asked");
+        created
     }
 
     pub(super) async fn start(&self, exec_id: &str) -> ttrpc::Result<u32> {
