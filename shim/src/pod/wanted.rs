@@ -9,8 +9,10 @@ use crate::spec::{Network, Role, Spec};
 use crate::vm::Plan;
 use crate::vm::boot::Sandbox;
 
-/// Guest memory on top of a container's own limit, for kernel and agent, in bytes.
+/// Guest memory on top of what the containers may use, for kernel and agent, in bytes (docs/overhead.md).
 const GUEST_OVERHEAD: u64 = 64 * MIB;
+/// The guest's kernel describes each page of 4096 bytes with 64 bytes.
+const PAGE_DESCRIPTORS: u64 = 64;
 
 /// A pod's wishes.
 pub(super) struct Wanted {
@@ -89,7 +91,11 @@ impl Wanted {
 /// Guest memory in bytes for a pod whose containers may use `limit`: never less than the handler's,
 /// because a container without a limit is not counted in it, and never more than the node's.
 fn guest_memory(limit: Option<u64>, configured: u64, node: u64) -> u64 {
-    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
+    let wanted = limit.map_or(0, |limit| {
+        // Of all the guest's memory one part in 64 is descriptors, so 63 remain.
+        let described = limit.saturating_add(limit.div_ceil(PAGE_DESCRIPTORS - 1));
+        described.saturating_add(GUEST_OVERHEAD)
+    });
     configured.max(wanted.min(node))
 }
 
@@ -124,7 +130,9 @@ mod tests {
         for (limit, expected) in [
             (None, 256),
             (Some(16 * MIB), 256),
-            (Some(1024 * MIB), 1024 + 64),
+            (Some(63 * MIB), 256),
+            (Some(1008 * MIB), 1008 + 16 + 64),
+            (Some(3024 * MIB), 3024 + 48 + 64),
             (Some(u64::MAX), 4096),
         ] {
             assert_eq!(guest_memory(limit, default, node), expected * MIB);

@@ -30,6 +30,11 @@ pub const CASES: &[Case] = &[
         "a pod with a memory limit starts a VM that has it",
         sized,
     ),
+    case(
+        "resources",
+        "a container may use all of a large limit",
+        large,
+    ),
 ];
 
 const MIB: i64 = 1 << 20;
@@ -179,5 +184,33 @@ fn sized(suite: &mut Suite) -> Result<()> {
     that(
         "its kernel has at least that much",
         total * 1024 >= 300 * MIB,
+    )
+}
+
+/// The guest's kernel needs more memory of its own the more it manages: that must not be the container's.
+fn large(suite: &mut Suite) -> Result<()> {
+    const LIMIT: i64 = 2048 * MIB;
+    let pod = suite
+        .pod("large")
+        .linux(|linux| {
+            linux.resources = Some(LinuxContainerResources {
+                memory_limit_in_bytes: LIMIT,
+                ..LinuxContainerResources::default()
+            });
+        })
+        .run(&suite.cri)?;
+    // `dd` fills a buffer of that size; the rest is for its page tables.
+    let script = ["dd", "if=/dev/zero", "of=/dev/null", "bs=2030M", "count=1"];
+    let (_container, status) = pod
+        .container("main", &script)
+        .resources(|wanted| {
+            wanted.memory_limit_in_bytes = LIMIT;
+            wanted.memory_swap_limit_in_bytes = LIMIT;
+        })
+        .finish()?;
+    equal(
+        "exit code and reason",
+        (0, "Completed"),
+        (status.exit_code, status.reason.as_str()),
     )
 }
