@@ -31,6 +31,7 @@ pub mod spec;
 pub mod stand_in;
 pub mod stats;
 pub mod stdio;
+pub mod streaming;
 pub mod timeline;
 pub mod vm;
 pub mod volume;

@@ -1,8 +1,11 @@
-//! `binary://` stdio: a logging program of the node's that reads a container's output from pipes.
+//! `binary://` and `binary-v2://` stdio: a logging program of the node's that reads a container's output
+//! from pipes.
 //!
-//! containerd's contract: descriptors 3 and 4 are the read ends of stdout and stderr, descriptor 5 is
-//! closed (or written to) when the program is ready, the environment names container and namespace,
-//! and the URI's query becomes its arguments. The program is trusted as containerd's own choice.
+//! containerd's contract: descriptors 3 and 4 are the read ends of stdout and stderr, descriptor 5 tells
+//! when the program is ready, the environment names container and namespace, and the URI's query becomes
+//! its arguments. With `binary` both a byte on descriptor 5 and its end mean ready, so a program that
+//! fails at once loses the container's output; `binary-v2` (containerd 2.2) wants the byte. The program
+//! is trusted as containerd's own choice.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -19,6 +22,11 @@ use tokio::time::timeout;
 use crate::error::{Error, Kind, Result};
 use crate::watched::watched;
 
+/// The schemes of an URI that names a logger.
+pub const SCHEMES: [&str; 2] = ["binary", "binary-v2"];
+/// The scheme whose programs must write a byte when they are ready.
+const STRICT: &str = "binary-v2";
+
 /// How long a logger may take to finish once its pipes are closed.
 const FINISH: Duration = Duration::from_secs(10);
 
@@ -33,14 +41,19 @@ pub struct LoggerProcess {
 /// and stderr pipes.
 ///
 /// # Errors
-/// `InvalidArgument` for an URI that is none, `NotFound` for a missing program, `DeadlineExceeded`.
+/// `InvalidArgument` for an URI that is none, `NotFound` for a missing program, `DeadlineExceeded`,
+/// `FailedPrecondition` for a program of `binary-v2` that ends or closes descriptor 5 instead.
 pub async fn start(
     uri: &str,
     namespace: &str,
     id: &str,
     limit: Duration,
 ) -> Result<(OwnedFd, OwnedFd, LoggerProcess)> {
-    let (program, arguments) = parse(uri)?;
+    let Logger {
+        program,
+        arguments,
+        strict,
+    } = parse(uri)?;
     let failed = |error: io::Error| Error::io(format_args!("logger {program}"), &error);
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|errno| failed(errno.into()));
     let (stdout, stdout_write) = pipe()?;
@@ -76,15 +89,28 @@ pub async fn start(
     let process = LoggerProcess { child, pidfd };
     rustix::io::ioctl_fionbio(&ready, true).map_err(|errno| failed(errno.into()))?;
     let ready = watched(ready, Interest::READABLE).map_err(failed)?;
-    let is_ready = timeout(limit, ready.readable()).await.is_ok();
-    if is_ready {
-        return Ok((stdout_write, stderr_write, process));
-    }
+    let error = match timeout(limit, ready.readable()).await {
+        Ok(_) if !strict || wrote(ready.get_ref()) => {
+            return Ok((stdout_write, stderr_write, process));
+        }
+        Ok(_) => Error::state(format!(
+            "logger {program} was not ready: it ended or closed descriptor 5 without writing a byte to it"
+        )),
+        Err(_) => {
+            let how = if strict { "write a byte to" } else { "close" };
+            let message =
+                format!("logger {program} did not become ready (it must {how} descriptor 5)");
+            Error::new(Kind::DeadlineExceeded, message)
+        }
+    };
     process.kill().await;
-    Err(Error::new(
-        Kind::DeadlineExceeded,
-        format!("logger {program} did not become ready (it must close descriptor 5)"),
-    ))
+    Err(error)
+}
+
+/// Whether what made the pipe readable was a byte, and not its end.
+fn wrote(ready: &OwnedFd) -> bool {
+    let mut byte = [0; 1];
+    matches!(rustix::io::read(ready, &mut byte), Ok(1))
 }
 
 impl LoggerProcess {
@@ -129,10 +155,21 @@ fn place(command: &mut Command, fds: [OwnedFd; 3]) -> Result<()> {
     Ok(())
 }
 
+/// What an URI says of a logger.
+struct Logger {
+    program: String,
+    arguments: Vec<String>,
+    /// It must write a byte when it is ready.
+    strict: bool,
+}
+
 /// Splits `binary:///path?key=value&flag` into the program and its arguments.
-fn parse(uri: &str) -> Result<(String, Vec<String>)> {
+fn parse(uri: &str) -> Result<Logger> {
     let invalid = || Error::invalid("a binary:// logger needs an absolute path");
-    let rest = uri.strip_prefix("binary://").ok_or_else(invalid)?;
+    let (scheme, rest) = uri.split_once("://").ok_or_else(invalid)?;
+    if !SCHEMES.contains(&scheme) {
+        return Err(invalid());
+    }
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     let program = decode(path, false)
         .filter(|path| path.starts_with('/'))
@@ -146,7 +183,11 @@ fn parse(uri: &str) -> Result<(String, Vec<String>)> {
             }
         }
     }
-    Ok((program, arguments))
+    Ok(Logger {
+        program,
+        arguments,
+        strict: scheme == STRICT,
+    })
 }
 
 /// Percent-decoding (RFC 3986 section 2.1); `+` is a blank in a query.
@@ -179,31 +220,36 @@ mod tests {
 
     #[test]
     fn an_uri_becomes_program_and_arguments() {
-        let (program, arguments) = parse("binary:///usr/bin/log%20er?--out=/a+b&-v").unwrap();
-        assert_eq!(program, "/usr/bin/log er");
-        assert_eq!(arguments, ["--out", "/a b", "-v"]);
+        for (scheme, strict) in [("binary", false), ("binary-v2", true)] {
+            let logger = parse(&format!("{scheme}:///usr/bin/log%20er?--out=/a+b&-v")).unwrap();
+            assert_eq!(logger.program, "/usr/bin/log er");
+            assert_eq!(logger.arguments, ["--out", "/a b", "-v"]);
+            assert_eq!(logger.strict, strict, "{scheme}");
+        }
         for bad in [
             "binary://relative",
             "binary:///a%zz",
             "binary:///a%00",
             "file:///a",
+            "binary-v3:///a",
+            "/a",
             "binary:///a%",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }
 
-    #[tokio::test]
-    async fn a_logger_gets_both_outputs_and_ends_with_them() {
+    /// A logger that says it is ready as `ready` does.
+    async fn logs(scheme: &str, ready: &str) {
         let dir = tempfile::tempdir().unwrap();
         let (script, result) = (dir.path().join("logger"), dir.path().join("result"));
         let body = format!(
-            "#!/bin/sh\nexec 5>&-\n{{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID $1\"; cat <&3; cat <&4; }} > {}\n",
+            "#!/bin/sh\n{ready}\n{{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID $1\"; cat <&3; cat <&4; }} > {}\n",
             result.display()
         );
         fs::write(&script, body).unwrap();
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-        let uri = format!("binary://{}?arg", script.display());
+        let uri = format!("{scheme}://{}?arg", script.display());
         let (stdout, stderr, process) = start(&uri, "ns", "c1", Duration::from_secs(10))
             .await
             .unwrap();
@@ -214,21 +260,41 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_logger_that_never_says_ready_is_killed() {
+    async fn a_logger_gets_both_outputs_and_ends_with_them() {
+        logs("binary", "exec 5>&-").await;
+        logs("binary", "printf x >&5").await;
+        logs("binary-v2", "printf x >&5; exec 5>&-").await;
+    }
+
+    async fn refused(scheme: &str, body: &str, limit: Duration) -> Error {
         let dir = tempfile::tempdir().unwrap();
         let script = dir.path().join("logger");
-        fs::write(&script, "#!/bin/sh\nexec sleep 60\n").unwrap();
+        fs::write(&script, format!("#!/bin/sh\n{body}\n")).unwrap();
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-        let uri = format!("binary://{}", script.display());
-        let error = start(&uri, "ns", "c1", Duration::from_millis(300))
-            .await
-            .unwrap_err();
-        assert_eq!(error.kind, Kind::DeadlineExceeded);
+        let uri = format!("{scheme}://{}", script.display());
+        start(&uri, "ns", "c1", limit).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_logger_that_never_says_ready_is_killed() {
+        for scheme in SCHEMES {
+            let error = refused(scheme, "exec sleep 60", Duration::from_millis(300)).await;
+            assert_eq!(error.kind, Kind::DeadlineExceeded, "{scheme}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_strict_logger_that_ends_or_closes_is_not_ready() {
+        for body in ["exit 3", "exec 5>&-; exec sleep 60"] {
+            let error = refused("binary-v2", body, Duration::from_secs(20)).await;
+            assert_eq!(error.kind, Kind::FailedPrecondition, "{body}");
+            assert!(error.message.contains("byte"), "{}", error.message);
+        }
     }
 
     proptest! {
         #[test]
-        fn any_uri_is_parsed_or_refused(uri in "binary://.{0,60}") {
+        fn any_uri_is_parsed_or_refused(uri in "(binary|binary-v2|x)(://)?.{0,60}") {
             let _ = parse(&uri);
         }
     }

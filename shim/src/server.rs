@@ -1,5 +1,5 @@
-//! The server process: one thread, the Task service v2 and v3 and the Sandbox service on the socket that
-//! `start` made, and an orderly end, whether containerd or a signal brings it.
+//! The server process: one thread, the Task service v2 and v3, the Sandbox service and the streaming service
+//! on the socket that `start` made, and an orderly end, whether containerd or a signal brings it.
 
 mod connections;
 
@@ -34,6 +34,7 @@ use crate::log;
 use crate::pod::{self, PodHandle, Setup};
 use crate::sandbox_service::SandboxService;
 use crate::service::TaskService;
+use crate::streaming::Streams;
 use crate::vm::Host;
 use connections::Connections;
 
@@ -92,6 +93,7 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
     let ttrpc_address = std::env::var(TTRPC_ADDRESS).ok();
     let result = runtime.block_on(async {
         let publisher = Publisher::new(ttrpc_address, args.namespace.clone(), logger.clone());
+        let streams = Streams::default();
         let pod = pod::spawn(Setup {
             namespace: args.namespace.clone(),
             id: args.id.clone(),
@@ -101,29 +103,47 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
             host,
             publisher: publisher.clone(),
             logger: logger.clone(),
+            streams: streams.clone(),
         });
         let config = std::env::var_os(CONFIG_PATH).map(PathBuf::from);
-        run(listener, socket.as_deref(), config, pod, publisher, logger).await
+        let served = Served {
+            listener,
+            socket: socket.as_deref(),
+            streams,
+        };
+        run(served, config, pod, publisher, logger).await
     });
     state.remove();
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-pub(crate) async fn run(
+/// What is listened on, and for what besides calls.
+pub(crate) struct Served<'a> {
     listener: UnixListener,
-    socket: Option<&Path>,
+    /// Its path, which is removed at the end.
+    socket: Option<&'a Path>,
+    streams: Streams,
+}
+
+pub(crate) async fn run(
+    served: Served<'_>,
     config: Option<PathBuf>,
     pod: PodHandle,
     publisher: Publisher,
     logger: &Logger,
 ) -> Result<()> {
     let failed = |error: io::Error| Error::io("cannot serve", &error);
+    let Served {
+        listener,
+        socket,
+        streams,
+    } = served;
     let done = Arc::new(Notify::new());
     let service = TaskService::new(pod.clone(), Arc::clone(&done));
     let sandbox = SandboxService::new(pod.clone(), config, Arc::clone(&done));
     let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
-    let (connections, mut open) = Connections::of(listener);
+    let (connections, mut open) = Connections::of(listener, streams);
     let mut server = Server::new()
         .add_listener(Listener::new(connections))
         .register_service(debug_service(pod.clone()))
@@ -140,8 +160,9 @@ pub(crate) async fn run(
     info!(logger, "the shim is serving"; "version" => env!("CARGO_PKG_VERSION"));
     tokio::select! {
         () = done.notified() => {}
-        _ = terminate.recv() => { pod.shutdown(true).await; }
-        _ = interrupt.recv() => { pod.shutdown(true).await; }
+        // The node shuts down, or its operator ends this pod.
+        _ = terminate.recv() => pod.terminate().await,
+        _ = interrupt.recv() => pod.terminate().await,
     }
     // The socket goes first, so that nobody new finds a server that is about to end.
     if let Some(socket) = socket {

@@ -1,5 +1,6 @@
-//! The stdio of one process: containerd's FIFOs (or files, or a logger) joined to streams of the VM.
-//! The bytes never pass through the shim; it opens the ends and hands them to the VMM.
+//! The stdio of one process: containerd's FIFOs (or files, or a logger, or streams) joined to streams of the
+//! VM. But for containerd's streams, the bytes never pass through the shim; it opens the ends and hands them
+//! to the VMM.
 //!
 //! The opposite end of each FIFO is kept open here, so that a restart of containerd gives neither an
 //! end of file nor EPIPE. An output's is let go when its stream has ended; standard input's at
@@ -13,11 +14,13 @@ use std::time::Duration;
 
 use brig_agent_protocol::agent;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::error::{Error, Result};
 use crate::logger::{self, LoggerProcess};
 use crate::process::Io;
+use crate::streaming::{self, Claim, Streams};
 use crate::vm::Vm;
 use crate::vm::control::StreamEnd;
 
@@ -27,7 +30,20 @@ struct End {
     /// For the VMM.
     given: OwnedFd,
     /// The opposite end, where there is one.
-    kept: Option<OwnedFd>,
+    kept: Kept,
+}
+
+/// What the shim keeps of a stream.
+#[derive(Debug)]
+enum Kept {
+    /// Of a file or a logger.
+    Nothing,
+    /// Of a FIFO.
+    Opposite { _end: OwnedFd },
+    /// Of containerd's stream of standard input: its pump.
+    Input(streaming::Input),
+    /// Of its stream of an output: its pump, and what ends when all has been delivered.
+    Output(streaming::Output, JoinHandle<()>),
 }
 
 /// Everything one process's streams hold on the host.
@@ -35,8 +51,10 @@ struct End {
 pub struct Stdio {
     /// What the agent is told.
     pub numbers: agent::Stdio,
-    stdin: Option<OwnedFd>,
+    stdin: Option<Kept>,
     outputs_ended: watch::Receiver<bool>,
+    /// Of containerd's streams.
+    pumps: Vec<streaming::Output>,
     logger: Option<LoggerProcess>,
 }
 
@@ -55,17 +73,26 @@ impl Ends {
     ///
     /// # Errors
     /// `InvalidArgument` for an URI of an unknown scheme, else what the host says.
-    pub async fn open(io: &Io, namespace: &str, id: &str, limit: Duration) -> Result<Self> {
+    pub async fn open(
+        io: &Io,
+        streams: &Streams,
+        namespace: &str,
+        id: &str,
+        limit: Duration,
+    ) -> Result<Self> {
         let mut ends = Self {
-            stdin: open_input(&io.stdin)?,
+            stdin: open_input(&io.stdin, streams)?,
             terminal: io.terminal,
             ..Self::default()
         };
         match scheme(&io.stdout) {
-            Some("binary") => {
+            Some(scheme) if logger::SCHEMES.contains(&scheme) => {
                 let (stdout, stderr, process) =
                     logger::start(&io.stdout, namespace, id, limit).await?;
-                let given = |given| Some(End { given, kept: None });
+                let given = |given| {
+                    let kept = Kept::Nothing;
+                    Some(End { given, kept })
+                };
                 ends.stdout = given(stdout);
                 ends.stderr = if io.terminal { None } else { given(stderr) };
                 ends.logger = Some(process);
@@ -78,9 +105,9 @@ impl Ends {
                 }
             }
             _ => {
-                ends.stdout = open_output(&io.stdout)?;
+                ends.stdout = open_output(&io.stdout, streams)?;
                 if !io.terminal {
-                    ends.stderr = open_output(&io.stderr)?;
+                    ends.stderr = open_output(&io.stderr, streams)?;
                 }
             }
         }
@@ -98,11 +125,12 @@ impl Ends {
         };
         let mut opened = Vec::new();
         let mut outputs = Vec::new();
+        let mut pumps = Vec::new();
         let mut stdin = None;
         let result: Result<()> = async {
             if let Some(end) = self.stdin {
                 let (number, _end) = vm.open_stream(Some(end.given), None).await?;
-                (numbers.stdin, stdin) = (number, end.kept);
+                (numbers.stdin, stdin) = (number, Some(end.kept));
                 opened.push(number);
             }
             for (end, number) in [
@@ -113,7 +141,14 @@ impl Ends {
                     let (opened_number, ended) = vm.open_stream(None, Some(end.given)).await?;
                     *number = opened_number;
                     opened.push(opened_number);
-                    outputs.push((ended, end.kept));
+                    let last = match end.kept {
+                        Kept::Output(pump, delivered) => {
+                            pumps.push(pump);
+                            Last::Delivery(delivered)
+                        }
+                        kept => Last::Release(kept),
+                    };
+                    outputs.push((ended, last));
                 }
             }
             Ok(())
@@ -129,6 +164,7 @@ impl Ends {
             numbers,
             stdin,
             outputs_ended: release_at_end(outputs),
+            pumps,
             logger: self.logger,
         })
     }
@@ -137,7 +173,20 @@ impl Ends {
 impl Stdio {
     /// Lets go of standard input: end of file comes when containerd's end is closed too.
     pub fn close_stdin(&mut self) {
-        self.stdin = None;
+        if let Some(Kept::Input(pump)) = &self.stdin {
+            // What it has taken in must still reach the process.
+            pump.close();
+        } else {
+            self.stdin = None;
+        }
+    }
+
+    /// Turns true when all output has been delivered; `None` where containerd may hear of the exit first,
+    /// which is everywhere but with its streams.
+    #[must_use]
+    pub fn delivery(&self) -> Option<watch::Receiver<bool>> {
+        let waits = !self.pumps.is_empty() && !*self.outputs_ended.borrow();
+        waits.then(|| self.outputs_ended.clone())
     }
 
     /// Ends the streams of a process that did not come to life.
@@ -174,14 +223,26 @@ impl Stdio {
     }
 }
 
-/// Drops each kept end when its stream has ended; the receiver turns true when all have.
-fn release_at_end(outputs: Vec<(StreamEnd, Option<OwnedFd>)>) -> watch::Receiver<bool> {
+/// What is left of an output when its stream has ended.
+#[derive(Debug)]
+enum Last {
+    /// To let go of what was kept.
+    Release(Kept),
+    /// To wait for what is still on its way.
+    Delivery(JoinHandle<()>),
+}
+
+/// Does each output's last step when its stream has ended; the receiver turns true when all are done.
+fn release_at_end(outputs: Vec<(StreamEnd, Last)>) -> watch::Receiver<bool> {
     let (sender, receiver) = watch::channel(outputs.is_empty());
     if !outputs.is_empty() {
         tokio::spawn(async move {
-            let each = outputs.into_iter().map(|(ended, kept)| async move {
+            let each = outputs.into_iter().map(|(ended, last)| async move {
                 let _ = ended.await;
-                drop(kept);
+                match last {
+                    Last::Release(kept) => drop(kept),
+                    Last::Delivery(delivered) => drop(delivered.await),
+                }
             });
             futures::future::join_all(each).await;
             sender.send_replace(true);
@@ -200,7 +261,7 @@ fn path_of(uri: &str) -> Result<Option<&Path>> {
         Some(("fifo", path)) => path,
         Some((scheme, _)) => {
             return Err(Error::invalid(format!(
-                "stdio scheme {scheme:?} is not supported; use a FIFO path, file:// or binary://"
+                "stdio scheme {scheme:?} is not supported; use a FIFO path, file://, binary:// or ttrpc+unix://"
             )));
         }
         None => uri,
@@ -222,29 +283,53 @@ fn is_fifo(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
-fn open_input(uri: &str) -> Result<Option<End>> {
+/// The stream of containerd's that a URI names, if it names one.
+fn claim(uri: &str, streams: &Streams) -> Result<Option<Claim>> {
+    if scheme(uri) != Some(streaming::uri::SCHEME) {
+        return Ok(None);
+    }
+    let id = streaming::uri::stream_id(uri)?;
+    streams.claim(&id).map(Some)
+}
+
+fn no_pipe(error: std::io::Error) -> Error {
+    Error::io("cannot make a pipe for a stream", &error)
+}
+
+/// The opposite end of a FIFO.
+fn opposite(path: &Path, read: bool) -> Result<Kept> {
+    if !is_fifo(path) {
+        return Ok(Kept::Nothing);
+    }
+    let _end = open(path, read)?;
+    Ok(Kept::Opposite { _end })
+}
+
+fn open_input(uri: &str, streams: &Streams) -> Result<Option<End>> {
+    if let Some(claim) = claim(uri, streams)? {
+        let (pump, given) = streaming::Input::start(claim).map_err(no_pipe)?;
+        let kept = Kept::Input(pump);
+        return Ok(Some(End { given, kept }));
+    }
     let Some(path) = path_of(uri)? else {
         return Ok(None);
     };
     // The reader first: a writer alone cannot be opened without blocking.
     let given = open(path, true)?;
-    let kept = if is_fifo(path) {
-        Some(open(path, false)?)
-    } else {
-        None
-    };
+    let kept = opposite(path, false)?;
     Ok(Some(End { given, kept }))
 }
 
-fn open_output(uri: &str) -> Result<Option<End>> {
+fn open_output(uri: &str, streams: &Streams) -> Result<Option<End>> {
+    if let Some(claim) = claim(uri, streams)? {
+        let (pump, given, delivered) = streaming::Output::start(claim).map_err(no_pipe)?;
+        let kept = Kept::Output(pump, delivered);
+        return Ok(Some(End { given, kept }));
+    }
     let Some(path) = path_of(uri)? else {
         return Ok(None);
     };
-    let kept = if is_fifo(path) {
-        Some(open(path, true)?)
-    } else {
-        None
-    };
+    let kept = opposite(path, true)?;
     let given = open(path, false)?;
     Ok(Some(End { given, kept }))
 }
@@ -263,7 +348,7 @@ fn open_file(path: &str) -> Result<End> {
         .map_err(failed)?;
     Ok(End {
         given: file.into(),
-        kept: None,
+        kept: Kept::Nothing,
     })
 }
 
@@ -282,6 +367,10 @@ mod tests {
         path
     }
 
+    fn none() -> Streams {
+        Streams::default()
+    }
+
     fn uri(path: &Path) -> &str {
         path.to_str().unwrap()
     }
@@ -290,7 +379,7 @@ mod tests {
     fn a_restart_of_containerd_does_not_break_an_output() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdout");
-        let end = open_output(uri(&path)).unwrap().unwrap();
+        let end = open_output(uri(&path), &none()).unwrap().unwrap();
         let containerd = open(&path, true).unwrap();
         drop(containerd);
         let mut given = File::from(end.given);
@@ -305,10 +394,10 @@ mod tests {
     async fn the_end_of_a_stream_gives_containerd_its_end_of_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdout");
-        let end = open_output(uri(&path)).unwrap().unwrap();
+        let end = open_output(uri(&path), &none()).unwrap().unwrap();
         let mut containerd = File::from(open(&path, true).unwrap());
         let (ended, stream_end) = oneshot::channel();
-        let mut outputs_ended = release_at_end(vec![(stream_end, end.kept)]);
+        let mut outputs_ended = release_at_end(vec![(stream_end, Last::Release(end.kept))]);
         let mut buffer = [0; 1];
         let error = containerd.read(&mut buffer).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
@@ -323,7 +412,7 @@ mod tests {
     fn standard_input_ends_only_when_both_writers_have_let_go() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdin");
-        let end = open_input(uri(&path)).unwrap().unwrap();
+        let end = open_input(uri(&path), &none()).unwrap().unwrap();
         let mut containerd = File::from(open(&path, false).unwrap());
         containerd.write_all(b"x").unwrap();
         let mut given = File::from(end.given);
@@ -338,13 +427,13 @@ mod tests {
 
     #[test]
     fn nothing_is_opened_for_no_stdio_and_unknown_schemes_are_refused() {
-        for none in ["", "/dev/null"] {
-            assert!(open_input(none).unwrap().is_none());
-            assert!(open_output(none).unwrap().is_none());
+        for nothing in ["", "/dev/null"] {
+            assert!(open_input(nothing, &none()).unwrap().is_none());
+            assert!(open_output(nothing, &none()).unwrap().is_none());
         }
-        let error = open_output("npipe://x").unwrap_err();
+        let error = open_output("npipe://x", &none()).unwrap_err();
         assert_eq!(error.kind, Kind::InvalidArgument);
-        let error = open_output("/nonexistent/fifo").unwrap_err();
+        let error = open_output("/nonexistent/fifo", &none()).unwrap_err();
         assert_eq!(error.kind, Kind::NotFound);
     }
 
@@ -357,7 +446,7 @@ mod tests {
             stderr: format!("file://{}", uri(&path)),
             ..Io::default()
         };
-        let ends = Ends::open(&io, "ns", "c", Duration::from_secs(1))
+        let ends = Ends::open(&io, &none(), "ns", "c", Duration::from_secs(1))
             .await
             .unwrap();
         File::from(ends.stdout.unwrap().given)

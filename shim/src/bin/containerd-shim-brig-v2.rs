@@ -1,6 +1,6 @@
 //! The binary containerd runs for the runtime `io.containerd.brig.v2`. containerd is trusted.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -31,12 +31,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let encoding = |error: protobuf::Error| Error::internal(error.to_string());
     match args.action {
         Action::Serve => server::serve(args, Arc::new(Node)),
         Action::Start => print(&start::start(args, &read_stdin()?)?),
         Action::Delete => print(&delete::delete(args)?),
-        Action::Info => print(&info::encode().map_err(encoding)?),
+        Action::Info => print(&info::encode(&read_stdin()?)?),
         Action::Version => print(version().as_bytes()),
     }
 }
@@ -50,6 +49,10 @@ fn version() -> String {
 
 fn read_stdin() -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
+    // An operator who types `-info` has nothing to say.
+    if io::stdin().is_terminal() {
+        return Ok(bytes);
+    }
     io::stdin()
         .take(MAX_STDIN)
         .read_to_end(&mut bytes)

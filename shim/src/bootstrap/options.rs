@@ -33,10 +33,10 @@ pub fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>> {
 /// BootstrapParams, or before those all of standard input.
 ///
 /// # Errors
-/// As [`config_path`].
+/// As [`config_path`], and `InvalidArgument` for a standard input that is neither.
 pub fn of_start(stdin: &[u8], input: &Input) -> Result<Option<PathBuf>> {
     match input {
-        Input::Legacy => config_path(Any::parse_from_bytes(stdin).ok().as_ref()),
+        Input::Legacy => config_path(read_any(stdin)?.as_ref()),
         Input::Params(params) => {
             for extension in &params.extensions {
                 if let Some(path) = config_path(extension.value.as_ref())? {
@@ -46,6 +46,21 @@ pub fn of_start(stdin: &[u8], input: &Input) -> Result<Option<PathBuf>> {
             Ok(None)
         }
     }
+}
+
+/// The options on a standard input; none when it is empty.
+///
+/// # Errors
+/// `InvalidArgument` for bytes that are no `google.protobuf.Any`.
+pub fn read_any(stdin: &[u8]) -> Result<Option<Any>> {
+    if stdin.is_empty() {
+        return Ok(None);
+    }
+    Any::parse_from_bytes(stdin).map(Some).map_err(|error| {
+        Error::invalid(format!(
+            "standard input is neither BootstrapParams of this container nor runtime options: {error}"
+        ))
+    })
 }
 
 fn read_field(bytes: &[u8]) -> protobuf::Result<Option<String>> {
@@ -117,15 +132,27 @@ mod tests {
         };
         let params = Input::Params(Box::new(params));
         assert_eq!(of_start(&[], &params).unwrap(), expected);
-        for nothing in [&b""[..], b"\xff\xff"] {
-            assert_eq!(of_start(nothing, &Input::Legacy).unwrap(), None);
+        assert_eq!(of_start(&[], &Input::Legacy).unwrap(), None);
+    }
+
+    #[test]
+    fn what_no_containerd_sends_is_refused() {
+        for garbage in [&b"\xff\xff"[..], b"{\"version\":3}", b"\x0a\x7fshort"] {
+            let error = of_start(garbage, &Input::Legacy).unwrap_err();
+            assert_eq!(error.kind, crate::error::Kind::InvalidArgument);
+            assert!(
+                error.message.contains("standard input"),
+                "{}",
+                error.message
+            );
         }
     }
 
     proptest! {
         #[test]
         fn any_bytes_are_read_or_refused(value in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = config_path(Some(&options(value)));
+            let _ = config_path(Some(&options(value.clone())));
+            let _ = of_start(&value, &Input::Legacy);
         }
     }
 }

@@ -7,8 +7,9 @@
 //! | 2.0 to 2.2 | the same | bare address, JSON of version 3 or less |
 //! | 2.3 and later | BootstrapParams | protobuf, JSON, bare address |
 //!
-//! A bare address works everywhere and means version 2, whose Task service Brig serves too; so only a
-//! containerd that sent BootstrapParams is answered in kind, with version 3.
+//! A bare address works everywhere and means version 2, whose Task service Brig serves too. It is enough for
+//! the Sandbox API and for `io_type = "streaming"`: both go by the address alone. So only a containerd that
+//! sent BootstrapParams is answered in kind, with version 3.
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;

@@ -26,6 +26,9 @@ use crate::spec::{self, Role, Spec};
 
 /// Where containerd's shims have their sockets unless BootstrapParams say otherwise.
 pub const SOCKET_DIR: &str = "/run/containerd/s";
+/// The environment variable of builds of containerd that have a directory of their own for sockets, but no
+/// BootstrapParams to say it in.
+pub const SOCKET_DIR_VARIABLE: &str = "SHIM_SOCKET_DIR";
 /// The environment variable that names containerd's ttrpc socket, for events.
 pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// Tells the server when `start` began: nanoseconds since the epoch.
@@ -45,7 +48,9 @@ pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
     Config::load(None)?;
     let input = reply::classify(stdin, &args.namespace, &args.id);
     let config = options::of_start(stdin, &input)?;
-    let (mut dir, mut ttrpc, mut debug) = (PathBuf::from(SOCKET_DIR), None, args.debug);
+    let dir = std::env::var_os(SOCKET_DIR_VARIABLE).filter(|dir| !dir.is_empty());
+    let mut dir = dir.map_or_else(|| PathBuf::from(SOCKET_DIR), PathBuf::from);
+    let (mut ttrpc, mut debug) = (None, args.debug);
     if let Input::Params(params) = &input {
         if let Some(socket_dir) = params.socket_dir.as_deref().filter(|dir| !dir.is_empty()) {
             dir = PathBuf::from(socket_dir);

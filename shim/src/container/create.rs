@@ -123,6 +123,7 @@ async fn steps(
     let mut planned = context.volumes.plan(binds, &boot).await?;
     let ends = Ends::open(
         &creation.io,
+        &context.streams,
         &context.namespace,
         &creation.id,
         context.drain,

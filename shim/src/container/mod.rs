@@ -5,6 +5,7 @@
 //! only way in, which makes the order of events the order of messages.
 
 mod create;
+mod exit;
 mod messages;
 mod requests;
 pub mod sandbox;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::Mount;
-use slog::{Logger, info};
+use slog::Logger;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Error, Result};
@@ -26,6 +27,7 @@ use crate::process::{Exit, Io, Phase, Process};
 use crate::spec::{Role, Spec};
 use crate::stand_in::StandIn;
 use crate::stdio::Stdio;
+use crate::streaming::Streams;
 use crate::vm::Vm;
 use crate::vm::boot::{Boot, News};
 use crate::vm::death::Death;
@@ -52,6 +54,8 @@ pub struct Context {
     pub removed: mpsc::UnboundedSender<String>,
     /// How long output may take to be delivered after an exit.
     pub drain: Duration,
+    /// containerd's streams.
+    pub streams: Streams,
 }
 
 /// What containerd asked to be created.
@@ -105,6 +109,8 @@ enum Message {
     /// The agent's word about memory.
     Oom,
     VmEnded(Death),
+    /// The init process's output has been delivered, or its time is over.
+    Delivered,
     // Reports of our own tasks.
     Made(Box<Result<Made>>),
     Started {
@@ -236,6 +242,8 @@ struct Container {
     cancel: watch::Sender<bool>,
     /// A Delete that came while the container was being created.
     abandoned: Option<Reply<Deleted>>,
+    /// The init process's exit, until its output has been delivered.
+    held: Option<Exit>,
 }
 
 /// Whether the actor goes on.
@@ -275,6 +283,7 @@ pub fn spawn(
         created: Some(reply),
         cancel,
         abandoned: None,
+        held: None,
     };
     let handle = ContainerHandle {
         id: creation.id.clone(),
@@ -307,6 +316,7 @@ impl Container {
                 id: self.id.clone(),
             }),
             Message::VmEnded(death) => self.vm_ended(&death),
+            Message::Delivered => self.delivered(),
             Message::Made(made) => return self.made(*made),
             Message::Started {
                 exec_id,
@@ -446,31 +456,6 @@ impl Container {
         }
     }
 
-    fn exited(&mut self, exec_id: &str, exit: Exit) {
-        let Ok(member) = self.member(exec_id) else {
-            return;
-        };
-        if let Some(exit) = member.process.exited(exit) {
-            self.tell_exit(exec_id, exit);
-        }
-    }
-
-    fn tell_exit(&self, exec_id: &str, exit: Exit) {
-        info!(self.context.logger, "a process has ended";
-            "container" => &self.id, "exec" => exec_id, "status" => exit.status);
-        let process = if exec_id.is_empty() {
-            &self.id
-        } else {
-            exec_id
-        };
-        self.publish(TaskEvent::Exit {
-            id: self.id.clone(),
-            process: process.to_owned(),
-            pid: self.pid(),
-            exit,
-        });
-    }
-
     /// Execs first, as in a container whose init ends.
     fn vm_ended(&mut self, death: &Death) {
         if death.oom && self.init.process.exit().is_none() {
@@ -487,11 +472,12 @@ impl Container {
                 ended.push((exec_id.clone(), exit));
             }
         }
-        if self.init.process.phase() != Phase::Starting
-            && let Some(exit) = self.init.process.lost(death.at)
-        {
-            ended.push((String::new(), exit));
-        }
+        let init = match self.held.take() {
+            Some(exit) => self.init.process.exited(exit),
+            None if self.init.process.phase() == Phase::Starting => None,
+            None => self.init.process.lost(death.at),
+        };
+        ended.extend(init.map(|exit| (String::new(), exit)));
         for (exec_id, exit) in ended {
             // An exec that never ran has nobody to tell.
             let ran = self.member(&exec_id).is_ok_and(|member| member.in_guest);

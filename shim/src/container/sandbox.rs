@@ -150,6 +150,7 @@ impl SandboxContainer {
             Message::Exited { exit, .. } => self.ended(exit.status, exit.at),
             // Nothing else is ever sent for a sandbox container.
             Message::Oom
+            | Message::Delivered
             | Message::Made(_)
             | Message::ExecDeleted { .. }
             | Message::InitDeleted { .. }

@@ -75,7 +75,7 @@ pub(super) async fn start_exec(
     io: &Io,
     spec: Vec<u8>,
 ) -> Result<Begun> {
-    let ends = Ends::open(io, &context.namespace, id, context.drain).await?;
+    let ends = Ends::open(io, &context.streams, &context.namespace, id, context.drain).await?;
     let stdio = ends.connect(vm).await?;
     let request = CreateExecRequest {
         id: id.to_owned(),

@@ -14,6 +14,7 @@ use ttrpc::Code;
 mod harness;
 mod pod;
 mod sandbox;
+mod streaming;
 
 use super::*;
 use crate::fakes::Behaviour;
@@ -459,6 +460,49 @@ async fn shutdown_with_a_container_changes_nothing() {
     let request = ShutdownRequest::default();
     harness.client.shutdown(ctx(), &request).await.unwrap();
     assert_eq!(harness.status("").await.unwrap(), Status::CREATED);
+    harness.delete("").await.unwrap();
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_shim_told_to_end_gives_the_processes_their_grace_and_leaves_nothing() {
+    let harness = Harness::new(Behaviour::default()).await;
+    harness.create().await.unwrap();
+    harness.start("").await.unwrap();
+    timeout(LONG, harness.pod.terminate()).await.unwrap();
+    let all = harness.record.all();
+    assert!(
+        all.iter().any(|seen| seen == "shutdown after 1000 ms"),
+        "{all:?}"
+    );
+    assert_eq!(harness.wait("").await.unwrap(), 137);
+    harness.delete("").await.unwrap();
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_guest_whose_clock_is_off_is_told_by_how_much() {
+    let behaviour = Behaviour {
+        clock_ahead: 3_600,
+        ..Behaviour::default()
+    };
+    let harness = Harness::new(behaviour).await;
+    harness.create().await.unwrap();
+    // Not -3600 to the nanosecond: the seconds of what is added are rounded towards zero.
+    let moved = async {
+        loop {
+            let all = harness.record.all();
+            if let Some(moved) = all.iter().find(|seen| seen.starts_with("clock moved")) {
+                return moved.clone();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let moved = timeout(LONG, moved).await.unwrap();
+    assert!(
+        ["clock moved -3600 s", "clock moved -3599 s"].contains(&moved.as_str()),
+        "{moved}"
+    );
     harness.delete("").await.unwrap();
     harness.end().await;
 }

@@ -37,6 +37,7 @@ pub(super) struct Harness {
     pub(super) dir: tempfile::TempDir,
     pub(super) client: TaskClient,
     pub(super) record: Record,
+    pub(super) pod: PodHandle,
     topics: mpsc::UnboundedReceiver<String>,
     server: JoinHandle<Result<()>>,
     _containerd: Server,
@@ -67,6 +68,7 @@ impl Harness {
         state.create().unwrap();
         let host = FakeHost::new(behaviour);
         let record = host.record.clone();
+        let streams = Streams::default();
         let pod = pod::spawn(Setup {
             namespace: "ns".into(),
             id: "c".into(),
@@ -82,14 +84,20 @@ impl Harness {
             host,
             publisher: publisher.clone(),
             logger: logger.clone(),
+            streams: streams.clone(),
         });
         let socket = dir.path().join("shim");
         let listener = UnixListener::bind(&socket).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let path = socket.clone();
+        let (path, for_server) = (socket.clone(), pod.clone());
         let server = tokio::spawn(async move {
             let config = path.with_file_name("config.toml");
-            run(listener, Some(&path), Some(config), pod, publisher, &logger).await
+            let served = Served {
+                listener,
+                socket: Some(&path),
+                streams,
+            };
+            run(served, Some(config), for_server, publisher, &logger).await
         });
         let address = format!("unix://{}", socket.display());
         let client = TaskClient::new(Client::connect(&address).await.unwrap());
@@ -97,6 +105,7 @@ impl Harness {
             dir,
             client,
             record,
+            pod,
             topics,
             server,
             _containerd: containerd,
