@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Result},
     events::exit_message,
     freezer::Freezer,
+    huge_pages::Reservation,
     launch::Prepared,
     process::{Phase, Process, Reply},
     reaper::Exit,
@@ -109,6 +110,8 @@ pub struct Parts {
     pub gid_mappings: Vec<IdMapping>,
     /// It has a time namespace of its own.
     pub time_namespace: bool,
+    /// What it may use of the guest's huge pages, held as long as it is there.
+    pub _huge_pages: Option<Reservation>,
 }
 
 /// The state that the task owns.

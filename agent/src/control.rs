@@ -77,6 +77,8 @@ pub enum MountSource {
         path: String,
         /// The host holds `ro`, not the guest.
         readonly_on_host: bool,
+        /// The host has mapped its owners.
+        mapped_on_host: bool,
     },
     /// A volume in the guest's memory.
     Volume {
@@ -84,6 +86,8 @@ pub enum MountSource {
         id: String,
         /// What of it; empty for all.
         path: String,
+        /// The host has mapped its owners.
+        mapped_on_host: bool,
     },
     /// A node of the guest's /dev.
     Device(String),

@@ -4,6 +4,7 @@
 //! becomes a container's process, and a server over Unix sockets for component tests. It trusts the
 //! host, and nothing that a container or an image says.
 mod cgroup;
+mod clock;
 mod component;
 mod container;
 mod control;
@@ -11,6 +12,7 @@ mod error;
 mod events;
 mod forward;
 mod freezer;
+mod huge_pages;
 mod init;
 mod launch;
 mod log;

@@ -29,6 +29,25 @@ pub fn apply(fd: BorrowedFd<'_>, change: &Change, recursive: bool) -> io::Result
         propagation: change.propagation,
         userns_fd: 0,
     };
+    set(fd, &attr, recursive)
+}
+
+/// Has a mount that was never attached show its files' owners through the map of a user namespace;
+/// `recursive` includes those below.
+///
+/// # Errors
+/// Those of mount_setattr(2): `EINVAL` from a file system that cannot do it.
+pub fn map_ids(fd: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    let attr = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?,
+    };
+    set(fd, &attr, recursive)
+}
+
+fn set(fd: BorrowedFd<'_>, attr: &libc::mount_attr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string, `attr` is a live mount_attr of the size given, and the
     // kernel keeps neither pointer.
@@ -38,7 +57,7 @@ pub fn apply(fd: BorrowedFd<'_>, change: &Change, recursive: bool) -> io::Result
             fd.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<libc::mount_attr>(),
         )
     };

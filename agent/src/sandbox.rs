@@ -20,6 +20,7 @@ use crate::{
     control::{Create, Instructions, MountSource},
     error::{Error, Result},
     events::Events,
+    huge_pages::{HugePages, Reservation},
     launch::Launcher,
     reaper::Reaper,
     spec::{self, Spec},
@@ -97,6 +98,8 @@ pub struct Context {
     pub outputs: Outputs,
     /// Volumes in the guest's memory.
     pub volumes: Arc<Volumes>,
+    /// Its huge pages.
+    pub huge_pages: Arc<HugePages>,
     /// The log.
     pub logger: slog::Logger,
     containers: Mutex<HashMap<String, Entry>>,
@@ -128,6 +131,7 @@ impl Context {
             events: Events::default(),
             outputs: Outputs::default(),
             volumes: Arc::new(Volumes::new(&places.run, &places.share)),
+            huge_pages: Arc::new(HugePages::new(places.owns_machine)),
             logger,
             containers: Mutex::default(),
             pid_holder: tokio::sync::OnceCell::new(),
@@ -161,6 +165,16 @@ impl Context {
     /// Frees a container's id.
     pub fn forget(&self, id: &str) {
         self.containers().remove(id);
+    }
+
+    async fn reserve_huge_pages(&self, spec: &Spec) -> Result<Option<Reservation>> {
+        let Some(resources) = spec.linux.resources.clone() else {
+            return Ok(None);
+        };
+        let pages = Arc::clone(&self.huge_pages);
+        tokio::task::spawn_blocking(move || pages.reserve(&resources))
+            .await
+            .map_err(|error| Error::Internal(format!("reserving huge pages: {error}")))?
     }
 
     /// The cgroup directory that a process is in now.
@@ -223,6 +237,7 @@ impl Context {
                 Some(self.ask(target, command).await?)
             }
         };
+        let huge_pages = self.reserve_huge_pages(&spec).await?;
         let dir = self.places.run.join("containers").join(&id);
         let root_mount = dir.join("rootfs");
         fs::create_dir_all(&root_mount).map_err(|e| Error::io("container directory", e))?;
@@ -240,6 +255,7 @@ impl Context {
             gid_mappings: spec.linux.gid_mappings.clone(),
             time_namespace: spec.linux.namespaces.iter().any(|n| n.kind == "time"),
             cgroup,
+            _huge_pages: huge_pages,
         };
         let instructions = Instructions::Create(Box::new(Create {
             id: id.clone(),
@@ -316,6 +332,27 @@ impl Context {
             })
             .await?;
         Ok(PathBuf::from(format!("/proc/{pid}/ns/pid")))
+    }
+
+    /// Sends SIGTERM to every process of every container, and waits at most `grace` for their end.
+    pub async fn terminate_all(&self, grace: Duration) {
+        let ids: Vec<String> = self.containers().keys().cloned().collect();
+        slog::info!(self.logger, "the containers are asked to end"; "containers" => ids.len(), "grace_ms" => grace.as_millis());
+        let ended = ids.iter().map(|id| async move {
+            let command = |reply| Command::Signal {
+                exec_id: String::new(),
+                signal: libc::SIGTERM,
+                all: true,
+                reply,
+            };
+            // One that has ended meanwhile is what is wanted.
+            let _ = self.ask(id, command).await;
+            let events = self.places.cgroup_base.join(id).join("cgroup.events");
+            let empty = |text: &str| text.lines().any(|line| line == "populated 0");
+            cgroup::watch::until(&events, grace, empty).await
+        });
+        // At once: the grace is one for all.
+        let _ = timeout(grace, futures::future::join_all(ended)).await;
     }
 
     /// Kills every container and waits a little for their output.

@@ -1,13 +1,14 @@
 //! The ttrpc service `brig.agent.Agent` (agent.proto): checks a request's form and passes it on.
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use brig_agent_protocol::{
     agent::{
-        AddNetworkRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest,
-        CreateExecRequest, Empty, Event, ProcessExited, ProcessList, ProcessRef, ProcessStarted,
-        ResizePtyRequest, SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse,
-        UpdateRequest, UpdateVolumeRequest, VolumeRef,
+        AddNetworkRequest, AdjustClockRequest, AdjustClockResponse, ConnectPortRequest,
+        ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited,
+        ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, ShutdownRequest, SignalRequest,
+        StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
+        UpdateVolumeRequest, VolumeRef, update_volume_request,
     },
     agent_ttrpc::Agent,
 };
@@ -15,6 +16,7 @@ use tokio::sync::{OnceCell, mpsc};
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::{
+    clock,
     container::Command,
     error::{Error, Result},
     forward::Forwarder,
@@ -312,7 +314,14 @@ impl Agent for Service {
             return Err(Error::FailedPrecondition("start the sandbox first".into()).into());
         }
         let volumes = Arc::clone(&self.context.volumes);
-        blocking(move || volumes.update(request)).await?;
+        let pages = Arc::clone(&self.context.huge_pages);
+        blocking(move || {
+            if request.kind.enum_value() == Ok(update_volume_request::Kind::HUGE) {
+                pages.allow_more()?;
+            }
+            volumes.update(request)
+        })
+        .await?;
         Ok(Empty::new())
     }
 
@@ -347,7 +356,25 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustClockRequest,
+    ) -> ttrpc::Result<AdjustClockResponse> {
+        if request.offset_ns != 0 && self.context.places.owns_machine {
+            clock::adjust(request.offset_ns)?;
+        }
+        Ok(AdjustClockResponse {
+            unix_time_ns: clock::now(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        if request.grace_ms > 0 {
+            let grace = Duration::from_millis(request.grace_ms);
+            self.context.terminate_all(grace).await;
+        }
         self.context.end_all().await;
         let _ = self.shutdown.send(());
         Ok(Empty::new())

@@ -5,6 +5,7 @@ use brig_agent_protocol::agent::{StartSandboxRequest, StartSandboxResponse};
 use nix::mount::{MsFlags, mount};
 
 use crate::{
+    clock,
     error::{Error, Result},
     init, network,
     sandbox::Context,
@@ -26,7 +27,7 @@ pub async fn sandbox(
         nix::unistd::sethostname(&request.hostname).map_err(|e| Error::io("hostname", e))?;
     }
     if context.places.owns_machine && request.unix_time_ns != 0 {
-        set_clock(request.unix_time_ns)?;
+        clock::set(request.unix_time_ns)?;
     }
     let shm_size = if request.shm_size == 0 {
         DEFAULT_SHM
@@ -51,16 +52,6 @@ pub async fn sandbox(
         kernel_release: release.trim().to_owned(),
         ..Default::default()
     })
-}
-
-fn set_clock(unix_ns: u64) -> Result<()> {
-    use nix::{
-        sys::time::TimeSpec,
-        time::{ClockId, clock_settime},
-    };
-    let part = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let time = TimeSpec::new(part(unix_ns / 1_000_000_000), part(unix_ns % 1_000_000_000));
-    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(|e| Error::io("clock", e))
 }
 
 fn mount_shm(at: &Path, size: u64) -> Result<()> {

@@ -83,6 +83,7 @@ fn mount_source(source: &agent::MountSource) -> Result<MountSource> {
         return Ok(MountSource::Volume {
             id: source.volume.clone(),
             path: source.volume_path.clone(),
+            mapped_on_host: source.mapped_on_host,
         });
     }
     if !source.device.is_empty() {
@@ -93,6 +94,7 @@ fn mount_source(source: &agent::MountSource) -> Result<MountSource> {
     Ok(MountSource::Share {
         path: source.share_path.clone(),
         readonly_on_host: source.readonly_on_host,
+        mapped_on_host: source.mapped_on_host,
     })
 }
 
@@ -155,13 +157,8 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
                 mount.destination
             ));
         }
-        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-            return Err(format!(
-                "mounts {}: uidMappings and gidMappings are not supported",
-                mount.destination
-            ));
-        }
     }
+    init::check_mount_maps(spec)?;
     init::check_sysctl(spec.linux.sysctl.keys())?;
     if let Some(seccomp) = &spec.linux.seccomp {
         init::check_seccomp(seccomp)?;

@@ -464,3 +464,70 @@ async fn the_agent_ends_with_its_connection_and_takes_the_containers_along() {
     guest.stop().await;
     assert_eq!(ends.read_all().await.0, "");
 }
+
+#[tokio::test]
+async fn a_shutdown_with_a_grace_lets_processes_end_and_kills_the_others_after_it() {
+    let mut guest = Guest::start().await;
+    let heeds = "trap 'sleep 0.3; echo going; exit 5' TERM; echo up; while :; do sleep 0.1; done";
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest.started("heeds", &spec(heeds), stdio).await;
+    let (stdio, mut deaf) = guest.stdio(false, false).await;
+    guest
+        .started(
+            "deaf",
+            &spec("trap '' TERM; echo up; while :; do sleep 1; done"),
+            stdio,
+        )
+        .await;
+    // Both have set their traps.
+    for ends in [&mut ends, &mut deaf] {
+        let mut up = [0; 3];
+        ends.stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut up)
+            .await
+            .unwrap();
+        assert_eq!(&up, b"up\n");
+    }
+    let began = Instant::now();
+    let request = ShutdownRequest {
+        grace_ms: 2_000,
+        ..ShutdownRequest::default()
+    };
+    guest.client.shutdown(ctx(), &request).await.unwrap();
+    assert!(
+        began.elapsed() >= Duration::from_secs(2),
+        "the deaf one has its grace too"
+    );
+    assert_eq!(guest.exit_of("heeds", "").await.status, 5);
+    assert_eq!(guest.exit_of("deaf", "").await.status, 137);
+    assert_eq!(ends.read_all().await.0, "going\n");
+    guest.ended().await;
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_as_soon_as_nothing_runs() {
+    let mut guest = Guest::start().await;
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    let script = "trap 'exit 0' TERM; echo up; while :; do sleep 0.1; done";
+    guest.started("heeds", &spec(script), stdio).await;
+    let mut up = [0; 3];
+    ends.stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut up)
+        .await
+        .unwrap();
+    let began = Instant::now();
+    let request = ShutdownRequest {
+        grace_ms: 60_000,
+        ..ShutdownRequest::default()
+    };
+    guest.client.shutdown(ctx(), &request).await.unwrap();
+    assert!(
+        began.elapsed() < Duration::from_secs(30),
+        "it waited for its whole grace"
+    );
+    guest.ended().await;
+}

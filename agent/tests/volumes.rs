@@ -351,3 +351,20 @@ async fn mounts_of_one_container_are_seen_by_those_that_ask_for_them_and_not_out
     assert!(!exists(&guest.dir.path().join("run/volumes/s1")));
     guest.stop().await;
 }
+
+#[tokio::test]
+async fn huge_pages_are_a_file_system_of_their_own_with_the_owner_that_was_told() {
+    let mut guest = Guest::start().await;
+    let mut top = entry("", libc::S_IFDIR | 0o2775, "", 1);
+    top.gid = 2000;
+    put(&guest, update("h1", Kind::HUGE, vec![top])).await;
+    guest.rootfs("c1");
+    let script = "awk '$2 == \"/v\" { print $3 }' /proc/mounts; stat -c '%a %u %g' /v; touch /v/f";
+    let spec = with_volume(script, json!(["rbind"]));
+    let outcome = guest
+        .whole_with("c1", &spec, vec![source(1, "h1", "")])
+        .await;
+    assert_eq!(outcome.stdout, "hugetlbfs\n2775 0 2000\n");
+    assert_eq!(outcome.stderr, "");
+    removed(&guest, "h1").await;
+}

@@ -55,18 +55,23 @@ pub(crate) fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
     set(mount, &attr, change.recursive)
 }
 
-/// Has a mount that was never attached show its files' owners through the map of a user namespace.
+/// Has a mount that was never attached show its files' owners through the map of a user namespace;
+/// `recursive`: the mounts below too.
 ///
 /// # Errors
 /// What the kernel says: `EINVAL` from a file system that cannot do it.
-pub(crate) fn map_ids(mount: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn map_ids(
+    mount: BorrowedFd<'_>,
+    namespace: BorrowedFd<'_>,
+    recursive: bool,
+) -> io::Result<()> {
     let attr = MountAttr {
         attr_set: IDMAP,
         attr_clr: 0,
         propagation: 0,
         userns_fd: u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?,
     };
-    set(mount, &attr, false)
+    set(mount, &attr, recursive)
 }
 
 fn set(mount: BorrowedFd<'_>, attr: &MountAttr, recursive: bool) -> io::Result<()> {

@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+pub use idmap::{IdMap, IdRange};
 pub use namespace::unescape;
 pub use source::RootfsMount;
 
@@ -91,6 +92,16 @@ pub enum ShareError {
         /// What the host said.
         source: io::Error,
     },
+    /// A host path's owners cannot be seen through the pod's map.
+    #[error(
+        "the owners of {} cannot be mapped to the pod's user namespace: {source}{}", path.display(), map_advice(source)
+    )]
+    Unmappable {
+        /// The host's path.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
     /// Something is attached at the path or above it already.
     #[error("{share_path} is already in use in the share")]
     AlreadyAttached {
@@ -138,7 +149,7 @@ pub const GROWING: &str = ".grows";
 
 /// How a mount is shared. `nosuid`, `nodev` and `noexec` always hold on the host's side; the guest's own
 /// mount flags decide inside the guest.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Attributes {
     /// Nothing of it can be written, whatever the guest does.
     pub readonly: bool,
@@ -148,6 +159,8 @@ pub struct Attributes {
     pub recursive: bool,
     /// What the source must be, if it was examined before.
     pub expected: Option<FileId>,
+    /// Owners are seen through this map.
+    pub id_map: Option<IdMap>,
 }
 
 /// Tells a file or directory from any other of the host.
@@ -171,6 +184,8 @@ pub struct LaterMount<'a> {
     pub way: &'a Path,
     /// The mount's number in mountinfo.
     pub id: u64,
+    /// Owners are seen through this map.
+    pub id_map: Option<&'a IdMap>,
 }
 
 /// The share of one running VMM.
@@ -210,6 +225,7 @@ impl Share {
     ) -> Result<(), ShareError> {
         let mount = source::clone(source, attributes.recursive, source::Kind::Directory)?;
         source::expect(&mount, source, attributes.expected)?;
+        map_ids(&mount, source, attributes.id_map.as_ref())?;
         self.attach(mount, share_path, attributes)
     }
 
@@ -225,6 +241,7 @@ impl Share {
     ) -> Result<(), ShareError> {
         let mount = source::clone(source, false, source::Kind::File)?;
         source::expect(&mount, source, attributes.expected)?;
+        map_ids(&mount, source, attributes.id_map.as_ref())?;
         self.attach(mount, share_path, attributes)
     }
 
@@ -253,7 +270,7 @@ impl Share {
         )
     }
 
-    /// Shares a detached mount (of `open_tree` or `fsmount`), whose attributes are set first.
+    /// Shares a detached mount (of `open_tree` or `fsmount`), whose attributes are set first, without a map.
     ///
     /// # Errors
     /// [`ShareError::InvalidPath`], [`ShareError::AlreadyAttached`], [`ShareError::Vmm`], and
@@ -265,7 +282,7 @@ impl Share {
         attributes: Attributes,
     ) -> Result<(), ShareError> {
         let share_path = SharePath::new(share_path)?;
-        seal(&mount, &share_path, attributes)?;
+        seal(&mount, &share_path, &attributes)?;
         namespace::attach(&self.pidfd, &mount, &share_path)
     }
 
@@ -292,7 +309,8 @@ impl Share {
             readonly,
             ..Attributes::default()
         };
-        seal(&mount, &share_path, attributes)?;
+        map_ids(&mount, &later.top.join(later.way), later.id_map)?;
+        seal(&mount, &share_path, &attributes)?;
         namespace::attach_below(&self.pidfd, &mount, &share_path, later.way)
     }
 
@@ -340,8 +358,33 @@ impl Share {
     }
 }
 
+/// What to do when the kernel does not map a mount.
+fn map_advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EINVAL) => {
+            "; its file system, or one mounted below it, has no idmapped mounts (NFS has none; ext4, xfs, \
+             btrfs and tmpfs have): move the volume, or set hostUsers: true"
+        }
+        Some(libc::EPERM) => "; it is mapped already on the node",
+        _ => "",
+    }
+}
+
+fn map_ids(mount: &OwnedFd, path: &Path, map: Option<&IdMap>) -> Result<(), ShareError> {
+    let Some(map) = map else { return Ok(()) };
+    map.map(mount.as_fd())
+        .map_err(|source| ShareError::Unmappable {
+            path: path.to_owned(),
+            source,
+        })
+}
+
 /// Sets every attribute before the mount can be reached by anyone.
-fn seal(mount: &OwnedFd, share_path: &SharePath, attributes: Attributes) -> Result<(), ShareError> {
+fn seal(
+    mount: &OwnedFd,
+    share_path: &SharePath,
+    attributes: &Attributes,
+) -> Result<(), ShareError> {
     let readonly = |asked| if asked { mount_attr::RDONLY } else { 0 };
     let failed = |source| ShareError::Attributes {
         share_path: share_path.to_string(),

@@ -21,6 +21,8 @@ pub const DEFAULT_PATH: &str = "/etc/brig/config.toml";
 pub const MIB: u64 = 1 << 20;
 /// The least guest memory in bytes: below it the kernel and the agent do not fit.
 pub const MIN_MEMORY: u64 = 64 * MIB;
+/// The longest [`Config::shutdown_grace`] in seconds.
+const MAX_GRACE: u32 = 600;
 /// The most guest CPUs.
 pub const MAX_VCPUS: u8 = 64;
 
@@ -45,6 +47,9 @@ pub struct Config {
     pub allow_slow_kvm: bool,
     /// Multiplies every time-out: 1 on hardware, more under emulation.
     pub time_scale: f64,
+    /// Seconds that a pod's processes have between SIGTERM and SIGKILL when the shim is told to end, as it
+    /// is when the node shuts down.
+    pub shutdown_grace: u32,
     /// Where the shim keeps what `delete` needs. Read from the default file alone, because `delete`
     /// is not told the handler's.
     pub state_dir: PathBuf,
@@ -81,6 +86,7 @@ struct File {
     debug_console: Option<bool>,
     allow_slow_kvm: Option<bool>,
     time_scale: Option<f64>,
+    shutdown_grace: Option<u32>,
     state_dir: Option<PathBuf>,
     max_files: Option<u64>,
     pod_annotations: Option<Vec<Key>>,
@@ -176,6 +182,7 @@ impl Config {
             debug_console: false,
             allow_slow_kvm: false,
             time_scale: 1.0,
+            shutdown_grace: 10,
             state_dir: PathBuf::from("/run/brig"),
             max_files: 524_288,
             pod_annotations: Vec::new(),
@@ -207,6 +214,7 @@ impl Config {
         self.debug_console = file.debug_console.unwrap_or(self.debug_console);
         self.allow_slow_kvm = file.allow_slow_kvm.unwrap_or(self.allow_slow_kvm);
         self.time_scale = file.time_scale.unwrap_or(self.time_scale);
+        self.shutdown_grace = file.shutdown_grace.unwrap_or(self.shutdown_grace);
         self.max_files = file.max_files.unwrap_or(self.max_files);
         if let Some(keys) = file.pod_annotations {
             self.pod_annotations = keys;
@@ -237,6 +245,12 @@ impl Config {
         }
         if !(self.time_scale >= 0.1 && self.time_scale <= 100.0) {
             return Err(invalid("time_scale must be 0.1 to 100".to_owned()));
+        }
+        if self.shutdown_grace > MAX_GRACE {
+            return Err(invalid(format!(
+                "shutdown_grace is {} s, but must be at most {MAX_GRACE}",
+                self.shutdown_grace
+            )));
         }
         if self.max_files < 8192 {
             return Err(invalid(
@@ -328,6 +342,8 @@ mod tests {
             ("time_scale = 0.0", "time_scale must be"),
             ("time_scale = nan", "time_scale must be"),
             ("kernel = \"vmlinux\"", "kernel must be an absolute path"),
+            ("shutdown_grace = 601", "shutdown_grace is 601 s"),
+            ("shutdown_grace = -1", "shutdown_grace"),
             ("kernal = \"/x\"", "kernal"),
             ("max_files = 3", "max_files"),
             ("pod_annotations = [\"kernel\"]", "kernel"),

@@ -12,8 +12,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use brig_agent_protocol::agent::{
-    ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
-    ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, SignalRequest,
+    AdjustClockRequest, AdjustClockResponse, ConnectPortRequest, ContainerRef,
+    CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited, ProcessList,
+    ProcessRef, ProcessStarted, ResizePtyRequest, ShutdownRequest, SignalRequest,
     StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest,
     VolumeRef, event,
 };
@@ -93,8 +94,12 @@ pub(crate) struct Behaviour {
     pub(crate) slow_create: Duration,
     /// Processes end by themselves as soon as they are started, even before the answer says so.
     pub(crate) exits_at_once: Option<u32>,
+    /// The guest's clock is ahead by so many seconds.
+    pub(crate) clock_ahead: i64,
     /// StartProcess of this exec fails.
     pub(crate) unstartable: Option<String>,
+    /// What a process writes to each of its outputs before it ends.
+    pub(crate) last_words: &'static str,
 }
 
 /// A node whose VMs are fakes.
@@ -190,7 +195,8 @@ impl Mounts for FakeMounts {
             (true, false) => " ro",
             (true, true) => " ro, writable below",
         };
-        self.0.add(format!("attach {path}{mode}"));
+        let mapped = if how.id_map.is_some() { " mapped" } else { "" };
+        self.0.add(format!("attach {path}{mode}{mapped}"));
         Ok(())
     }
     fn attach_below(&self, path: &str, later: &LaterMount<'_>, readonly: bool) -> Result<()> {
@@ -300,6 +306,7 @@ impl FakeVmm {
             streams: Arc::clone(&self.streams),
             power: Arc::clone(&self.power),
             control: Arc::clone(control),
+            clock_moved: Mutex::new(self.behaviour.clock_ahead * 1_000_000_000),
         };
         self.runtime.spawn(async move {
             stream.set_nonblocking(true).unwrap();
@@ -336,6 +343,8 @@ struct FakeAgent {
     streams: Streams,
     power: Power,
     control: Arc<OwnedFd>,
+    /// Nanoseconds.
+    clock_moved: Mutex<i64>,
 }
 
 impl FakeAgent {
@@ -343,6 +352,17 @@ impl FakeAgent {
     fn end(&self, id: &str, exec_id: &str, status: u32) {
         let numbers = self.processes.lock().unwrap().remove(exec_id);
         for number in numbers.into_iter().flatten() {
+            for end in self
+                .streams
+                .lock()
+                .unwrap()
+                .get(&number)
+                .into_iter()
+                .flatten()
+            {
+                // Standard input's end does not take it.
+                let _ = rustix::io::write(end, self.behaviour.last_words.as_bytes());
+            }
             close(&self.streams, &self.control, number);
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -536,8 +556,30 @@ impl Agent for FakeAgent {
         Ok(Empty::new())
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {
-        self.record.add("shutdown");
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustClockRequest,
+    ) -> Answer<AdjustClockResponse> {
+        let mut moved = self.clock_moved.lock().unwrap();
+        if request.offset_ns != 0 {
+            *moved += request.offset_ns;
+            let seconds = request.offset_ns / 1_000_000_000;
+            self.record.add(format!("clock moved {seconds} s"));
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let now = i64::try_from(now.as_nanos()).unwrap() + *moved;
+        Ok(AdjustClockResponse {
+            unix_time_ns: u64::try_from(now).unwrap(),
+            ..AdjustClockResponse::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Answer<Empty> {
+        self.record.add(match request.grace_ms {
+            0 => "shutdown".to_owned(),
+            grace => format!("shutdown after {grace} ms"),
+        });
         self.power.lock().unwrap().take();
         let both = rustix::net::Shutdown::Both;
         let _ = rustix::net::shutdown(&*self.control, both);

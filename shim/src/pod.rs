@@ -22,6 +22,7 @@ use crate::journal::{Journal, StateDir};
 use crate::process::Exit;
 use crate::spec::{Network, Role};
 use crate::stand_in::StandIn;
+use crate::streaming::Streams;
 use crate::timeline::Timeline;
 use crate::vm::boot::{Boot, News};
 use crate::vm::death::Death;
@@ -52,6 +53,8 @@ pub struct Setup {
     pub publisher: Publisher,
     /// The log.
     pub logger: Logger,
+    /// containerd's streams.
+    pub streams: Streams,
 }
 
 enum Message {
@@ -71,6 +74,8 @@ enum Message {
     Sandbox(sandbox::Ask),
     Shutdown {
         even_if_busy: bool,
+        /// The processes that still run get SIGTERM first, and the configured time.
+        gently: bool,
         reply: oneshot::Sender<bool>,
     },
     Stopped,
@@ -120,9 +125,19 @@ impl PodHandle {
     /// Ends the pod when no container remains (or regardless): the VM is stopped and reaped, and
     /// nothing is left on the host. False when containers remain.
     pub async fn shutdown(&self, even_if_busy: bool) -> bool {
+        self.end(even_if_busy, false).await
+    }
+
+    /// Ends the pod as the node shuts down: what still runs gets SIGTERM, and the configured time for it.
+    pub async fn terminate(&self) {
+        self.end(true, true).await;
+    }
+
+    async fn end(&self, even_if_busy: bool, gently: bool) -> bool {
         let (reply, answer) = oneshot::channel();
         let message = Message::Shutdown {
             even_if_busy,
+            gently,
             reply,
         };
         if self.mailbox.send(message).await.is_err() {
@@ -157,6 +172,8 @@ struct Pod {
     /// Containers of the pod by their pids on the node.
     pids: HashMap<u32, String>,
     oom_scores: oom::OomScores,
+    /// Between SIGTERM and SIGKILL when the node shuts down.
+    grace: Duration,
     timeline: Timeline,
     waiting: Vec<oneshot::Sender<bool>>,
 }
@@ -175,6 +192,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         news: news.clone(),
         removed,
         drain: Duration::from_secs(10),
+        streams: setup.streams.clone(),
     };
     let mut timeline = Timeline::new(setup.began);
     timeline.mark("shim.serving", SystemTime::now());
@@ -188,6 +206,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         sandbox: None,
         pids: HashMap::new(),
         oom_scores: oom::OomScores::default(),
+        grace: Duration::ZERO,
         timeline,
         waiting: Vec::new(),
     };
@@ -261,6 +280,7 @@ impl Pod {
             }
             Message::Shutdown {
                 even_if_busy,
+                gently,
                 reply,
             } => {
                 let busy = self.sandbox.is_some() || !self.containers.is_empty();
@@ -270,7 +290,7 @@ impl Pod {
                     let _ = reply.send(true);
                 } else {
                     self.waiting.push(reply);
-                    self.stop();
+                    self.stop(if gently { self.grace } else { Duration::ZERO });
                 }
             }
             Message::Stopped => {
@@ -363,6 +383,7 @@ impl Pod {
     fn boot(&mut self, wanted: Wanted) -> Boot {
         self.timeline.mark("create.received", SystemTime::now());
         self.context.drain = wanted.config.timeout(10);
+        self.grace = wanted.config.timeout(wanted.config.shutdown_grace);
         if let Network::Path(path) = &wanted.network {
             self.setup.journal.netns = Some(path.clone());
         }
@@ -437,12 +458,12 @@ impl Pod {
         }
         let over = self.containers.is_empty() && self.sandbox.is_none();
         if over && matches!(self.stage, Stage::Up(_)) {
-            self.stop();
+            self.stop(Duration::ZERO);
         }
     }
 
-    /// Ends the VM and undoes what the pod left on the host; repeatable.
-    fn stop(&mut self) {
+    /// Ends the VM, with `grace` for its processes, and undoes what the pod left on the host; repeatable.
+    fn stop(&mut self, grace: Duration) {
         let boot = match std::mem::replace(&mut self.stage, Stage::Stopping) {
             Stage::Up(boot) => Some(boot),
             Stage::Empty => None,
@@ -457,7 +478,7 @@ impl Pod {
         let netns = self.setup.journal.netns.clone();
         tokio::spawn(async move {
             if let Some(boot) = boot {
-                end_vm(&boot).await;
+                end_vm(&boot, grace).await;
                 // A pod that fails at once ends before it has heard of its cgroup.
                 cgroup = cgroup.or_else(|| boot.cgroup());
             }
@@ -500,10 +521,10 @@ impl Pod {
 }
 
 /// Powers off a VM that is up; one that is still booting is killed.
-async fn end_vm(boot: &Boot) {
+async fn end_vm(boot: &Boot, grace: Duration) {
     if let Ok(vm) = boot.launched().await {
         if boot.is_ready() {
-            vm.stop().await;
+            vm.stop(grace).await;
         } else {
             vm.kill();
             vm.ended().await;

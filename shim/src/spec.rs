@@ -3,13 +3,18 @@
 //! Only the fields the shim acts on are parsed, once. So an unknown capability or a field of a newer
 //! runtime-spec is the agent's to judge and never makes the host side fail.
 
+mod id_map;
+mod resources;
+
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
+use brig_hypervisor::share::IdMap;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::hooks::Hooks;
+use resources::Resources;
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
 pub const MAX_SPEC: u64 = 3 << 20;
@@ -46,7 +51,7 @@ struct Root {
 
 /// A mount of the spec.
 #[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Mount {
     /// Where it appears in the container.
     pub destination: String,
@@ -56,6 +61,8 @@ pub struct Mount {
     /// A host path for a bind mount.
     pub source: Option<String>,
     options: Option<Vec<String>>,
+    uid_mappings: Option<Vec<id_map::Mapping>>,
+    gid_mappings: Option<Vec<id_map::Mapping>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -71,6 +78,8 @@ struct Linux {
     namespaces: Option<Vec<Namespace>>,
     resources: Option<Resources>,
     sysctl: Option<BTreeMap<String, String>>,
+    uid_mappings: Option<Vec<id_map::Mapping>>,
+    gid_mappings: Option<Vec<id_map::Mapping>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -79,18 +88,6 @@ struct Namespace {
     #[serde(rename = "type")]
     kind: String,
     path: Option<String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Resources {
-    memory: Option<Memory>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Memory {
-    limit: Option<i64>,
 }
 
 /// What a container is to its pod.
@@ -146,6 +143,8 @@ pub struct BindMount {
     pub recursive: bool,
     /// What happens with mounts that are made later.
     pub propagation: Propagation,
+    /// How its owners are seen, if not as they are.
+    pub id_map: Option<IdMap>,
 }
 
 /// Whether mounts made later below a bind mount's source are seen on the other side.
@@ -299,15 +298,15 @@ impl Spec {
     /// The container's memory limit in bytes, if it has one.
     #[must_use]
     pub fn memory_limit(&self) -> Option<u64> {
-        let limit = self
-            .linux
-            .as_ref()?
-            .resources
-            .as_ref()?
-            .memory
-            .as_ref()?
-            .limit?;
-        u64::try_from(limit).ok().filter(|&limit| limit > 0)
+        self.linux.as_ref()?.resources.as_ref()?.memory_limit()
+    }
+
+    /// What the container may use of 2 MiB huge pages, in bytes.
+    #[must_use]
+    pub fn huge_pages(&self) -> u64 {
+        let linux = self.linux.as_ref();
+        let resources = linux.and_then(|linux| linux.resources.as_ref());
+        resources.map_or(0, Resources::huge_pages)
     }
 
     /// The OOM score adjustment of the container's process.
@@ -353,6 +352,21 @@ impl Spec {
         bundle.join(if path.is_empty() { "rootfs" } else { path })
     }
 
+    fn id_map_of(&self, mount: &Mount) -> Result<Option<IdMap>> {
+        let linux = self.linux.as_ref();
+        let users = linux.and_then(|linux| linux.uid_mappings.as_deref());
+        let groups = linux.and_then(|linux| linux.gid_mappings.as_deref());
+        id_map::of_mount(
+            &mount.destination,
+            mount.options.as_deref().unwrap_or_default(),
+            (
+                mount.uid_mappings.as_deref().unwrap_or_default(),
+                mount.gid_mappings.as_deref().unwrap_or_default(),
+            ),
+            (users.unwrap_or_default(), groups.unwrap_or_default()),
+        )
+    }
+
     /// The mounts whose source is a path of the host; everything else is the agent's.
     ///
     /// # Errors
@@ -390,6 +404,7 @@ impl Spec {
                 } else {
                     Propagation::Private
                 },
+                id_map: self.id_map_of(mount)?,
             });
         }
         Ok(found)
@@ -438,7 +453,9 @@ mod tests {
             r#"{"mounts":[{"destination":"/proc","type":"proc","source":"proc"},
             {"destination":"/a","type":"bind","source":"/srv/a","options":["rbind","ro"]},
             {"destination":"/dev/shm","type":"tmpfs","source":"shm"},
-            {"destination":"/b","source":"/srv/b","options":["bind"]}]}"#,
+            {"destination":"/b","source":"/srv/b","options":["bind"],
+             "uidMappings":[{"containerID":0,"hostID":7,"size":1}],
+             "gidMappings":[{"containerID":0,"hostID":8,"size":1}]}]}"#,
         );
         let mounts = spec.bind_mounts().unwrap();
         assert_eq!(mounts.len(), 2);
@@ -446,6 +463,7 @@ mod tests {
         assert!(mounts[0].readonly && mounts[0].recursive);
         assert_eq!(mounts[0].propagation, Propagation::Private);
         assert!(!mounts[1].readonly && !mounts[1].recursive);
+        assert!(mounts[0].id_map.is_none() && mounts[1].id_map.is_some());
     }
 
     #[test]

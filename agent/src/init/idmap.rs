@@ -42,11 +42,18 @@ pub fn check(linux: &Linux) -> std::result::Result<(), String> {
         if !wanted && !map.is_empty() {
             return Err(format!("linux.{field} needs a user namespace"));
         }
-        if map.len() > MAX_MAPPINGS {
-            return Err(format!(
-                "linux.{field} has more than {MAX_MAPPINGS} entries"
-            ));
-        }
+        check_length(&format!("linux.{field}"), map)?;
+    }
+    Ok(())
+}
+
+/// Refuses a map that the kernel has no room for.
+///
+/// # Errors
+/// A sentence naming the field.
+pub fn check_length(field: &str, map: &[IdMapping]) -> std::result::Result<(), String> {
+    if map.len() > MAX_MAPPINGS {
+        return Err(format!("{field} has more than {MAX_MAPPINGS} entries"));
     }
     Ok(())
 }
@@ -61,7 +68,8 @@ fn translate(map: &[IdMapping], id: u32) -> Option<u32> {
     })
 }
 
-fn map_file(map: &[IdMapping]) -> String {
+/// The text of a `uid_map`.
+pub fn map_file(map: &[IdMapping]) -> String {
     map.iter()
         .map(|m| format!("{} {} {}\n", m.container_id, m.host_id, m.size))
         .collect()

@@ -10,6 +10,7 @@ mod guest_devices;
 mod holder;
 mod idmap;
 mod lookup;
+mod mapped;
 mod mounts;
 mod namespaces;
 mod options;
@@ -33,6 +34,7 @@ use self::idmap::Ids;
 use crate::control::{self, CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
 
 pub use idmap::check as check_user_namespace;
+pub use mapped::check as check_mount_maps;
 pub use process::check as check_process;
 pub use root::{clone_from_share, clone_mount};
 pub use seccomp::check as check_seccomp;
@@ -174,6 +176,7 @@ fn close_on_exec() -> Result<()> {
 fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     let spec = &create.spec;
     let ids = Ids::new(&spec.linux.uid_mappings, &spec.linux.gid_mappings);
+    let maps = mapped::Maps::prepare(create)?;
     let Some(child) = namespaces::fork_container(agent, create, &ids)? else {
         return Ok(());
     };
@@ -190,7 +193,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     // Before the mounts become private: a copy of a shared one hears of what is mounted below it.
     let volumes = mounts::clone_volumes(create)?;
     let container_root = root::Root::prepare(create, &ids)?;
-    let needs_devices = mounts::mount_all(create, &container_root, volumes, &ids)?;
+    let needs_devices = mounts::mount_all(create, &container_root, volumes, (&ids, &maps))?;
     if needs_devices {
         devices::make(agent, &container_root, &spec.linux, &ids)?;
     }

@@ -21,6 +21,7 @@ use rustix::{
 use super::{
     Context as _, Failure, Result,
     idmap::Ids,
+    mapped::Maps,
     options::{self, Options},
     root::{Missing, Root, attach_on, clone_from_share, clone_mount},
 };
@@ -35,7 +36,7 @@ use crate::{
 pub fn clone_volumes(create: &Create) -> Result<BTreeMap<u32, OwnedFd>> {
     let mut volumes = BTreeMap::new();
     for (index, source) in &create.mount_sources {
-        if let MountSource::Volume { id, path } = source {
+        if let MountSource::Volume { id, path, .. } = source {
             let copy = volume::clone_for_container(&create.volumes, id, path)
                 .during(format_args!("mounting {path:?} of the volume {id}"))?;
             volumes.insert(*index, copy);
@@ -50,19 +51,21 @@ pub fn mount_all(
     create: &Create,
     root: &Root,
     mut volumes: BTreeMap<u32, OwnedFd>,
-    ids: &Ids,
+    (ids, maps): (&Ids, &Maps),
 ) -> Result<bool> {
     let mut needs_devices = true;
     for (index, mount) in create.spec.mounts.iter().enumerate() {
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         let source = create.mount_sources.get(&index);
         let volume = volumes.remove(&index);
-        let bind = mount_one(create, root, mount, (source, volume), ids).map_err(|e| {
-            Failure(format!(
-                "mounting {:?} at {}: {e}",
-                mount.kind, mount.destination
-            ))
-        })?;
+        let bind = mount_one(create, root, (index, mount), (source, volume), (ids, maps)).map_err(
+            |e| {
+                Failure(format!(
+                    "mounting {:?} at {}: {e}",
+                    mount.kind, mount.destination
+                ))
+            },
+        )?;
         if bind && matches!(mount.destination.trim_end_matches('/'), "/dev") {
             needs_devices = false;
         }
@@ -73,16 +76,18 @@ pub fn mount_all(
 fn mount_one(
     create: &Create,
     root: &Root,
-    mount: &Mount,
+    (index, mount): (u32, &Mount),
     (source, volume): (Option<&MountSource>, Option<OwnedFd>),
-    ids: &Ids,
+    (ids, maps): (&Ids, &Maps),
 ) -> Result<bool> {
     let mut options = options::parse(&mount.options);
     map_owner(&mount.kind, &mut options, ids)?;
     let bind = options.bind.is_some() || mount.kind == "bind" || source.is_some();
     let (tree, is_dir) = if bind {
         let recursive = options.bind.unwrap_or(true);
-        bind_source(create, mount, (source, volume), recursive)?
+        let (tree, is_dir) = bind_source(create, mount, (source, volume), recursive)?;
+        maps.apply(index, tree.as_fd())?;
+        (tree, is_dir)
     } else {
         (new_file_system(root, mount, &options)?, true)
     };

@@ -26,6 +26,8 @@ pub struct Options {
     pub data: Vec<(String, Option<String>)>,
     /// `ro` was the last word about writing.
     pub readonly: bool,
+    /// Owners are mapped: `Some(recursive)`, for the mounts below too.
+    pub idmap: Option<bool>,
 }
 
 /// A propagation option, e.g. `rslave`.
@@ -103,6 +105,8 @@ pub fn parse(options: &[String]) -> Options {
             "defaults" => {}
             "bind" => parsed.bind = parsed.bind.or(Some(false)),
             "rbind" => parsed.bind = Some(true),
+            "idmap" => parsed.idmap = parsed.idmap.or(Some(false)),
+            "ridmap" => parsed.idmap = Some(true),
             _ => {
                 if let Some(attr) = attribute(option) {
                     apply(&mut parsed.own, &attr);
@@ -164,8 +168,8 @@ mod tests {
 
     #[test]
     fn recursive_forms_are_not_confused_with_plain_ones() {
-        let got = parsed(&["rbind", "rro", "rslave", "relatime"]);
-        assert_eq!(got.bind, Some(true));
+        let got = parsed(&["rbind", "rro", "rslave", "relatime", "ridmap"]);
+        assert_eq!((got.bind, got.idmap), (Some(true), Some(true)));
         assert_eq!(got.below.set, libc::MOUNT_ATTR_RDONLY);
         assert_eq!(
             got.propagation,

@@ -15,7 +15,7 @@ use rustix::{
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
-use super::{Context as _, Failure, Result, idmap::Ids};
+use super::{Context as _, Failure, Result, idmap::Ids, mapped};
 use crate::{control::Create, mount_attr};
 
 /// A directory that paths are resolved in.
@@ -128,8 +128,8 @@ impl Root {
                     | OFlags::RDONLY
                     | OFlags::CLOEXEC
                     | OFlags::NONBLOCK;
-                let file =
-                    openat(&parent, *last, flags, Mode::from_raw_mode(0o644)).during(path)?;
+                let make = || openat(&parent, *last, flags, Mode::from_raw_mode(0o644));
+                let file = self.make(make).during(path)?;
                 self.own(&parent, last).during(path)?;
                 file
             }
@@ -165,7 +165,7 @@ impl Root {
     }
 
     fn make_dir(&self, parent: &OwnedFd, name: &str) -> rustix::io::Result<OwnedFd> {
-        match mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
+        match self.make(|| mkdirat(parent, name, Mode::from_raw_mode(0o755))) {
             Ok(()) => self.own(parent, name)?,
             Err(Errno::EXIST) => {}
             Err(error) => return Err(error),
@@ -176,6 +176,14 @@ impl Root {
             OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             Mode::empty(),
         )
+    }
+
+    /// Makes something, as the container's root where the guest's is nobody: on a mapped volume.
+    fn make<T>(&self, make: impl Fn() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+        match make() {
+            Err(Errno::OVERFLOW) if self.owner != (0, 0) => mapped::as_owner(self.owner, make),
+            other => other,
+        }
     }
 
     /// Gives what was just made to the container's root.

@@ -24,7 +24,7 @@ use rustix::{
 
 use crate::{
     error::{Error, Result},
-    init,
+    huge_pages, init,
     mount_attr::{self, Change},
     validate,
 };
@@ -146,7 +146,7 @@ impl Volumes {
         }
         let content = match request.kind.enum_value() {
             Ok(Kind::REPLICA) => Content::Replica(Replica::default()),
-            Ok(Kind::MEMORY) => Content::Memory,
+            Ok(Kind::MEMORY | Kind::HUGE) => Content::Memory,
             Ok(Kind::SHARED) => Content::Shared,
             Err(kind) => {
                 return Err(Error::InvalidArgument(format!(
@@ -161,7 +161,11 @@ impl Volumes {
                 validate::share_path(&request.share_path)?;
                 mount_shared(&self.share, &request.share_path, &at)
             }
-            Content::Replica(_) | Content::Memory => mount_memory(&at, request.size),
+            Content::Memory if request.kind.enum_value() == Ok(Kind::HUGE) => {
+                let pages = format!("pagesize={}", huge_pages::PAGE);
+                mount_memory("hugetlbfs", &at, Some(&pages), request.size)
+            }
+            Content::Replica(_) | Content::Memory => mount_memory("tmpfs", &at, None, request.size),
         };
         let top = top.map_err(|error| Error::io(format_args!("volume {}", request.id), error))?;
         let volume = Arc::new(Mutex::new(Volume {
@@ -193,17 +197,25 @@ impl Volumes {
     }
 }
 
-/// Mounts a tmpfs of `size` bytes (0: the kernel's default) at `at`; returns its top directory.
-fn mount_memory(at: &Path, size: u64) -> std::io::Result<OwnedFd> {
+/// Mounts a file system in memory of `size` bytes (0: the kernel's default) at `at`; returns its top
+/// directory.
+fn mount_memory(
+    kind: &str,
+    at: &Path,
+    option: Option<&str>,
+    size: u64,
+) -> std::io::Result<OwnedFd> {
     fs::create_dir_all(at)?;
-    let mut data = "mode=755".to_owned();
-    if size != 0 {
-        data.push_str(&format!(",size={size}"));
-    }
+    let size = (size != 0).then(|| format!("size={size}"));
+    let options = ["mode=755"]
+        .into_iter()
+        .chain(option)
+        .chain(size.as_deref());
+    let data = options.collect::<Vec<_>>().join(",");
     mount(
-        Some("tmpfs"),
+        Some(kind),
         at,
-        Some("tmpfs"),
+        Some(kind),
         MsFlags::empty(),
         Some(data.as_str()),
     )

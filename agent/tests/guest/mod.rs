@@ -356,8 +356,14 @@ impl Guest {
     }
 
     /// Ends the agent and waits for it.
-    pub async fn stop(mut self) {
-        self.client.shutdown(ctx(), &Empty::new()).await.unwrap();
+    pub async fn stop(self) {
+        let at_once = ShutdownRequest::new();
+        self.client.shutdown(ctx(), &at_once).await.unwrap();
+        self.ended().await;
+    }
+
+    /// Waits for the agent's end.
+    pub async fn ended(mut self) {
         let status = tokio::task::spawn_blocking(move || self.child.wait())
             .await
             .unwrap()

@@ -1,15 +1,16 @@
-//! Root file systems of pods with a user namespace, as containerd 2.x describes them: an overlay with the
-//! options `uidmap=` and `gidmap=`, whose layers are to be seen through that map.
+//! Files of a pod with a user namespace, whose owners are seen through a map (idmapped mounts).
 //!
-//! The kernel's overlay knows no such options: each layer is cloned, the clone is mapped and mounted over
-//! the layer itself, in the throw-away namespace where the overlay is then mounted. The upper directory
-//! is not mapped; containerd has given it to the map's root.
+//! A volume's clone is mapped before anyone can reach it. A root file system is, as containerd 2.x describes
+//! it, an overlay with the options `uidmap=` and `gidmap=`, which the kernel's overlay does not know: each
+//! layer is cloned, the clone is mapped and mounted over the layer itself, in the throw-away namespace
+//! where the overlay is then mounted. The upper directory is not mapped; containerd has given it to the
+//! map's root.
 //!
-//! Trusted: the options, which containerd wrote.
+//! Trusted: the maps, which containerd wrote.
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -22,14 +23,64 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::mount_attr;
 
-/// Ids of the user namespace and what they are on the file system, as `/proc/PID/uid_map` takes them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct IdMap {
+/// A range of ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdRange {
+    /// The first one on the file system.
+    pub stored: u32,
+    /// What it is seen as.
+    pub seen: u32,
+    /// How many.
+    pub length: u32,
+}
+
+/// Ids of files and what they are seen as, as `/proc/PID/uid_map` takes them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct IdMap {
     users: String,
     groups: String,
+    below: bool,
 }
 
 impl IdMap {
+    /// A map of users and groups; `below` maps the mounts below too. Ids that are in no range are seen as
+    /// the kernel's overflow id.
+    #[must_use]
+    pub fn new(users: &[IdRange], groups: &[IdRange], below: bool) -> Self {
+        let text = |ranges: &[IdRange]| {
+            let line = |range: &IdRange| {
+                let IdRange {
+                    stored,
+                    seen,
+                    length,
+                } = range;
+                format!("{stored} {seen} {length}\n")
+            };
+            ranges.iter().map(line).collect()
+        };
+        Self {
+            users: text(users),
+            groups: text(groups),
+            below,
+        }
+    }
+
+    /// Whether the mounts below are mapped too.
+    #[must_use]
+    pub fn maps_below(&self) -> bool {
+        self.below
+    }
+
+    /// Maps a clone that was never attached.
+    ///
+    /// # Errors
+    /// What the kernel says: `EINVAL` from a file system that cannot be mapped, `EPERM` for what is mapped
+    /// already.
+    pub(crate) fn map(&self, clone: BorrowedFd<'_>) -> io::Result<()> {
+        let namespace = self.namespace()?;
+        mount_attr::map_ids(clone, namespace.as_fd(), self.below)
+    }
+
     /// Takes the map out of an overlay's options.
     ///
     /// # Errors
@@ -45,6 +96,7 @@ impl IdMap {
             (Some(users), Some(groups)) => Ok(Some(Self {
                 users: lines(&users)?,
                 groups: lines(&groups)?,
+                below: false,
             })),
             _ => Err(invalid("uidmap and gidmap come together")),
         }
@@ -66,7 +118,7 @@ impl IdMap {
         for layer in layers.split(':').map(Path::new) {
             let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
             let clone = open_tree(CWD, layer, flags)?;
-            mount_attr::map_ids(clone.as_fd(), namespace.as_fd())?;
+            mount_attr::map_ids(clone.as_fd(), namespace.as_fd(), false)?;
             let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
             move_mount(&clone, "", CWD, layer, empty)?;
         }
@@ -153,6 +205,19 @@ mod tests {
         assert_eq!(map.groups, "0 1 2\n5 6 7\n");
         assert_eq!(options, ["lowerdir=/a"]);
         assert_eq!(IdMap::take(&mut options).unwrap(), None);
+    }
+
+    #[test]
+    fn ranges_are_lines_of_the_file_systems_ids_first() {
+        let range = |stored, seen, length| IdRange {
+            stored,
+            seen,
+            length,
+        };
+        let users = [range(0, 200_000, 1000), range(1000, 7, 1)];
+        let map = IdMap::new(&users, &[range(0, 1, 2)], true);
+        assert_eq!(map.users, "0 200000 1000\n1000 7 1\n");
+        assert_eq!(map.groups, "0 1 2\n");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use brig_hypervisor::jail::allow;
-use brig_hypervisor::share::{FileId, LaterMount, RootfsMount};
+use brig_hypervisor::share::{FileId, IdMap, IdRange, LaterMount, RootfsMount};
 
 use super::*;
 
@@ -263,6 +263,7 @@ fn later_mounts_of_the_host_appear_only_if_asked_for() {
         ..Attributes::default()
     };
     for name in ["private", "follows.grows"] {
+        let recursive = recursive.clone();
         share.attach_dir(volume.path(), name, recursive).unwrap();
     }
     mount_tmpfs(&later);
@@ -326,6 +327,7 @@ fn made_later<'a>(top: &'a Path, way: &'a Path, id: u64) -> LaterMount<'a> {
         },
         way,
         id,
+        id_map: None,
     }
 }
 
@@ -416,13 +418,81 @@ fn a_source_that_is_not_what_was_examined_is_not_shared() {
         expected,
         ..Attributes::default()
     };
-    share.attach_dir(one.path(), "v", attributes).unwrap();
+    share
+        .attach_dir(one.path(), "v", attributes.clone())
+        .unwrap();
     let refused = share.attach_dir(two.path(), "w", attributes);
     assert!(
         matches!(refused, Err(ShareError::Moved { .. })),
         "{refused:?}"
     );
     detach(&share, "v");
+}
+
+#[test]
+fn owners_are_seen_through_the_map_of_a_mount() {
+    let (jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir_in("/dev/shm").unwrap();
+    mount_tmpfs(volume.path());
+    let below = volume.path().join("below");
+    fs::create_dir(&below).unwrap();
+    mount_tmpfs(&below);
+    // Nobody writes to a directory whose owner is in no map.
+    for directory in [volume.path(), &below] {
+        std::os::unix::fs::chown(directory, Some(1000), Some(2000)).unwrap();
+    }
+    // The VMM's root is the host's 1000 there.
+    let range = |stored| IdRange {
+        stored,
+        seen: 0,
+        length: 1,
+    };
+    for (map_below, owner_below) in [(false, 0), (true, 1000)] {
+        let mapped = Attributes {
+            recursive: true,
+            id_map: Some(IdMap::new(&[range(1000)], &[range(2000)], map_below)),
+            ..Attributes::default()
+        };
+        share.attach_dir(volume.path(), "v", mapped).unwrap();
+        assert_eq!(jailed.ask("write /shared/v/new"), "written");
+        let made = fs::metadata(volume.path().join("new")).unwrap();
+        assert_eq!((made.uid(), made.gid()), (1000, 2000));
+        assert_eq!(jailed.ask("write /shared/v/below/new"), "written");
+        let made = fs::metadata(below.join("new")).unwrap();
+        assert_eq!(made.uid(), owner_below);
+        for made in [volume.path(), &below] {
+            fs::remove_file(made.join("new")).unwrap();
+        }
+        detach(&share, "v");
+    }
+    unmount(&below);
+    unmount(volume.path());
+}
+
+#[test]
+fn a_file_system_without_maps_is_refused_with_the_fix() {
+    let (_jailed, share) = Jailed::start();
+    let volume = tempfile::tempdir_in("/dev/shm").unwrap();
+    let status = Command::new("mount")
+        .args(["-t", "ramfs", "brig-test"])
+        .arg(volume.path())
+        .status();
+    assert!(status.unwrap().success());
+    let all = [IdRange {
+        stored: 0,
+        seen: 200_000,
+        length: 65_536,
+    }];
+    let mapped = Attributes {
+        id_map: Some(IdMap::new(&all, &all, false)),
+        ..Attributes::default()
+    };
+    let error = share.attach_dir(volume.path(), "v", mapped).unwrap_err();
+    assert!(
+        matches!(error, ShareError::Unmappable { .. }) && error.to_string().contains("hostUsers"),
+        "{error}"
+    );
+    unmount(volume.path());
 }
 
 #[test]
@@ -464,7 +534,9 @@ fn mounts_below_a_shared_directory_go_with_it() {
         readonly: true,
         ..Attributes::default()
     };
-    share.attach_dir(volume.path(), "v", recursive).unwrap();
+    share
+        .attach_dir(volume.path(), "v", recursive.clone())
+        .unwrap();
     assert_eq!(jailed.ask("read /shared/v/below/deep"), "d");
     assert_eq!(
         jailed.ask("write /shared/v/below/x"),

@@ -176,14 +176,16 @@ impl Pod {
             config,
             ..
         } = creation;
+        let cgroups_path = pod.cgroups_path(&self.setup.namespace, &self.setup.id);
         let boot = self.boot(Wanted {
             hostname: pod.hostname.clone(),
             sysctls: pod.sysctls.clone(),
             network,
             memory: pod.memory,
+            huge_pages: super::wanted::huge_pages_of_pod(Some(&cgroups_path)),
             cpus: pod.cpus,
             shm_size: 0,
-            cgroup_path: Some(pod.cgroups_path(&self.setup.namespace, &self.setup.id)),
+            cgroup_path: Some(cgroups_path),
             // As CRI sets it for a sandbox container.
             oom_score_adj: -998,
             config,
@@ -269,7 +271,7 @@ impl Pod {
         }
         let (told, stopped) = oneshot::channel();
         self.waiting.push(told);
-        self.stop();
+        self.stop(std::time::Duration::ZERO);
         tokio::spawn(async move {
             let _ = stopped.await;
             let _ = reply.send(());

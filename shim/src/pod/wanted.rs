@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::cgroup;
 use crate::config::{Config, MAX_VCPUS, MIB};
 use crate::error::Result;
 use crate::spec::{Network, Role, Spec};
@@ -24,6 +25,8 @@ pub(super) struct Wanted {
     pub(super) network: Network,
     /// What its containers may use of memory, in bytes.
     pub(super) memory: Option<u64>,
+    /// And of huge pages beside it, in bytes.
+    pub(super) huge_pages: u64,
     /// And of CPUs.
     pub(super) cpus: Option<u64>,
     /// Size of its `/dev/shm` in bytes; 0 for the usual.
@@ -56,6 +59,11 @@ impl Wanted {
             } else {
                 spec.memory_limit()
             },
+            huge_pages: if sandbox {
+                huge_pages_of_pod(spec.cgroups_path())
+            } else {
+                spec.huge_pages()
+            },
             cpus: spec.sandbox_cpus(),
             shm_size: spec.sandbox_shm().map_or(0, file_system_size),
             cgroup_path: spec.cgroups_path().map(str::to_owned),
@@ -67,7 +75,8 @@ impl Wanted {
     /// The VM of the pod `id`, and what its agent is told.
     pub(super) fn plan(self, id: &str) -> (Plan, Sandbox) {
         let mut config = self.config;
-        let memory = guest_memory(self.memory, config.memory, node_memory());
+        let limits = (self.memory, self.huge_pages);
+        let memory = guest_memory(limits, config.memory, node_memory());
         config.vcpus = guest_cpus(self.cpus, config.vcpus);
         let sandbox = Sandbox {
             id: id.to_owned(),
@@ -88,15 +97,24 @@ impl Wanted {
     }
 }
 
-/// Guest memory in bytes for a pod whose containers may use `limit`: never less than the handler's,
-/// because a container without a limit is not counted in it, and never more than the node's.
-fn guest_memory(limit: Option<u64>, configured: u64, node: u64) -> u64 {
+/// Guest memory in bytes for a pod whose containers may use `limit`, and huge pages beside it: never less
+/// than the handler's, because a container without a limit is not counted in it, and never more than the
+/// node's.
+fn guest_memory((limit, huge_pages): (Option<u64>, u64), configured: u64, node: u64) -> u64 {
     let wanted = limit.map_or(0, |limit| {
         // Of all the guest's memory one part in 64 is descriptors, so 63 remain.
         let described = limit.saturating_add(limit.div_ceil(PAGE_DESCRIPTORS - 1));
         described.saturating_add(GUEST_OVERHEAD)
     });
+    let wanted = configured.max(wanted).saturating_add(huge_pages);
     configured.max(wanted.min(node))
+}
+
+/// Bytes of huge pages that kubelet lets a pod have: containerd does not say it, kubelet's cgroup does.
+pub(super) fn huge_pages_of_pod(cgroups_path: Option<&str>) -> u64 {
+    cgroups_path
+        .and_then(cgroup::huge_pages_of_parent)
+        .unwrap_or(0)
 }
 
 /// Guest CPUs for a pod whose containers may use `limit`: never fewer than the handler's, never more
@@ -135,7 +153,15 @@ mod tests {
             (Some(3024 * MIB), 3024 + 48 + 64),
             (Some(u64::MAX), 4096),
         ] {
-            assert_eq!(guest_memory(limit, default, node), expected * MIB);
+            assert_eq!(guest_memory((limit, 0), default, node), expected * MIB);
+        }
+        for (limit, huge_pages, expected) in [
+            (None, 100, 356),
+            (Some(3024 * MIB), 100, 3024 + 48 + 64 + 100),
+            (None, u64::MAX >> 20, 4096),
+        ] {
+            let limits = (limit, huge_pages * MIB);
+            assert_eq!(guest_memory(limits, default, node), expected * MIB);
         }
         assert_eq!(guest_cpus(None, 1), 1);
         assert_eq!(guest_cpus(Some(1), 2), 2);

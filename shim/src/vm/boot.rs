@@ -17,6 +17,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context;
 
+use super::clock;
 use super::control::{Control, ControlError, Incoming};
 use super::lines;
 use super::plug::Late;
@@ -350,6 +351,7 @@ async fn bring_up(
     subscribe(vm, news.clone(), logger).await?;
     tokio::spawn(report_counters(Arc::clone(vm), news.clone(), executed));
     tokio::spawn(watch_agent(Arc::downgrade(vm), logger.clone()));
+    tokio::spawn(clock::keep(Arc::clone(vm), logger.clone()));
     Ok(())
 }
 

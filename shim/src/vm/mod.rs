@@ -5,6 +5,7 @@
 //! is tested without either. The VMM and the agent are not trusted: every call is bounded in time.
 
 pub mod boot;
+mod clock;
 pub mod control;
 pub mod death;
 pub mod host;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use brig_agent_protocol::agent::Empty;
+use brig_agent_protocol::agent::ShutdownRequest;
 use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_agent_protocol::{FIRST_PROCESS_STREAM, STREAM_PORT, stream_header};
 use brig_hypervisor::control::{RequestBody, StreamConfig, VmConfig};
@@ -416,16 +417,21 @@ impl Vm {
         self.kill.notify_one();
     }
 
-    /// Powers the guest off, or kills it when it does not, and waits until the VMM is reaped.
-    pub async fn stop(&self) -> Death {
+    /// Powers the guest off, or kills it when it does not, and waits until the VMM is reaped. Its processes
+    /// get SIGTERM and `grace` before that, unless it is zero.
+    pub async fn stop(&self, grace: Duration) -> Death {
+        let request = ShutdownRequest {
+            grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+            ..ShutdownRequest::default()
+        };
         let shutdown = async {
             let _ = self
                 .agent
-                .shutdown(context::Context::default(), &Empty::new())
+                .shutdown(context::Context::default(), &request)
                 .await;
             self.ended().await
         };
-        if let Ok(death) = timeout(self.timeouts.stop, shutdown).await {
+        if let Ok(death) = timeout(self.timeouts.stop + grace, shutdown).await {
             return death;
         }
         self.kill();

@@ -59,7 +59,8 @@ fn refused(error: &ShareError) -> Error {
     let kind = match error {
         ShareError::InvalidPath { .. }
         | ShareError::Kind { .. }
-        | ShareError::KernelFileSystem { .. } => Kind::InvalidArgument,
+        | ShareError::KernelFileSystem { .. }
+        | ShareError::Unmappable { .. } => Kind::InvalidArgument,
         ShareError::Source { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             Kind::NotFound
         }

@@ -58,6 +58,13 @@ pub enum Class {
         /// What of it is mounted; empty for all.
         inside: PathBuf,
     },
+    /// Huge pages of the guest, shared by the pod's containers.
+    Huge {
+        /// The host's hugetlbfs.
+        top: PathBuf,
+        /// What of it is mounted; empty for all.
+        inside: PathBuf,
+    },
     /// A node of the guest's own /dev.
     Device(&'static str),
 }
@@ -88,8 +95,19 @@ pub fn classify(bind: &BindMount, table: &MountTable) -> Result<Class> {
         return Ok(class);
     }
     let source = fs::canonicalize(&bind.source).map_err(refused)?;
-    if let Some(class) = memory(bind, &source, table)? {
+    if let Some(class) = memory(&source, table) {
         return Ok(class);
+    }
+    if table
+        .of(&source)
+        .is_some_and(|mounted| mounted.kind == "hugetlbfs")
+    {
+        return Err(Error::invalid(format!(
+            "mount on {}: {} has huge pages of the node, which a VM cannot map; use an emptyDir of medium \
+             HugePages-2Mi",
+            bind.destination,
+            shown(&bind.source)
+        )));
     }
     Ok(replica(bind, &source, metadata.file_type()).unwrap_or(Class::Share))
 }
@@ -135,31 +153,20 @@ fn special(bind: &BindMount, metadata: &Metadata) -> Result<Option<Class>> {
     Ok(None)
 }
 
-/// An emptyDir of medium Memory, or a directory in one.
-fn memory(bind: &BindMount, source: &Path, table: &MountTable) -> Result<Option<Class>> {
-    let Some((mounted, inside)) = table.place(source) else {
-        return Ok(None);
-    };
+/// An emptyDir of medium Memory or HugePages, or a directory in one.
+fn memory(source: &Path, table: &MountTable) -> Option<Class> {
+    let (mounted, inside) = table.place(source)?;
     if !matches!(mounted.kind.as_str(), "tmpfs" | "hugetlbfs") {
-        return Ok(None);
+        return None;
     }
     let top = table
         .tops(mounted.device)
-        .find(|top| volume(&top.point).is_some_and(|(plugin, _)| plugin == EMPTY_DIR));
-    let Some(top) = top else {
-        return Ok(None);
-    };
-    if mounted.kind == "hugetlbfs" {
-        return Err(Error::invalid(format!(
-            "mount on {}: an emptyDir of huge pages is the node's memory, which a VM cannot map; \
-             use medium Memory",
-            bind.destination
-        )));
-    }
-    Ok(Some(Class::Memory {
-        top: top.point.clone(),
-        inside,
-    }))
+        .find(|top| volume(&top.point).is_some_and(|(plugin, _)| plugin == EMPTY_DIR))?;
+    let top = top.point.clone();
+    Some(match mounted.kind.as_str() {
+        "tmpfs" => Class::Memory { top, inside },
+        _ => Class::Huge { top, inside },
+    })
 }
 
 fn replica(bind: &BindMount, source: &Path, kind: FileType) -> Option<Class> {
@@ -252,6 +259,7 @@ mod tests {
             readonly_below: false,
             recursive: true,
             propagation: Propagation::Private,
+            id_map: None,
         }
     }
 
@@ -352,7 +360,17 @@ mod tests {
         // Another tmpfs of the node is the node's.
         assert_eq!(inside(&plain), None);
         let huge = format!("2 1 0:40 / {} rw - hugetlbfs t rw\n", volume.display());
-        let error = classify(&bind(&volume, false), &MountTable::parse(huge.as_bytes()));
+        let table = MountTable::parse(huge.as_bytes());
+        assert_eq!(
+            classify(&bind(&volume.join("a"), false), &table).unwrap(),
+            Class::Huge {
+                top: volume,
+                inside: "a".into()
+            }
+        );
+        // The node's own pool is nobody's volume.
+        let huge = format!("4 1 0:41 / {} rw - hugetlbfs t rw\n", plain.display());
+        let error = classify(&bind(&plain, false), &MountTable::parse(huge.as_bytes()));
         assert!(error.unwrap_err().message.contains("huge pages"));
     }
 

@@ -65,6 +65,15 @@ pub(super) enum Source {
         /// Its limit in bytes.
         size: u64,
     },
+    /// An emptyDir of huge pages: who may use it, and nothing of what is in it.
+    Huge {
+        /// Where.
+        top: PathBuf,
+        /// Which.
+        identity: FileId,
+        /// Its limit in bytes, or 0.
+        size: u64,
+    },
 }
 
 /// How far a volume is.
@@ -213,7 +222,7 @@ impl Feed {
                 progress.send_replace(Progress::Ready);
                 self.follow(&vm, &mut ended).await;
                 // An emptyDir lives as long as the pod.
-                matches!(self.source, Source::Memory { .. })
+                matches!(self.source, Source::Memory { .. } | Source::Huge { .. })
             }
             Err(error) => {
                 progress.send_replace(Progress::Failed(error));
@@ -280,6 +289,7 @@ impl Feed {
     async fn send(&self, vm: &Vm, snapshot: Snapshot) -> Result<()> {
         let (kind, size) = match &self.source {
             Source::Memory { size, .. } => (update_volume_request::Kind::MEMORY, *size),
+            Source::Huge { size, .. } => (update_volume_request::Kind::HUGE, *size),
             // A generation comes before the one before it goes.
             _ => (update_volume_request::Kind::REPLICA, LIMITS.total * 3),
         };
@@ -344,6 +354,7 @@ fn read_once(source: &Source, marker: Option<&Marker>) -> std::result::Result<Sn
             })?
         }
         Source::File { path, name } => snapshot::file(path, name, LIMITS)?,
+        Source::Huge { top, identity, .. } => snapshot::top(top, *identity)?,
     };
     if marker.map(Marker::count) != before {
         return Err(ReadError::Changed);

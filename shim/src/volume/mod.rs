@@ -3,7 +3,7 @@
 //!
 //! Most sources are shared by virtio-fs. What kubelet writes for a pod to read (ConfigMap, Secret,
 //! projected, downward API) is copied and kept up to date, so that it raises inotify events and leaves
-//! no trace on the share; an emptyDir of medium Memory is the guest's own. One volume serves all
+//! no trace on the share; an emptyDir of medium Memory or HugePages is the guest's own. One volume serves all
 //! containers of the pod that mount the same host directory.
 
 mod classify;
@@ -32,12 +32,23 @@ use mountinfo::MountTable;
 use shared::{Attachment, Use};
 use watch::Watcher;
 
+/// Bytes of the huge pages that a guest can have.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// Which host directory a volume shows, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Key {
     Live(FileId),
     Fixed(FileId),
     Memory(FileId),
+    Huge(FileId),
+}
+
+impl Key {
+    /// Lives as long as the pod.
+    fn is_kept(self) -> bool {
+        matches!(self, Self::Memory(_) | Self::Huge(_))
+    }
 }
 
 /// The volumes of one pod; cheap to clone.
@@ -140,13 +151,14 @@ impl Volumes {
                             inside,
                             memory,
                         };
-                        waiting.push((bind, key_of_share, what));
+                        let only_here = matches!(key, Key::Huge(_));
+                        waiting.push((bind, key_of_share, what, only_here));
                     }
                     Err(reason) => planned.share_instead(bind, key_of_share, &reason),
                 },
             }
         }
-        for (bind, key_of_share, what) in waiting {
+        for (bind, key_of_share, what, only_here) in waiting {
             let suitable = match &what {
                 What::Volume { volume, .. } => volume.suitable().await,
                 What::Device(_) => Ok(()),
@@ -156,6 +168,13 @@ impl Volumes {
                     index: bind.index,
                     what,
                 }),
+                // The node's own cannot be shared.
+                Err(reason) if only_here => {
+                    return Err(Error::invalid(format!(
+                        "mount on {}: huge pages: {reason}",
+                        bind.destination
+                    )));
+                }
                 Err(reason) => planned.share_instead(bind, key_of_share, &reason),
             }
         }
@@ -213,7 +232,7 @@ impl Volumes {
         state.kept.retain(|volume| !volume.has_failed());
         let subscription = match key {
             Key::Live(_) => Some(state.watcher()?.subscribe()),
-            Key::Fixed(_) | Key::Memory(_) => None,
+            Key::Fixed(_) | Key::Memory(_) | Key::Huge(_) => None,
         };
         state.made += 1;
         let feed = Feed {
@@ -227,7 +246,7 @@ impl Volumes {
         let volume = feed.start();
         state.live.retain(|_, volume| volume.strong_count() > 0);
         state.live.insert(key, Arc::downgrade(&volume));
-        if matches!(key, Key::Memory(_)) {
+        if key.is_kept() {
             state.kept.push(Arc::clone(&volume));
         }
         Ok(volume)
@@ -298,12 +317,14 @@ impl Leases {
                 Some(volume) => MountSource {
                     index,
                     volume: volume.clone(),
+                    mapped_on_host: held.mapped_on_host(),
                     ..MountSource::default()
                 },
                 None => MountSource {
                     index,
                     share_path: held.attachment.path.clone(),
                     readonly_on_host: held.readonly_on_host(),
+                    mapped_on_host: held.mapped_on_host(),
                     ..MountSource::default()
                 },
             })
@@ -473,6 +494,11 @@ fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
             })
         }
         Class::Memory { inside, .. } if inside.to_str().is_none() => Ok(Found::Share),
+        Class::Huge { top, inside } => {
+            let identity = snapshot::identity(&top).map_err(failed)?;
+            let limits = rustix::fs::statvfs(&top).map_err(|errno| failed(errno.into()))?;
+            huge(bind, (top, identity), inside, &limits)
+        }
         Class::Memory { top, inside } => {
             let identity = snapshot::identity(&top).map_err(failed)?;
             let limits = rustix::fs::statvfs(&top).map_err(|errno| failed(errno.into()))?;
@@ -488,6 +514,32 @@ fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
             })
         }
     }
+}
+
+/// An emptyDir of huge pages: its file system tells their size and its own.
+fn huge(
+    bind: &BindMount,
+    (top, identity): (PathBuf, FileId),
+    inside: PathBuf,
+    limits: &rustix::fs::StatVfs,
+) -> Result<Found> {
+    if limits.f_bsize != HUGE_PAGE || inside.to_str().is_none() {
+        return Err(Error::invalid(format!(
+            "mount on {}: a VM has huge pages of {HUGE_PAGE} bytes, not of {}: use medium HugePages-2Mi",
+            bind.destination, limits.f_bsize
+        )));
+    }
+    Ok(Found::Volume {
+        key: Key::Huge(identity),
+        source: Source::Huge {
+            top: top.clone(),
+            identity,
+            // 0 without a limit.
+            size: limits.f_blocks.saturating_mul(limits.f_bsize),
+        },
+        inside,
+        memory: Some(top),
+    })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use brig_agent_protocol::agent::{Empty, UpdateVolumeRequest, update_volume_request};
-use brig_hypervisor::share::FileId;
+use brig_hypervisor::share::{FileId, IdMap};
 use slog::{Logger, info, warn};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::context;
@@ -38,6 +38,8 @@ pub(super) struct Key {
     readonly: Option<bool>,
     /// Read-only does not hold for the mounts below.
     writable_below: bool,
+    /// How owners are seen, in a pod with a user namespace.
+    id_map: Option<IdMap>,
 }
 
 impl Key {
@@ -63,6 +65,7 @@ impl Key {
             mounts: seen.iter().map(|mounted| mounted.id).collect(),
             readonly: (!plain).then_some(bind.readonly),
             writable_below: bind.readonly && !bind.readonly_below && seen.len() > 1,
+            id_map: bind.id_map.clone(),
         }
     }
 }
@@ -113,6 +116,11 @@ impl Use {
     pub(super) fn readonly_on_host(&self) -> bool {
         self.key.writable_below
     }
+
+    /// The guest sees owners as they should be seen already.
+    pub(super) fn mapped_on_host(&self) -> bool {
+        self.key.id_map.is_some()
+    }
 }
 
 impl Attachment {
@@ -127,6 +135,7 @@ impl Attachment {
             recursive: key.recursive,
             follows: key.follows,
             writable_below: key.writable_below,
+            id_map: key.id_map.clone(),
             path: path.clone(),
             vm,
             logger,
@@ -185,6 +194,7 @@ struct Task {
     recursive: bool,
     follows: bool,
     writable_below: bool,
+    id_map: Option<IdMap>,
     path: String,
     vm: Arc<Vm>,
     logger: Logger,
@@ -263,6 +273,7 @@ impl Task {
                 // What lies below a followed one comes as later mounts do, through the same checks.
                 recursive: self.recursive && !self.follows,
                 expected: Some(self.identity),
+                id_map: self.id_map.clone(),
             };
             // First, so that nothing is missed.
             let changed =
@@ -305,6 +316,7 @@ impl Task {
         let (any_gone, readonly) = (!removed.is_empty(), !self.writable);
         let (path, logger) = (self.path.clone(), self.logger.clone());
         let (top, identity) = (self.source.clone(), self.identity);
+        let id_map = self.id_map.clone().filter(IdMap::maps_below);
         let missing = self
             .vm
             .with_mounts(move |mounts| {
@@ -321,6 +333,7 @@ impl Task {
                         identity,
                         way,
                         id: *id,
+                        id_map: id_map.as_ref(),
                     };
                     if let Err(error) = mounts.attach_below(&path, &later, readonly) {
                         info!(logger, "a mount of the node is not in the pod";

@@ -112,6 +112,34 @@ pub fn directory(
     limits: Limits,
     watch: Watch<'_>,
 ) -> Result<Snapshot, ReadError> {
+    let (directory, stat) = open_top(top, identity)?;
+    let mut walk = Walk {
+        snapshot: Snapshot {
+            entries: Vec::new(),
+            bytes: 0,
+        },
+        limits,
+        device: stat.st_dev,
+        watch,
+    };
+    walk.add(entry(Vec::new(), &stat, Vec::new()))?;
+    walk.directory(&directory, &[], limits.depth)?;
+    Ok(walk.snapshot)
+}
+
+/// The directory at `top`, which must be the one of that identity, without what is in it.
+///
+/// # Errors
+/// See [`ReadError`].
+pub fn top(top: &Path, identity: FileId) -> Result<Snapshot, ReadError> {
+    let (_, stat) = open_top(top, identity)?;
+    Ok(Snapshot {
+        entries: vec![entry(Vec::new(), &stat, Vec::new())],
+        bytes: 0,
+    })
+}
+
+fn open_top(top: &Path, identity: FileId) -> Result<(OwnedFd, Stat), ReadError> {
     let directory = openat(
         CWD,
         top,
@@ -126,18 +154,7 @@ pub fn directory(
     if identity_of(&stat) != identity {
         return Err(ReadError::Gone);
     }
-    let mut walk = Walk {
-        snapshot: Snapshot {
-            entries: Vec::new(),
-            bytes: 0,
-        },
-        limits,
-        device: stat.st_dev,
-        watch,
-    };
-    walk.add(entry(Vec::new(), &stat, Vec::new()))?;
-    walk.directory(&directory, &[], limits.depth)?;
-    Ok(walk.snapshot)
+    Ok((directory, stat))
 }
 
 /// Reads the single file at `path` as a directory that holds it under `name`.

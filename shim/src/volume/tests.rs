@@ -4,6 +4,7 @@ use crate::fakes::{Behaviour, FakeHost, Record};
 use crate::spec::{Network, Propagation};
 use crate::vm::Plan;
 use crate::vm::boot::Sandbox;
+use brig_hypervisor::share::{IdMap, IdRange};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::time::Duration;
@@ -73,6 +74,7 @@ fn bind(index: usize, source: &Path) -> BindMount {
         readonly_below: false,
         recursive: true,
         propagation: Propagation::Private,
+        id_map: None,
     }
 }
 
@@ -265,7 +267,11 @@ struct Tmpfs(PathBuf);
 
 impl Tmpfs {
     fn on(path: &Path) -> Self {
-        let arguments = ["-t", "tmpfs", "brig-test"];
+        Self::of("tmpfs", path, "rw")
+    }
+
+    fn of(kind: &str, path: &Path, options: &str) -> Self {
+        let arguments = ["-t", kind, "-o", options, "brig-test"];
         let mut command = std::process::Command::new("mount");
         assert!(
             command
@@ -352,6 +358,36 @@ async fn a_memory_volume_is_made_once_and_lasts_as_long_as_the_pod() {
 }
 
 #[tokio::test]
+async fn huge_pages_are_the_guests_own_and_nothing_of_the_nodes_is_sent() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().join("volumes/kubernetes.io~empty-dir/huge");
+    fs::create_dir_all(&volume).unwrap();
+    let pod = pod();
+    {
+        let _mounted = Tmpfs::of("hugetlbfs", &volume, "pagesize=2M");
+        fs::create_dir(volume.join("a")).unwrap();
+        fs::create_dir(volume.join("b")).unwrap();
+        let (planned, sources) = pod.mount(vec![bind(0, &volume)]).await;
+        assert_eq!(sources[0].volume, "v1");
+        pod.eventually("volume v1 ").await;
+        drop(leases(planned));
+        let (_second, sources) = pod.mount(vec![bind(2, &volume.join("a"))]).await;
+        assert_eq!(sources[0].volume_path, "a");
+        pod.eventually("volume v1 a").await;
+        assert!(!pod.record.has("remove volume v1"));
+    }
+    let _mounted = Tmpfs::of("hugetlbfs", &volume, "pagesize=1G");
+    let planned = pod.volumes.plan(vec![bind(0, &volume)], &pod.boot);
+    let Err(error) = planned.await else {
+        panic!("a guest has no pages of that size")
+    };
+    assert!(error.message.contains("HugePages-2Mi"), "{error}");
+}
+
+#[tokio::test]
 async fn read_only_holds_for_the_mounts_below_only_if_asked_for() {
     if !nix::unistd::geteuid().is_root() {
         return;
@@ -370,6 +406,38 @@ async fn read_only_holds_for_the_mounts_below_only_if_asked_for() {
     let shared = pod.shared();
     assert!(shared.contains(&format!("attach {} ro", all.share_path)));
     assert!(shared.contains(&format!("attach {} ro, writable below", top.share_path)));
+    pod.volumes.release(leases).await;
+}
+
+#[tokio::test]
+async fn a_mapped_mount_has_an_attachment_of_its_own_that_those_with_its_map_share() {
+    let dir = tempfile::tempdir().unwrap();
+    let pod = pod();
+    let range = |seen| IdRange {
+        stored: 0,
+        seen,
+        length: 65_536,
+    };
+    let mapped = |index, seen| BindMount {
+        id_map: Some(IdMap::new(&[range(seen)], &[range(seen)], false)),
+        ..bind(index, dir.path())
+    };
+    let binds = vec![
+        bind(0, dir.path()),
+        mapped(1, 200_000),
+        mapped(2, 200_000),
+        mapped(3, 300_000),
+    ];
+    let leases = pod.share(binds).await;
+    let sources = leases.sources().unwrap();
+    let told: Vec<bool> = sources.iter().map(|source| source.mapped_on_host).collect();
+    assert_eq!(told, [false, true, true, true]);
+    let path = |n: usize| sources[n].share_path.as_str();
+    assert_eq!(path(1), path(2));
+    assert!(path(0) != path(1) && path(1) != path(3));
+    let shared = pod.shared();
+    assert!(shared.contains(&format!("attach {} ro", path(0))));
+    assert!(shared.contains(&format!("attach {} ro mapped", path(1))));
     pod.volumes.release(leases).await;
 }
 

@@ -11,9 +11,11 @@
 //! Hostile: every argument. `..` is refused outright; only the kernel's own NFS export asks for it.
 
 mod budget;
+mod caller;
 mod exports;
 mod link;
 mod numbers;
+mod owner;
 
 use std::ffi::CStr;
 use std::io;
@@ -195,9 +197,16 @@ impl FileSystem for Served {
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
         let (export, inode) = self.opening_at(parent)?;
-        let entry = export
-            .fs
-            .symlink(ctx, target, inode, Self::plain_name(name)?)?;
+        let (fs, name) = (&export.fs, Self::plain_name(name)?);
+        let make = |ctx: &Context| fs.symlink(ctx, target, inode, name);
+        let entry = owner::make(
+            fs,
+            ctx,
+            inode,
+            make,
+            |entry| entry,
+            |root| fs.unlink(root, inode, name),
+        )?;
         self.exports.entry(&export, entry)
     }
 
@@ -211,9 +220,16 @@ impl FileSystem for Served {
         umask: u32,
     ) -> io::Result<Entry> {
         let (export, inode) = self.opening_at(parent)?;
-        let entry = export
-            .fs
-            .mknod(ctx, inode, Self::plain_name(name)?, mode, rdev, umask)?;
+        let (fs, name) = (&export.fs, Self::plain_name(name)?);
+        let make = |ctx: &Context| fs.mknod(ctx, inode, name, mode, rdev, umask);
+        let entry = owner::make(
+            fs,
+            ctx,
+            inode,
+            make,
+            |entry| entry,
+            |root| fs.unlink(root, inode, name),
+        )?;
         self.exports.entry(&export, entry)
     }
 
@@ -226,9 +242,16 @@ impl FileSystem for Served {
         umask: u32,
     ) -> io::Result<Entry> {
         let (export, inode) = self.opening_at(parent)?;
-        let entry = export
-            .fs
-            .mkdir(ctx, inode, Self::plain_name(name)?, mode, umask)?;
+        let (fs, name) = (&export.fs, Self::plain_name(name)?);
+        let make = |ctx: &Context| fs.mkdir(ctx, inode, name, mode, umask);
+        let entry = owner::make(
+            fs,
+            ctx,
+            inode,
+            make,
+            |entry| entry,
+            |root| fs.rmdir(root, inode, name),
+        )?;
         self.exports.entry(&export, entry)
     }
 
@@ -252,19 +275,17 @@ impl FileSystem for Served {
         flags: u32,
     ) -> io::Result<()> {
         let (export, old, new) = self.pair(old_parent, new_parent)?;
-        export.fs.rename(
-            ctx,
-            old,
-            Self::plain_name(old_name)?,
-            new,
-            Self::plain_name(new_name)?,
-            flags,
-        )
+        let (old_name, new_name) = (Self::plain_name(old_name)?, Self::plain_name(new_name)?);
+        caller::or_as_caller(ctx, || {
+            export.fs.rename(ctx, old, old_name, new, new_name, flags)
+        })
     }
 
     fn link(&self, ctx: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         let (export, inode, parent) = self.pair(node, parent)?;
-        let entry = link::link(&export.fs, ctx, inode, parent, Self::plain_name(name)?)?;
+        let name = Self::plain_name(name)?;
+        let link = || link::link(&export.fs, ctx, inode, parent, name);
+        let entry = caller::or_as_caller(ctx, link)?;
         self.exports.entry(&export, entry)
     }
 
@@ -284,10 +305,16 @@ impl FileSystem for Served {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         let (export, inode) = self.opening_at(parent)?;
         args.flags &= !NOT_PASSED_ON;
-        let (entry, handle, options, passthrough) =
-            export
-                .fs
-                .create(ctx, inode, Self::plain_name(name)?, args)?;
+        let (fs, name) = (&export.fs, Self::plain_name(name)?);
+        let make = |ctx: &Context| fs.create(ctx, inode, name, args);
+        let (entry, handle, options, passthrough) = owner::make(
+            fs,
+            ctx,
+            inode,
+            make,
+            |made| &mut made.0,
+            |root| fs.unlink(root, inode, name),
+        )?;
         Ok((
             self.exports.entry(&export, entry)?,
             handle,

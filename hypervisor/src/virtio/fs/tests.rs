@@ -10,8 +10,12 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use proptest::prelude::*;
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use std::os::fd::AsFd;
 
 use super::*;
+use crate::share::{IdMap, IdRange};
 use client::*;
 
 fn share() -> tempfile::TempDir {
@@ -102,7 +106,7 @@ fn what_a_user_creates_is_his() {
     client.ids = (1234, 4321);
     let file = client.create(ROOT, "new", 0o640);
     // The directory is root's and this process has not the jail's securebits, so it may be refused:
-    // what counts is that it is never made as root.
+    // what counts is that it is never left as root's.
     if let Ok(file) = file {
         assert_eq!(file.uid, 1234);
         let metadata = fs::metadata(share.path().join("new")).unwrap();
@@ -158,6 +162,46 @@ fn a_supplementary_groups_volume_can_be_written() {
         (1000, 2000),
         "set-group-id directory"
     );
+}
+
+/// An NFS server judges by the user and the groups it is told, and knows of no capability: without it this
+/// kernel does the same.
+#[test]
+fn where_a_server_refuses_the_caller_a_file_is_made_as_root_and_given_away() {
+    let share = share();
+    let (plain, group) = (share.path().join("plain"), share.path().join("group"));
+    for (directory, mode) in [(&plain, 0o770), (&group, 0o2770)] {
+        fs::create_dir(directory).unwrap();
+        std::os::unix::fs::chown(directory, Some(0), Some(2000)).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        fs::set_permissions(directory, mode).unwrap();
+    }
+    if !jailed_credentials() {
+        return;
+    }
+    caps::drop(
+        None,
+        caps::CapSet::Effective,
+        caps::Capability::CAP_DAC_OVERRIDE,
+    )
+    .unwrap();
+    let mut client = Client::new(share.path());
+    let parents = ["plain", "group"].map(|name| client.lookup(ROOT, name).unwrap().node);
+    client.ids = (1000, 1000);
+    for parent in parents {
+        let file = client.create(parent, "file", 0o640).unwrap();
+        assert_eq!(file.uid, 1000, "as the guest is told");
+        let mut body = 0o750u32.to_le_bytes().to_vec();
+        body.extend([0; 4]);
+        body.extend(b"directory\0");
+        client.call(MKDIR, parent, &body).unwrap();
+    }
+    for (directory, gid) in [(&plain, 1000), (&group, 2000)] {
+        for name in ["file", "directory"] {
+            let made = fs::symlink_metadata(directory.join(name)).unwrap();
+            assert_eq!((made.uid(), made.gid()), (1000, gid), "{name}");
+        }
+    }
 }
 
 #[test]
@@ -427,6 +471,40 @@ fn nothing_is_renamed_between_mounts() {
     body.extend([0; 8]);
     body.extend(b"same\0moved\0");
     assert_eq!(client.call(RENAME2, from, &body).unwrap_err(), libc::EXDEV);
+    client.handle.forget("");
+}
+
+#[test]
+fn files_of_a_mapped_mount_get_new_names_from_who_is_in_the_map() {
+    let Some(share) = mounted_share() else { return };
+    let volume = share.path().join("v");
+    let range = IdRange {
+        stored: 0,
+        seen: 200_000,
+        length: 65_536,
+    };
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let clone = open_tree(CWD, &volume, flags).unwrap();
+    let map = IdMap::new(&[range], &[range], false);
+    map.map(clone.as_fd()).unwrap();
+    let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(&clone, "", CWD, &volume, empty).unwrap();
+    drop(clone);
+    let mut client = Client::new(share.path());
+    let directory = client.walk("v").node;
+    assert_eq!(client.walk("v/same").uid, 200_000);
+    let mut rename = directory.to_le_bytes().to_vec();
+    rename.extend([0; 8]);
+    rename.extend(b"same\0moved\0");
+    let nobody = client.call(RENAME2, directory, &rename);
+    assert_eq!(nobody.unwrap_err(), libc::EOVERFLOW);
+    client.ids = (200_000, 200_000);
+    client.call(RENAME2, directory, &rename).unwrap();
+    let mut link = client.walk("v/moved").node.to_le_bytes().to_vec();
+    link.extend(b"hard\0");
+    client.call(LINK, directory, &link).unwrap();
+    let hard = fs::metadata(volume.join("hard")).unwrap();
+    assert_eq!((hard.uid(), hard.nlink()), (200_000, 2));
     client.handle.forget("");
 }
 

@@ -9,6 +9,7 @@ use crate::virtio::testing::Harness;
 pub(super) const LOOKUP: u32 = 1;
 pub(super) const FORGET: u32 = 2;
 pub(super) const GETATTR: u32 = 3;
+pub(super) const MKDIR: u32 = 9;
 pub(super) const LINK: u32 = 13;
 pub(super) const OPEN: u32 = 14;
 pub(super) const READ: u32 = 15;
