@@ -15,9 +15,11 @@ mod node;
 mod options;
 mod pod;
 mod results;
+mod served;
 mod stream;
 mod suite;
 mod table;
+mod variant;
 
 use std::process::ExitCode;
 

@@ -9,19 +9,36 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 pub struct Mounted(PathBuf);
 
 impl Mounted {
+    /// One that somebody else has made.
+    pub fn made(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
+
     /// A tmpfs.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn tmpfs(path: &Path, options: &str) -> Result<Self> {
+        Self::memory("tmpfs", path, options)
+    }
+
+    /// Huge pages as files.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn hugetlbfs(path: &Path, options: &str) -> Result<Self> {
+        Self::memory("hugetlbfs", path, options)
+    }
+
+    fn memory(kind: &str, path: &Path, options: &str) -> Result<Self> {
         mount(
-            Some("tmpfs"),
+            Some(kind),
             path,
-            Some("tmpfs"),
+            Some(kind),
             MsFlags::empty(),
             Some(options),
         )
-        .with_context(|| format!("cannot mount a tmpfs on {}", path.display()))?;
+        .with_context(|| format!("cannot mount a {kind} on {}", path.display()))?;
         Ok(Self(path.to_owned()))
     }
 

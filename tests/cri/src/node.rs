@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use brig_tests::node::{clock, process};
@@ -46,7 +47,8 @@ pub fn only_one() -> Result<Flock<File>> {
         .context("cannot lock /run/brig-e2e.lock")
 }
 
-fn run(program: &str, args: &[&str]) -> Result<String> {
+/// Runs a program of the node, which must succeed; returns what it wrote.
+pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let mut command = Command::new(program);
     command.args(args);
     let outcome = process::run(command, clock::seconds(60))?
@@ -109,6 +111,62 @@ pub fn import(image: Image) -> Result<()> {
 /// Restarts containerd under whatever runs; returns when it serves.
 pub fn restart_containerd() -> Result<()> {
     run("systemctl", &["restart", "containerd"]).map(drop)
+}
+
+/// Another configuration of containerd, until the end of its scope.
+pub struct Configured {
+    cri: Rc<Cri>,
+    before: String,
+}
+
+impl Configured {
+    /// Restarts containerd with the lines of its configuration as `edit` makes them.
+    pub fn lines(cri: &Rc<Cri>, edit: impl Fn(&str) -> String) -> Result<Self> {
+        let before = fs::read_to_string(OWN_CONFIG).context(OWN_CONFIG)?;
+        let configured = Self {
+            cri: Rc::clone(cri),
+            before,
+        };
+        let lines: Vec<String> = configured.before.lines().map(edit).collect();
+        fs::write(OWN_CONFIG, lines.join("\n") + "\n")?;
+        restart_and_reconnect(cri)?;
+        Ok(configured)
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        let restored = fs::write(OWN_CONFIG, &self.before)
+            .context(OWN_CONFIG)
+            .and_then(|()| restart_and_reconnect(&self.cri));
+        if let Err(error) = restored {
+            eprintln!("brig-cri: containerd's configuration is not restored: {error:#}");
+        }
+    }
+}
+
+/// containerd is not there; it comes back at the end of the scope at the latest.
+pub struct WithoutContainerd {
+    cri: Rc<Cri>,
+}
+
+impl WithoutContainerd {
+    /// Stops containerd alone.
+    pub fn stop(cri: &Rc<Cri>) -> Result<Self> {
+        run("systemctl", &["stop", "containerd"])?;
+        Ok(Self {
+            cri: Rc::clone(cri),
+        })
+    }
+}
+
+impl Drop for WithoutContainerd {
+    fn drop(&mut self) {
+        let back = run("systemctl", &["start", "containerd"]).and_then(|_| self.cri.reconnect());
+        if let Err(error) = back {
+            eprintln!("brig-cri: containerd does not come back: {error:#}");
+        }
+    }
 }
 
 /// Restarts containerd and connects to the new one.

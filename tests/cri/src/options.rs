@@ -26,7 +26,7 @@ pub struct Options {
     pub table: bool,
 }
 
-const USAGE: &str = "usage: brig-cri [--handler runc|brig|brig-shim]... [--filter TEXT]... [--smoke] [--shard K/N] [--containerd 1.6|1.7|2.1] [--churn PODS] [--results DIR] [--list] [--table]";
+const USAGE: &str = "usage: brig-cri [--handler runc|brig|brig-shim|brig-streaming]... [--filter TEXT]... [--smoke] [--shard K/N] [--containerd 1.6|1.7|2.1] [--churn PODS] [--results DIR] [--list] [--table]";
 
 /// Reads the arguments. Without a handler: runc and brig.
 pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {

@@ -87,7 +87,7 @@ pub struct Shared {
 pub struct Suite {
     /// The connection.
     pub cri: Rc<Cri>,
-    /// "runc", "brig", "brig-shim".
+    /// "runc", "brig", "brig-shim", "brig-streaming".
     pub handler: String,
     /// containerd's version, "1.7".
     pub containerd: String,

@@ -7,6 +7,7 @@
 pub mod check;
 pub mod clock;
 pub mod ctr;
+pub mod daemon;
 pub mod events;
 pub mod leaks;
 pub mod machine;

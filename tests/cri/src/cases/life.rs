@@ -138,7 +138,7 @@ fn shim_of(pod: &crate::pod::Pod) -> Result<i32> {
 }
 
 /// Mounts, processes and cgroups of the node.
-fn inventory() -> Result<(usize, usize, usize)> {
+pub fn inventory() -> Result<(usize, usize, usize)> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?.lines().count();
     // Kernel threads come and go; they have no command line.
     let processes = fs::read_dir("/proc")?
@@ -175,7 +175,7 @@ fn one_after_another(suite: &mut Suite) -> Result<()> {
     nothing_left(before)
 }
 
-fn nothing_left(before: (usize, usize, usize)) -> Result<()> {
+pub fn nothing_left(before: (usize, usize, usize)) -> Result<()> {
     eventually("nothing is left", clock::seconds(3), || {
         let after = inventory()?;
         Ok((after.0 <= before.0 && after.1 <= before.1 && after.2 <= before.2).then_some(()))

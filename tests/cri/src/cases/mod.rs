@@ -2,17 +2,25 @@
 
 mod apps;
 mod attach;
+mod cgroups;
+mod clock;
 mod config_volumes;
+mod file_systems;
 mod forward;
+mod handlers;
+mod huge_pages;
 mod life;
 mod mounts;
 mod network;
+mod networks;
 mod process;
 mod resources;
 mod sandbox;
 mod security;
+mod shutdown;
 mod stats;
 mod streams;
+mod user_namespace;
 mod volumes;
 
 use crate::suite::Case;
@@ -21,18 +29,26 @@ use crate::suite::Case;
 pub fn all() -> Vec<Case> {
     [
         sandbox::CASES,
+        handlers::CASES,
         process::CASES,
         network::CASES,
+        networks::CASES,
         streams::CASES,
         attach::CASES,
         forward::CASES,
         volumes::CASES,
         config_volumes::CASES,
         mounts::CASES,
+        file_systems::CASES,
         security::CASES,
+        user_namespace::CASES,
         resources::CASES,
+        cgroups::CASES,
+        huge_pages::CASES,
         stats::CASES,
         life::CASES,
+        clock::CASES,
+        shutdown::CASES,
         apps::CASES,
     ]
     .into_iter()

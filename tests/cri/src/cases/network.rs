@@ -53,7 +53,7 @@ pub const CASES: &[Case] = &[
 const PORT: u16 = 8080;
 
 /// A web server that gives the pod's host name.
-fn server(pod: &Pod) -> Result<Container> {
+pub fn server(pod: &Pod) -> Result<Container> {
     pod.container("server", &["httpd", "-f", "-p", "8080", "-h", "/etc"])
         .start()
 }
@@ -75,7 +75,7 @@ pub fn fetch_page(address: &str, port: u16, page: &str) -> Result<String> {
 }
 
 /// Reads `/hostname` over HTTP from the node.
-fn fetch(address: &str, port: u16) -> Result<String> {
+pub fn fetch(address: &str, port: u16) -> Result<String> {
     let answer = fetch_page(address, port, "/hostname")?;
     let (_, body) = answer
         .split_once("\r\n\r\n")
@@ -91,7 +91,7 @@ fn reading(url: &str) -> String {
     )
 }
 
-fn bracketed(address: &str) -> String {
+pub fn bracketed(address: &str) -> String {
     match address.contains(':') {
         true => format!("[{address}]"),
         false => address.to_owned(),

@@ -7,7 +7,11 @@ use brig_tests::node::check::{contains_one, equal, that};
 use brig_tests::node::clock;
 use k8s_cri::v1::ContainerState;
 
+use crate::client::Cri;
+use crate::container::eventually;
+use crate::node::BUSYBOX;
 use crate::suite::{Case, SLEEP, Suite, case, smoke};
+use crate::variant;
 
 pub const CASES: &[Case] = &[
     smoke("process", "exit codes are told exactly", exit_codes),
@@ -37,6 +41,21 @@ pub const CASES: &[Case] = &[
         "process",
         "SIGKILL ends one that does not, after its grace",
         ungraceful,
+    ),
+    case(
+        "process",
+        "STOPSIGNAL of the image is what a stop sends first",
+        stop_signal,
+    ),
+    case(
+        "process",
+        "preStop: an exec prepares the end, then the stop comes",
+        pre_stop,
+    ),
+    case(
+        "process",
+        "an exec that runs when its container is stopped ends with it",
+        exec_at_stop,
     ),
 ];
 
@@ -173,4 +192,84 @@ fn ungraceful(suite: &mut Suite) -> Result<()> {
     )?;
     equal("exit code", 137, container.wait()?.exit_code)?;
     container.wait_line("no")
+}
+
+fn stop_signal(suite: &mut Suite) -> Result<()> {
+    const NAME: &str = "docker.io/brig/stopsignal:test";
+    let shared = suite.shared()?;
+    variant::import(BUSYBOX, NAME, "StopSignal", "SIGUSR1")?;
+    let script = "trap 'exit 6' USR1; trap 'exit 7' TERM; echo up; while :; do sleep 0.2; done";
+    let container = shared
+        .pod
+        .container("stop-signal", &["sh", "-c", script])
+        .image(NAME)
+        .start()?;
+    container.wait_line("up")?;
+    container.stop(i64::try_from(clock::seconds(10).as_secs())?)?;
+    equal("exit code", 6, container.wait()?.exit_code)
+}
+
+/// Kubelet runs the hook to its end, at most the grace period, and stops with what is left of it.
+fn pre_stop(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let script =
+        "trap 'test -e /tmp/drained && exit 0; exit 9' TERM; echo up; while :; do sleep 0.2; done";
+    let container = shared
+        .pod
+        .container("pre-stop", &["sh", "-c", script])
+        .start()?;
+    container.wait_line("up")?;
+    let grace = i64::try_from(clock::seconds(10).as_secs())?;
+    let hook = [
+        "sh",
+        "-c",
+        "sleep 1; mkdir -p /tmp; echo done > /tmp/drained",
+    ];
+    equal(
+        "the hook's exit code",
+        0,
+        container.exec_within(&hook, grace)?.code,
+    )?;
+    let running = container.status()?;
+    equal("state", ContainerState::ContainerRunning, running.state())?;
+    container.stop(grace)?;
+    equal("exit code", 0, container.wait()?.exit_code)?;
+    that("no exec after it", container.exec(&["true"]).is_err())
+}
+
+fn exec_at_stop(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared.pod.container("exec-at-stop", SLEEP).start()?;
+    let id = container.id.clone();
+    // A connection of its own: a call waits for its answer.
+    let exec = std::thread::spawn(move || -> Result<Option<i32>> {
+        let request = k8s_cri::v1::ExecSyncRequest {
+            container_id: id,
+            cmd: ["sh", "-c", "touch /tmp/running; sleep 100000"]
+                .map(str::to_owned)
+                .to_vec(),
+            timeout: 0,
+        };
+        let answer = Cri::connect()?.call("ExecSync", |mut client| async move {
+            client.exec_sync(request).await
+        });
+        Ok(match answer {
+            Ok(answer) => Some(answer.exit_code),
+            // runc may lose the process with its container; only an answer is wanted.
+            Err(error) if format!("{error:#}").contains("no answer") => return Err(error),
+            Err(_) => None,
+        })
+    });
+    eventually("the exec runs", clock::seconds(3), || {
+        Ok((container.exec(&["test", "-e", "/tmp/running"])?.code == 0).then_some(()))
+    })?;
+    container.stop(0)?;
+    equal("exit code", 137, container.wait()?.exit_code)?;
+    let code = exec
+        .join()
+        .map_err(|_| anyhow::anyhow!("the thread died"))??;
+    that(
+        &format!("the exec was killed: {code:?}"),
+        code.is_none_or(|code| code == 137),
+    )
 }

@@ -400,7 +400,9 @@ fn unknown_handler(suite: &mut Suite) -> Result<()> {
 
 /// A pod in the node's network: runc has it, a VM says that it cannot.
 fn host_network(suite: &mut Suite) -> Result<()> {
-    if suite.handler == "brig-shim" && suite.containerd == "2.1" {
+    if ["brig-shim", "brig-streaming"].contains(&suite.handler.as_str())
+        && suite.containerd == "2.1"
+    {
         return not_here(
             "containerd 2.1.9 itself panics on hostNetwork with sandboxer = \"shim\", whatever the shim",
         );

@@ -3,8 +3,8 @@
 use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, contains_one, equal, that};
 use k8s_cri::v1::{
-    Capability, IdMapping, Int64Value, NamespaceMode, NamespaceOption, SecurityProfile,
-    SupplementalGroupsPolicy, UserNamespace, security_profile::ProfileType,
+    Capability, Int64Value, SecurityProfile, SupplementalGroupsPolicy,
+    security_profile::ProfileType,
 };
 
 use crate::container::Container;
@@ -76,11 +76,6 @@ pub const CASES: &[Case] = &[
         "security",
         "procMount Unmasked: nothing is masked",
         unmasked,
-    ),
-    case(
-        "security",
-        "user namespace: root inside is nobody outside",
-        user_namespace,
     ),
     case(
         "security",
@@ -407,50 +402,6 @@ fn unmasked(suite: &mut Suite) -> Result<()> {
         .start()?;
     let script = "test $(head -c 9 /proc/timer_list | wc -c) = 9 && grep -c ' /proc' /proc/mounts";
     equal("mounts at and below /proc", "1", container.sh(script)?)
-}
-
-fn user_namespace(suite: &mut Suite) -> Result<()> {
-    let map = || {
-        vec![IdMapping {
-            host_id: 200_000,
-            container_id: 0,
-            length: 65_536,
-        }]
-    };
-    let ask = |namespaces: &mut NamespaceOption| {
-        namespaces.userns_options = Some(UserNamespace {
-            mode: NamespaceMode::Pod.into(),
-            uids: map(),
-            gids: map(),
-        });
-    };
-    let pod = match suite.pod("user-namespace").namespaces(ask).run(&suite.cri) {
-        // 1.6 does not know it, and 2.x asks the runtime's features: those of a newer runc.
-        Err(error) if suite.containerd != "1.7" && format!("{error:#}").contains("not support") => {
-            return not_here(format!("{error:#}"));
-        }
-        other => other?,
-    };
-    let container = match pod.container("main", SLEEP).start() {
-        // 2.x wants each volume idmapped, also its own three files, and asks the runtime first.
-        Err(error) if format!("{error:#}").contains("idmap mounts not supported") => {
-            return not_here(format!("idmapped volumes are missing: {error:#}"));
-        }
-        other => other?,
-    };
-    let script = "cat /proc/self/uid_map | awk '{ print $1, $2, $3 }'; id -u; touch /made && stat -c %u /made; touch /dev/shm/made";
-    equal(
-        "map, uid, owner of a file",
-        "0 200000 65536\n0\n0",
-        container.sh(script)?,
-    )?;
-    contains_one(
-        "a mount of proc that only the node's root may",
-        &["not permitted", "denied"],
-        &container.sh_fails(
-            "mount -t tmpfs none /mnt 2>&1 || mknod /dev/zz b 8 0 2>&1; mknod /zz b 8 0",
-        )?,
-    )
 }
 
 /// The image puts `app` into the group 2000.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -222,6 +222,18 @@ pub fn await_trap(name: &str) -> Result<u8> {
             return Ok(0);
         }
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Answers each datagram with the text, for ever, IPv4 and IPv6.
+pub fn serve_udp(port: u16, text: &str) -> Result<u8> {
+    let socket =
+        UdpSocket::bind(("::", port)).with_context(|| format!("cannot listen on {port}"))?;
+    println!("ready");
+    loop {
+        let (_, from) = socket.recv_from(&mut [0; 2048])?;
+        // A client that leaves early is not our failure.
+        let _ = socket.send_to(text.as_bytes(), from);
     }
 }
 

@@ -31,6 +31,7 @@ const USAGE: &str = "usage: brig-probe COMMAND
   spawn-background N         leave N sleeping children and wait
   fork-bomb N                children that could be made, of N
   eat MIB                    allocate and touch that much
+  huge PATH PAGES            make a file of huge pages and touch them
   touch-free MIB             touch; at a line on stdin free; at the next exit
   burn MILLISECONDS          CPU time got in that wall time
   longest-gap                until SIGTERM; the longest time it did not run
@@ -42,6 +43,7 @@ const USAGE: &str = "usage: brig-probe COMMAND
   privileges PATH            facts as seen by the program at PATH (setuid, setcap)
   vsock-dial CID:PORT...     try to connect to each
   serve PORT TEXT            answer each TCP connection with TEXT
+  serve-udp PORT TEXT        answer each datagram with TEXT, IPv4 and IPv6
   connect IP:PORT            dial TCP, send a line, print the answer
   sysrq LETTER               write to /proc/sysrq-trigger";
 
@@ -86,6 +88,7 @@ fn run() -> Result<u8> {
         ["spawn-background", count] => actions::spawn_background(number(count)?),
         ["fork-bomb", count] => print(&actions::fork_bomb(number(count)?)),
         ["eat", mib] => memory::eat(number(mib)?),
+        ["huge", path, pages] => memory::huge(path, number(pages)?),
         ["touch-free", mib] => memory::touch_free(number(mib)?),
         ["burn", millis] => print(&actions::burn(number(millis)?)?),
         ["longest-gap"] => actions::longest_gap(),
@@ -100,6 +103,7 @@ fn run() -> Result<u8> {
         ["privileges", path] => privileges::exec_facts(path),
         ["vsock-dial", targets @ ..] => print(&vsock::dial_all(targets)),
         ["serve", port, text] => actions::serve(number(port)?, text),
+        ["serve-udp", port, text] => actions::serve_udp(number(port)?, text),
         ["connect", target] => actions::connect(target),
         ["sysrq", letter] => files::write("/proc/sysrq-trigger", letter),
         [] => {

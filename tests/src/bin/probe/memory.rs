@@ -1,14 +1,16 @@
-//! Using memory: too much of it, or some and then none.
+//! Using memory: too much of it, some and then none, or huge pages.
 
+use std::fs::File;
 use std::io::{self, BufRead, Write};
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
 use anyhow::{Context, Result};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 const MIB: usize = 1024 * 1024;
 const PAGE: usize = 4096;
+const HUGE_PAGE: usize = 2 * MIB;
 
 /// An anonymous mapping of which every page has been written.
 struct Touched {
@@ -80,5 +82,42 @@ pub fn touch_free(mib: usize) -> Result<u8> {
     println!("freed");
     io::stdout().flush()?;
     let _ = lines.next();
+    Ok(0)
+}
+
+/// Makes a file of `pages` huge pages at `path`, on a hugetlbfs, and touches each; the file stays.
+pub fn huge(path: &str, pages: usize) -> Result<u8> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .with_context(|| format!("cannot make {path}"))?;
+    let length = pages.saturating_mul(HUGE_PAGE);
+    file.set_len(u64::try_from(length)?)
+        .with_context(|| format!("cannot make {path} {length} bytes long"))?;
+    let size = NonZeroUsize::new(length).context("nothing to map")?;
+    // SAFETY: a new mapping at an address of the kernel's choice, of a file that nobody shortens.
+    let start = unsafe {
+        mmap(
+            None,
+            size,
+            ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+            MapFlags::MAP_SHARED,
+            &file,
+            0,
+        )
+    }
+    .with_context(|| format!("cannot map {pages} huge pages"))?;
+    let touched = Touched { start, length };
+    for page in 0..pages {
+        // SAFETY: the offset is below the length of the mapping, which is writable and ours.
+        unsafe {
+            let byte = touched.start.as_ptr().cast::<u8>().add(page * HUGE_PAGE);
+            byte.write_volatile(0x5b);
+        }
+    }
+    println!("touched {pages}");
     Ok(0)
 }

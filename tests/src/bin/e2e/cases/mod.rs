@@ -2,6 +2,12 @@
 
 mod attach;
 mod crash;
+mod daemon;
+mod daemon_faults;
+mod daemon_logs;
+mod daemon_pods;
+mod daemon_restart;
+mod daemon_streams;
 mod devices;
 mod errors;
 mod events;
@@ -37,6 +43,12 @@ const GROUPS: &[&[Case]] = &[
     events::CASES,
     images::CASES,
     devices::CASES,
+    daemon::CASES,
+    daemon_pods::CASES,
+    daemon_restart::CASES,
+    daemon_faults::CASES,
+    daemon_logs::CASES,
+    daemon_streams::CASES,
     errors::CASES,
     hostile::CASES,
     leaks::CASES,

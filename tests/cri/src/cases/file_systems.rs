@@ -1,0 +1,137 @@
+//! Volumes on file systems that somebody else serves: what a pod with a network volume stands on.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::equal;
+use brig_tests::node::clock;
+use k8s_cri::v1::Int64Value;
+
+use crate::container::eventually;
+use crate::node::{self, Directory};
+use crate::served::{Nfs, fuse};
+use crate::suite::{Case, SLEEP, Suite, case};
+
+pub const CASES: &[Case] = &[
+    case(
+        "volumes",
+        "hostPath on NFS: files, owners, size, and free after the pod",
+        on_nfs,
+    ),
+    case(
+        "volumes",
+        "hostPath on FUSE: files, owners, size, and free after the pod",
+        on_fuse,
+    ),
+];
+
+fn on_nfs(suite: &mut Suite) -> Result<()> {
+    let volume = Directory::new("nfs")?;
+    let (from, to) = (volume.directory("export")?, volume.directory("mount")?);
+    let nfs = Nfs::new(&from, &to)?;
+    works(suite, "nfs", &from, &to)?;
+    nfs.unmount()
+}
+
+fn on_fuse(suite: &mut Suite) -> Result<()> {
+    let volume = Directory::new("fuse")?;
+    let (from, to) = (volume.directory("source")?, volume.directory("mount")?);
+    let mounted = fuse(&from, &to)?;
+    works(suite, "fuse", &from, &to)?;
+    mounted.unmount()
+}
+
+/// A pod uses `volume`, whose files are in `behind` on the node. The pod is gone when this returns.
+fn works(suite: &mut Suite, name: &str, behind: &Path, volume: &Path) -> Result<()> {
+    fs::write(behind.join("from-node"), "node\n")?;
+    let group = behind.join("group");
+    fs::create_dir(&group)?;
+    chown(&group, Some(0), Some(2000))?;
+    fs::set_permissions(&group, fs::Permissions::from_mode(0o2770))?;
+    let at = volume.display().to_string();
+    let pod = suite.run(name)?;
+    let root = pod
+        .container("root", SLEEP)
+        .mount(volume, "/v")
+        .start()
+        .context("a container of root")?;
+    equal("the node's file", "node", root.sh("cat /v/from-node")?)?;
+    root.sh(
+        "cd /v && mkdir d && echo one > d/new && echo two >> d/new && mv d/new d/f && ln -s f d/link \
+         && echo x > d/gone && rm d/gone && sync d/f",
+    )?;
+    equal(
+        "a renamed file",
+        "one\ntwo\n",
+        fs::read_to_string(behind.join("d/f"))?.as_str(),
+    )?;
+    equal(
+        "what is there",
+        vec!["f".to_owned(), "link".to_owned()],
+        names(&behind.join("d"))?,
+    )?;
+    equal("through the link", "one\ntwo", root.sh("cat /v/d/link")?)?;
+    root.sh("chown 1234:4321 /v/d/f && chmod 640 /v/d/f")?;
+    let file = fs::metadata(behind.join("d/f"))?;
+    equal(
+        "owner, group and mode on the node",
+        (1234, 4321, 0o640),
+        (file.uid(), file.gid(), file.mode() & 0o7777),
+    )?;
+    equal(
+        "the same in the pod",
+        "1234 4321 640",
+        root.sh("stat -c '%u %g %a' /v/d/f")?,
+    )?;
+    root.sh("dd if=/dev/urandom of=/v/large bs=64k count=64 2>/dev/null && sync /v/large")?;
+    let sum = root.sh("md5sum < /v/large | cut -d' ' -f1")?;
+    let large = behind.join("large").display().to_string();
+    let on_node = node::run("md5sum", &[&large])?;
+    equal(
+        "4 MiB, as the node reads them",
+        sum.as_str(),
+        on_node.split(' ').next().unwrap_or_default(),
+    )?;
+    // What df reads: all blocks, and the size of one.
+    equal(
+        "size of the file system",
+        node::run("stat", &["-f", "-c", "%b %S", &at])?.trim(),
+        root.sh("stat -f -c '%b %S' /v")?,
+    )?;
+    fs::write(behind.join("later"), "later\n")?;
+    eventually("a later file is seen", clock::seconds(10), || {
+        Ok((root.exec(&["cat", "/v/later"])?.text() == "later").then_some(()))
+    })?;
+    let user = pod
+        .container("user", SLEEP)
+        .mount(volume, "/v")
+        .security(|security| {
+            security.run_as_user = Some(Int64Value { value: 1000 });
+            security.run_as_group = Some(Int64Value { value: 1000 });
+            security.supplemental_groups = vec![2000];
+        })
+        .start()
+        .context("a container of a user")?;
+    user.sh("echo mine > /v/group/f")?;
+    let file = fs::metadata(group.join("f"))?;
+    equal(
+        "a file of the group's directory",
+        (1000, 2000),
+        (file.uid(), file.gid()),
+    )?;
+    user.sh_fails("cat /v/d/f")?;
+    user.sh_fails("touch /v/d/x")?;
+    drop((root, user));
+    pod.stop()?;
+    pod.remove()
+}
+
+fn names(directory: &Path) -> Result<Vec<String>> {
+    let mut names: Vec<String> = fs::read_dir(directory)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    names.sort();
+    Ok(names)
+}

@@ -1,0 +1,147 @@
+//! containerd goes away and comes back, or the shim does not: what each containerd finds then.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use brig_tests::node::check::{equal, that};
+use brig_tests::node::daemon::Daemon;
+use brig_tests::node::daemon::connection::Connection;
+use brig_tests::node::daemon::generation::Generation;
+use brig_tests::node::daemon::pod::Pod;
+use brig_tests::node::process;
+use containerd_shim_protos::api::Status;
+
+use super::daemon_pods::config;
+use super::leaks::baseline;
+use crate::suite::{Case, PROBE, Suite, brig, patience};
+
+pub const CASES: &[Case] = &[
+    brig(
+        "daemon",
+        "2.4: a restarted containerd finds a pod of the Sandbox API, and hears of what happened meanwhile",
+        |suite| restart(suite, Generation::V2_4, true),
+    ),
+    brig(
+        "daemon",
+        "2.3: a restarted containerd finds a pod with a pause container, and hears of what happened meanwhile",
+        |suite| restart(suite, Generation::V2_3, false),
+    ),
+    Case {
+        smoke: true,
+        ..brig(
+            "daemon",
+            "2.4: delete after the shim of a Sandbox API pod was killed leaves nothing, and may be repeated",
+            |suite| killed(suite, Generation::V2_4, true),
+        )
+    },
+    brig(
+        "daemon",
+        "2.2: delete after the shim of a pause container's pod was killed leaves nothing, and may be repeated",
+        |suite| killed(suite, Generation::V2_2, false),
+    ),
+];
+
+fn pod<'a>(daemon: &'a Daemon, id: &str, api: bool) -> Result<Pod<'a>> {
+    if api {
+        Pod::by_sandbox_api(daemon, id, &config())
+    } else {
+        Pod::by_pause_container(daemon, id)
+    }
+}
+
+fn restart(suite: &mut Suite, generation: Generation, api: bool) -> Result<()> {
+    let daemon = Daemon::new(generation, &suite.ctr.runtime, "restart")?;
+    let before = baseline(suite)?;
+    let mut pod = pod(&daemon, "restart", api)?;
+    let mut stays = pod.container("stays", &[PROBE, "sleep"])?;
+    stays.start()?;
+    let mut ends = pod.container("ends", &[PROBE, "sleep"])?;
+    ends.start()?;
+    daemon.events.wait("/tasks/start", &ends.id, patience())?;
+
+    daemon.die();
+    // Not containerd, which is away: somebody on the node ends a container.
+    let operator = Connection::open(&pod.endpoint)?;
+    operator.kill(&ends.id, 9)?;
+    equal("exit status", 137, operator.wait(&ends.id)?.exit_status)?;
+    drop(operator);
+    that(
+        "nothing was heard while containerd was away",
+        !daemon
+            .events
+            .topics(&ends.id)
+            .contains(&"/tasks/exit".to_owned()),
+    )?;
+
+    daemon.live()?;
+    pod.reload()?;
+    stays.reload()?;
+    ends.reload()?;
+    let exit = daemon.events.wait("/tasks/exit", &ends.id, patience())?;
+    equal("exit status in the event", 137, exit.status)?;
+    let state = ends.connection.state(&ends.id)?;
+    equal("state", Status::STOPPED.into(), state.status)?;
+    equal("exit status in State", 137, state.exit_status)?;
+    let ends_id = ends.id.clone();
+    equal("exit status", 137, ends.delete()?.exit_status)?;
+    daemon.events.wait("/tasks/delete", &ends_id, patience())?;
+    equal(
+        "events, none lost and none twice",
+        vec![
+            "/tasks/create",
+            "/tasks/start",
+            "/tasks/exit",
+            "/tasks/delete",
+        ],
+        daemon.events.topics(&ends_id),
+    )?;
+
+    stays.exec("look", &[PROBE, "exit", "0"])?;
+    let new = pod.container("new", &[PROBE, "echo", "after", "6"])?;
+    let ended = new.waiting();
+    new.start()?;
+    equal(
+        "exit status",
+        6,
+        ended.recv_timeout(patience())??.exit_status,
+    )?;
+    equal("output", "after\n", new.written(patience())?)?;
+    new.delete()?;
+    stays.connection.kill(&stays.id, 9)?;
+    stays.connection.wait(&stays.id)?;
+    stays.delete()?;
+    pod.end()?;
+    before.nothing_left(patience())
+}
+
+fn killed(suite: &mut Suite, generation: Generation, api: bool) -> Result<()> {
+    let daemon = Daemon::new(generation, &suite.ctr.runtime, "killed")?;
+    let before = baseline(suite)?;
+    let pod = pod(&daemon, "killed", api)?;
+    let container = pod.container("app", &[PROBE, "sleep"])?;
+    container.start()?;
+    daemon.kill_servers()?;
+    let vmm = i32::try_from(pod.pid)?;
+    that(
+        "the VMM ends with its shim",
+        process::exited(vmm, patience())?,
+    )?;
+    let written = container.written(patience())?;
+    ensure!(written.len() < 100, "an end of file, not {written:?}");
+    // The containers' first, in whatever order their connections ended; then again.
+    for round in 1..=2 {
+        for bundle in [&container.bundle, &pod.bundle] {
+            let deleted = daemon.delete(bundle)?;
+            equal("exit status", 137, deleted.exit_status)?;
+            that(
+                &format!("round {round}: there is a time of exit"),
+                deleted.exited_at.seconds > 1_600_000_000,
+            )?;
+        }
+    }
+    let socket = PathBuf::from(pod.endpoint.address.trim_start_matches("unix://"));
+    that("the socket is gone", !socket.exists())?;
+    drop(container);
+    drop(pod);
+    before.nothing_left(patience())
+}
