@@ -152,25 +152,37 @@ fn effective(facts: &Value) -> Result<u64> {
 }
 
 fn set_id(suite: &mut Suite) -> Result<()> {
-    let run = suite
-        .probe("setid", &["sleep"])
-        .with("--user", "app")
-        .flag("--allow-new-privs");
+    // `ctr run` of 1.6 knows no user: there only what is executed in the container has one, without its groups.
+    let user_of_exec = suite.containerd.starts_with("1.6");
+    let mut run = suite.probe("setid", &["sleep"]).flag("--allow-new-privs");
+    if !user_of_exec {
+        run = run.with("--user", "app");
+    }
     let container = suite.ctr.start(&run)?;
-    let own = container.probe(&["facts"])?;
+    let probe = |args: &[&str]| -> Result<Value> {
+        if user_of_exec {
+            let all = [&[PROBE], args].concat();
+            ctr::json(&container.exec_with(&["--user", "1000"], &all)?.success()?)
+        } else {
+            container.probe(args)
+        }
+    };
+    let own = probe(&["facts"])?;
     field(&own, "/uids", json!([1000, 1000, 1000, 1000]))?;
-    field(&own, "/gids/0", 1000)?;
-    that(
-        "group extra (2000) is among the supplementary ones",
-        own["groups"]
-            .as_array()
-            .is_some_and(|groups| groups.contains(&json!(2000))),
-    )?;
+    if !user_of_exec {
+        field(&own, "/gids/0", 1000)?;
+        that(
+            "group extra (2000) is among the supplementary ones",
+            own["groups"]
+                .as_array()
+                .is_some_and(|groups| groups.contains(&json!(2000))),
+        )?;
+    }
     field(&own, "/no_new_privs", false)?;
     equal("effective capabilities of a user", 0, effective(&own)?)?;
-    let setuid = container.probe(&["privileges", "/bin/probe-setuid"])?;
+    let setuid = probe(&["privileges", "/bin/probe-setuid"])?;
     field(&setuid, "/uids", json!([1000, 0, 0, 0]))?;
-    let setcap = container.probe(&["privileges", "/bin/probe-setcap"])?;
+    let setcap = probe(&["privileges", "/bin/probe-setcap"])?;
     field(&setcap, "/uids", json!([1000, 1000, 1000, 1000]))?;
     equal(
         "effective capabilities of the setcap binary",
