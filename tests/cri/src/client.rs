@@ -8,11 +8,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use brig_tests::node::clock;
 use hyper_util::rt::TokioIo;
+use k8s_cri::v1::StatusRequest;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Response, Status};
+
+use crate::container::eventually;
 
 const SOCKET: &str = "/run/containerd/containerd.sock";
 /// Base time-out in seconds of one call; RunPodSandbox boots a VM.
@@ -44,10 +47,16 @@ impl Cri {
     /// Connects anew: containerd was restarted.
     ///
     /// # Errors
-    /// If containerd does not listen.
+    /// If containerd does not listen, or its CRI does not take calls in time: that it does a moment after it
+    /// has begun to listen.
     pub fn reconnect(&self) -> Result<()> {
         *self.channel.borrow_mut() = self.runtime.block_on(open())?;
-        Ok(())
+        eventually("containerd's CRI takes calls", clock::seconds(10), || {
+            let status = self.call("Status", |mut client| async move {
+                client.status(StatusRequest::default()).await
+            });
+            Ok(status.is_ok().then_some(()))
+        })
     }
 
     /// Makes one call of the runtime service, within the usual time.
