@@ -11,6 +11,10 @@ use crate::events::TaskEvent;
 use crate::process::{Exit, Phase};
 use crate::stdio::Stdio;
 
+/// How many times the usual limit output is waited for: containerd may be restarting, and what is not delivered
+/// before the exit is told is lost.
+const WITHOUT_CONTAINERD: u32 = 6;
+
 impl Container {
     pub(super) fn exited(&mut self, exec_id: &str, exit: Exit) {
         if exec_id.is_empty() && self.hold(exit) {
@@ -36,7 +40,8 @@ impl Container {
             return false;
         };
         self.held = Some(exit);
-        let (mailbox, limit) = (self.mailbox.clone(), self.context.drain);
+        let limit = self.context.drain.saturating_mul(WITHOUT_CONTAINERD);
+        let mailbox = self.mailbox.clone();
         tokio::spawn(async move {
             let _ = timeout(limit, delivery.wait_for(|delivered| *delivered)).await;
             let _ = mailbox.send(Message::Delivered).await;

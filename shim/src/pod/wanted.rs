@@ -12,6 +12,8 @@ use crate::vm::boot::Sandbox;
 
 /// Guest memory on top of what the containers may use, for kernel and agent, in bytes (docs/overhead.md).
 const GUEST_OVERHEAD: u64 = 64 * MIB;
+/// What the agent keeps free of huge pages (`agent/src/huge_pages.rs`), and what the guest's kernel holds already.
+const BESIDE_HUGE_PAGES: u64 = 160 * MIB;
 /// The guest's kernel describes each page of 4096 bytes with 64 bytes.
 const PAGE_DESCRIPTORS: u64 = 64;
 
@@ -101,13 +103,20 @@ impl Wanted {
 /// than the handler's, because a container without a limit is not counted in it, and never more than the
 /// node's.
 fn guest_memory((limit, huge_pages): (Option<u64>, u64), configured: u64, node: u64) -> u64 {
-    let wanted = limit.map_or(0, |limit| {
-        // Of all the guest's memory one part in 64 is descriptors, so 63 remain.
-        let described = limit.saturating_add(limit.div_ceil(PAGE_DESCRIPTORS - 1));
-        described.saturating_add(GUEST_OVERHEAD)
-    });
-    let wanted = configured.max(wanted).saturating_add(huge_pages);
+    let wanted = limit.map_or(0, |limit| described(limit).saturating_add(GUEST_OVERHEAD));
+    let beside = if huge_pages == 0 {
+        0
+    } else {
+        BESIDE_HUGE_PAGES
+    };
+    let beside = configured.max(wanted).max(beside);
+    let wanted = beside.saturating_add(described(huge_pages));
     configured.max(wanted.min(node))
+}
+
+/// With the descriptors of its pages: of all the guest's memory they are one part in 64, so 63 remain.
+fn described(memory: u64) -> u64 {
+    memory.saturating_add(memory.div_ceil(PAGE_DESCRIPTORS - 1))
 }
 
 /// Bytes of huge pages that kubelet lets a pod have: containerd does not say it, kubelet's cgroup does.
@@ -156,13 +165,17 @@ mod tests {
             assert_eq!(guest_memory((limit, 0), default, node), expected * MIB);
         }
         for (limit, huge_pages, expected) in [
-            (None, 100, 356),
-            (Some(3024 * MIB), 100, 3024 + 48 + 64 + 100),
+            (None, 126, 256 + 128),
+            (Some(3024 * MIB), 126, 3024 + 48 + 64 + 128),
             (None, u64::MAX >> 20, 4096),
         ] {
             let limits = (limit, huge_pages * MIB);
             assert_eq!(guest_memory(limits, default, node), expected * MIB);
         }
+        assert_eq!(
+            guest_memory((None, 63 * MIB), 64 * MIB, node),
+            (160 + 64) * MIB
+        );
         assert_eq!(guest_cpus(None, 1), 1);
         assert_eq!(guest_cpus(Some(1), 2), 2);
         assert!(guest_cpus(Some(u64::MAX), 1) <= MAX_VCPUS);

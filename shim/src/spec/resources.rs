@@ -5,6 +5,9 @@
 
 use serde::Deserialize;
 
+/// A larger limit is none.
+const UNLIMITED: u64 = 1 << 62;
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Resources {
@@ -35,7 +38,7 @@ impl Resources {
     /// Of 2 MiB pages, in bytes.
     pub(super) fn huge_pages(&self) -> u64 {
         let mut limits = self.hugepage_limits.iter().flatten().rev();
-        let limit = limits.find(|limit| limit.page_size == "2MB");
+        let limit = limits.find(|limit| limit.page_size == "2MB" && limit.limit < UNLIMITED);
         limit.map_or(0, |limit| limit.limit)
     }
 }
@@ -50,6 +53,8 @@ mod tests {
         for text in ["{}", r#"{"memory":null}"#, r#"{"memory":{"limit":-1}}"#] {
             assert_eq!(parse(text).memory_limit(), None, "{text}");
         }
+        let none = r#"{"hugepageLimits":[{"pageSize":"2MB","limit":9223372036854775807}]}"#;
+        assert_eq!(parse(none).huge_pages(), 0);
         let both = parse(
             r#"{"memory":{"limit":5},"hugepageLimits":[{"pageSize":"1GB","limit":0},
             {"pageSize":"2MB","limit":4194304}]}"#,

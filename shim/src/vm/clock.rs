@@ -39,7 +39,7 @@ pub async fn keep(vm: Arc<Vm>, logger: Logger) {
     let changes = Changes::watch().inspect_err(
         |error| warn!(logger, "the node's clock cannot be watched"; "error" => %error),
     );
-    let changes = changes.ok();
+    let mut changes = changes.ok();
     loop {
         if let Err(error) = bring_into_line(&vm, &logger).await {
             debug!(logger, "the guest's clock was not looked at"; "error" => error.message);
@@ -53,7 +53,8 @@ pub async fn keep(vm: Arc<Vm>, logger: Logger) {
         tokio::select! {
             changed = changed => if let Err(error) = changed {
                 warn!(logger, "the node's clock is watched no more"; "error" => %error);
-                return;
+                // The looks go on.
+                changes = None;
             },
             () = sleep(DRIFT) => {}
             _ = vm.ended() => return,

@@ -199,14 +199,7 @@ impl FileSystem for Served {
         let (export, inode) = self.opening_at(parent)?;
         let (fs, name) = (&export.fs, Self::plain_name(name)?);
         let make = |ctx: &Context| fs.symlink(ctx, target, inode, name);
-        let entry = owner::make(
-            fs,
-            ctx,
-            inode,
-            make,
-            |entry| entry,
-            |root| fs.unlink(root, inode, name),
-        )?;
+        let entry = owner::make(fs, ctx, inode, make)?;
         self.exports.entry(&export, entry)
     }
 
@@ -222,14 +215,7 @@ impl FileSystem for Served {
         let (export, inode) = self.opening_at(parent)?;
         let (fs, name) = (&export.fs, Self::plain_name(name)?);
         let make = |ctx: &Context| fs.mknod(ctx, inode, name, mode, rdev, umask);
-        let entry = owner::make(
-            fs,
-            ctx,
-            inode,
-            make,
-            |entry| entry,
-            |root| fs.unlink(root, inode, name),
-        )?;
+        let entry = owner::make(fs, ctx, inode, make)?;
         self.exports.entry(&export, entry)
     }
 
@@ -244,14 +230,7 @@ impl FileSystem for Served {
         let (export, inode) = self.opening_at(parent)?;
         let (fs, name) = (&export.fs, Self::plain_name(name)?);
         let make = |ctx: &Context| fs.mkdir(ctx, inode, name, mode, umask);
-        let entry = owner::make(
-            fs,
-            ctx,
-            inode,
-            make,
-            |entry| entry,
-            |root| fs.rmdir(root, inode, name),
-        )?;
+        let entry = owner::make(fs, ctx, inode, make)?;
         self.exports.entry(&export, entry)
     }
 
@@ -307,14 +286,7 @@ impl FileSystem for Served {
         args.flags &= !NOT_PASSED_ON;
         let (fs, name) = (&export.fs, Self::plain_name(name)?);
         let make = |ctx: &Context| fs.create(ctx, inode, name, args);
-        let (entry, handle, options, passthrough) = owner::make(
-            fs,
-            ctx,
-            inode,
-            make,
-            |made| &mut made.0,
-            |root| fs.unlink(root, inode, name),
-        )?;
+        let (entry, handle, options, passthrough) = owner::make(fs, ctx, inode, make)?;
         Ok((
             self.exports.entry(&export, entry)?,
             handle,

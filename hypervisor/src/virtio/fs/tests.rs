@@ -167,10 +167,10 @@ fn a_supplementary_groups_volume_can_be_written() {
 /// An NFS server judges by the user and the groups it is told, and knows of no capability: without it this
 /// kernel does the same.
 #[test]
-fn where_a_server_refuses_the_caller_a_file_is_made_as_root_and_given_away() {
+fn where_a_server_refuses_the_caller_its_directorys_group_makes_the_file() {
     let share = share();
-    let (plain, group) = (share.path().join("plain"), share.path().join("group"));
-    for (directory, mode) in [(&plain, 0o770), (&group, 0o2770)] {
+    let directories = ["plain", "group", "closed"].map(|name| share.path().join(name));
+    for (directory, mode) in directories.iter().zip([0o770, 0o2770, 0o2750]) {
         fs::create_dir(directory).unwrap();
         std::os::unix::fs::chown(directory, Some(0), Some(2000)).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
@@ -186,9 +186,15 @@ fn where_a_server_refuses_the_caller_a_file_is_made_as_root_and_given_away() {
     )
     .unwrap();
     let mut client = Client::new(share.path());
-    let parents = ["plain", "group"].map(|name| client.lookup(ROOT, name).unwrap().node);
+    let [plain, group, closed] =
+        ["plain", "group", "closed"].map(|name| client.lookup(ROOT, name).unwrap().node);
     client.ids = (1000, 1000);
-    for parent in parents {
+    // Its group may not write there.
+    assert_eq!(
+        client.create(closed, "file", 0o640).unwrap_err(),
+        libc::EACCES
+    );
+    for parent in [plain, group] {
         let file = client.create(parent, "file", 0o640).unwrap();
         assert_eq!(file.uid, 1000, "as the guest is told");
         let mut body = 0o750u32.to_le_bytes().to_vec();
@@ -196,10 +202,10 @@ fn where_a_server_refuses_the_caller_a_file_is_made_as_root_and_given_away() {
         body.extend(b"directory\0");
         client.call(MKDIR, parent, &body).unwrap();
     }
-    for (directory, gid) in [(&plain, 1000), (&group, 2000)] {
+    for directory in &directories[..2] {
         for name in ["file", "directory"] {
             let made = fs::symlink_metadata(directory.join(name)).unwrap();
-            assert_eq!((made.uid(), made.gid()), (1000, gid), "{name}");
+            assert_eq!((made.uid(), made.gid()), (1000, 2000), "{name}");
         }
     }
 }
