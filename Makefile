@@ -1,9 +1,9 @@
 # Each target is one line that calls the real thing. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help build demo node test test-all bench fuzz install uninstall
+.PHONY: help build demo node test test-all test-kubernetes bench fuzz install uninstall
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 build: ## build the guest kernel, the initramfs and the host binaries for a node
 	./build
@@ -19,6 +19,9 @@ test: ## the whole gate: format, lints, licences, unit, component and end-to-end
 
 test-all: ## the long matrix: every containerd, every case
 	tests/gate --all
+
+test-kubernetes: ## pods of a real Kubernetes; builds one from Debian's source first (15 minutes, once)
+	tests/kubernetes/run
 
 bench: ## tables and JSON: boot, start, memory, exits, against QEMU microvm and runc
 	tests/run --bench

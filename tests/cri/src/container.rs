@@ -288,7 +288,15 @@ impl Container {
     /// # Errors
     /// If it does not end in time.
     pub fn wait(&self) -> Result<ContainerStatus> {
-        eventually("the container ends", clock::seconds(6), || {
+        self.wait_within(clock::seconds(6))
+    }
+
+    /// As [`Self::wait`], within a time of its own.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn wait_within(&self, within: Duration) -> Result<ContainerStatus> {
+        eventually("the container ends", within, || {
             let status = self.status()?;
             Ok((status.state() == ContainerState::ContainerExited).then_some(status))
         })

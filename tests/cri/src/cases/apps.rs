@@ -220,11 +220,13 @@ fn postgres(suite: &mut Suite) -> Result<()> {
     // The image's cluster is copied to the volume, as an operator's init container would make one.
     let copy =
         "cp -a /var/lib/postgresql/17/main/. /data/ && chown postgres: /data && chmod 700 /data";
-    let (init, status) = pod
+    let init = pod
         .container("init", &["sh", "-c", copy])
         .image(APPS.0)
         .mount(&data.path, "/data")
-        .finish()?;
+        .start()?;
+    // A thousand files.
+    let status = init.wait_within(clock::seconds(20))?;
     let log = fs::read_to_string(&init.log).unwrap_or_default();
     equal("exit code of the init container", 0, status.exit_code).with_context(|| log)?;
     let server = start_postgres(&pod, &data, 0)?;
