@@ -255,13 +255,7 @@ async fn signals_reach_one_process_or_all() {
             stdio,
         )
         .await;
-    let mut ready = [0; 6];
-    ends.stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut ready)
-        .await
-        .unwrap();
+    ends.said("ready\n").await;
     guest
         .started_exec("c1", "e1", &shell("sleep 1000"), Stdio::default())
         .await;
@@ -454,13 +448,7 @@ async fn the_agent_ends_with_its_connection_and_takes_the_containers_along() {
     guest
         .started("c1", &spec("echo up; sleep 1000"), stdio)
         .await;
-    let mut up = [0; 3];
-    ends.stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut up)
-        .await
-        .unwrap();
+    ends.said("up\n").await;
     guest.stop().await;
     assert_eq!(ends.read_all().await.0, "");
 }
@@ -481,14 +469,7 @@ async fn a_shutdown_with_a_grace_lets_processes_end_and_kills_the_others_after_i
         .await;
     // Both have set their traps.
     for ends in [&mut ends, &mut deaf] {
-        let mut up = [0; 3];
-        ends.stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut up)
-            .await
-            .unwrap();
-        assert_eq!(&up, b"up\n");
+        ends.said("up\n").await;
     }
     let began = Instant::now();
     let request = ShutdownRequest {
@@ -512,13 +493,7 @@ async fn a_shutdown_ends_as_soon_as_nothing_runs() {
     let (stdio, mut ends) = guest.stdio(false, false).await;
     let script = "trap 'exit 0' TERM; echo up; while :; do sleep 0.1; done";
     guest.started("heeds", &spec(script), stdio).await;
-    let mut up = [0; 3];
-    ends.stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut up)
-        .await
-        .unwrap();
+    ends.said("up\n").await;
     let began = Instant::now();
     let request = ShutdownRequest {
         grace_ms: 60_000,

@@ -373,6 +373,17 @@ impl Guest {
 }
 
 impl Ends {
+    /// Waits until this is what standard output says next.
+    pub async fn said(&mut self, expected: &str) {
+        let stdout = self.stdout.as_mut().unwrap();
+        let mut bytes = vec![0; expected.len()];
+        tokio::time::timeout(PATIENCE, stdout.read_exact(&mut bytes))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(std::str::from_utf8(&bytes).unwrap(), expected);
+    }
+
     /// Everything the process writes, to the end of both streams.
     pub async fn read_all(self) -> (String, String) {
         let read = async |stream: Option<UnixStream>| {
