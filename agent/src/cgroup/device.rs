@@ -236,6 +236,21 @@ pub fn attach(cgroup: &Path, spec: &[DeviceRule], old: Option<&OwnedFd>) -> Resu
     load_and_attach(cgroup, &code, old).map_err(|e| Error::io("device rules of the cgroup", e))
 }
 
+/// Times that a program is loaded at most.
+const LOADS: usize = 10;
+
+/// The verifier gives up with EAGAIN when a signal waits for its thread, such as a child's end. Once the call has
+/// returned that has been handled.
+fn uninterrupted<T>(mut load: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..LOADS {
+        match load() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            outcome => return outcome,
+        }
+    }
+    load()
+}
+
 fn load_and_attach(cgroup: &Path, code: &[Insn], old: Option<&OwnedFd>) -> io::Result<OwnedFd> {
     let address = |pointer: *const u8| u64::try_from(pointer.addr()).map_err(io::Error::other);
     let load = LoadAttr {
@@ -250,7 +265,7 @@ fn load_and_attach(cgroup: &Path, code: &[Insn], old: Option<&OwnedFd>) -> io::R
         prog_flags: 0,
     };
     // SAFETY: LoadAttr is a prefix of bpf_attr for PROG_LOAD; `code` and the licence outlive the call.
-    let raw = unsafe { bpf(PROG_LOAD, &load) }?;
+    let raw = uninterrupted(|| unsafe { bpf(PROG_LOAD, &load) })?;
     let raw = i32::try_from(raw).map_err(io::Error::other)?;
     // SAFETY: the kernel has just given this descriptor to us alone (always close-on-exec).
     let program = unsafe { OwnedFd::from_raw_fd(raw) };
@@ -344,6 +359,21 @@ mod tests {
         ] {
             let rule: DeviceRule = serde_json::from_value(rule).unwrap();
             assert!(rules(&[rule]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_load_that_a_signal_interrupts_is_repeated_but_not_for_ever() {
+        for (interrupted, calls, loaded) in [(0, 1, true), (3, 4, true), (99, LOADS, false)] {
+            let mut called = 0;
+            let result = uninterrupted(|| {
+                called += 1;
+                if called <= interrupted {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                Ok(())
+            });
+            assert_eq!((called, result.is_ok()), (calls, loaded));
         }
     }
 }

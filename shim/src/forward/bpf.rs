@@ -242,7 +242,22 @@ pub fn load(instructions: &[Instruction]) -> io::Result<OwnedFd> {
         interface: 0,
         expected_attach_type: ATTACH_SK_LOOKUP,
     };
-    make(command::PROG_LOAD, &load)
+    uninterrupted(|| make(command::PROG_LOAD, &load))
+}
+
+/// Times that a program is loaded at most.
+const LOADS: usize = 10;
+
+/// The verifier gives up with EAGAIN when a signal waits for its thread, such as a child's end. Once the call has
+/// returned that has been handled.
+fn uninterrupted<T>(mut load: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..LOADS {
+        match load() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            outcome => return outcome,
+        }
+    }
+    load()
 }
 
 /// Attaches a program to a network namespace for as long as the returned link is open.
@@ -264,4 +279,24 @@ pub fn attach(program: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<
         flags: 0,
     };
     make(command::LINK_CREATE, &create)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_that_a_signal_interrupts_is_repeated_but_not_for_ever() {
+        for (interrupted, calls, loaded) in [(0, 1, true), (3, 4, true), (99, LOADS, false)] {
+            let mut called = 0;
+            let result = uninterrupted(|| {
+                called += 1;
+                if called <= interrupted {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                Ok(())
+            });
+            assert_eq!((called, result.is_ok()), (calls, loaded));
+        }
+    }
 }
