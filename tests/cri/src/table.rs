@@ -23,19 +23,25 @@ pub fn of_directory(results: &Path) -> Result<String> {
             directories.push(entry.path());
         }
     }
+    let mut files = Vec::new();
     for directory in directories {
         for entry in fs::read_dir(directory)? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with("cri-") && name.ends_with(".json") {
-                let report: Value = serde_json::from_slice(&fs::read(&path)?)
-                    .with_context(|| format!("{} is not JSON", path.display()))?;
-                reports.push(report);
-            } else if let Some(of) = name.strip_prefix("churn-") {
-                let report: Value = serde_json::from_slice(&fs::read(&path)?)
-                    .with_context(|| format!("{} is not JSON", path.display()))?;
-                churn.insert(of.trim_end_matches(".json").to_owned(), report);
-            }
+            let entry = entry?;
+            files.push((entry.metadata()?.modified()?, entry.path()));
+        }
+    }
+    // A case that ran again has its latest result.
+    files.sort();
+    for (_, path) in files {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let read = || -> Result<Value> {
+            serde_json::from_slice(&fs::read(&path)?)
+                .with_context(|| format!("{} is not JSON", path.display()))
+        };
+        if name.starts_with("cri-") && name.ends_with(".json") {
+            reports.push(read()?);
+        } else if let Some(of) = name.strip_prefix("churn-") {
+            churn.insert(of.trim_end_matches(".json").to_owned(), read()?);
         }
     }
     Ok(table(&reports) + &slopes(&churn))
@@ -114,6 +120,7 @@ fn table(reports: &[Value]) -> String {
         for ((_, handler, _), records) in &columns {
             let found = records
                 .iter()
+                .rev()
                 .find(|record| record["group"] == case.group && record["name"] == case.name);
             let mark = match found.map(|record| &record["passed"]) {
                 Some(Value::Bool(true)) => "✓",
