@@ -325,24 +325,14 @@ async fn a_process_that_cannot_be_frozen_holds_up_no_other_command() {
     std::fs::create_dir_all(guest.share().join("c1/rootfs/mnt")).unwrap();
     let (stdio, mut ends) = guest.stdio(false, false).await;
     guest.started("c1", &stuck, stdio).await;
-    let stdout = ends.stdout.as_mut().unwrap();
-    let mut word = [0; 6];
-    tokio::time::timeout(PATIENCE, stdout.read_exact(&mut word))
-        .await
-        .unwrap()
-        .unwrap();
+    ends.said("stuck\n").await;
     tokio::time::sleep(Duration::from_millis(300)).await;
 
     // It is sent nevertheless, soon.
     let begun = Instant::now();
     guest.kill("c1", "", libc::SIGTERM, true).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(5));
-    let mut word = [0; 5];
-    tokio::time::timeout(PATIENCE, stdout.read_exact(&mut word))
-        .await
-        .unwrap()
-        .unwrap();
-    assert_eq!(&word, b"term\n");
+    ends.said("term\n").await;
 
     // A pause fails, and meanwhile the container answers, and can be killed.
     let client = guest.client.clone();

@@ -91,21 +91,20 @@ async fn a_replica_is_read_only_updates_live_and_is_shared_by_containers() {
         while grep -q 'generation 1' /v/key; do sleep 0.05; done
         cat /v/key; ls -A /v | tr '\\n' ' '";
     let spec = with_volume(script, json!(["rbind", "ro"]));
-    let (stdio, ends) = guest.stdio(false, false).await;
+    let (stdio, mut ends) = guest.stdio(false, false).await;
     let sources = vec![source(1, "v1", "")];
     guest
         .create_with("c1", &spec, stdio, sources.clone())
         .await
         .unwrap();
     guest.run("c1", "").await.unwrap();
-    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    // Then it waits for the update.
+    ends.said("tmpfs\ngeneration 1\n440 0 2000\nread-only\n")
+        .await;
     put(&guest, update("v1", Kind::REPLICA, generation(2))).await;
     let (stdout, stderr) = ends.read_all().await;
     assert_eq!(stderr, "");
-    assert_eq!(
-        stdout,
-        "tmpfs\ngeneration 1\n440 0 2000\nread-only\ngeneration 2\n..2026_2 ..data key "
-    );
+    assert_eq!(stdout, "generation 2\n..2026_2 ..data key ");
     guest.exit_of("c1", "").await;
     guest.delete("c1", "").await.unwrap();
 

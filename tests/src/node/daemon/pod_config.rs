@@ -22,7 +22,8 @@ pub struct PodConfig {
     pub host_network: bool,
 }
 
-fn message(
+/// A message written field by field.
+pub(super) fn message(
     write: impl FnOnce(&mut CodedOutputStream<'_>) -> protobuf::Result<()>,
 ) -> protobuf::Result<Vec<u8>> {
     let mut bytes = Vec::new();

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use protobuf::well_known_types::any::Any;
-use protobuf::{CodedInputStream, CodedOutputStream, Message as _};
+use protobuf::{CodedInputStream, Message as _};
 use ttrpc::proto::{
     FLAG_NO_DATA, FLAG_REMOTE_CLOSED, FLAG_REMOTE_OPEN, MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA,
     MESSAGE_TYPE_REQUEST, MessageHeader, Request,
 };
+
+use super::pod_config::message;
 
 /// What containerd takes before it says so again, in bytes.
 const WINDOW: usize = 64 << 10;
@@ -39,17 +41,6 @@ enum Frame {
 /// A stream.
 pub struct Stream {
     socket: UnixStream,
-}
-
-fn message(
-    write: impl FnOnce(&mut CodedOutputStream<'_>) -> protobuf::Result<()>,
-) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let mut stream = CodedOutputStream::vec(&mut bytes);
-    write(&mut stream)?;
-    stream.flush()?;
-    drop(stream);
-    Ok(bytes)
 }
 
 impl Stream {
