@@ -7,10 +7,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use brig_suite::results::Place;
+use brig_suite::run::Totals;
 use brig_tests::node::check::equal;
 use serde_json::{Value, json};
 
-use crate::options::Options;
 use crate::suite::{SLEEP, Suite};
 
 /// What is counted, and how much of it a pod may leave behind on average. Each count jumps by what
@@ -25,51 +26,39 @@ const LIMITS: [(&str, f64); 6] = [
     ("unreclaimable memory in KiB", 64.0),
 ];
 
-/// Runs the pods with each handler; returns how many counts grew.
-pub fn run(options: &Options, pods: u32) -> Result<usize> {
-    let (mut passed, mut failed) = (0, 0);
-    for handler in &options.handlers {
-        let suite = Suite::new(handler)?;
-        let mut samples = Vec::new();
-        for number in 0..pods {
-            one(&suite, number).with_context(|| format!("pod {number} of {handler}"))?;
-            samples.push(sample()?);
-        }
-        let mut report = serde_json::Map::new();
-        for (at, (name, limit)) in LIMITS.iter().enumerate() {
-            let all: Vec<u64> = samples.iter().map(|sample| sample[at]).collect();
-            let half = &all[all.len() / 2..];
-            let slope = slope(half);
-            let name = format!(
-                "{handler} on {}: churn of {pods} pods/{name}",
-                suite.containerd
-            );
-            let sizes = format!(
-                "{slope:.3} a pod, {} to {}",
-                half.first().copied().unwrap_or_default(),
-                half.last().copied().unwrap_or_default()
-            );
-            if slope <= *limit {
-                println!("PASS  {name}  ({sizes})");
-                passed += 1;
-            } else {
-                println!(
-                    "FAIL  {name}\n      it grows by {sizes}; at most {limit} is taken for noise"
-                );
-                failed += 1;
-            }
-            report.insert(
-                LIMITS[at].0.to_owned(),
-                json!({"slope": slope, "samples": all}),
-            );
-        }
-        let file = options
-            .results
-            .join(format!("churn-{handler}-{}.json", suite.containerd));
-        fs::write(&file, serde_json::to_vec(&Value::Object(report))?)?;
+/// Runs the pods with a handler; each count that may not grow is judged.
+pub fn run(handler: &str, pods: u32, results: &Place, totals: &mut Totals) -> Result<()> {
+    let suite = Suite::new(handler)?;
+    let mut samples = Vec::new();
+    for number in 0..pods {
+        one(&suite, number).with_context(|| format!("pod {number} of {handler}"))?;
+        samples.push(sample()?);
     }
-    println!("{passed} passed, {failed} failed");
-    Ok(failed)
+    let mut report = serde_json::Map::new();
+    for (at, (what, limit)) in LIMITS.iter().enumerate() {
+        let all: Vec<u64> = samples.iter().map(|sample| sample[at]).collect();
+        let half = &all[all.len() / 2..];
+        let slope = slope(half);
+        let name = format!(
+            "{handler} on {}: churn of {pods} pods/{what}",
+            suite.containerd
+        );
+        let sizes = format!(
+            "{slope:.3} a pod, {} to {}",
+            half.first().copied().unwrap_or_default(),
+            half.last().copied().unwrap_or_default()
+        );
+        let steady = slope <= *limit;
+        if steady {
+            println!("PASS  {name}  ({sizes})");
+        } else {
+            println!("FAIL  {name}\n      it grows by {sizes}; at most {limit} is taken for noise");
+        }
+        totals.count(steady, &name);
+        report.insert((*what).to_owned(), json!({"slope": slope, "samples": all}));
+    }
+    let file = format!("churn-{handler}-{}.json", suite.containerd);
+    results.write(&file, &Value::Object(report))
 }
 
 /// A pod with two containers, an exec and an exit code.

@@ -1,13 +1,12 @@
 //! The node as the suite needs it: containerd's version and configuration, and the images.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
-use brig_tests::node::{clock, process};
-use nix::fcntl::{Flock, FlockArg};
+use brig_tests::node::{clock, containerd, process};
 
 use crate::client::Cri;
 
@@ -34,19 +33,6 @@ pub const DEBIAN: Image = (
 /// Debian with PostgreSQL and Redis.
 pub const APPS: Image = ("docker.io/brig/apps:test", "/host/assets/images/apps.tar");
 
-/// One suite at a time, and none beside brig-e2e, which would take pods for leftovers.
-pub fn only_one() -> Result<Flock<File>> {
-    let file = File::create("/run/brig-e2e.lock")?;
-    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => return Ok(lock),
-        Err((file, _)) => file,
-    };
-    eprintln!("brig-cri: another suite runs in this node; waiting for it");
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .context("cannot lock /run/brig-e2e.lock")
-}
-
 /// Runs a program of the node, which must succeed; returns what it wrote.
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let mut command = Command::new(program);
@@ -58,7 +44,7 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
 }
 
 /// Switches containerd if asked to, gives it this suite's sandbox image, and imports images.
-pub fn prepare(containerd: Option<&str>) -> Result<()> {
+pub fn prepare(wanted_containerd: Option<&str>) -> Result<()> {
     // One that somebody has put there may have handlers of his own.
     let config = fs::read_to_string(OWN_CONFIG)
         .or_else(|_| fs::read_to_string(DEFAULT_CONFIG))
@@ -86,8 +72,8 @@ pub fn prepare(containerd: Option<&str>) -> Result<()> {
     fs::create_dir_all(brig)?;
     let scale = format!("time_scale = {:.1}\n", clock::scale().clamp(0.1, 100.0));
     fs::write(brig.join("brig-cri-time.toml"), scale)?;
-    if let Some(version) = containerd {
-        run("use-containerd", &[version])?;
+    if let Some(version) = wanted_containerd {
+        containerd::switch(version)?;
     } else if changed {
         restart_containerd()?;
     }

@@ -1,123 +1,83 @@
-//! Runs cases one after another, says how each went, and writes the results down: a file for each
-//! handler and containerd.
+//! Runs the cases that were asked for, and writes the results down: a file for each handler and
+//! containerd.
 
 use std::fs;
-use std::io::Write;
-use std::panic::AssertUnwindSafe;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use brig_suite::lock;
+use brig_suite::results::Place;
+use brig_suite::run::{self, Totals, Verdict};
 use brig_tests::node::{clock, process};
 use serde_json::{Value, json};
 
 use crate::options::Options;
-use crate::suite::{Case, NotHere, Suite};
+use crate::suite::{Case, Suite};
 use crate::{cases, churn, node, table};
 
 /// Runs what was asked for; returns how many cases failed.
 pub fn run_all(options: &Options) -> Result<usize> {
+    let shard = options.common.shard;
     let selected: Vec<Case> = cases::all()
         .into_iter()
-        .filter(|case| {
-            let name = format!("{}/{}", case.group, case.name);
-            let asked = options.filters.is_empty()
-                || options.filters.iter().any(|part| name.contains(part));
-            asked && (case.smoke || !options.smoke)
-        })
-        .skip(options.shard.0 - 1)
-        .step_by(options.shard.1)
+        // Every case is asked of every handler; what cannot be asked says so itself.
+        .filter(|case| options.common.wants(case, true))
+        .enumerate()
+        .filter_map(|(place, case)| shard.has(place).then_some(case))
         .collect();
-    if options.list {
-        for case in selected {
-            println!("{}/{}", case.group, case.name);
-        }
+    if options.common.list {
+        run::list(&selected);
         return Ok(0);
     }
     if options.table {
-        print!("{}", table::of_directory(&options.results)?);
+        print!("{}", table::of_directory(&options.common.results)?);
         return Ok(0);
     }
-    let _lock = node::only_one()?;
-    node::prepare(options.containerd.as_deref())?;
-    if let Some(pods) = options.churn {
-        return churn::run(options, pods);
-    }
-    let (mut passed, mut failed) = (0, Vec::new());
+    let results = Place::prepare(&options.common.results)?;
+    let _lock = lock::only_one("brig-cri")?;
+    node::prepare(options.common.containerd.as_deref())?;
+    let mut totals = Totals::default();
     for handler in &options.handlers {
-        let outcome = run_handler(options, handler, &selected)?;
-        passed += outcome.0;
-        failed.extend(outcome.1);
+        match options.churn {
+            Some(pods) => churn::run(handler, pods, &results, &mut totals)?,
+            None => run_handler(handler, &selected, &results, &mut totals)?,
+        }
     }
-    for name in &failed {
-        println!("failed: {name}");
-    }
-    println!("{passed} passed, {} failed", failed.len());
-    Ok(failed.len())
+    Ok(totals.print())
 }
 
-/// All cases with one handler: how many passed, and the names of those that failed.
+/// All cases with one handler.
 fn run_handler(
-    options: &Options,
     handler: &str,
     selected: &[Case],
-) -> Result<(usize, Vec<String>)> {
+    results: &Place,
+    totals: &mut Totals,
+) -> Result<()> {
     let begin = Instant::now();
     let mut suite = Suite::new(handler)?;
     let mut records: Vec<Value> = Vec::new();
-    let (mut passed, mut failed) = (0, Vec::new());
-    for case in selected {
-        let begin = Instant::now();
-        let name = format!(
-            "{handler} on {}: {}/{}",
-            suite.containerd, case.group, case.name
-        );
-        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| (case.run)(&mut suite)))
-            .unwrap_or_else(|_| Err(anyhow::anyhow!("the case panicked")));
-        let millis = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let outcome = match outcome {
-            Ok(()) => {
-                println!("PASS  {name}  ({millis} ms)");
-                passed += 1;
-                json!({"passed": true})
-            }
-            Err(error) if error.is::<NotHere>() => {
-                println!("n/a   {name}  ({millis} ms)\n      {error:#}");
-                json!({"passed": null, "message": format!("{error:#}")})
-            }
-            Err(error) => {
-                println!("FAIL  {name}  ({millis} ms)\n      {error:#}");
-                failed.push(name);
-                // What a failed case left of the shared pod is not trusted by the next.
-                suite.forget_shared();
-                json!({"passed": false, "message": format!("{error:#}")})
-            }
-        };
-        let _ = std::io::stdout().flush();
-        let mut record =
-            json!({"group": case.group, "name": case.name, "millis": millis, "date": today()});
-        if let (Some(record), Some(outcome)) = (record.as_object_mut(), outcome.as_object()) {
-            record.extend(outcome.clone());
+    let prefix = format!("{handler} on {}: ", suite.containerd);
+    run::run(selected, &prefix, &mut suite, totals, |suite, outcome| {
+        if matches!(outcome.verdict, Verdict::Failed(_)) {
+            // What a failed case left of the shared pod is not trusted by the next.
+            suite.forget_shared();
         }
+        let mut record = outcome.record();
+        record["date"] = json!(today());
         records.push(record);
         // Now, so that an interrupted run has its results.
-        write_records(options, &suite, &records)?;
-    }
+        write_records(results, suite, &records)
+    })?;
     suite.forget_shared();
-    println!(
-        "{handler} on {}: {} s",
-        suite.containerd,
-        begin.elapsed().as_secs()
-    );
-    Ok((passed, failed))
+    println!("{prefix}{} s", begin.elapsed().as_secs());
+    Ok(())
 }
 
 /// Writes a handler's records; of cases that were not selected, an earlier run's stay.
-fn write_records(options: &Options, suite: &Suite, records: &[Value]) -> Result<()> {
-    let file = options
-        .results
-        .join(format!("cri-{}-{}.json", suite.handler, suite.containerd));
-    let earlier: Value = fs::read(&file)
+fn write_records(results: &Place, suite: &Suite, records: &[Value]) -> Result<()> {
+    let file = format!("cri-{}-{}.json", suite.handler, suite.containerd);
+    let earlier: Value = fs::read(results.file(&file))
         .ok()
         .and_then(|data| serde_json::from_slice(&data).ok())
         .unwrap_or_default();
@@ -138,8 +98,7 @@ fn write_records(options: &Options, suite: &Suite, records: &[Value]) -> Result<
         "versions": versions(suite),
         "cases": merged,
     });
-    fs::write(&file, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("cannot write {}", file.display()))
+    results.write(&file, &report)
 }
 
 /// What ran: the part of a result that its reader cannot guess.

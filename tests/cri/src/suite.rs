@@ -4,7 +4,8 @@
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
-use brig_tests::node::check;
+pub use brig_suite::case::{case, not_here, smoke};
+use brig_tests::node::{check, containerd};
 use k8s_cri::v1::{
     ListPodSandboxRequest, RemovePodSandboxRequest, StopPodSandboxRequest, VersionRequest,
 };
@@ -18,61 +19,7 @@ use crate::pod::{Pod, PodSpec};
 pub const SLEEP: &[&str] = &["sleep", "1000000"];
 
 /// One behaviour.
-pub struct Case {
-    /// Cases of a group stay together.
-    pub group: &'static str,
-    /// The behaviour, as a sentence.
-    pub name: &'static str,
-    /// Fails with what was expected and what was found.
-    pub run: fn(&mut Suite) -> Result<()>,
-    /// Whether it belongs to the smoke: the part that every change must pass.
-    pub smoke: bool,
-}
-
-/// A case.
-pub const fn case(
-    group: &'static str,
-    name: &'static str,
-    run: fn(&mut Suite) -> Result<()>,
-) -> Case {
-    Case {
-        group,
-        name,
-        run,
-        smoke: false,
-    }
-}
-
-/// A case of the smoke.
-pub const fn smoke(
-    group: &'static str,
-    name: &'static str,
-    run: fn(&mut Suite) -> Result<()>,
-) -> Case {
-    Case {
-        group,
-        name,
-        run,
-        smoke: true,
-    }
-}
-
-/// Why a case says nothing with this handler, containerd or node.
-#[derive(Debug)]
-pub struct NotHere(String);
-
-impl std::fmt::Display for NotHere {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for NotHere {}
-
-/// Ends a case that cannot be asked here; it is shown with the reason, and is no pass.
-pub fn not_here<T>(reason: impl Into<String>) -> Result<T> {
-    Err(NotHere(reason.into()).into())
-}
+pub type Case = brig_suite::case::Case<Suite>;
 
 /// A pod with one sleeping container.
 pub struct Shared {
@@ -106,16 +53,10 @@ impl Suite {
                 client.version(VersionRequest::default()).await
             })?
             .runtime_version;
-        let containerd = version
-            .trim_start_matches('v')
-            .split('.')
-            .take(2)
-            .collect::<Vec<_>>()
-            .join(".");
         let suite = Self {
             cri,
             handler: handler.to_owned(),
-            containerd,
+            containerd: containerd::short_version(&version),
             containerd_release: version,
             shared: None,
             images: Vec::new(),

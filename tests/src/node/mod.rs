@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod clock;
+pub mod containerd;
 pub mod ctr;
 pub mod daemon;
 pub mod events;

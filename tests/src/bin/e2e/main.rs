@@ -11,12 +11,9 @@ mod suite;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match options::parse(std::env::args().skip(1)).and_then(|options| results::run_all(&options)) {
-        Ok(0) => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("brig-e2e: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    let options = options::parse(std::env::args().skip(1));
+    brig_suite::run::exit(
+        "brig-e2e",
+        options.and_then(|options| results::run_all(&options)),
+    )
 }

@@ -1,99 +1,59 @@
-//! Runs cases one after another, says how each went, and writes the results down.
+//! Runs the cases that were asked for, and writes the results down.
 
-use std::fs;
-use std::io::Write;
-use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use anyhow::Result;
+use brig_suite::results::Place;
+use brig_suite::run::{self, Totals};
+use serde_json::json;
 
 use crate::cases;
 use crate::options::Options;
-use crate::suite::{Case, Needs, Suite};
+use crate::suite::{Case, Suite};
 
 /// Runs what was asked for; returns how many cases failed.
 pub fn run_all(options: &Options) -> Result<usize> {
     let selected = select(options);
-    if options.list {
-        for case in selected {
-            println!("{}/{}", case.group, case.name);
-        }
+    if options.common.list {
+        run::list(selected);
         return Ok(0);
     }
+    let results = Place::prepare(&options.common.results)?;
     let mut suite = Suite::prepare(options)?;
     let started = Instant::now();
-    let mut records: Vec<Value> = Vec::new();
-    let mut failed = Vec::new();
-    for case in &selected {
-        let begin = Instant::now();
-        let name = format!("{}/{}", case.group, case.name);
-        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| (case.run)(&mut suite)))
-            .unwrap_or_else(|_| Err(anyhow::anyhow!("the case panicked")));
-        let millis = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let message = outcome.as_ref().err().map(|error| format!("{error:#}"));
-        match &message {
-            None => println!("PASS  {name}  ({millis} ms)"),
-            Some(message) => println!("FAIL  {name}  ({millis} ms)\n      {message}"),
-        }
-        let _ = std::io::stdout().flush();
-        if message.is_some() {
-            failed.push(name.clone());
+    let runtime = options.runtime.rsplit('.').nth(1).unwrap_or("runtime");
+    let shard = options.common.shard;
+    let file = format!(
+        "e2e-{runtime}-{}-{}of{}.json",
+        suite.containerd, shard.part, shard.of
+    );
+    let (mut records, mut totals) = (Vec::new(), Totals::default());
+    run::run(selected, "", &mut suite, &mut totals, |suite, outcome| {
+        if matches!(outcome.verdict, run::Verdict::Failed(_)) {
             // What a failed case left of the shared pod is not trusted by the next.
             suite.forget_shared();
         }
-        records.push(json!({
-            "group": case.group,
-            "name": case.name,
-            "passed": message.is_none(),
-            "millis": millis,
-            "message": message,
-        }));
-    }
+        records.push(outcome.record());
+        let report = json!({
+            "runtime": options.runtime,
+            "containerd": suite.containerd,
+            "seconds": started.elapsed().as_secs(),
+            "cases": records,
+        });
+        // Now, so that an interrupted run has its results.
+        results.write(&file, &report)
+    })?;
     suite.finish();
-    write(options, &suite, &records, started)?;
-    for name in &failed {
-        println!("failed: {name}");
-    }
-    println!(
-        "{} passed, {} failed",
-        records.len() - failed.len(),
-        failed.len()
-    );
-    Ok(failed.len())
+    Ok(totals.print())
 }
 
+/// Whole groups make a part, so that pods stay shared.
 fn select(options: &Options) -> Vec<&'static Case> {
     let brig = options.runtime.contains("brig");
-    let (part, of) = options.shard;
+    let shard = options.common.shard;
     cases::all()
         .into_iter()
-        .filter(|case| {
-            // A case of Brig alone runs elsewhere only if it is named in full.
-            let name = format!("{}/{}", case.group, case.name);
-            brig || case.needs == Needs::AnyRuntime || options.filters.contains(&name)
-        })
-        .filter(|case| !options.smoke || case.smoke)
-        .filter(|case| {
-            let name = format!("{}/{}", case.group, case.name);
-            options.filters.is_empty() || options.filters.iter().any(|filter| name.contains(filter))
-        })
-        .filter(|case| cases::shard_of(case, of) == part - 1)
+        .filter(|case| options.common.wants(case, brig))
+        .filter(|case| shard.has(cases::shard_of(case, shard.of)))
         .collect()
-}
-
-fn write(options: &Options, suite: &Suite, records: &[Value], started: Instant) -> Result<()> {
-    let runtime = options.runtime.rsplit('.').nth(1).unwrap_or("runtime");
-    let file = options.results.join(format!(
-        "e2e-{runtime}-{}-{}of{}.json",
-        suite.containerd, options.shard.0, options.shard.1
-    ));
-    let report = json!({
-        "runtime": options.runtime,
-        "containerd": suite.containerd,
-        "seconds": started.elapsed().as_secs(),
-        "cases": records,
-    });
-    fs::write(&file, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("cannot write {}", file.display()))
 }

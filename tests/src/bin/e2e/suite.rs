@@ -3,14 +3,15 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+pub use brig_suite::case::{brig, case, smoke};
+use brig_suite::lock;
 use brig_tests::node::ctr::{self, Container, Ctr, Run};
 use brig_tests::node::events::Events;
-use brig_tests::node::{clock, process};
-use nix::fcntl::{Flock, FlockArg};
+use brig_tests::node::{clock, containerd, process};
+use nix::fcntl::Flock;
 use serde_json::Value;
 
 use crate::options::Options;
@@ -22,73 +23,8 @@ pub const DEBIAN_IMAGE: &str = "docker.io/brig/debian:test";
 /// The probe, in its image.
 pub const PROBE: &str = "/bin/brig-probe";
 
-/// Which runtimes a case is about.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Needs {
-    /// What any OCI runtime does.
-    AnyRuntime,
-    /// What only Brig has: a VM, its errors, its devices.
-    Brig,
-}
-
 /// One behaviour.
-pub struct Case {
-    /// Cases of a group stay together.
-    pub group: &'static str,
-    /// The behaviour, as a sentence.
-    pub name: &'static str,
-    /// Which runtimes it applies to.
-    pub needs: Needs,
-    /// Belongs to the subset that runs on every containerd.
-    pub smoke: bool,
-    /// Fails with what was expected and what was found.
-    pub run: fn(&mut Suite) -> Result<()>,
-}
-
-/// A case of any runtime.
-pub const fn any(
-    group: &'static str,
-    name: &'static str,
-    run: fn(&mut Suite) -> Result<()>,
-) -> Case {
-    Case {
-        group,
-        name,
-        needs: Needs::AnyRuntime,
-        smoke: false,
-        run,
-    }
-}
-
-/// A case of any runtime, in the smoke subset.
-pub const fn smoke(
-    group: &'static str,
-    name: &'static str,
-    run: fn(&mut Suite) -> Result<()>,
-) -> Case {
-    Case {
-        group,
-        name,
-        needs: Needs::AnyRuntime,
-        smoke: true,
-        run,
-    }
-}
-
-/// A case of Brig alone.
-pub const fn brig(
-    group: &'static str,
-    name: &'static str,
-    run: fn(&mut Suite) -> Result<()>,
-) -> Case {
-    Case {
-        group,
-        name,
-        needs: Needs::Brig,
-        smoke: false,
-        run,
-    }
-}
+pub type Case = brig_suite::case::Case<Suite>;
 
 /// The state of a run of the suite.
 pub struct Suite {
@@ -103,52 +39,27 @@ pub struct Suite {
     _lock: Flock<File>,
 }
 
-/// Two suites in one node would take each other's containers for leftovers: the second waits.
-fn only_one() -> Result<Flock<File>> {
-    let file = File::create("/run/brig-e2e.lock")?;
-    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => return Ok(lock),
-        Err((file, _)) => file,
-    };
-    eprintln!("brig-e2e: another run is in progress in this node; waiting for it");
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .context("cannot lock /run/brig-e2e.lock")
-}
-
 impl Suite {
     /// Switches containerd if asked to, imports images, follows events.
     pub fn prepare(options: &Options) -> Result<Self> {
-        let lock = only_one()?;
-        if let Some(version) = &options.containerd {
-            let mut command = Command::new("use-containerd");
-            command.arg(version);
-            process::run(command, clock::seconds(60))?
-                .success()
-                .with_context(|| format!("cannot switch to containerd {version}"))?;
+        let lock = lock::only_one("brig-e2e")?;
+        if let Some(version) = &options.common.containerd {
+            containerd::switch(version)?;
         }
         let ctr = Ctr {
             namespace: "brig-e2e".to_owned(),
             runtime: options.runtime.clone(),
         };
         let version = ctr.ok(&["version"]).context("containerd does not answer")?;
-        let containerd = version
+        let version = version
             .lines()
             .rev()
             .find_map(|line| line.trim().strip_prefix("Version:"))
-            .map(|version| {
-                version
-                    .trim()
-                    .trim_start_matches('v')
-                    .split('.')
-                    .take(2)
-                    .collect::<Vec<_>>()
-                    .join(".")
-            })
+            .map(containerd::short_version)
             .context("ctr version shows no version")?;
         let suite = Self {
             ctr,
-            containerd,
+            containerd: version,
             events: None,
             shared: None,
             warm: false,

@@ -8,7 +8,7 @@ use brig_tests::node::check::equal;
 use brig_tests::node::process::{Lines, Running};
 use nix::sys::signal::Signal;
 
-use crate::suite::{Case, PROBE, Suite, any, patience, smoke};
+use crate::suite::{Case, PROBE, Suite, case, patience, smoke};
 
 pub const CASES: &[Case] = &[
     smoke(
@@ -16,7 +16,7 @@ pub const CASES: &[Case] = &[
         "a detached container goes on, and who attaches gets its output and exit status",
         detach,
     ),
-    any(
+    case(
         "attach",
         "the client that started it may die without the container noticing",
         abandoned,

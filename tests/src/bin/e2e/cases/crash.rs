@@ -15,7 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::leaks::baseline;
-use crate::suite::{Case, PROBE, Suite, any, brig, patience};
+use crate::suite::{Case, PROBE, Suite, brig, case, patience};
 
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,22 +41,22 @@ enum Barrier {
 }
 
 pub const CASES: &[Case] = &[
-    any(
+    case(
         "crash",
         "the shim is killed while it boots a container",
         |suite| crash(suite, Victim::Shim, Barrier::Booting),
     ),
-    any(
+    case(
         "crash",
         "the shim is killed when the container is created",
         |suite| crash(suite, Victim::Shim, Barrier::Created),
     ),
-    any(
+    case(
         "crash",
         "the shim is killed while the container runs",
         |suite| crash(suite, Victim::Shim, Barrier::Running),
     ),
-    any(
+    case(
         "crash",
         "the shim is killed with an exec in flight",
         |suite| crash(suite, Victim::Shim, Barrier::ExecInFlight),
@@ -89,22 +89,22 @@ pub const CASES: &[Case] = &[
         "the guest panics with an exec in flight",
         |suite| crash(suite, Victim::Agent, Barrier::ExecInFlight),
     ),
-    any(
+    case(
         "crash",
         "containerd is killed while a container boots",
         |suite| crash(suite, Victim::Containerd, Barrier::Booting),
     ),
-    any(
+    case(
         "crash",
         "containerd is killed when the container is created",
         |suite| crash(suite, Victim::Containerd, Barrier::Created),
     ),
-    any(
+    case(
         "crash",
         "containerd is killed while the container runs",
         |suite| crash(suite, Victim::Containerd, Barrier::Running),
     ),
-    any(
+    case(
         "crash",
         "containerd is killed with an exec in flight",
         |suite| crash(suite, Victim::Containerd, Barrier::ExecInFlight),

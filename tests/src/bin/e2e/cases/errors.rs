@@ -13,31 +13,31 @@ use brig_tests::node::{clock, ctr::Run};
 use serde_json::{Value, json};
 
 use super::leaks::baseline;
-use crate::suite::{Case, PROBE_IMAGE, Suite, any, brig, patience};
+use crate::suite::{Case, PROBE_IMAGE, Suite, brig, case, patience};
 
 pub const CASES: &[Case] = &[
-    any("errors", "a command that is not there", |suite| {
+    case("errors", "a command that is not there", |suite| {
         let run = Run::new("error", PROBE_IMAGE, &["/bin/no-such-program"]);
         fails(suite, &run, &["no such file", "not found"])
     }),
-    any("errors", "a file that cannot be executed", |suite| {
+    case("errors", "a file that cannot be executed", |suite| {
         let run = Run::new("error", PROBE_IMAGE, &["/etc/passwd"]);
         fails(suite, &run, &["permission denied"])
     }),
-    any("errors", "an unknown user", |suite| {
+    case("errors", "an unknown user", |suite| {
         let run = suite
             .probe("error", &["facts"])
             .with("--user", "nobody-here");
         fails(suite, &run, &["user"])
     }),
-    any("errors", "a working directory that is a file", |suite| {
+    case("errors", "a working directory that is a file", |suite| {
         let run = suite
             .probe("error", &["facts"])
             .with("--cwd", "/etc/passwd");
         fails(suite, &run, &["not a directory", "cwd"])
     }),
-    any("errors", "a root file system that is not there", no_rootfs),
-    any("errors", "a volume whose source is not there", |suite| {
+    case("errors", "a root file system that is not there", no_rootfs),
+    case("errors", "a volume whose source is not there", |suite| {
         let run = suite.probe("error", &["facts"]).with(
             "--mount",
             "type=bind,src=/run/brig-e2e/no-such-volume,dst=/mnt/a,options=rbind:ro",

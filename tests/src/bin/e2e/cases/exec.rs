@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use brig_tests::node::check::{contains_one, equal, field, that};
 use brig_tests::node::{clock, ctr};
 
-use crate::suite::{Case, PROBE, Suite, any, smoke};
+use crate::suite::{Case, PROBE, Suite, case, smoke};
 
 const AT_ONCE: usize = 20;
 
@@ -14,17 +14,17 @@ pub const CASES: &[Case] = &[
         "runs in the container with a directory and a user of its own",
         attributes,
     ),
-    any(
+    case(
         "exec",
         "20 at once each keep their own output and exit status",
         many,
     ),
-    any(
+    case(
         "exec",
         "a command that is not there is refused and the container lives on",
         missing,
     ),
-    any("exec", "a detached exec runs and is listed", detached),
+    case("exec", "a detached exec runs and is listed", detached),
 ];
 
 fn attributes(suite: &mut Suite) -> Result<()> {

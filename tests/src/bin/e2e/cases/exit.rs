@@ -3,7 +3,7 @@
 use anyhow::Result;
 use brig_tests::node::check::{contains, equal};
 
-use crate::suite::{Case, PROBE, Suite, any, smoke};
+use crate::suite::{Case, PROBE, Suite, case, smoke};
 
 pub const CASES: &[Case] = &[
     smoke(
@@ -11,7 +11,7 @@ pub const CASES: &[Case] = &[
         "a container's output and exit status arrive",
         container,
     ),
-    any(
+    case(
         "exit",
         "a container that exits 255 is told from one that is lost",
         lost,

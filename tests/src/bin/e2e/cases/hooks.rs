@@ -14,14 +14,14 @@ use serde_json::{Value, json};
 
 use super::network::answer_once;
 use super::security;
-use crate::suite::{Case, PROBE, PROBE_IMAGE, Suite, any};
+use crate::suite::{Case, PROBE, PROBE_IMAGE, Suite, case};
 
 const LINK: &str = "brige2eh";
 const NODE: &str = "10.98.0.1";
 const POD: &str = "10.98.0.2";
 const STOPPED: &str = "/run/brig-e2e/hook.stopped";
 
-pub const CASES: &[Case] = &[any(
+pub const CASES: &[Case] = &[case(
     "hooks",
     "createRuntime makes the container's network, poststop is told of its end",
     network,

@@ -4,11 +4,11 @@ use anyhow::Result;
 use brig_tests::node::check::{contains, equal, field};
 use brig_tests::node::ctr::Run;
 
-use crate::suite::{Case, DEBIAN_IMAGE, PROBE, Suite, any};
+use crate::suite::{Case, DEBIAN_IMAGE, PROBE, Suite, case};
 
 pub const CASES: &[Case] = &[
-    any("images", "Debian runs nginx and python3", debian),
-    any(
+    case("images", "Debian runs nginx and python3", debian),
+    case(
         "images",
         "owners above 65535 are kept and respected",
         big_ids,

@@ -6,19 +6,19 @@ use brig_tests::node::clock;
 use brig_tests::node::leaks::Snapshot;
 use brig_tests::node::process::Running;
 
-use crate::suite::{Case, Suite, any, patience, smoke};
+use crate::suite::{Case, Suite, case, patience, smoke};
 
 const RUNS: usize = 20;
 const AT_ONCE: usize = 4;
 
 pub const CASES: &[Case] = &[
     smoke("leaks", "nothing is left after one run", one),
-    any(
+    case(
         "leaks",
         "nothing is left after 20 runs one after another",
         serial,
     ),
-    any(
+    case(
         "leaks",
         "nothing is left after several runs at once",
         at_once,

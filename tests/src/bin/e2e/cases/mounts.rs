@@ -6,13 +6,13 @@ use std::path::Path;
 use anyhow::Result;
 use brig_tests::node::check::{contains_one, equal, that};
 
-use crate::suite::{Case, PROBE, Suite, any, smoke};
+use crate::suite::{Case, PROBE, Suite, case, smoke};
 
 const DIRECTORY: &str = "/run/brig-e2e/volume";
 
 pub const CASES: &[Case] = &[
     smoke("mounts", "a bind mount is shared both ways", both_ways),
-    any(
+    case(
         "mounts",
         "a read-only mount and a single file are that and no more",
         readonly,

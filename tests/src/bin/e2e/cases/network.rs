@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::{clock, process};
 
-use crate::suite::{Case, PROBE, Suite, any, patience};
+use crate::suite::{Case, PROBE, Suite, case, patience};
 
 const NAMESPACE: &str = "brig-e2e-net";
 const NODE_LINK: &str = "brige2e0";
@@ -20,12 +20,12 @@ const POD: &str = "10.99.0.2";
 const BRIDGE: &str = "10.88.0.1";
 
 pub const CASES: &[Case] = &[
-    any(
+    case(
         "network",
         "a pod has its namespace's address, both ways, and leaves the namespace as it was",
         both_ways,
     ),
-    any(
+    case(
         "network",
         "a network that CNI makes between create and start is the pod's",
         after_create,

@@ -5,7 +5,7 @@ use brig_tests::node::check::{contains, equal, field, that};
 use brig_tests::node::task;
 use serde_json::json;
 
-use crate::suite::{Case, Suite, any, patience, smoke};
+use crate::suite::{Case, Suite, case, patience, smoke};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -15,12 +15,12 @@ pub const CASES: &[Case] = &[
         "a container over its memory limit ends with 137 and an OOM event",
         oom,
     ),
-    any(
+    case(
         "resources",
         "update changes memory, CPU and pids of a running container",
         update,
     ),
-    any("resources", "metrics show what a container uses", metrics),
+    case("resources", "metrics show what a container uses", metrics),
 ];
 
 fn oom(suite: &mut Suite) -> Result<()> {

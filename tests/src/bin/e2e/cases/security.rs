@@ -8,7 +8,7 @@ use brig_tests::node::check::{equal, field, that};
 use brig_tests::node::ctr::{self, Run};
 use serde_json::{Value, json};
 
-use crate::suite::{Case, PROBE, PROBE_IMAGE, Suite, any, smoke};
+use crate::suite::{Case, PROBE, PROBE_IMAGE, Suite, case, smoke};
 
 /// Capabilities of containerd's default spec.
 const DEFAULT_CAPS: &str = "00000000a80425fb";
@@ -22,17 +22,17 @@ pub const CASES: &[Case] = &[
         "a container has containerd's defaults and no more",
         defaults,
     ),
-    any(
+    case(
         "security",
         "flags of ctr hold for init and for an exec",
         restricted,
     ),
-    any(
+    case(
         "security",
         "setuid and setcap binaries gain what no_new_privs allows",
         set_id,
     ),
-    any(
+    case(
         "security",
         "a spec's limits, groups, masks and ambient capabilities hold",
         from_spec,

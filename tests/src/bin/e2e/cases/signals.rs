@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::process::Lines;
 
-use crate::suite::{Case, PROBE, Suite, any, patience, smoke};
+use crate::suite::{Case, PROBE, Suite, case, patience, smoke};
 
 /// How long the pod stays paused: a duration is what this case measures.
 const PAUSE: Duration = Duration::from_millis(1500);
@@ -17,17 +17,17 @@ pub const CASES: &[Case] = &[
         "init gets a signal, and its answer is the exit status",
         trap,
     ),
-    any(
+    case(
         "signals",
         "kill --all ends every process with 137",
         kill_all,
     ),
-    any(
+    case(
         "signals",
         "an exec is killed by its id and the container lives on",
         kill_exec,
     ),
-    any(
+    case(
         "signals",
         "a paused container stands still and a resumed one goes on",
         pause,

@@ -8,7 +8,7 @@ use brig_tests::node::check::{equal, field};
 use brig_tests::node::{clock, ctr, process};
 use brig_tests::pattern::{self, Checksum};
 
-use crate::suite::{Case, PROBE, Suite, any, patience, smoke};
+use crate::suite::{Case, PROBE, Suite, case, patience, smoke};
 
 const FLOOD: u64 = 8 * 1024 * 1024;
 const STREAM: u64 = 20 * 1024 * 1024;
@@ -19,12 +19,12 @@ pub const CASES: &[Case] = &[
         "8 MiB written before an exit at once arrive complete",
         flood,
     ),
-    any(
+    case(
         "stdio",
         "8 MiB to stderr of an exec that exits at once arrive complete",
         flood_stderr,
     ),
-    any(
+    case(
         "stdio",
         "20 MiB through stdin, cat and stdout are unchanged",
         cat,
@@ -34,7 +34,7 @@ pub const CASES: &[Case] = &[
         "the end of stdin reaches the process",
         end_of_input,
     ),
-    any("stdio", "stdout and stderr are not mixed", separate),
+    case("stdio", "stdout and stderr are not mixed", separate),
 ];
 
 fn sum(data: &[u8]) -> Result<String> {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use brig_tests::node::check::equal;
 use brig_tests::node::terminal::Session;
 
-use crate::suite::{Case, PROBE, Suite, any, patience, smoke};
+use crate::suite::{Case, PROBE, Suite, case, patience, smoke};
 
 pub const CASES: &[Case] = &[
     smoke(
@@ -12,7 +12,7 @@ pub const CASES: &[Case] = &[
         "an exec has a terminal of the right size, follows resizing and dies of Ctrl-C",
         exec,
     ),
-    any(
+    case(
         "terminal",
         "a container has a terminal, echoes keys and ends with them",
         container,
