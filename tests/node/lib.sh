@@ -26,6 +26,15 @@ need() {
     as_root "${install[@]}" >&2 || die "apt-get could not install ${missing[*]}: install them by hand, then run this again"
 }
 
+# writable DIR…: makes what is missing and tries it, so that no long work ends in a file that cannot be written.
+writable() {
+    local dir
+    for dir; do
+        mkdir -p "$dir" || die "the directory $dir cannot be made: choose another place, or make it writable"
+        { : >"$dir/.trial-$$" && rm "$dir/.trial-$$"; } || die "nothing can be written to $dir: choose another place, or make it writable"
+    done
+}
+
 # The Debian mirror that this machine's own apt uses: nothing here names one.
 debian_mirror() {
     local uri

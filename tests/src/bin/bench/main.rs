@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use brig_suite::results::Place;
 
 const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR] | --overhead [RUNTIME]";
 
@@ -47,9 +48,11 @@ fn run() -> Result<()> {
             _ => bail!("unknown argument {arg}\n{USAGE}"),
         }
     }
+    // Before the work, so that its figures are not lost at the end.
+    let results = Place::prepare(&results)?;
     let mut report = report::Report::new(rounds);
     boot::measure(&mut report, rounds)?;
     containers::measure(&mut report, rounds)?;
     report.print();
-    report.write(&results.join("bench.json"))
+    report.write(&results)
 }

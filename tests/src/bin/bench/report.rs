@@ -1,10 +1,9 @@
 //! Samples, their medians, the table and the JSON.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use brig_suite::results::Place;
 use serde_json::{Value, json};
 
 /// One line of the table: the same thing measured for Brig and for something else.
@@ -150,7 +149,7 @@ impl Report {
     }
 
     /// Everything as JSON.
-    pub fn write(&self, path: &Path) -> Result<()> {
+    pub fn write(&self, results: &Place) -> Result<()> {
         let sections: Vec<Value> = self
             .sections
             .iter()
@@ -176,9 +175,8 @@ impl Report {
             "vm_exits": self.exits,
             "syscalls": self.syscalls,
         });
-        fs::write(path, serde_json::to_vec_pretty(&report)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        println!("JSON: {}", path.display());
+        results.write("bench.json", &report)?;
+        println!("JSON: {}", results.file("bench.json").display());
         Ok(())
     }
 }
