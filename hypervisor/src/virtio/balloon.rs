@@ -67,26 +67,18 @@ impl Balloon {
         let Some(ring) = active.rings.get_mut(token as usize) else {
             return Ok(());
         };
-        ring.acknowledge();
         let memory = active.memory.memory();
-        for _ in 0..BUDGET {
-            match ring.pop(&memory)? {
-                Some(chain) => {
-                    match token {
-                        INFLATE => inflate(&memory, chain.readable),
-                        // A page that left the balloon is filled when the guest touches it.
-                        DEFLATE => {}
-                        // Neither statistics nor hinting is offered: it is reporting.
-                        _ => chain.writable.slices().for_each(discard),
-                    }
-                    ring.push(&memory, chain.head, 0)?;
-                }
-                None if ring.enable_kick(&memory)? => {}
-                None => return ring.notify(&memory, &*active.interrupt),
+        ring.drain(&memory, &*active.interrupt, BUDGET, |chain| {
+            match token {
+                INFLATE => inflate(&memory, chain.readable),
+                // A page that left the balloon is filled when the guest touches it.
+                DEFLATE => {}
+                // Neither statistics nor hinting is offered: it is reporting.
+                _ => chain.writable.slices().for_each(discard),
             }
-        }
-        ring.call_again()?;
-        ring.notify(&memory, &*active.interrupt)
+            Ok((chain.head, 0))
+        })
+        .map(drop)
     }
 }
 

@@ -112,6 +112,34 @@ impl Ring {
         self.active.queue.go_to_previous_position();
     }
 
+    /// Serves a kick: chain after chain until none is left, at most `budget` of them, then interrupts
+    /// the driver if it wants to know. `serve` answers the head of its chain and the bytes it wrote.
+    /// True when none is left; else the device is called again.
+    ///
+    /// # Errors
+    /// Those of `serve`; if the ring or a chain breaks the rules, or an event cannot be sent.
+    pub fn drain<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        interrupt: &dyn Interrupt,
+        budget: usize,
+        mut serve: impl FnMut(Chain<'m>) -> Result<(u16, u32), DeviceError>,
+    ) -> Result<bool, DeviceError> {
+        self.acknowledge();
+        for _ in 0..budget {
+            match self.pop(memory)? {
+                Some(chain) => {
+                    let (head, written) = serve(chain)?;
+                    self.push(memory, head, written)?;
+                }
+                None if self.enable_kick(memory)? => {}
+                None => return self.notify(memory, interrupt).map(|()| true),
+            }
+        }
+        self.call_again()?;
+        self.notify(memory, interrupt).map(|()| false)
+    }
+
     /// Returns a chain into which `written` bytes were put.
     ///
     /// # Errors

@@ -47,25 +47,17 @@ impl Rng {
         let Some(active) = self.active.as_mut() else {
             return Ok(());
         };
-        let ring = &mut active.ring;
-        ring.acknowledge();
         let memory = active.memory.memory();
-        for _ in 0..BUDGET {
-            match ring.pop(&memory)? {
-                Some(mut chain) => {
-                    let written =
-                        fill(&mut chain.writable).map_err(|source| DeviceError::Host {
-                            device: NAME,
-                            source,
-                        })?;
-                    ring.push(&memory, chain.head, written)?;
-                }
-                None if ring.enable_kick(&memory)? => {}
-                None => return ring.notify(&memory, &*active.interrupt),
-            }
-        }
-        ring.call_again()?;
-        ring.notify(&memory, &*active.interrupt)
+        active
+            .ring
+            .drain(&memory, &*active.interrupt, BUDGET, |mut chain| {
+                let written = fill(&mut chain.writable).map_err(|source| DeviceError::Host {
+                    device: NAME,
+                    source,
+                })?;
+                Ok((chain.head, written))
+            })
+            .map(drop)
     }
 }
 

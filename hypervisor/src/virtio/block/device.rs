@@ -93,25 +93,19 @@ impl Block {
         let Some(active) = self.active.as_mut() else {
             return Ok(());
         };
-        let ring = &mut active.ring;
-        ring.acknowledge();
         let memory = active.memory.memory();
-        ring.disable_kick(&memory)?;
-        for _ in 0..BUDGET {
-            match ring.pop(&memory)? {
-                Some(chain) => {
-                    let Ok(request) = Request::parse(chain, self.limits) else {
-                        return Err(ring.guest("a request has no status byte"));
-                    };
-                    let (head, written) = complete(&self.backend, request);
-                    ring.push(&memory, head, written)?;
-                }
-                None if ring.enable_kick(&memory)? => {}
-                None => return ring.notify(&memory, &*active.interrupt),
-            }
-        }
-        ring.call_again()?;
-        ring.notify(&memory, &*active.interrupt)
+        active.ring.disable_kick(&memory)?;
+        active
+            .ring
+            .drain(&memory, &*active.interrupt, BUDGET, |chain| {
+                let request =
+                    Request::parse(chain, self.limits).map_err(|_| DeviceError::Guest {
+                        device: NAME,
+                        reason: "a request has no status byte".to_owned(),
+                    })?;
+                Ok(complete(&self.backend, request))
+            })
+            .map(drop)
     }
 }
 

@@ -158,34 +158,27 @@ impl Net {
         let Some(ring) = active.control.as_mut() else {
             return Ok(());
         };
-        ring.acknowledge();
         let memory = active.memory.memory();
-        for _ in 0..CONTROL_BUDGET {
-            match ring.pop(&memory)? {
-                Some(mut chain) => {
-                    let answer = match asked_pairs(&mut chain) {
-                        Some(count) if (1..=active.pairs.len()).contains(&count) => {
-                            active.in_use = count;
-                            ACK
-                        }
-                        _ => REFUSED,
-                    };
-                    let written = chain.writable.copy_from(&[answer]);
-                    ring.push(&memory, chain.head, u32::from(written > 0))?;
+        let pairs = active.pairs.len();
+        let in_use = &mut active.in_use;
+        let done = ring.drain(&memory, &*active.interrupt, CONTROL_BUDGET, |mut chain| {
+            let answer = match asked_pairs(&mut chain) {
+                Some(count) if (1..=pairs).contains(&count) => {
+                    *in_use = count;
+                    ACK
                 }
-                None if ring.enable_kick(&memory)? => {}
-                None => {
-                    ring.notify(&memory, &*active.interrupt)?;
-                    // Frames may be waiting for a pair that is now in use.
-                    for pair in 0..self.lanes.len() {
-                        self.receive_into(pair)?;
-                    }
-                    return Ok(());
-                }
+                _ => REFUSED,
+            };
+            let written = chain.writable.copy_from(&[answer]);
+            Ok((chain.head, u32::from(written > 0)))
+        })?;
+        if done {
+            // Frames may be waiting for a pair that is now in use.
+            for pair in 0..self.lanes.len() {
+                self.receive_into(pair)?;
             }
         }
-        ring.call_again()?;
-        ring.notify(&memory, &*active.interrupt)
+        Ok(())
     }
 }
 
