@@ -171,6 +171,17 @@ impl From<Error> for ttrpc::Error {
     }
 }
 
+/// Makes "it does not exist" a success.
+///
+/// # Errors
+/// Every other error.
+pub fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,11 +4,11 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use brig_shim::bootstrap::args::{self, Action, Args};
-use brig_shim::bootstrap::{delete, info, start};
+use brig_shim::containerd::bootstrap::args::{self, Action, Args};
+use brig_shim::containerd::bootstrap::{delete, info, start};
+use brig_shim::containerd::server;
 use brig_shim::error::{Error, Result};
-use brig_shim::server;
-use brig_shim::vm::host::Node;
+use brig_shim::guest::vm::host::Node;
 
 /// More than containerd ever sends to `start`.
 const MAX_STDIN: u64 = 16 << 20;

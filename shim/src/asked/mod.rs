@@ -1,0 +1,7 @@
+//! What was asked for: the OCI specification of a container, CRI's configuration of a sandbox, and Brig's own
+//! configuration with its annotations. Pure parsing and checking of bytes; touches nothing of the node
+//! but the files it reads. Annotations are untrusted unless the operator allows them.
+
+pub mod config;
+pub mod sandbox_config;
+pub mod spec;

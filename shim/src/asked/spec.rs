@@ -1,0 +1,578 @@
+//! What the shim reads from a container's `config.json`; the agent gets the bytes as they are.
+//!
+//! Only the fields the shim acts on are parsed, once. So an unknown capability or a field of a newer
+//! runtime-spec is the agent's to judge and never makes the host side fail.
+
+pub mod hooks;
+mod id_map;
+mod resources;
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+
+use brig_hypervisor::share::IdMap;
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use hooks::Hooks;
+use resources::Resources;
+
+/// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
+pub const MAX_SPEC: u64 = 3 << 20;
+/// What containerd's CRI says a container is.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// The pod of a container, by its sandbox container's id.
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// Memory limits of the pod's containers, summed, in bytes; on the sandbox container.
+const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// CPU time of the pod in microseconds for each [`SANDBOX_CPU_PERIOD`].
+const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// In microseconds.
+const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// The shim's view of a `config.json`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Spec {
+    hostname: Option<String>,
+    root: Option<Root>,
+    mounts: Option<Vec<Mount>>,
+    annotations: Option<BTreeMap<String, String>>,
+    process: Option<Process>,
+    linux: Option<Linux>,
+    hooks: Option<Hooks>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Root {
+    path: String,
+    readonly: bool,
+}
+
+/// A mount of the spec.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Mount {
+    /// Where it appears in the container.
+    pub destination: String,
+    /// File system type.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    /// A host path for a bind mount.
+    pub source: Option<String>,
+    options: Option<Vec<String>>,
+    uid_mappings: Option<Vec<id_map::Mapping>>,
+    gid_mappings: Option<Vec<id_map::Mapping>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Process {
+    oom_score_adj: Option<i32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Linux {
+    cgroups_path: Option<String>,
+    namespaces: Option<Vec<Namespace>>,
+    resources: Option<Resources>,
+    sysctl: Option<BTreeMap<String, String>>,
+    uid_mappings: Option<Vec<id_map::Mapping>>,
+    gid_mappings: Option<Vec<id_map::Mapping>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: String,
+    path: Option<String>,
+}
+
+/// What a container is to its pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// A pod of its own, as `ctr run` makes one.
+    Single,
+    /// CRI's sandbox container: it stands for the pod and runs nothing.
+    Sandbox,
+    /// A container in the pod of this sandbox.
+    Member(String),
+}
+
+/// Reads the bytes of a `config.json`. Blocking.
+///
+/// # Errors
+/// `NotFound` and what else the host says; `InvalidArgument` when it is too large.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    let failed = |error| Error::io(path.display(), &error);
+    let size = std::fs::metadata(path).map_err(failed)?.len();
+    if size > MAX_SPEC {
+        return Err(Error::invalid(format!(
+            "{} has {size} bytes, more than the {MAX_SPEC} that are allowed",
+            path.display()
+        )));
+    }
+    std::fs::read(path).map_err(failed)
+}
+
+/// The network namespace a spec asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Network {
+    /// A new one, with nothing in it.
+    New,
+    /// The one at this path.
+    Path(PathBuf),
+}
+
+/// A bind mount whose source is on the host.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BindMount {
+    /// Index into the spec's mounts.
+    pub index: usize,
+    /// Host path.
+    pub source: PathBuf,
+    /// Where it appears in the container.
+    pub destination: String,
+    /// Enforced on the host side.
+    pub readonly: bool,
+    /// Also for the mounts below (`rro`).
+    pub readonly_below: bool,
+    /// With the mounts below the source (`rbind`).
+    pub recursive: bool,
+    /// What happens with mounts that are made later.
+    pub propagation: Propagation,
+    /// How its owners are seen, if not as they are.
+    pub id_map: Option<IdMap>,
+}
+
+/// Whether mounts made later below a bind mount's source are seen on the other side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Propagation {
+    /// Neither side sees the other's.
+    #[default]
+    Private,
+    /// The container sees the node's (`rslave`).
+    HostToContainer,
+    /// Each sees the other's (`rshared`).
+    Bidirectional,
+}
+
+impl Spec {
+    /// Parses the bytes of a `config.json`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when they are no such thing.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        serde_json::from_slice(bytes)
+            .map_err(|error| Error::invalid(format!("config.json is not an OCI spec: {error}")))
+    }
+
+    /// What the container is to its pod.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a container of a pod that does not say which.
+    pub fn role(&self) -> Result<Role> {
+        match self.annotation(CONTAINER_TYPE) {
+            None => Ok(Role::Single),
+            Some("sandbox") => Ok(Role::Sandbox),
+            Some("container") => match self.annotation(SANDBOX_ID) {
+                Some(id) if !id.is_empty() => Ok(Role::Member(id.to_owned())),
+                _ => Err(Error::invalid(format!(
+                    "the annotation {SANDBOX_ID} of a pod's container is missing"
+                ))),
+            },
+            Some(other) => Err(Error::invalid(format!(
+                "the annotation {CONTAINER_TYPE} is {other:?}, neither sandbox nor container"
+            ))),
+        }
+    }
+
+    /// Refuses what a pod with a kernel of its own cannot share with the node, by the sandbox
+    /// container's spec.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the field of the pod.
+    pub fn check_sandbox(&self) -> Result<()> {
+        self.network()?;
+        for (kind, field, what) in [
+            ("pid", "hostPID", "see the node's processes"),
+            ("ipc", "hostIPC", "share the node's IPC objects"),
+        ] {
+            if self.namespace(kind).is_none() {
+                return Err(Error::invalid(format!(
+                    "{field} is not supported: a pod in a VM cannot {what}; drop {field}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The node's directory that CRI made for the pod's shared memory: its size is the guest's.
+    #[must_use]
+    pub fn sandbox_shm(&self) -> Option<&Path> {
+        let mounts = self.mounts.iter().flatten();
+        let shm = mounts
+            .into_iter()
+            .find(|mount| self.is_sandbox_shm(mount))?;
+        Some(Path::new(shm.source.as_deref()?))
+    }
+
+    /// Whether this is the pod's `/dev/shm`, which CRI mounts as `…/sandboxes/<id>/shm`.
+    fn is_sandbox_shm(&self, mount: &Mount) -> bool {
+        let (Some(id), Some(source)) = (self.annotation(SANDBOX_ID), mount.source.as_deref())
+        else {
+            return false;
+        };
+        mount.destination.trim_end_matches('/') == "/dev/shm"
+            && Path::new(source).ends_with(Path::new("sandboxes").join(id).join("shm"))
+    }
+
+    fn namespace(&self, kind: &str) -> Option<&Namespace> {
+        self.linux
+            .as_ref()?
+            .namespaces
+            .iter()
+            .flatten()
+            .find(|namespace| namespace.kind == kind)
+    }
+
+    /// Kernel parameters, by name.
+    #[must_use]
+    pub fn sysctls(&self) -> BTreeMap<String, String> {
+        let sysctls = self.linux.as_ref().and_then(|linux| linux.sysctl.clone());
+        sysctls.unwrap_or_default()
+    }
+
+    /// The sum of the memory limits of a pod's containers in bytes, as CRI notes it on the sandbox
+    /// container; `None` without limits.
+    #[must_use]
+    pub fn sandbox_memory(&self) -> Option<u64> {
+        let limit = self.annotation(SANDBOX_MEMORY)?.parse().ok();
+        limit.filter(|&limit| limit > 0)
+    }
+
+    /// The CPUs a pod's limits amount to, rounded up; `None` without limits.
+    #[must_use]
+    pub fn sandbox_cpus(&self) -> Option<u64> {
+        let figure = |key| self.annotation(key)?.parse::<i64>().ok();
+        let quota = u64::try_from(figure(SANDBOX_CPU_QUOTA)?).ok();
+        let period = u64::try_from(figure(SANDBOX_CPU_PERIOD)?).ok();
+        let (quota, period) = (quota?, period.filter(|&period| period > 0)?);
+        (quota > 0).then(|| quota.div_ceil(period))
+    }
+
+    /// The network namespace.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the container wants the host's network.
+    pub fn network(&self) -> Result<Network> {
+        match self.namespace("network") {
+            None => Err(Error::invalid(
+                "host network is not supported: a container in a VM cannot share the node's network; \
+                 drop hostNetwork (ctr: --net-host)",
+            )),
+            Some(namespace) => Ok(match namespace.path.as_deref() {
+                None | Some("") => Network::New,
+                Some(path) => Network::Path(path.into()),
+            }),
+        }
+    }
+
+    /// The pid in the path of the pid namespace to join (`/proc/PID/ns/pid`), as CRI writes it.
+    #[must_use]
+    pub fn pid_namespace_of(&self) -> Option<u32> {
+        let path = self.namespace("pid")?.path.as_deref()?;
+        let pid = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
+        pid.parse().ok()
+    }
+
+    /// `linux.cgroupsPath`, if it is set.
+    #[must_use]
+    pub fn cgroups_path(&self) -> Option<&str> {
+        let path = self.linux.as_ref()?.cgroups_path.as_deref()?;
+        (!path.is_empty()).then_some(path)
+    }
+
+    /// The container's memory limit in bytes, if it has one.
+    #[must_use]
+    pub fn memory_limit(&self) -> Option<u64> {
+        self.linux.as_ref()?.resources.as_ref()?.memory_limit()
+    }
+
+    /// What the container may use of 2 MiB huge pages, in bytes.
+    #[must_use]
+    pub fn huge_pages(&self) -> u64 {
+        let linux = self.linux.as_ref();
+        let resources = linux.and_then(|linux| linux.resources.as_ref());
+        resources.map_or(0, Resources::huge_pages)
+    }
+
+    /// The OOM score adjustment of the container's process.
+    #[must_use]
+    pub fn oom_score_adj(&self) -> Option<i32> {
+        self.process.as_ref()?.oom_score_adj
+    }
+
+    /// The host name, else empty.
+    #[must_use]
+    pub fn hostname(&self) -> &str {
+        self.hostname.as_deref().unwrap_or("")
+    }
+
+    /// The hooks that run on the node.
+    #[must_use]
+    pub fn hooks(&self) -> Option<&Hooks> {
+        self.hooks.as_ref()
+    }
+
+    /// All annotations.
+    pub fn annotations(&self) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.annotations.iter().flatten();
+        all.map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// An annotation.
+    #[must_use]
+    pub fn annotation(&self, key: &str) -> Option<&str> {
+        Some(self.annotations.as_ref()?.get(key)?.as_str())
+    }
+
+    /// Whether the root file system is read-only for the container.
+    #[must_use]
+    pub fn root_readonly(&self) -> bool {
+        self.root.as_ref().is_some_and(|root| root.readonly)
+    }
+
+    /// The root file system's directory; relative to the bundle unless absolute.
+    #[must_use]
+    pub fn root_path(&self, bundle: &Path) -> PathBuf {
+        let path = self.root.as_ref().map_or("", |root| root.path.as_str());
+        bundle.join(if path.is_empty() { "rootfs" } else { path })
+    }
+
+    fn id_map_of(&self, mount: &Mount) -> Result<Option<IdMap>> {
+        let linux = self.linux.as_ref();
+        let users = linux.and_then(|linux| linux.uid_mappings.as_deref());
+        let groups = linux.and_then(|linux| linux.gid_mappings.as_deref());
+        id_map::of_mount(
+            &mount.destination,
+            mount.options.as_deref().unwrap_or_default(),
+            (
+                mount.uid_mappings.as_deref().unwrap_or_default(),
+                mount.gid_mappings.as_deref().unwrap_or_default(),
+            ),
+            (users.unwrap_or_default(), groups.unwrap_or_default()),
+        )
+    }
+
+    /// The mounts whose source is a path of the host; everything else is the agent's.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a bind mount without an absolute source free of `..`.
+    pub fn bind_mounts(&self) -> Result<Vec<BindMount>> {
+        let mut found = Vec::new();
+        for (index, mount) in self.mounts.iter().flatten().enumerate() {
+            let has = |name: &str| mount.options.iter().flatten().any(|option| option == name);
+            let recursive = has("rbind");
+            if mount.kind.as_deref() != Some("bind") && !recursive && !has("bind") {
+                continue;
+            }
+            let source = PathBuf::from(mount.source.as_deref().unwrap_or(""));
+            // The agent puts the pod's own shared memory there.
+            if self.is_sandbox_shm(mount) {
+                continue;
+            }
+            if !source.is_absolute() || source.components().any(|c| c == Component::ParentDir) {
+                return Err(Error::invalid(format!(
+                    "the source of the bind mount on {} must be an absolute path without \"..\"",
+                    mount.destination
+                )));
+            }
+            found.push(BindMount {
+                index,
+                source,
+                destination: mount.destination.clone(),
+                readonly: has("ro") || has("rro"),
+                readonly_below: has("rro"),
+                recursive,
+                propagation: if has("rshared") || has("shared") {
+                    Propagation::Bidirectional
+                } else if has("rslave") || has("slave") {
+                    Propagation::HostToContainer
+                } else {
+                    Propagation::Private
+                },
+                id_map: self.id_map_of(mount)?,
+            });
+        }
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use proptest::prelude::*;
+
+    fn parse(text: &str) -> Spec {
+        Spec::parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn unknown_capabilities_and_fields_do_not_matter_here() {
+        let spec = parse(
+            r#"{"ociVersion":"9.9","process":{"capabilities":{"bounding":["CAP_OF_TOMORROW"]},
+            "oomScoreAdj":-7},"novel":{"x":[1]},"linux":null,"mounts":null}"#,
+        );
+        assert_eq!(spec.oom_score_adj(), Some(-7));
+        assert_eq!(spec.bind_mounts().unwrap(), Vec::new());
+    }
+
+    #[test]
+    fn the_hosts_network_is_refused_and_others_are_told_apart() {
+        let error = parse(r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#)
+            .network()
+            .unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        assert!(error.message.contains("host network"), "{error}");
+        let new = parse(r#"{"linux":{"namespaces":[{"type":"network"}]}}"#);
+        assert_eq!(new.network().unwrap(), Network::New);
+        let given = parse(r#"{"linux":{"namespaces":[{"type":"network","path":"/run/netns/a"}]}}"#);
+        assert_eq!(
+            given.network().unwrap(),
+            Network::Path("/run/netns/a".into())
+        );
+    }
+
+    #[test]
+    fn only_bind_mounts_are_taken_from_the_host() {
+        let spec = parse(
+            r#"{"mounts":[{"destination":"/proc","type":"proc","source":"proc"},
+            {"destination":"/a","type":"bind","source":"/srv/a","options":["rbind","ro"]},
+            {"destination":"/dev/shm","type":"tmpfs","source":"shm"},
+            {"destination":"/b","source":"/srv/b","options":["bind"],
+             "uidMappings":[{"containerID":0,"hostID":7,"size":1}],
+             "gidMappings":[{"containerID":0,"hostID":8,"size":1}]}]}"#,
+        );
+        let mounts = spec.bind_mounts().unwrap();
+        assert_eq!(mounts.len(), 2);
+        assert_eq!((mounts[0].index, mounts[1].index), (1, 3));
+        assert!(mounts[0].readonly && mounts[0].recursive);
+        assert_eq!(mounts[0].propagation, Propagation::Private);
+        assert!(!mounts[1].readonly && !mounts[1].recursive);
+        assert!(mounts[0].id_map.is_none() && mounts[1].id_map.is_some());
+    }
+
+    #[test]
+    fn a_bind_source_that_climbs_or_is_relative_is_refused() {
+        for source in ["srv/a", "/srv/../etc", ""] {
+            let spec = parse(&format!(
+                r#"{{"mounts":[{{"destination":"/a","type":"bind","source":"{source}"}}]}}"#
+            ));
+            assert!(spec.bind_mounts().is_err(), "{source}");
+        }
+    }
+
+    #[test]
+    fn the_root_is_relative_to_the_bundle_unless_absolute() {
+        let bundle = Path::new("/run/bundle");
+        assert_eq!(
+            parse("{}").root_path(bundle),
+            Path::new("/run/bundle/rootfs")
+        );
+        let absolute = parse(r#"{"root":{"path":"/srv/root","readonly":true}}"#);
+        assert_eq!(absolute.root_path(bundle), Path::new("/srv/root"));
+        assert!(absolute.root_readonly());
+    }
+
+    #[test]
+    fn cris_annotations_tell_what_a_container_is() {
+        let role = |annotations: &str| parse(&format!(r#"{{"annotations":{annotations}}}"#)).role();
+        assert_eq!(role("{}").unwrap(), Role::Single);
+        assert_eq!(
+            role(&format!(
+                r#"{{"{CONTAINER_TYPE}":"sandbox","{SANDBOX_ID}":"s"}}"#
+            ))
+            .unwrap(),
+            Role::Sandbox
+        );
+        assert_eq!(
+            role(&format!(
+                r#"{{"{CONTAINER_TYPE}":"container","{SANDBOX_ID}":"s"}}"#
+            ))
+            .unwrap(),
+            Role::Member("s".to_owned())
+        );
+        assert!(role(&format!(r#"{{"{CONTAINER_TYPE}":"container"}}"#)).is_err());
+        assert!(role(&format!(r#"{{"{CONTAINER_TYPE}":"pod"}}"#)).is_err());
+    }
+
+    #[test]
+    fn a_pod_that_wants_the_nodes_namespaces_is_refused_by_the_fields_name() {
+        for (kinds, field) in [
+            (vec!["pid", "ipc"], "hostNetwork"),
+            (vec!["network", "ipc"], "hostPID"),
+            (vec!["network", "pid"], "hostIPC"),
+        ] {
+            let list: Vec<_> = kinds
+                .iter()
+                .map(|kind| format!(r#"{{"type":"{kind}"}}"#))
+                .collect();
+            let text = format!(r#"{{"linux":{{"namespaces":[{}]}}}}"#, list.join(","));
+            let error = parse(&text).check_sandbox().unwrap_err();
+            assert!(error.message.contains(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_pods_shared_memory_is_not_taken_from_the_host() {
+        let spec = |source: &str| {
+            parse(&format!(
+                r#"{{"annotations":{{"{SANDBOX_ID}":"s"}},"mounts":[{{"destination":"/dev/shm",
+                "type":"bind","source":"{source}","options":["rbind","ro"]}}]}}"#
+            ))
+        };
+        let shared = spec("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/s/shm");
+        assert_eq!(shared.bind_mounts().unwrap(), Vec::new());
+        assert!(shared.sandbox_shm().is_some());
+        let volume = spec("/srv/sandboxes/other/shm");
+        assert_eq!(volume.bind_mounts().unwrap().len(), 1);
+        assert!(volume.sandbox_shm().is_none());
+    }
+
+    #[test]
+    fn the_pods_size_is_read_from_the_sandbox_container() {
+        let spec = |quota: &str, period: &str, memory: &str| {
+            parse(&format!(
+                r#"{{"annotations":{{"{SANDBOX_CPU_QUOTA}":"{quota}","{SANDBOX_CPU_PERIOD}":"{period}",
+                "{SANDBOX_MEMORY}":"{memory}"}}}}"#
+            ))
+        };
+        let whole = spec("150000", "100000", "134217728");
+        assert_eq!(
+            (whole.sandbox_cpus(), whole.sandbox_memory()),
+            (Some(2), Some(128 << 20))
+        );
+        for none in [
+            spec("0", "100000", "0"),
+            spec("-1", "100000", "-5"),
+            spec("5", "0", "x"),
+        ] {
+            assert_eq!((none.sandbox_cpus(), none.sandbox_memory()), (None, None));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_parsed_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
+            if let Ok(spec) = Spec::parse(&bytes) {
+                let _ = spec.network();
+                let _ = spec.bind_mounts();
+            }
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! `brig check`: what a VM needs of this node, each as one line with its fix.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use brig_shim::asked::config::Config;
+use brig_shim::error::Error;
+use brig_shim::guest::forward;
+use brig_shim::guest::vm::host::{open_kernel, open_kvm};
+use brig_shim::node::cgroup;
+
+/// How a check came out.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    Good,
+    Note,
+    Fatal,
+}
+
+/// One line of the report.
+#[derive(Debug)]
+pub struct Finding {
+    outcome: Outcome,
+    what: &'static str,
+    detail: String,
+}
+
+impl Finding {
+    /// Whether no VM can start with it.
+    #[must_use]
+    pub fn is_fatal(&self) -> bool {
+        self.outcome == Outcome::Fatal
+    }
+
+    fn of(what: &'static str, result: Result<String, String>) -> Self {
+        match result {
+            Ok(detail) => Self {
+                outcome: Outcome::Good,
+                what,
+                detail,
+            },
+            Err(detail) => Self {
+                outcome: Outcome::Fatal,
+                what,
+                detail,
+            },
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sign = match self.outcome {
+            Outcome::Good => "ok  ",
+            Outcome::Note => "note",
+            Outcome::Fatal => "FAIL",
+        };
+        write!(f, "{sign}  {:<16} {}", self.what, self.detail)
+    }
+}
+
+/// Checks this node with the configuration of a handler, or the default one.
+#[must_use]
+pub fn node(config: Option<&Path>) -> Vec<Finding> {
+    let config = match Config::load(config) {
+        Ok(config) => config,
+        Err(error) => return vec![Finding::of("configuration", Err(error.message))],
+    };
+    let message = |error: Error| error.message;
+    let kernel = open_kernel(&config.kernel).map(|_| config.kernel.display().to_string());
+    vec![
+        Finding::of(
+            "configuration",
+            Ok(format!(
+                "{} vCPU, {} MiB",
+                config.vcpus,
+                config.memory / brig_shim::asked::config::MIB
+            )),
+        ),
+        Finding::of("kvm", kvm(&config.kvm)),
+        Finding::of("kernel", kernel.map_err(message)),
+        file("initramfs", &config.initramfs),
+        file("brig-vmm", &config.vmm),
+        Finding::of("user namespaces", user_namespaces()),
+        cgroups(),
+        port_forward(),
+    ]
+}
+
+fn kvm(path: &Path) -> Result<String, String> {
+    open_kvm(path).map_err(|error| error.message)?;
+    brig_hypervisor::kvm::verdict().map_err(|error| error.to_string())?;
+    Ok(path.display().to_string())
+}
+
+fn file(what: &'static str, path: &Path) -> Finding {
+    let result = match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(path.display().to_string()),
+        Ok(_) => Err(format!("{} is not a file", path.display())),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+    };
+    Finding::of(what, result)
+}
+
+/// The VMM's jail begins with one.
+fn user_namespaces() -> Result<String, String> {
+    let path = "/proc/sys/user/max_user_namespaces";
+    let limit = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+    if limit.trim() == "0" {
+        return Err("switched off: set the sysctl user.max_user_namespaces above zero".to_owned());
+    }
+    Ok(format!("up to {}", limit.trim()))
+}
+
+fn cgroups() -> Finding {
+    let v2 = cgroup::is_v2();
+    Finding {
+        outcome: if v2 { Outcome::Good } else { Outcome::Note },
+        what: "cgroup",
+        detail: if v2 {
+            "v2"
+        } else {
+            "v1: pods are accounted by best effort"
+        }
+        .to_owned(),
+    }
+}
+
+/// Pods run without it.
+fn port_forward() -> Finding {
+    let (outcome, detail) = match forward::check() {
+        Ok(()) => (Outcome::Good, "by BPF socket lookup".to_owned()),
+        Err(error) => (Outcome::Note, error.to_string()),
+    };
+    Finding {
+        outcome,
+        what: "port-forward",
+        detail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_fatal_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        fs::write(
+            &path,
+            "kernel = \"/nonexistent/vmlinux\"\nkvm = \"/nonexistent/kvm\"",
+        )
+        .unwrap();
+        let findings = node(Some(&path));
+        for what in ["kvm", "kernel"] {
+            let finding = findings
+                .iter()
+                .find(|finding| finding.what == what)
+                .unwrap();
+            assert!(finding.is_fatal(), "{finding}");
+            assert!(finding.to_string().contains("/nonexistent/"), "{finding}");
+        }
+        fs::write(&path, "vcpus = 0").unwrap();
+        assert!(node(Some(&path))[0].is_fatal());
+    }
+}

@@ -1,0 +1,153 @@
+//! `delete`: what containerd runs when the server is gone. Undoes what the journal tells of and prints
+//! a DeleteResponse. Repeatable, and correct when there never was a server.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
+
+use super::args::Args;
+use super::start::ADDRESS_FILE;
+use crate::asked::config::Config;
+use crate::asked::spec::{self, Spec};
+use crate::error::{Error, Result};
+use crate::node::hooks::{ContainerHooks, Stage};
+use crate::node::journal::StateDir;
+
+/// 128 + SIGKILL: what became of the container's processes.
+const KILLED: u32 = 137;
+/// containerd gives `delete` five seconds.
+const TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Runs `delete`; returns what to print.
+///
+/// # Errors
+/// When something of the pod cannot be removed; calling again is safe.
+pub fn delete(args: &Args) -> Result<Vec<u8>> {
+    // An unreadable configuration must not keep a dead pod's remains in place.
+    let base = Config::load(None).map_or_else(|_| "/run/brig".into(), |config| config.state_dir);
+    let (pid, was_left) = clean(&StateDir::new(&base, &args.namespace, &args.id)?)?;
+    let bundle = if args.bundle.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        &args.bundle
+    };
+    remove_socket(bundle);
+    if was_left {
+        stopped_hooks(&args.id, bundle);
+    }
+    respond(pid, SystemTime::now())
+}
+
+/// The server did not live to run them. Last, because containerd does not wait for long.
+fn stopped_hooks(id: &str, bundle: &Path) {
+    let hooks = || -> Result<()> {
+        let bundle =
+            std::fs::canonicalize(bundle).map_err(|error| Error::io(bundle.display(), &error))?;
+        let spec = Spec::parse(&spec::read(&bundle.join("config.json"))?)?;
+        match ContainerHooks::of(&spec, id, &bundle, None) {
+            Some(hooks) => hooks.run(Stage::Stopped, 0),
+            None => Ok(()),
+        }
+    };
+    if let Err(error) = hooks() {
+        eprintln!("brig: after {id}: {error}");
+    }
+}
+
+/// Undoes what is left; returns the VMM's pid and whether there was anything.
+fn clean(dir: &StateDir) -> Result<(u32, bool)> {
+    let (mut pid, mut was_left) = (0, false);
+    if let Some(journal) = dir.read()? {
+        was_left = true;
+        pid = journal.vmm.map_or(0, |vmm| vmm.pid);
+        journal
+            .undo(TIMEOUT)
+            .map_err(|error| Error::io("cannot clean up after the shim", &error))?;
+    }
+    dir.remove();
+    Ok((pid, was_left))
+}
+
+/// A server killed before it wrote its journal is known by its bundle's address file alone.
+fn remove_socket(bundle: &Path) {
+    if let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE))
+        && let Some(path) = address.trim().strip_prefix("unix://")
+    {
+        // A server that answers is the pod's, and the pod has more than this container.
+        if UnixStream::connect(path).is_err() {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn respond(pid: u32, now: SystemTime) -> Result<Vec<u8>> {
+    DeleteResponse {
+        pid,
+        exit_status: KILLED,
+        exited_at: MessageField::some(Timestamp::from(now)),
+        ..DeleteResponse::default()
+    }
+    .write_to_bytes()
+    .map_err(|error| Error::internal(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::identity::Identity;
+    use crate::node::journal::Journal;
+    use std::process::Command;
+
+    #[test]
+    fn a_left_vmm_is_killed_and_reported_and_a_second_delete_finds_nothing() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(base.path(), "ns", "c1").unwrap();
+        dir.create().unwrap();
+        let mut vmm = Command::new("sleep").arg("60").spawn().unwrap();
+        let gone = Identity {
+            pid: vmm.id(),
+            start_time: 0,
+        };
+        dir.write(&Journal {
+            shim: gone,
+            vmm: Identity::of(vmm.id()),
+            cgroup: None,
+            socket: None,
+            netns: None,
+        })
+        .unwrap();
+        assert_eq!(clean(&dir).unwrap(), (vmm.id(), true));
+        assert!(!vmm.wait().unwrap().success());
+        assert_eq!(clean(&dir).unwrap(), (0, false));
+    }
+
+    #[test]
+    fn a_socket_is_removed_only_when_nobody_answers() {
+        let bundle = tempfile::tempdir().unwrap();
+        let socket = bundle.path().join("s");
+        fs::write(
+            bundle.path().join(ADDRESS_FILE),
+            format!("unix://{}", socket.display()),
+        )
+        .unwrap();
+        let server = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        remove_socket(bundle.path());
+        assert!(socket.exists());
+        drop(server);
+        remove_socket(bundle.path());
+        assert!(!socket.exists());
+    }
+
+    #[test]
+    fn the_response_says_killed() {
+        let bytes = respond(7, SystemTime::now()).unwrap();
+        let response = DeleteResponse::parse_from_bytes(&bytes).unwrap();
+        assert_eq!((response.pid, response.exit_status), (7, 137));
+        assert!(response.exited_at.seconds > 1_600_000_000);
+    }
+}

@@ -1,0 +1,256 @@
+//! The server process: one thread, the Task service v2 and v3, the Sandbox service and the streaming service
+//! on the socket that `start` made, and an orderly end, whether containerd or a signal brings it.
+
+mod connections;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use containerd_shim_protos::sandbox_async::create_sandbox;
+use containerd_shim_protos::shim_async::create_task;
+use rustix::fs::{Mode, OFlags};
+use slog::{Logger, error, info};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::{MethodHandler, Server, Service, TtrpcContext};
+
+use crate::asked::config::Config;
+use crate::containerd::bootstrap::args::Args;
+use crate::containerd::bootstrap::start::{CONFIG_PATH, STARTED_AT, TTRPC_ADDRESS};
+use crate::containerd::events::Publisher;
+use crate::containerd::sandbox_service::SandboxService;
+use crate::containerd::task_service::TaskService;
+use crate::error::{Error, Result, ignore_missing};
+use crate::guest::vm::Host;
+use crate::log;
+use crate::node::identity::Identity;
+use crate::node::journal::{Journal, StateDir};
+use crate::pod::actor::{self, PodHandle, Setup};
+use crate::pod::stdio::streaming::Streams;
+use connections::Connections;
+
+/// The two names of one service.
+const TASK_NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+/// Brig's own service on the same socket, for `brig counters`.
+pub const DEBUG_SERVICE: &str = "brig.Debug";
+/// Its method: the VMM's counters as JSON.
+pub const COUNTERS_METHOD: &str = "Counters";
+/// How long containerd may take for the last events.
+const FLUSH: Duration = Duration::from_secs(5);
+
+/// How long clients may take to hang up once they have been answered.
+const HANG_UP: Duration = Duration::from_secs(2);
+
+/// Serves until the pod has ended.
+///
+/// # Errors
+/// When the server cannot be set up; the log has it too.
+pub fn serve(args: &Args, host: Arc<dyn Host>) -> Result<()> {
+    let logger = log::open(Path::new("log"), args.debug);
+    let result = set_up_and_run(args, host, &logger);
+    if let Err(error) = &result {
+        error!(logger, "the shim has failed"; "error" => &error.message);
+    }
+    result
+}
+
+fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<()> {
+    let failed = |error: io::Error| Error::io("cannot set up the shim's server", &error);
+    // Not a member of containerd's session: its terminal's signals are not ours.
+    let _ = rustix::process::setsid();
+    let listener = take_listener().map_err(failed)?;
+    adjust_oom_score();
+    let base = Config::load(None).map_or_else(|_| PathBuf::from("/run/brig"), |c| c.state_dir);
+    let state = StateDir::new(&base, &args.namespace, &args.id)?;
+    state.create()?;
+    let socket = (!args.socket.is_empty()).then(|| PathBuf::from(&args.socket));
+    let journal = Journal {
+        shim: Identity::of(std::process::id())
+            .ok_or_else(|| Error::internal("/proc is not mounted"))?,
+        vmm: None,
+        cgroup: None,
+        socket: socket.clone(),
+        netns: None,
+    };
+    state.write(&journal)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(8)
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+        .map_err(failed)?;
+    let began = started_at();
+    let ttrpc_address = std::env::var(TTRPC_ADDRESS).ok();
+    let result = runtime.block_on(async {
+        let publisher = Publisher::new(ttrpc_address, args.namespace.clone(), logger.clone());
+        let streams = Streams::default();
+        let pod = actor::spawn(Setup {
+            namespace: args.namespace.clone(),
+            id: args.id.clone(),
+            state: state.clone(),
+            journal,
+            began,
+            host,
+            events: publisher.events(),
+            logger: logger.clone(),
+            streams: streams.clone(),
+        });
+        let config = std::env::var_os(CONFIG_PATH).map(PathBuf::from);
+        let served = Served {
+            listener,
+            socket: socket.as_deref(),
+            streams,
+        };
+        run(served, config, pod, publisher, logger).await
+    });
+    state.remove();
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+/// What is listened on, and for what besides calls.
+pub(crate) struct Served<'a> {
+    listener: UnixListener,
+    /// Its path, which is removed at the end.
+    socket: Option<&'a Path>,
+    streams: Streams,
+}
+
+pub(crate) async fn run(
+    served: Served<'_>,
+    config: Option<PathBuf>,
+    pod: PodHandle,
+    publisher: Publisher,
+    logger: &Logger,
+) -> Result<()> {
+    let failed = |error: io::Error| Error::io("cannot serve", &error);
+    let Served {
+        listener,
+        socket,
+        streams,
+    } = served;
+    let done = Arc::new(Notify::new());
+    let service = TaskService::new(pod.clone(), Arc::clone(&done));
+    let sandbox = SandboxService::new(pod.clone(), config, Arc::clone(&done));
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
+    let (connections, mut open) = Connections::of(listener, streams);
+    let mut server = Server::new()
+        .add_listener(Listener::new(connections))
+        .register_service(debug_service(pod.clone()))
+        .register_service(create_sandbox(Arc::new(sandbox)));
+    for name in TASK_NAMES {
+        server = server.register_service(renamed(create_task(Arc::new(service.clone())), name));
+    }
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    server
+        .start()
+        .await
+        .map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
+    info!(logger, "the shim is serving"; "version" => env!("CARGO_PKG_VERSION"));
+    tokio::select! {
+        () = done.notified() => {}
+        // The node shuts down, or its operator ends this pod.
+        _ = terminate.recv() => pod.terminate().await,
+        _ = interrupt.recv() => pod.terminate().await,
+    }
+    // The socket goes first, so that nobody new finds a server that is about to end.
+    if let Some(socket) = socket {
+        ignore_missing(fs::remove_file(socket)).map_err(failed)?;
+    }
+    publisher.flush(FLUSH).await;
+    let _ = timeout(HANG_UP, open.wait_for(|count| *count == 0)).await;
+    let _ = timeout(FLUSH, server.shutdown()).await;
+    info!(logger, "the shim has ended");
+    Ok(())
+}
+
+/// The generated table has one entry, under v3's name.
+fn renamed(services: HashMap<String, Service>, name: &str) -> HashMap<String, Service> {
+    services
+        .into_values()
+        .map(|service| (name.to_owned(), service))
+        .collect()
+}
+
+struct CountersHandler {
+    pod: PodHandle,
+}
+
+#[async_trait]
+impl MethodHandler for CountersHandler {
+    async fn handler(&self, _: TtrpcContext, _: ttrpc::Request) -> ttrpc::Result<ttrpc::Response> {
+        let counters: Result<Vec<u8>> = async {
+            let vm = self.pod.vm().await;
+            let vm = vm.ok_or_else(|| Error::state("the pod has no VM"))?;
+            let counters = match vm.control().counters().await {
+                Ok(counters) => counters,
+                Err(error) => return Err(vm.explain(error).await),
+            };
+            serde_json::to_vec(&counters).map_err(|error| Error::internal(error.to_string()))
+        }
+        .await;
+        let mut response = ttrpc::Response::new();
+        match counters {
+            Ok(payload) => {
+                response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
+                response.payload = payload;
+            }
+            Err(error) => {
+                let code = error.code();
+                response.set_status(ttrpc::get_status(code, error.message));
+            }
+        }
+        Ok(response)
+    }
+}
+
+fn debug_service(pod: PodHandle) -> HashMap<String, Service> {
+    let handler: Box<dyn MethodHandler + Send + Sync> = Box::new(CountersHandler { pod });
+    let service = Service {
+        methods: HashMap::from([(COUNTERS_METHOD.to_owned(), handler)]),
+        streams: HashMap::new(),
+    };
+    HashMap::from([(DEBUG_SERVICE.to_owned(), service)])
+}
+
+/// Standard input is the listening socket; /dev/null takes its place.
+fn take_listener() -> io::Result<UnixListener> {
+    let socket: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    let listener = UnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn started_at() -> SystemTime {
+    let since: Option<u64> = std::env::var(STARTED_AT)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    since.map_or_else(SystemTime::now, |ns| {
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(ns)
+    })
+}
+
+/// One step easier to kill than containerd, as containerd's own shims are.
+fn adjust_oom_score() {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    let own = fs::read_to_string(PATH).ok();
+    if let Some(own) = own.and_then(|text| text.trim().parse::<i32>().ok()) {
+        let _ = fs::write(PATH, own.saturating_add(1).min(1000).to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,194 @@
+//! The connections of the shim's socket. What a connection begins with says whose it is: containerd's
+//! streams, one a connection, go to [`Streams`]; all others to the ttrpc server.
+//!
+//! Counts the latter, because an answer and the end of its connection must not arrive together: containerd's
+//! client may then see the end alone.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{Stream, StreamExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+
+use crate::pod::stdio::streaming::wire::{self, Opening};
+use crate::pod::stdio::streaming::{self, Streams};
+
+/// Bytes read at once of a connection's beginning.
+const READ: usize = 512;
+
+/// Reads what a connection begins with; see [`begin`].
+type Beginning = BoxFuture<'static, Option<(Vec<u8>, UnixStream)>>;
+
+/// Accepted connections, each counted as long as it is open.
+pub struct Connections {
+    listener: UnixListener,
+    open: watch::Sender<usize>,
+    streams: Streams,
+    /// Those that have not said what they are yet.
+    beginning: FuturesUnordered<Beginning>,
+}
+
+impl Connections {
+    /// Counts the connections of this listener; the receiver has their number.
+    pub fn of(listener: UnixListener, streams: Streams) -> (Self, watch::Receiver<usize>) {
+        let (open, count) = watch::channel(0);
+        let connections = Self {
+            listener,
+            open,
+            streams,
+            beginning: FuturesUnordered::new(),
+        };
+        (connections, count)
+    }
+}
+
+/// Reads what a connection begins with; a stream goes its way, any other connection comes back with what was
+/// read of it.
+async fn begin(mut stream: UnixStream, streams: Streams) -> Option<(Vec<u8>, UnixStream)> {
+    let mut read = Vec::new();
+    loop {
+        match wire::opening(&read) {
+            Opening::Unclear => {}
+            Opening::Other => return Some((read, stream)),
+            Opening::Stream(number, length, first) => {
+                let mut rest = read.split_off(length);
+                if !first.is_empty() {
+                    rest = [wire::message_frame(number, &first), rest].concat();
+                }
+                streams.admit(streaming::Connection::new(stream, number, rest));
+                return None;
+            }
+        }
+        read.reserve(READ);
+        match stream.read_buf(&mut read).await {
+            Ok(1..) => {}
+            Ok(0) | Err(_) => return None,
+        }
+    }
+}
+
+impl Stream for Connections {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        while let Poll::Ready(accepted) = self.listener.poll_accept(context) {
+            match accepted {
+                Ok((stream, _)) => {
+                    let beginning = begin(stream, self.streams.clone());
+                    self.beginning.push(Box::pin(beginning));
+                }
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+        loop {
+            match ready!(self.beginning.poll_next_unpin(context)) {
+                Some(Some((read, stream))) => {
+                    self.open.send_modify(|count| *count += 1);
+                    return Poll::Ready(Some(Ok(Connection {
+                        stream,
+                        read,
+                        open: self.open.clone(),
+                    })));
+                }
+                Some(None) => {}
+                // The listener wakes us.
+                None => return Poll::Pending,
+            }
+        }
+    }
+}
+
+/// One connection.
+pub struct Connection {
+    stream: UnixStream,
+    /// Its beginning, until that has been read again.
+    read: Vec<u8>,
+    open: watch::Sender<usize>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.open.send_modify(|count| *count -= 1);
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.read.is_empty() {
+            let length = self.read.len().min(buffer.remaining());
+            let rest = self.read.split_off(length);
+            buffer.put_slice(&std::mem::replace(&mut self.read, rest));
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[tokio::test]
+    async fn a_connection_counts_from_its_first_frame_until_it_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (mut connections, mut count) = Connections::of(listener, Streams::default());
+        let mut clients = [
+            UnixStream::connect(&path).await.unwrap(),
+            UnixStream::connect(&path).await.unwrap(),
+        ];
+        // A frame that is no request, twice: whatever was read ahead is read again.
+        for client in &mut clients {
+            client.write_all(&[7; 25]).await.unwrap();
+        }
+        let mut first = connections.next().await.unwrap().unwrap();
+        let mut again = [0; 25];
+        first.read_exact(&mut again).await.unwrap();
+        assert_eq!(again, [7; 25]);
+        let second = connections.next().await.unwrap().unwrap();
+        assert_eq!(*count.borrow(), 2);
+        drop((first, second));
+        count.wait_for(|count| *count == 0).await.unwrap();
+    }
+}

@@ -1,0 +1,486 @@
+//! Brings one VM up: launch, machine, agent, sandbox. Two moments are told apart, because host-side
+//! work such as the root file system needs only the process and runs while the guest boots.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use brig_agent_protocol::agent::{Empty, Event, StartSandboxRequest};
+use brig_agent_protocol::agent_ttrpc::AgentClient;
+use brig_agent_protocol::{LOG_STREAM, SHARE_TAG};
+use brig_hypervisor::control::{RequestBody, mark};
+use slog::{Logger, debug, error, warn};
+use tokio::sync::{Notify, mpsc, watch as watch_channel};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context;
+
+use super::clock;
+use super::control::{Control, ControlError, Incoming};
+use super::late::Late;
+use super::lines;
+use super::watch::Watch;
+use super::{Host, Launched, Plan, Timeouts, Vm, first_stream};
+use crate::asked::spec::Network;
+use crate::error::{Error, Kind, Result};
+use crate::guest::forward::{ForwardError, Localhost};
+use crate::node::cgroup::Cgroup;
+use crate::node::network::GuestNetwork;
+
+/// Missed signs of life after which the agent counts as silent.
+const MISSES: u32 = 3;
+
+/// How far a VM is.
+#[derive(Debug, Clone)]
+pub enum Progress {
+    /// Nothing exists yet.
+    Launching,
+    /// The process exists.
+    Launched(Arc<Vm>),
+    /// The agent answers and the sandbox is set up.
+    Ready(Arc<Vm>),
+    /// It did not come up.
+    Failed(Error),
+}
+
+/// What a boot tells the pod.
+#[derive(Debug)]
+pub enum News {
+    /// The pod's cgroup was made.
+    Cgroup(Cgroup),
+    /// The VMM's process exists.
+    Launched(Arc<Vm>),
+    /// A moment for the timeline.
+    Mark(String, SystemTime),
+    /// VM exits by reason up to now.
+    Exits(BTreeMap<String, u64>),
+    /// The agent reported something.
+    Agent(Box<Event>),
+}
+
+/// Watches the progress of a boot; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Boot {
+    progress: watch_channel::Receiver<Progress>,
+    cgroup: Arc<OnceLock<Cgroup>>,
+}
+
+/// What the guest is told at once.
+#[derive(Debug, Clone, Default)]
+pub struct Sandbox {
+    /// The pod's id.
+    pub id: String,
+    /// Its host name.
+    pub hostname: String,
+    /// Kernel parameters of the pod, by name.
+    pub sysctls: BTreeMap<String, String>,
+    /// Size of its shared memory in bytes; 0: the agent's default.
+    pub shm_size: u64,
+    /// Its network, once the VM is launched.
+    pub network: GuestNetwork,
+}
+
+impl Boot {
+    /// Starts a VM in the background. The plan comes last, because making it may take time.
+    pub fn start(
+        host: Arc<dyn Host>,
+        plan: Plan,
+        sandbox: Sandbox,
+        news: mpsc::Sender<News>,
+        logger: Logger,
+    ) -> Self {
+        let (sender, progress) = watch_channel::channel(Progress::Launching);
+        let cgroup = Arc::new(OnceLock::new());
+        let made = Arc::clone(&cgroup);
+        tokio::spawn(async move {
+            let result = boot(host, plan, sandbox, &made, &sender, news, &logger).await;
+            sender.send_replace(match result {
+                Ok(vm) => Progress::Ready(vm),
+                Err(error) => {
+                    error!(logger, "the VM did not start"; "reason" => &error.message);
+                    Progress::Failed(error)
+                }
+            });
+        });
+        Self { progress, cgroup }
+    }
+
+    async fn until(&self, far_enough: impl Fn(&Progress) -> Option<Arc<Vm>>) -> Result<Arc<Vm>> {
+        let mut progress = self.progress.clone();
+        let reached = progress
+            .wait_for(|now| matches!(now, Progress::Failed(_)) || far_enough(now).is_some())
+            .await;
+        match reached {
+            Ok(now) => match &*now {
+                Progress::Failed(error) => Err(error.clone()),
+                now => far_enough(now).ok_or_else(|| Error::internal("the boot went backwards")),
+            },
+            Err(_) => Err(Error::internal("the boot was abandoned")),
+        }
+    }
+
+    /// The VM as soon as its process exists.
+    ///
+    /// # Errors
+    /// Why it could not be launched.
+    pub async fn launched(&self) -> Result<Arc<Vm>> {
+        self.until(|now| match now {
+            Progress::Launched(vm) | Progress::Ready(vm) => Some(Arc::clone(vm)),
+            _ => None,
+        })
+        .await
+    }
+
+    /// The VM as soon as its agent can be asked.
+    ///
+    /// # Errors
+    /// Why it did not come up.
+    pub async fn ready(&self) -> Result<Arc<Vm>> {
+        self.until(|now| match now {
+            Progress::Ready(vm) => Some(Arc::clone(vm)),
+            _ => None,
+        })
+        .await
+    }
+
+    /// The VM as far as it exists now.
+    #[must_use]
+    pub fn vm(&self) -> Option<Arc<Vm>> {
+        match &*self.progress.borrow() {
+            Progress::Launched(vm) | Progress::Ready(vm) => Some(Arc::clone(vm)),
+            _ => None,
+        }
+    }
+
+    /// The pod's cgroup, once it is made: known here before the news of it arrive.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<Cgroup> {
+        self.cgroup.get().cloned()
+    }
+
+    /// Whether the agent can be asked.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        matches!(&*self.progress.borrow(), Progress::Ready(_))
+    }
+
+    /// Waits until the boot has come to its end, whichever.
+    pub async fn settled(&self) {
+        let _ = self.ready().await;
+    }
+}
+
+async fn boot(
+    host: Arc<dyn Host>,
+    mut plan: Plan,
+    mut sandbox: Sandbox,
+    made: &OnceLock<Cgroup>,
+    progress: &watch_channel::Sender<Progress>,
+    news: mpsc::Sender<News>,
+    logger: &Logger,
+) -> Result<Arc<Vm>> {
+    let timeouts = Timeouts::of(&plan.config);
+    if let Some(path) = plan.cgroup_path.clone() {
+        let host = Arc::clone(&host);
+        let made = tokio::task::spawn_blocking(move || host.make_cgroup(&path));
+        plan.cgroup = made.await.map_err(worker_ended)??;
+    }
+    let cgroup = plan.cgroup.clone();
+    if let Some(cgroup) = &cgroup {
+        let _ = made.set(cgroup.clone());
+        let _ = news.send(News::Cgroup(cgroup.clone())).await;
+    }
+    let mark = |name: &str, at: SystemTime| {
+        let _ = news.try_send(News::Mark(name.to_owned(), at));
+    };
+    mark("vmm.launch", SystemTime::now());
+    let executed = SystemTime::now();
+    let netns = match &plan.network {
+        Network::Path(path) => Some(path.clone()),
+        Network::New => None,
+    };
+    let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan))
+        .await
+        .map_err(worker_ended)??;
+    mark("vmm.launched", SystemTime::now());
+    sandbox.network = std::mem::take(&mut launched.network);
+    for what in &sandbox.network.left_out {
+        warn!(logger, "the guest's network is not all of the pod's"; "left_out" => what);
+    }
+    let (vm, machine, incoming) = adopt(launched, timeouts, cgroup, logger)?;
+    let _ = news.send(News::Launched(Arc::clone(&vm))).await;
+    progress.send_replace(Progress::Launched(Arc::clone(&vm)));
+    // Meanwhile the guest boots.
+    let localhost = tokio::task::spawn_blocking(move || {
+        netns.map(|path| Localhost::take_over(&path)).transpose()
+    });
+    match bring_up(&vm, machine, incoming, &sandbox, &news, executed, logger).await {
+        Ok(()) => {
+            forward_ports(localhost, &vm, logger).await;
+            Ok(vm)
+        }
+        Err(error) => {
+            vm.kill();
+            vm.ended().await;
+            Err(error)
+        }
+    }
+}
+
+/// A node that cannot forward ports gets its pods all the same.
+async fn forward_ports(
+    localhost: JoinHandle<std::result::Result<Option<Localhost>, ForwardError>>,
+    vm: &Arc<Vm>,
+    logger: &Logger,
+) {
+    let reason = match localhost.await {
+        Ok(Ok(None)) => return,
+        Ok(Ok(Some(localhost))) => {
+            tokio::spawn(localhost.serve(Arc::clone(vm), logger.clone()));
+            return;
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    warn!(logger, "port-forward will not work for this pod"; "reason" => reason);
+}
+
+fn worker_ended(error: tokio::task::JoinError) -> Error {
+    Error::internal(format!("a worker of the launch ended: {error}"))
+}
+
+type Machine = (RequestBody, Vec<std::os::fd::OwnedFd>);
+
+/// Takes charge of a launched VMM: from here on its end is noticed and it is reaped.
+fn adopt(
+    launched: Launched,
+    timeouts: Timeouts,
+    cgroup: Option<Cgroup>,
+    logger: &Logger,
+) -> Result<(Arc<Vm>, Machine, AgentConnected)> {
+    let failed = |error: std::io::Error| Error::io("cannot talk to the VMM", &error);
+    let pid = launched.process.pid();
+    let (control, incoming) = Control::start(launched.control).map_err(failed)?;
+    let Incoming {
+        agent_connected,
+        events,
+    } = incoming;
+    launched.agent.set_nonblocking(true).map_err(failed)?;
+    let agent = tokio::net::UnixStream::from_std(launched.agent).map_err(failed)?;
+    let (death_sender, death) = watch_channel::channel(None);
+    let kill = Arc::new(Notify::new());
+    let pressure = Arc::new(Notify::new());
+    let watch = Watch {
+        process: launched.process,
+        events,
+        stderr: launched.stderr,
+        cgroup,
+        kill: Arc::clone(&kill),
+        pressure: Arc::clone(&pressure),
+        death: death_sender,
+        logger: logger.clone(),
+    };
+    tokio::spawn(watch.run());
+    let late = launched.netns.map(|netns| {
+        let config = &launched.machine.0;
+        let known = config.nets.iter().map(|net| net.mac).collect();
+        Late::new(netns, config.vcpus.into(), known)
+    });
+    let vm = Arc::new(Vm {
+        pid,
+        control,
+        agent: AgentClient::new(Client::new(Socket::new(agent))),
+        mounts: launched.mounts,
+        death,
+        kill,
+        next_stream: first_stream(),
+        timeouts,
+        late,
+    });
+    tokio::spawn(relieve(Arc::downgrade(&vm), pressure, logger.clone()));
+    let (machine, fds) = launched.machine;
+    let machine = (RequestBody::Start(Box::new(machine)), fds);
+    Ok((vm, machine, agent_connected))
+}
+
+type AgentConnected = tokio::sync::oneshot::Receiver<()>;
+
+async fn bring_up(
+    vm: &Arc<Vm>,
+    (body, fds): Machine,
+    agent_connected: AgentConnected,
+    sandbox: &Sandbox,
+    news: &mpsc::Sender<News>,
+    executed: SystemTime,
+    logger: &Logger,
+) -> Result<()> {
+    let boot_time = vm.timeouts.boot;
+    let connected = async {
+        let asked = vm.control.request(body, fds).await;
+        let connected = match asked {
+            Ok(()) => agent_connected.await.map_err(|_| ControlError::Ended),
+            Err(error) => Err(error),
+        };
+        match connected {
+            Ok(()) => Ok(()),
+            Err(error) => Err(vm.explain(error).await),
+        }
+    };
+    match timeout(boot_time, connected).await {
+        Ok(result) => result?,
+        Err(_) => {
+            return Err(Error::new(
+                Kind::DeadlineExceeded,
+                format!(
+                    "the guest's agent never answered: no call within {:.0} s of the VM's start \
+                     (set debug_console to see the guest's kernel messages)",
+                    boot_time.as_secs_f64()
+                ),
+            ));
+        }
+    }
+    let mark = |name: &str| {
+        let _ = news.try_send(News::Mark(name.to_owned(), SystemTime::now()));
+    };
+    mark("agent.connected");
+    follow_log(vm, logger).await;
+    start_sandbox(vm, sandbox).await?;
+    mark("sandbox.started");
+    subscribe(vm, news.clone(), logger).await?;
+    tokio::spawn(report_counters(Arc::clone(vm), news.clone(), executed));
+    tokio::spawn(watch_agent(Arc::downgrade(vm), logger.clone()));
+    tokio::spawn(clock::keep(Arc::clone(vm), logger.clone()));
+    Ok(())
+}
+
+async fn start_sandbox(vm: &Vm, sandbox: &Sandbox) -> Result<()> {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let request = StartSandboxRequest {
+        id: sandbox.id.clone(),
+        hostname: sandbox.hostname.clone(),
+        sysctls: sandbox.sysctls.clone().into_iter().collect(),
+        shm_size: sandbox.shm_size,
+        unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+        share_tag: SHARE_TAG.to_owned(),
+        interfaces: sandbox.network.interfaces.clone(),
+        routes: sandbox.network.routes.clone(),
+        neighbours: sandbox.network.neighbours.clone(),
+        ..StartSandboxRequest::default()
+    };
+    let answer = vm
+        .agent
+        .start_sandbox(context::Context::default(), &request);
+    vm.call("StartSandbox", answer).await.map(drop)
+}
+
+/// Forwards the agent's own log.
+async fn follow_log(vm: &Vm, logger: &Logger) {
+    let Ok((read, write)) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC) else {
+        return;
+    };
+    match vm.open_numbered(LOG_STREAM, None, Some(write)).await {
+        Ok(_end) => {
+            tokio::spawn(lines::forward(read, "agent", logger.clone()));
+        }
+        Err(error) => warn!(logger, "no log of the agent"; "error" => error.message),
+    }
+}
+
+/// Passes the agent's events to the pod, in order, until the VM ends.
+async fn subscribe(vm: &Arc<Vm>, news: mpsc::Sender<News>, logger: &Logger) -> Result<()> {
+    let request = Empty::new();
+    let answer = vm.agent.events(context::Context::default(), &request);
+    let mut events = vm.call("Events", answer).await?;
+    let logger = logger.clone();
+    tokio::spawn(async move {
+        loop {
+            match events.recv().await {
+                Ok(Some(event)) => {
+                    if news.send(News::Agent(Box::new(event))).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(None) | Err(_) => {
+                    debug!(logger, "the agent's events have ended");
+                    return;
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// The VMM's own boot marks and its exits up to the agent's call, for the timeline.
+async fn report_counters(vm: Arc<Vm>, news: mpsc::Sender<News>, executed: SystemTime) {
+    let Ok(counters) = vm.control.counters().await else {
+        return;
+    };
+    for (value, micros) in counters.marks.into_iter().take(32) {
+        let name = match value {
+            mark::VMM_MAIN => "vmm.main".to_owned(),
+            mark::JAILED => "vmm.jailed".to_owned(),
+            mark::START => "vmm.start".to_owned(),
+            mark::BUILT => "vmm.built".to_owned(),
+            mark::KERNEL_ENTRY => "kernel.entry".to_owned(),
+            // The shim has its own mark for this moment.
+            mark::AGENT_CONNECTED => continue,
+            0xB1 => "guest.init".to_owned(),
+            0xB2 => "guest.agent".to_owned(),
+            other => format!("mark.{other:#x}"),
+        };
+        let at = executed + Duration::from_micros(micros);
+        let _ = news.try_send(News::Mark(name, at));
+    }
+    let _ = news.try_send(News::Exits(counters.exits));
+}
+
+/// Asks the guest to let go of cached files when the file server runs short of descriptors; one
+/// request at a time.
+async fn relieve(vm: std::sync::Weak<Vm>, pressure: Arc<Notify>, logger: Logger) {
+    loop {
+        let Some(held) = vm.upgrade() else { return };
+        tokio::select! {
+            () = pressure.notified() => {}
+            _ = held.ended() => return,
+        }
+        debug!(logger, "the guest is asked to drop its caches");
+        let request = Empty::new();
+        let answer = held
+            .agent
+            .drop_caches(context::Context::default(), &request);
+        let _ = held.call("DropCaches", answer).await;
+    }
+}
+
+/// Asks the agent for a sign of life now and then; one that is silent for several is stopped.
+async fn watch_agent(vm: std::sync::Weak<Vm>, logger: Logger) {
+    let mut missed = 0;
+    loop {
+        let Some(held) = vm.upgrade() else { return };
+        let interval = held.timeouts.ping;
+        drop(held);
+        sleep(interval).await;
+        let Some(vm) = vm.upgrade() else { return };
+        if vm.death().is_some() {
+            return;
+        }
+        let request = Empty::new();
+        let answer = vm.agent.ping(context::Context::default(), &request);
+        match timeout(interval, answer).await {
+            Ok(Ok(_)) => missed = 0,
+            _ => {
+                missed += 1;
+                warn!(logger, "the guest's agent is silent"; "missed" => missed);
+            }
+        }
+        if missed == MISSES {
+            error!(logger, "the guest's agent is silent; the VM is stopped");
+            vm.kill();
+            return;
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The real node: checks what a VM needs, opens it, and starts the jailed VMM.
+//!
+//! The VMM opens nothing itself. Everything that can be wrong with the node is told here as one
+//! sentence with its fix. Blocking code.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use brig_agent_protocol::SHARE_TAG;
+use brig_hypervisor::control::VmConfig;
+use brig_hypervisor::launch::{LaunchError, LaunchOptions, VmmProcess, launch, open_sealed};
+use brig_hypervisor::share::{Share, ShareError};
+use nix::fcntl::OFlag;
+use rustix::fs::OFlags;
+use rustix::pipe::PipeFlags;
+
+use super::{Host, Launched, Plan, shown};
+use crate::asked::spec::Network;
+use crate::error::{Error, Result};
+use crate::node::cgroup::{self, Cgroup};
+use crate::node::network::{self, PodNetwork};
+
+/// The node this process runs on.
+#[derive(Debug)]
+pub struct Node;
+
+impl Host for Node {
+    fn launch(&self, plan: &Plan) -> Result<Launched> {
+        let config = &plan.config;
+        let kvm = open_kvm(&config.kvm)?;
+        if !config.allow_slow_kvm {
+            brig_hypervisor::kvm::verdict()
+                .map_err(|error| Error::unavailable(error.to_string()))?;
+        }
+        let kernel = open_kernel(&config.kernel)?;
+        let initramfs = open_sealed(&config.initramfs, OFlag::O_RDONLY).map_err(|error| {
+            Error::unavailable(format!(
+                "initramfs {}: {error}; install it or name another path in Brig's configuration",
+                shown(&config.initramfs)
+            ))
+        })?;
+        let netns = open_netns(&plan.network)?;
+        let network = match &plan.network {
+            Network::New => PodNetwork::default(),
+            Network::Path(path) => network::set_up(path, config.vcpus.into())?,
+        };
+        let failed = |error: io::Error| Error::io("cannot prepare the VM", &error);
+        let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
+        let (stderr, vmm_stderr) =
+            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
+        let v2 = cgroup::is_v2();
+        let cgroup = plan.cgroup.as_ref();
+        let mut process = launch(LaunchOptions {
+            vmm: config.vmm.clone(),
+            netns: Some(netns),
+            cgroup: cgroup.and_then(|cgroup| cgroup.open(v2)),
+            cgroup_procs: cgroup.map_or_else(Vec::new, |cgroup| cgroup.open_procs(v2)),
+            stderr: vmm_stderr,
+            max_files: config.max_files,
+        })
+        .map_err(|error| not_launched(&error))?;
+        set_oom_score(&process, plan.oom_score_adj);
+        let share = match Share::new(&mut process) {
+            Ok(share) => share,
+            Err(ShareError::Jail(error)) => return Err(not_launched(&error)),
+            Err(error) => return Err(Error::unavailable(error.to_string())),
+        };
+        let control = process
+            .take_control()
+            .ok_or_else(|| Error::internal("the VMM has no control socket"))?;
+        let guest_network = network.guest();
+        let netns_path = match &plan.network {
+            Network::Path(path) => path.clone(),
+            Network::New => format!("/proc/{}/ns/net", process.pid()).into(),
+        };
+        let mut fds = vec![kvm, kernel, initramfs, vmm_agent.into()];
+        let machine = VmConfig {
+            vcpus: config.vcpus,
+            memory_bytes: plan.memory,
+            kvm: 0,
+            kernel: 1,
+            initramfs: 2,
+            cmdline: String::new(),
+            agent: 3,
+            nets: network.devices(&mut fds),
+            disks: Vec::new(),
+            share_tag: Some(SHARE_TAG.to_owned()),
+            debug_console: config.debug_console,
+            allow_slow_kvm: config.allow_slow_kvm,
+        };
+        Ok(Launched {
+            process: Box::new(process),
+            control,
+            agent,
+            stderr,
+            mounts: Arc::new(share),
+            machine: (machine, fds),
+            network: guest_network,
+            netns: Some(netns_path),
+        })
+    }
+
+    fn make_cgroup(&self, path: &str) -> Result<Option<Cgroup>> {
+        let cgroup = Cgroup::create(path)?;
+        cgroup.join().map_err(|error| {
+            let _ = cgroup.leave_and_remove();
+            Error::io(format_args!("cannot enter the cgroup {path}"), &error)
+        })?;
+        Ok(Some(cgroup))
+    }
+}
+
+/// Opens the KVM device.
+///
+/// # Errors
+/// `Unavailable`: this node cannot run VMs, and why.
+pub fn open_kvm(path: &Path) -> Result<OwnedFd> {
+    open_sealed(path, OFlag::O_RDWR).map_err(|error| {
+        let fix = match error.kind() {
+            io::ErrorKind::NotFound => {
+                "this node has no KVM: enable virtualisation in its firmware (or nested virtualisation \
+                 of its VM) and load kvm_intel or kvm_amd"
+            }
+            io::ErrorKind::PermissionDenied => "the shim must run as root",
+            _ => "KVM is not usable on this node",
+        };
+        Error::unavailable(format!("cannot open {}: {error}; {fix}", shown(path)))
+    })
+}
+
+/// Opens the guest kernel and checks that it is an ELF file.
+///
+/// # Errors
+/// `Unavailable` names the path and what is wrong.
+pub fn open_kernel(path: &Path) -> Result<OwnedFd> {
+    let failed = |what: String| {
+        Error::unavailable(format!(
+            "guest kernel {}: {what}; install it or name another path in Brig's configuration",
+            shown(path)
+        ))
+    };
+    let sealed = open_sealed(path, OFlag::O_RDONLY).map_err(|error| failed(error.to_string()))?;
+    let mut magic = [0; 4];
+    let read = rustix::io::pread(&sealed, &mut magic, 0);
+    if read != Ok(magic.len()) || magic != *b"\x7fELF" {
+        return Err(failed("it is not an ELF vmlinux".to_owned()));
+    }
+    Ok(sealed)
+}
+
+/// The network namespace the VMM is to live in: the pod's, or a new one with nothing in it.
+fn open_netns(network: &Network) -> Result<OwnedFd> {
+    match network {
+        Network::Path(path) => File::open(path)
+            .map(OwnedFd::from)
+            .map_err(|error| Error::io(format_args!("network namespace {}", shown(path)), &error)),
+        Network::New => {
+            // unshare acts on the calling thread, so it gets one of its own.
+            let made = std::thread::spawn(|| -> io::Result<OwnedFd> {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                let path = "/proc/thread-self/ns/net";
+                Ok(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?)
+            })
+            .join()
+            .map_err(|_| Error::internal("the namespace thread panicked"))?;
+            made.map_err(|error| Error::io("cannot make a network namespace", &error))
+        }
+    }
+}
+
+/// The shim inherits containerd's protection from the OOM killer; a pod must not.
+fn set_oom_score(process: &VmmProcess, value: i32) {
+    let path = format!("/proc/{}/oom_score_adj", process.pid());
+    let _ = std::fs::write(path, value.to_string());
+}
+
+fn not_launched(error: &LaunchError) -> Error {
+    match error {
+        LaunchError::Prepare(_) | LaunchError::Setup { .. } => Error::internal(error.to_string()),
+        _ => Error::unavailable(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn what_the_node_lacks_is_named_with_the_fix() {
+        let error = open_kvm(Path::new("/nonexistent/kvm")).unwrap_err();
+        assert_eq!(error.kind, Kind::Unavailable);
+        assert!(error.message.contains("no KVM"), "{error}");
+        let error = open_kernel(Path::new("/nonexistent/vmlinux")).unwrap_err();
+        assert!(error.message.contains("/nonexistent/vmlinux"), "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        for contents in [&b"MZ bzImage"[..], b"\x7fE", b""] {
+            let path = dir.path().join("vmlinux");
+            std::fs::write(&path, contents).unwrap();
+            let error = open_kernel(&path).unwrap_err();
+            assert!(error.message.contains("not an ELF"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_network_namespace_is_named() {
+        let error = open_netns(&Network::Path("/run/netns/nope".into())).unwrap_err();
+        assert_eq!(error.kind, Kind::NotFound);
+        assert!(error.message.contains("/run/netns/nope"), "{error}");
+    }
+}

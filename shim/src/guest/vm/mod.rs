@@ -1,0 +1,457 @@
+//! One VM as the shim holds it: the jailed process, its control socket, the agent's connection, and
+//! the one sentence that says why it ended.
+//!
+//! What the node must do (launch, mounts) is behind [`Host`] and [`Mounts`], so that the shim's logic
+//! is tested without either. The VMM and the agent are not trusted: every call is bounded in time.
+
+pub mod boot;
+mod clock;
+pub mod control;
+pub mod death;
+pub mod host;
+mod late;
+mod lines;
+mod plug;
+mod share;
+pub mod watch;
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use brig_agent_protocol::agent::ShutdownRequest;
+use brig_agent_protocol::agent_ttrpc::AgentClient;
+use brig_agent_protocol::{FIRST_PROCESS_STREAM, STREAM_PORT, stream_header};
+use brig_hypervisor::control::{RequestBody, StreamConfig, VmConfig};
+use brig_hypervisor::launch::{VmmExit, VmmProcess};
+pub use brig_hypervisor::share::{Attributes, LaterMount};
+use tokio::sync::{Notify, watch as watch_channel};
+use tokio::time::timeout;
+use ttrpc::context;
+
+use crate::asked::config::Config;
+use crate::asked::spec::Network;
+use crate::error::{Error, Kind, Result};
+use crate::node::cgroup::Cgroup;
+use crate::node::network::GuestNetwork;
+use control::{Control, ControlError, StreamEnd};
+use death::Death;
+
+/// What a VM is to be.
+#[derive(Debug)]
+pub struct Plan {
+    /// Files, sizes and time-outs.
+    pub config: Config,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// The network namespace the VMM lives in.
+    pub network: Network,
+    /// The pod's cgroup as the spec names it.
+    pub cgroup_path: Option<String>,
+    /// And once it is made.
+    pub cgroup: Option<Cgroup>,
+    /// The VMM's OOM score adjustment.
+    pub oom_score_adj: i32,
+}
+
+/// What the node does for a VM. Blocking: never called on the async thread.
+pub trait Host: Send + Sync + 'static {
+    /// Starts a jailed VMM.
+    ///
+    /// # Errors
+    /// One sentence: what is missing on the node and the fix.
+    fn launch(&self, plan: &Plan) -> Result<Launched>;
+
+    /// Makes the pod's cgroup.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn make_cgroup(&self, path: &str) -> Result<Option<Cgroup>>;
+}
+
+/// A mount of a root file system, as containerd's snapshotter described it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootfsMount {
+    /// File system type.
+    pub kind: String,
+    /// Source.
+    pub source: String,
+    /// Options as in mount(8).
+    pub options: Vec<String>,
+}
+
+/// The mounts that a guest sees below its share. Blocking: never called on the async thread.
+pub trait Mounts: Send + Sync {
+    /// Makes the mounts of a snapshotter appear at `path`.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn attach_rootfs(&self, path: &str, mounts: &[RootfsMount]) -> Result<()>;
+    /// Makes a host directory or file appear at `path`.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<()>;
+    /// Makes a later mount of the node appear below what is at `path`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a file system of the node's kernel; what the host says.
+    fn attach_below(&self, path: &str, later: &LaterMount<'_>, readonly: bool) -> Result<()>;
+    /// Takes that away, whoever uses it.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn detach_below(&self, path: &str, below: &Path) -> Result<()>;
+    /// Makes it read-only on the host's side, or writable.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn set_readonly(&self, path: &str, readonly: bool) -> Result<()>;
+    /// Takes it away; nothing may use it any more.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn detach(&self, path: &str) -> Result<()>;
+}
+
+/// The VMM's process.
+pub trait VmProcess: Send + Sync {
+    /// Its pid.
+    fn pid(&self) -> u32;
+    /// Readable at its end.
+    fn pidfd(&self) -> BorrowedFd<'_>;
+    /// How it ended, if it has; reaps it.
+    ///
+    /// # Errors
+    /// What waitid says.
+    fn try_wait(&mut self) -> io::Result<Option<VmmExit>>;
+    /// Sends SIGKILL.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn kill(&self) -> io::Result<()>;
+}
+
+impl VmProcess for VmmProcess {
+    fn pid(&self) -> u32 {
+        VmmProcess::pid(self)
+    }
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        VmmProcess::pidfd(self)
+    }
+    fn try_wait(&mut self) -> io::Result<Option<VmmExit>> {
+        VmmProcess::try_wait(self)
+    }
+    fn kill(&self) -> io::Result<()> {
+        VmmProcess::kill(self)
+    }
+}
+
+/// A VMM that was started and waits for its machine.
+pub struct Launched {
+    /// The process.
+    pub process: Box<dyn VmProcess>,
+    /// Our end of the control socket.
+    pub control: OwnedFd,
+    /// Our end of the agent's stream.
+    pub agent: UnixStream,
+    /// What the VMM writes to its standard error.
+    pub stderr: OwnedFd,
+    /// The mounts of the guest's share.
+    pub mounts: Arc<dyn Mounts>,
+    /// The machine, and the descriptors it names.
+    pub machine: (VmConfig, Vec<OwnedFd>),
+    /// What the guest is told about its network.
+    pub network: GuestNetwork,
+    /// Where more interfaces may appear before the container is started.
+    pub netns: Option<PathBuf>,
+}
+
+/// Time-outs of one VM.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// From the start of the VMM until the agent has called.
+    pub boot: Duration,
+    /// One call of the agent.
+    pub call: Duration,
+    /// A call that makes or starts a process: longer than the agent itself gives its helpers, so that
+    /// a failure here means that nothing was made.
+    pub setup: Duration,
+    /// An orderly power-off.
+    pub stop: Duration,
+    /// Between two signs of life of the agent.
+    pub ping: Duration,
+}
+
+impl Timeouts {
+    /// The time-outs of a configuration.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self {
+            boot: config.timeout(20),
+            call: config.timeout(60),
+            setup: config.timeout(150),
+            stop: config.timeout(10),
+            ping: config.timeout(30),
+        }
+    }
+}
+
+/// A VM with a process, from its launch to its end.
+pub struct Vm {
+    pid: u32,
+    control: Control,
+    agent: AgentClient,
+    mounts: Arc<dyn Mounts>,
+    death: watch_channel::Receiver<Option<Death>>,
+    kill: Arc<Notify>,
+    next_stream: AtomicU64,
+    timeouts: Timeouts,
+    late: Option<late::Late>,
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").field("pid", &self.pid).finish()
+    }
+}
+
+impl Vm {
+    /// The VMM's pid: live, and in the pod's network namespace.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The control socket.
+    #[must_use]
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// The agent; use it through [`Self::call`].
+    #[must_use]
+    pub fn agent(&self) -> &AgentClient {
+        &self.agent
+    }
+
+    /// Its time-outs.
+    #[must_use]
+    pub fn timeouts(&self) -> Timeouts {
+        self.timeouts
+    }
+
+    /// Why it ended, if it has.
+    #[must_use]
+    pub fn death(&self) -> Option<Death> {
+        self.death.borrow().clone()
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&self) -> Death {
+        let mut death = self.death.clone();
+        match death.wait_for(Option::is_some).await {
+            Ok(death) => death.clone().unwrap_or_else(Death::unknown),
+            Err(_) => Death::unknown(),
+        }
+    }
+
+    /// Waits for the agent's answer, for the VM's end, or for the time-out.
+    ///
+    /// # Errors
+    /// The agent's, `Unavailable` with the reason of the VM's end, or `DeadlineExceeded`.
+    pub async fn call<T>(
+        &self,
+        what: &str,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T> {
+        self.call_within(self.timeouts.call, what, answer).await
+    }
+
+    /// As [`Self::call`], with a time-out of its own.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub async fn call_within<T>(
+        &self,
+        limit: Duration,
+        what: &str,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T> {
+        let answered = tokio::select! {
+            biased;
+            answered = timeout(limit, answer) => answered,
+            death = self.ended() => return Err(death.error()),
+        };
+        match answered {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error @ ttrpc::Error::RpcStatus(_))) => Err(Error::from_agent(error)),
+            // A broken connection is most often a dying VM, which is the better reason.
+            Ok(Err(error)) => match timeout(Duration::from_secs(1), self.ended()).await {
+                Ok(death) => Err(death.error()),
+                Err(_) => Err(Error::from_agent(error)),
+            },
+            Err(_) => Err(Error::new(
+                Kind::DeadlineExceeded,
+                format!(
+                    "the guest's agent did not answer {what} within {:.0} s",
+                    limit.as_secs_f64()
+                ),
+            )),
+        }
+    }
+
+    /// Opens a stream to the agent between these descriptors; returns its number and its end.
+    ///
+    /// # Errors
+    /// The VMM's, or `Unavailable` with the reason of the VM's end.
+    pub async fn open_stream(
+        &self,
+        input: Option<OwnedFd>,
+        output: Option<OwnedFd>,
+    ) -> Result<(u64, StreamEnd)> {
+        let number = self.stream_number();
+        let end = self.open_numbered(number, input, output).await?;
+        Ok((number, end))
+    }
+
+    /// A number for a stream, never given out again.
+    #[must_use]
+    pub fn stream_number(&self) -> u64 {
+        self.next_stream.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Opens the stream of this number.
+    ///
+    /// # Errors
+    /// As [`Self::open_stream`].
+    pub async fn open_numbered(
+        &self,
+        stream: u64,
+        input: Option<OwnedFd>,
+        output: Option<OwnedFd>,
+    ) -> Result<StreamEnd> {
+        let mut fds = Vec::new();
+        let mut index = |fd: Option<OwnedFd>| {
+            fd.map(|fd| {
+                fds.push(fd);
+                fds.len() - 1
+            })
+        };
+        let config = StreamConfig {
+            stream,
+            port: STREAM_PORT,
+            header: stream_header(stream).to_vec(),
+            input: index(input),
+            output: index(output),
+        };
+        match self.control.open_stream(config, fds).await {
+            Ok(end) => Ok(end),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// Turns an error of the control socket into one for containerd; a VMM that has ended is asked why.
+    pub async fn explain(&self, error: ControlError) -> Error {
+        match error {
+            ControlError::Refused(reply) => reply.into(),
+            ControlError::Confused | ControlError::Silent => Error::internal(error.to_string()),
+            ControlError::Ended => match timeout(Duration::from_secs(3), self.ended()).await {
+                Ok(death) => death.error(),
+                Err(_) => Error::unavailable(error.to_string()),
+            },
+        }
+    }
+
+    /// Resets a stream; one that has ended is no error.
+    pub async fn close_stream(&self, stream: u64) {
+        let body = RequestBody::CloseStream { stream };
+        let _ = self.control.request(body, Vec::new()).await;
+    }
+
+    /// Runs something blocking on the guest's share.
+    ///
+    /// # Errors
+    /// What `work` returns.
+    pub async fn with_mounts<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn Mounts) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let mounts = Arc::clone(&self.mounts);
+        tokio::task::spawn_blocking(move || work(&*mounts))
+            .await
+            .map_err(|error| Error::internal(format!("the mount worker ended: {error}")))?
+    }
+
+    /// Takes mounts of the share away again, after the guest has let go of them: the last attached
+    /// first. Returns the first error, after having tried all.
+    ///
+    /// # Errors
+    /// The VMM's or the host's.
+    pub async fn detach(&self, paths: &[String]) -> Result<()> {
+        let mut first = Ok(());
+        for path in paths.iter().rev() {
+            let forget = RequestBody::ForgetShare { path: path.clone() };
+            let forgotten = match self.control.request(forget, Vec::new()).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(self.explain(error).await),
+            };
+            let path = path.clone();
+            let detached = self.with_mounts(move |mounts| mounts.detach(&path)).await;
+            for result in [forgotten, detached] {
+                if first.is_ok() {
+                    first = result;
+                }
+            }
+        }
+        first
+    }
+
+    /// Kills the VM at once; its end is to be waited for.
+    pub fn kill(&self) {
+        self.kill.notify_one();
+    }
+
+    /// Powers the guest off, or kills it when it does not, and waits until the VMM is reaped. Its processes
+    /// get SIGTERM and `grace` before that, unless it is zero.
+    pub async fn stop(&self, grace: Duration) -> Death {
+        let request = ShutdownRequest {
+            grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+            ..ShutdownRequest::default()
+        };
+        let shutdown = async {
+            let _ = self
+                .agent
+                .shutdown(context::Context::default(), &request)
+                .await;
+            self.ended().await
+        };
+        if let Ok(death) = timeout(self.timeouts.stop + grace, shutdown).await {
+            return death;
+        }
+        self.kill();
+        self.ended().await
+    }
+}
+
+/// The first number of a process's stream.
+const fn first_stream() -> AtomicU64 {
+    AtomicU64::new(FIRST_PROCESS_STREAM)
+}
+
+/// Where a container's root file system lies below the share.
+#[must_use]
+pub fn rootfs_path(container: &str) -> String {
+    format!("{container}/rootfs")
+}
+
+/// A path on the node, for messages.
+pub(crate) fn shown(path: &Path) -> String {
+    PathBuf::from(path).display().to_string()
+}

@@ -1,0 +1,248 @@
+//! Watches one VMM process until it is reaped: forwards what it says to the log, within bounds, and
+//! tells its end once.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use brig_hypervisor::control::Event;
+use slog::{Logger, info, warn};
+use tokio::io::Interest;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::timeout;
+
+use super::VmProcess;
+use super::death::Death;
+use super::lines;
+use crate::log::Gate;
+use crate::node::cgroup::Cgroup;
+use crate::node::watched::watched;
+
+/// Console lines kept for the reason of a panic.
+const KEPT_LINES: usize = 64;
+/// How long the last words of an ended VMM may take to arrive.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Everything a watch needs.
+pub struct Watch {
+    /// The process; dropped, and thereby certainly gone, when the watch ends.
+    pub process: Box<dyn VmProcess>,
+    /// What the VMM says over the control socket.
+    pub events: mpsc::Receiver<Event>,
+    /// What it writes to its standard error.
+    pub stderr: OwnedFd,
+    /// The pod's cgroup, to tell a kill for memory from others.
+    pub cgroup: Option<Cgroup>,
+    /// Notified when the VMM is to be killed.
+    pub kill: Arc<Notify>,
+    /// Notified when the guest should let go of cached files.
+    pub pressure: Arc<Notify>,
+    /// Where the end is told.
+    pub death: watch::Sender<Option<Death>>,
+    /// The log.
+    pub logger: Logger,
+}
+
+impl Watch {
+    /// Runs until the process is reaped.
+    pub async fn run(mut self) {
+        let before = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
+        let errors = lines::forward(self.stderr, "vmm", self.logger.clone());
+        let mut errors = tokio::spawn(errors);
+        let heard = listen(self.events, self.pressure, self.logger.clone());
+        let mut heard = tokio::spawn(heard);
+        let exit = loop {
+            match wait_readable(&*self.process, &self.kill).await {
+                Ok(true) => {}
+                Ok(false) | Err(_) => {
+                    let _ = self.process.kill();
+                }
+            }
+            match self.process.try_wait() {
+                Ok(Some(exit)) => break Some(exit),
+                Ok(None) => {}
+                Err(error) => {
+                    warn!(self.logger, "the VMM cannot be waited for"; "error" => %error);
+                    break None;
+                }
+            }
+        };
+        let mut heard = last_words(&mut heard).await.unwrap_or_default();
+        let last_line = last_words(&mut errors).await.flatten();
+        let said = heard.reason.or(last_line);
+        let oom = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills) > before;
+        let death = Death::new(
+            exit,
+            oom,
+            heard.console.make_contiguous(),
+            said.as_deref(),
+            SystemTime::now(),
+        );
+        info!(self.logger, "the VM has ended"; "reason" => &death.reason);
+        drop(self.process);
+        self.death.send_replace(Some(death));
+    }
+}
+
+/// Waits for the end of the process (true) or for the wish to kill it (false).
+async fn wait_readable(process: &dyn VmProcess, kill: &Notify) -> io::Result<bool> {
+    let pidfd = watched(process.pidfd().try_clone_to_owned()?, Interest::READABLE)?;
+    tokio::select! {
+        ready = pidfd.readable() => ready.map(|_| true),
+        () = kill.notified() => Ok(false),
+    }
+}
+
+async fn last_words<T>(task: &mut tokio::task::JoinHandle<T>) -> Option<T> {
+    match timeout(LAST_WORDS, &mut *task).await {
+        Ok(result) => result.ok(),
+        Err(_) => {
+            task.abort();
+            None
+        }
+    }
+}
+
+/// What the VMM has said over the control socket.
+#[derive(Default)]
+struct Heard {
+    /// The last console lines.
+    console: VecDeque<String>,
+    /// Its own reason of its end.
+    reason: Option<String>,
+}
+
+/// Listens until the connection ends; console lines are logged within the gate's rate.
+async fn listen(mut events: mpsc::Receiver<Event>, pressure: Arc<Notify>, logger: Logger) -> Heard {
+    let mut heard = Heard::default();
+    let mut gate = Gate::new();
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Console { line } => {
+                lines::log(&logger, &mut gate, "console", &line);
+                if heard.console.len() == KEPT_LINES {
+                    heard.console.pop_front();
+                }
+                heard.console.push_back(line);
+            }
+            Event::SharePressure => pressure.notify_one(),
+            Event::Ended { reason, .. } => heard.reason = Some(reason),
+            Event::BootMark { .. } | Event::AgentConnected { .. } | Event::StreamClosed { .. } => {}
+        }
+    }
+    heard
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use brig_hypervisor::launch::VmmExit;
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Child, ChildStdin, Command, Stdio};
+
+    /// An ordinary child in the place of a VMM.
+    pub(crate) struct FakeProcess {
+        child: Child,
+        pidfd: OwnedFd,
+    }
+
+    impl FakeProcess {
+        pub(crate) fn spawn(script: &str) -> Self {
+            Self::with_stdin(script).0
+        }
+
+        pub(crate) fn with_stdin(script: &str) -> (Self, ChildStdin) {
+            let mut child = Command::new("sh")
+                .args(["-c", script])
+                .stdin(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let stdin = child.stdin.take().unwrap();
+            let pid = rustix::process::Pid::from_child(&child);
+            let pidfd =
+                rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+            (Self { child, pidfd }, stdin)
+        }
+    }
+
+    impl VmProcess for FakeProcess {
+        fn pid(&self) -> u32 {
+            self.child.id()
+        }
+        fn pidfd(&self) -> BorrowedFd<'_> {
+            self.pidfd.as_fd()
+        }
+        fn try_wait(&mut self) -> io::Result<Option<VmmExit>> {
+            Ok(self.child.try_wait()?.map(|status| match status.code() {
+                Some(code) => VmmExit::Code(code),
+                None => VmmExit::Signal(status.signal().unwrap()),
+            }))
+        }
+        fn kill(&self) -> io::Result<()> {
+            let signal = rustix::process::Signal::KILL;
+            Ok(rustix::process::pidfd_send_signal(&self.pidfd, signal)?)
+        }
+    }
+
+    impl Drop for FakeProcess {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
+    async fn end_of(script: &str, kill: bool) -> Death {
+        let (events_sender, events) = mpsc::channel(4);
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        let (death, mut told) = watch::channel(None);
+        let notify = Arc::new(Notify::new());
+        if kill {
+            notify.notify_one();
+        }
+        events_sender
+            .send(Event::Console {
+                line: "Kernel panic - not syncing: test".into(),
+            })
+            .await
+            .unwrap();
+        rustix::io::write(&write, b"one\ntwo\n").unwrap();
+        drop((events_sender, write));
+        let watch = Watch {
+            process: Box::new(FakeProcess::spawn(script)),
+            events,
+            stderr: read,
+            cgroup: None,
+            kill: notify,
+            pressure: Arc::default(),
+            death,
+            logger: Logger::root(slog::Discard, slog::o!()),
+        };
+        watch.run().await;
+        told.wait_for(Option::is_some)
+            .await
+            .unwrap()
+            .clone()
+            .unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_end_is_told_with_the_last_words() {
+        let death = end_of("exit 11", false).await;
+        assert!(
+            death.reason.contains("not syncing: test"),
+            "{}",
+            death.reason
+        );
+        let death = end_of("exit 12", false).await;
+        assert!(death.reason.ends_with(": two"), "{}", death.reason);
+    }
+
+    #[tokio::test]
+    async fn a_wish_to_kill_is_granted() {
+        let death = end_of("sleep 60", true).await;
+        assert!(death.reason.contains("signal 9"), "{}", death.reason);
+    }
+}

@@ -1,0 +1,535 @@
+//! The pod's host cgroup: where shim and VMM live, so that the node accounts for the pod there.
+//!
+//! cgroup v2 with `cgroupsPath` as a path or as systemd's `slice:prefix:name`; cgroup v1 by the best
+//! effort of one directory per controller. Paths come from containerd; `..` in one is refused.
+//!
+//! Pods share parents, and the last to leave takes away the ones Brig made: each carries a mark, so
+//! that what kubelet or systemd made is never removed, whoever of us ends last.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags, inotify};
+use serde::{Deserialize, Serialize};
+
+use crate::error::ignore_missing;
+use crate::error::{Error, Result};
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// Directories of one creation that a concurrent removal may take away before we try again.
+const ATTEMPTS: usize = 64;
+/// The extended attribute of a parent that a shim made. `trusted.*` is kept by cgroup v1 and v2, and
+/// no container can set or see it.
+const MARK: &str = "trusted.brig";
+
+/// A cgroup we made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Its directories: one on v2, one a controller on v1.
+    dirs: Vec<PathBuf>,
+    /// Directories above that we made and could not mark, outermost first.
+    parents: Vec<PathBuf>,
+    /// Where the shim was before; it returns there so that the cgroup can be removed.
+    home: Option<PathBuf>,
+}
+
+impl Cgroup {
+    /// Makes the cgroup of this `cgroupsPath`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a path that is none, else what the host says.
+    pub fn create(cgroups_path: &str) -> Result<Self> {
+        Self::create_below(Path::new(ROOT), cgroups_path)
+    }
+
+    fn create_below(root: &Path, cgroups_path: &str) -> Result<Self> {
+        let relative = relative_path(cgroups_path)?;
+        let mut cgroup = Self {
+            dirs: Vec::new(),
+            parents: Vec::new(),
+            home: None,
+        };
+        for hierarchy in hierarchies(root) {
+            let dir = hierarchy.join(&relative);
+            make(&hierarchy, &relative, &mut cgroup.parents).map_err(|error| {
+                cgroup.remove_dirs();
+                remove_marked_parents(&dir);
+                Error::io(
+                    format_args!("cannot make the cgroup {}", dir.display()),
+                    &error,
+                )
+            })?;
+            cgroup.dirs.push(dir);
+        }
+        cgroup.home = own_cgroup(root);
+        Ok(cgroup)
+    }
+
+    /// An open directory to be born into, on v2.
+    #[must_use]
+    pub fn open(&self, v2: bool) -> Option<OwnedFd> {
+        if !v2 {
+            return None;
+        }
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        rustix::fs::open(self.dirs.first()?, flags, Mode::empty()).ok()
+    }
+
+    /// Open `cgroup.procs` files of the v1 hierarchies.
+    #[must_use]
+    pub fn open_procs(&self, v2: bool) -> Vec<OwnedFd> {
+        if v2 {
+            return Vec::new();
+        }
+        let open = |dir: &PathBuf| {
+            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+            rustix::fs::open(dir.join("cgroup.procs"), flags, Mode::empty()).ok()
+        };
+        self.dirs.iter().filter_map(open).collect()
+    }
+
+    /// Moves this process in.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn join(&self) -> io::Result<()> {
+        for dir in &self.dirs {
+            fs::write(dir.join("cgroup.procs"), std::process::id().to_string())?;
+        }
+        Ok(())
+    }
+
+    /// How often the kernel killed something in here for memory (v2).
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        let count = || -> Option<u64> {
+            let events = fs::read_to_string(self.dirs.first()?.join("memory.events")).ok()?;
+            let line = events.lines().find(|line| line.starts_with("oom_kill "))?;
+            line.split_ascii_whitespace().nth(1)?.parse().ok()
+        };
+        count().unwrap_or(0)
+    }
+
+    /// Moves this process out and removes the cgroup, which must hold nobody else.
+    ///
+    /// # Errors
+    /// What the host says; a cgroup that is gone is no error.
+    pub fn leave_and_remove(&self) -> io::Result<()> {
+        for dir in &self.dirs {
+            let procs = match &self.home {
+                Some(home) if home.is_dir() => home.join("cgroup.procs"),
+                _ => hierarchy_of(dir).join("cgroup.procs"),
+            };
+            ignore_missing(fs::write(procs, std::process::id().to_string()))?;
+        }
+        self.remove_dirs();
+        match self.dirs.iter().find(|dir| dir.exists()) {
+            None => Ok(()),
+            Some(dir) => Err(io::Error::other(format!(
+                "{} is still in use",
+                dir.display()
+            ))),
+        }
+    }
+
+    /// Kills whatever is left inside and removes the cgroup.
+    ///
+    /// # Errors
+    /// `TimedOut` when something in it does not end.
+    pub fn kill_and_remove(&self, timeout: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + timeout;
+        for dir in &self.dirs {
+            if dir.exists() {
+                // v1 has no such file; there the journal's processes are killed one by one.
+                let kill = fs::OpenOptions::new()
+                    .write(true)
+                    .open(dir.join("cgroup.kill"));
+                let _ = kill.and_then(|mut file| file.write_all(b"1"));
+                wait_empty(dir, deadline)?;
+            }
+        }
+        self.remove_dirs();
+        Ok(())
+    }
+
+    /// Removes what is empty: our directories, then the parents a shim made, innermost first.
+    fn remove_dirs(&self) {
+        for dir in &self.dirs {
+            let _ = fs::remove_dir(dir);
+            remove_marked_parents(dir);
+        }
+        for dir in self.parents.iter().rev() {
+            let _ = fs::remove_dir(dir);
+            remove_marked_parents(dir);
+        }
+    }
+}
+
+/// Whether this host has the unified hierarchy.
+#[must_use]
+pub fn is_v2() -> bool {
+    Path::new(ROOT).join("cgroup.controllers").exists()
+}
+
+fn hierarchies(root: &Path) -> Vec<PathBuf> {
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.to_owned()];
+    }
+    let Ok(entries) = fs::read_dir(root) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            // Combined controllers are one directory with symbolic links to it.
+            let real = entry.file_type().ok()?.is_dir();
+            let path = entry.path();
+            (real && path.join("cgroup.procs").exists() && entry.file_name() != "unified")
+                .then_some(path)
+        })
+        .collect()
+}
+
+fn hierarchy_of(dir: &Path) -> PathBuf {
+    if is_v2() {
+        return PathBuf::from(ROOT);
+    }
+    dir.components().take(5).collect()
+}
+
+/// The cgroup of this process on v2.
+fn own_cgroup(root: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    root.join("cgroup.controllers")
+        .exists()
+        .then(|| root.join(path))
+}
+
+/// Bytes of 2 MiB huge pages that the parent of this `cgroupsPath` may use: kubelet's cgroup of the pod.
+/// None without a limit, and on v1. Blocking.
+#[must_use]
+pub fn huge_pages_of_parent(cgroups_path: &str) -> Option<u64> {
+    huge_pages_below(Path::new(ROOT), cgroups_path)
+}
+
+fn huge_pages_below(root: &Path, cgroups_path: &str) -> Option<u64> {
+    let path = relative_path(cgroups_path).ok()?;
+    let limit = fs::read_to_string(root.join(path.parent()?).join("hugetlb.2MB.max")).ok()?;
+    limit.trim().parse().ok()
+}
+
+/// Turns `cgroupsPath` into a path below the hierarchy's root.
+fn relative_path(cgroups_path: &str) -> Result<PathBuf> {
+    let invalid = || Error::invalid(format!("cgroupsPath {cgroups_path:?} is not a cgroup path"));
+    let parts: Vec<&str> = cgroups_path.split(':').collect();
+    let path = if let [slice, prefix, name] = parts[..] {
+        let mut path = expand_slice(slice).ok_or_else(invalid)?;
+        path.push(if prefix.is_empty() {
+            format!("{name}.scope")
+        } else {
+            format!("{prefix}-{name}.scope")
+        });
+        path
+    } else {
+        PathBuf::from(cgroups_path.trim_start_matches('/'))
+    };
+    let plain = path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    if path.as_os_str().is_empty() || !plain {
+        return Err(invalid());
+    }
+    Ok(path)
+}
+
+/// `a-b.slice` lies at `a.slice/a-b.slice` (systemd.slice(5)).
+fn expand_slice(slice: &str) -> Option<PathBuf> {
+    let mut path = PathBuf::new();
+    if slice.is_empty() {
+        return Some(PathBuf::from("system.slice"));
+    }
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(path);
+    }
+    let mut prefix = String::new();
+    for part in name.split('-') {
+        if part.is_empty() {
+            return None;
+        }
+        if !prefix.is_empty() {
+            prefix.push('-');
+        }
+        prefix.push_str(part);
+        path.push(format!("{prefix}.slice"));
+    }
+    Some(path)
+}
+
+/// `mkdir -p` that marks the parents it makes, and tries again when another pod's removal takes one
+/// away in between. Parents that take no mark are noted in `unmarked`.
+fn make(hierarchy: &Path, relative: &Path, unmarked: &mut Vec<PathBuf>) -> io::Result<()> {
+    let mut last = Ok(());
+    for _ in 0..ATTEMPTS {
+        last = make_once(hierarchy, relative, unmarked);
+        match &last {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            _ => return last,
+        }
+    }
+    last
+}
+
+fn make_once(hierarchy: &Path, relative: &Path, unmarked: &mut Vec<PathBuf>) -> io::Result<()> {
+    let mut path = hierarchy.to_owned();
+    let leaf = hierarchy.join(relative);
+    for part in relative.components() {
+        delegate(&path);
+        path.push(part);
+        match fs::create_dir(&path) {
+            // A pod that ends before this parent is marked leaves it alone. That is right: we are
+            // about to make a child in it, and look at it again when that child goes.
+            Ok(()) if path != leaf => mark(&path, unmarked)?,
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Gives the children of a cgroup v2 directory the controllers it has itself, as runc does: without them the pod
+/// has no figures, and what the kernel kills in it for memory is counted elsewhere. What cannot be given (a
+/// directory with processes in it takes some controllers only) is done without.
+fn delegate(dir: &Path) {
+    let Ok(available) = fs::read_to_string(dir.join("cgroup.controllers")) else {
+        return;
+    };
+    let control = dir.join("cgroup.subtree_control");
+    let given = fs::read_to_string(&control).unwrap_or_default();
+    for controller in available.split_ascii_whitespace() {
+        if !given.split_ascii_whitespace().any(|one| one == controller) {
+            let file = fs::OpenOptions::new().write(true).open(&control);
+            // In one write, which `write!` would not be.
+            let _ = file.and_then(|mut file| file.write_all(format!("+{controller}").as_bytes()));
+        }
+    }
+}
+
+/// Says that a shim made this directory.
+fn mark(dir: &Path, unmarked: &mut Vec<PathBuf>) -> io::Result<()> {
+    match rustix::fs::setxattr(dir, MARK, b"1", rustix::fs::XattrFlags::empty()) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::NOENT) => Err(rustix::io::Errno::NOENT.into()),
+        // Not root in the initial user namespace, or a kernel without such attributes here.
+        Err(_) => {
+            if !unmarked.iter().any(|known| known == dir) {
+                unmarked.push(dir.to_owned());
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Removes the directories above `dir` that carry the mark and are empty, innermost first. An unmarked
+/// one ends the walk: it stays, so nothing above it is empty.
+fn remove_marked_parents(dir: &Path) {
+    for parent in dir.ancestors().skip(1) {
+        match rustix::fs::getxattr(parent, MARK, &mut [0u8; 1]) {
+            Ok(_) if fs::remove_dir(parent).is_ok() => {}
+            // Another pod's removal was faster; the next one up may be ours to take.
+            Err(rustix::io::Errno::NOENT) => {}
+            _ => {
+                if parent.exists() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Waits until nobody is in the cgroup: `cgroup.events` is modified when that changes.
+fn wait_empty(dir: &Path, deadline: Instant) -> io::Result<()> {
+    let events = dir.join("cgroup.events");
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+    if inotify::add_watch(&watch, &events, inotify::WatchFlags::MODIFY).is_err() {
+        return Ok(());
+    }
+    loop {
+        let Ok(text) = fs::read_to_string(&events) else {
+            return Ok(());
+        };
+        if !text.lines().any(|line| line == "populated 1") {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = rustix::event::Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut fds = [rustix::event::PollFd::new(
+            &watch,
+            rustix::event::PollFlags::IN,
+        )];
+        if left.is_zero() || rustix::event::poll(&mut fds, Some(&limit))? == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("processes in {} do not end", dir.display()),
+            ));
+        }
+        let mut buffer = [0u8; 1024];
+        let _ = rustix::io::read(&watch, &mut buffer)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_huge_pages_are_those_of_kubelets_cgroup() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = root.path().join("kubepods/pod1");
+        fs::create_dir_all(&pod).unwrap();
+        let told = || huge_pages_below(root.path(), "/kubepods/pod1/sandbox");
+        assert_eq!(told(), None);
+        for (text, expected) in [("4194304\n", Some(4 << 20)), ("max\n", None)] {
+            fs::write(pod.join("hugetlb.2MB.max"), text).unwrap();
+            assert_eq!(told(), expected);
+        }
+        assert_eq!(huge_pages_below(root.path(), "/../etc"), None);
+    }
+
+    #[test]
+    fn both_notations_of_a_path_are_understood() {
+        for (given, expected) in [
+            ("/default/c1", "default/c1"),
+            ("kubepods/pod1/c1", "kubepods/pod1/c1"),
+            ("system.slice:brig:c1", "system.slice/brig-c1.scope"),
+            (
+                "kubepods-burstable-pod_1.slice:cri-containerd:c1",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod_1.slice/cri-containerd-c1.scope",
+            ),
+            ("-.slice::c1", "c1.scope"),
+            (":brig:c1", "system.slice/brig-c1.scope"),
+        ] {
+            assert_eq!(
+                relative_path(given).unwrap(),
+                Path::new(expected),
+                "{given}"
+            );
+        }
+    }
+
+    #[test]
+    fn paths_that_climb_or_are_empty_are_refused() {
+        for given in [
+            "",
+            "/",
+            "a/../b",
+            "../x",
+            "a--b.slice:p:n",
+            "x:p:n",
+            "a.slice::../x",
+        ] {
+            assert!(relative_path(given).is_err(), "{given}");
+        }
+    }
+
+    fn hierarchy() -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "").unwrap();
+        fs::create_dir(root.path().join("old")).unwrap();
+        root
+    }
+
+    #[test]
+    fn what_was_made_is_removed_and_what_was_there_stays() {
+        let root = hierarchy();
+        let a = Cgroup::create_below(root.path(), "/old/new/a").unwrap();
+        let b = Cgroup::create_below(root.path(), "/old/new/b").unwrap();
+        assert!(root.path().join("old/new/a").is_dir());
+        a.remove_dirs();
+        assert!(root.path().join("old/new/b").is_dir());
+        b.remove_dirs();
+        a.remove_dirs();
+        assert!(!root.path().join("old/new").exists());
+        assert!(root.path().join("old").is_dir());
+    }
+
+    #[test]
+    fn the_last_to_leave_removes_the_parents_whoever_made_them() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let root = hierarchy();
+        let a = Cgroup::create_below(root.path(), "/old/x/y/a").unwrap();
+        let b = Cgroup::create_below(root.path(), "/old/x/y/b").unwrap();
+        let c = Cgroup::create_below(root.path(), "/old/x/c").unwrap();
+        a.remove_dirs();
+        assert!(root.path().join("old/x/y/b").is_dir());
+        // As after kill -9: what `delete` knows comes from the journal.
+        let json = serde_json::to_string(&b).unwrap();
+        let b: Cgroup = serde_json::from_str(&json).unwrap();
+        b.kill_and_remove(Duration::from_secs(1)).unwrap();
+        assert!(!root.path().join("old/x/y").exists());
+        assert!(root.path().join("old/x/c").is_dir());
+        c.remove_dirs();
+        assert!(!root.path().join("old/x").exists());
+        assert!(root.path().join("old").is_dir());
+    }
+
+    #[test]
+    fn children_get_the_controllers_that_their_parent_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let control = dir.path().join("cgroup.subtree_control");
+        fs::write(&control, "memory\n").unwrap();
+        delegate(dir.path());
+        assert_eq!(fs::read_to_string(&control).unwrap(), "memory\n");
+        fs::write(dir.path().join("cgroup.controllers"), "memory\n").unwrap();
+        delegate(dir.path());
+        assert_eq!(fs::read_to_string(&control).unwrap(), "memory\n");
+        fs::write(dir.path().join("cgroup.controllers"), "memory pids\n").unwrap();
+        delegate(dir.path());
+        assert!(fs::read_to_string(&control).unwrap().starts_with("+pids"));
+    }
+
+    #[test]
+    fn a_directory_that_somebody_else_made_is_never_removed() {
+        let root = hierarchy();
+        let a = Cgroup::create_below(root.path(), "/x/y/a").unwrap();
+        let theirs = root.path().join("x/y/theirs");
+        fs::create_dir(&theirs).unwrap();
+        let b = Cgroup::create_below(root.path(), "/x/y/theirs/b").unwrap();
+        b.remove_dirs();
+        a.remove_dirs();
+        assert!(theirs.is_dir());
+        assert!(root.path().join("old").is_dir());
+    }
+
+    #[test]
+    fn pods_that_come_and_go_at_once_neither_fail_nor_leave_anything() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let root = hierarchy();
+        let base = root.path();
+        for _ in 0..20 {
+            std::thread::scope(|scope| {
+                for pod in 0..8 {
+                    scope.spawn(move || {
+                        for _ in 0..50 {
+                            let path = format!("/old/p/{}/{pod}", pod % 2);
+                            let cgroup = Cgroup::create_below(base, &path).unwrap();
+                            assert!(base.join(&path[1..]).is_dir());
+                            cgroup.remove_dirs();
+                        }
+                    });
+                }
+            });
+            assert!(!base.join("old/p").exists());
+            assert!(base.join("old").is_dir());
+        }
+    }
+}

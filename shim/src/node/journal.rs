@@ -1,0 +1,259 @@
+//! What a pod leaves on the host if everything is killed at once, written down so that `delete` can
+//! undo it: `/run/brig/<namespace>/<id>/pod.json`.
+//!
+//! The directory is root's alone; what is read back is trusted. Processes are named by pid and start
+//! time, so an old journal never hurts a stranger.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result, ignore_missing};
+use crate::node::cgroup::Cgroup;
+use crate::node::identity::Identity;
+use crate::node::network;
+
+const FILE: &str = "pod.json";
+const TIMELINE: &str = "timeline.json";
+
+/// The contents of `pod.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Journal {
+    /// The shim's server.
+    pub shim: Identity,
+    /// brig-vmm, once it is started.
+    pub vmm: Option<Identity>,
+    /// The pod's cgroup, once it is made.
+    pub cgroup: Option<Cgroup>,
+    /// The server's socket.
+    pub socket: Option<PathBuf>,
+    /// The pod's network namespace, where packets are redirected.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
+}
+
+/// A pod's directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateDir {
+    path: PathBuf,
+}
+
+impl StateDir {
+    /// The directory of a pod below `base`. Ids come from containerd, which validates them; one that
+    /// is no single path component is refused all the same.
+    ///
+    /// # Errors
+    /// `InvalidArgument`.
+    pub fn new(base: &Path, namespace: &str, id: &str) -> Result<Self> {
+        for (what, name) in [("namespace", namespace), ("id", id)] {
+            if name.is_empty()
+                || name == "."
+                || name == ".."
+                || name.contains('/')
+                || name.len() > 255
+            {
+                return Err(Error::invalid(format!(
+                    "{what} {name:?} is not a valid name"
+                )));
+            }
+        }
+        Ok(Self {
+            path: base.join(namespace).join(id),
+        })
+    }
+
+    /// Makes the directory.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn create(&self) -> Result<()> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.path)
+            .map_err(|error| Error::io(format_args!("cannot make {}", self.path.display()), &error))
+    }
+
+    /// Writes the journal.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn write(&self, journal: &Journal) -> Result<()> {
+        let bytes = serde_json::to_vec(journal).map_err(|e| Error::internal(e.to_string()))?;
+        self.replace(FILE, &bytes)
+    }
+
+    /// Writes the boot timeline.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn write_timeline(&self, bytes: &[u8]) -> Result<()> {
+        self.replace(TIMELINE, bytes)
+    }
+
+    /// Reads the boot timeline.
+    ///
+    /// # Errors
+    /// `NotFound` and what else the host says.
+    pub fn read_timeline(&self) -> Result<Vec<u8>> {
+        let path = self.path.join(TIMELINE);
+        fs::read(&path).map_err(|error| Error::io(path.display(), &error))
+    }
+
+    /// Reads the journal; `None` when there is none.
+    ///
+    /// # Errors
+    /// `Internal` when it is there and not readable.
+    pub fn read(&self) -> Result<Option<Journal>> {
+        let path = self.path.join(FILE);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(path.display(), &error)),
+        };
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| Error::internal(format!("{} is damaged: {error}", path.display())))
+    }
+
+    /// Where files lie that are mounted into the pod's containers.
+    #[must_use]
+    pub fn files(&self) -> PathBuf {
+        self.path.join(crate::node::sandbox_files::DIRECTORY)
+    }
+
+    /// Removes the directory, and its namespace's when that is empty. Repeatable.
+    pub fn remove(&self) {
+        let _ = fs::remove_dir_all(&self.path);
+        if let Some(namespace) = self.path.parent() {
+            let _ = fs::remove_dir(namespace);
+        }
+    }
+
+    /// A reader sees the old file or the new one, never half.
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.path.join(name);
+        let new = self.path.join(format!("{name}.new"));
+        fs::write(&new, bytes)
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(|error| Error::io(format_args!("cannot write {}", path.display()), &error))
+    }
+}
+
+impl Journal {
+    /// Undoes what it tells of: kills the VMM (and the shim, unless it is this process), removes the
+    /// cgroup and the socket. Repeatable; every step is tried, the first error is returned.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn undo(&self, timeout: Duration) -> io::Result<()> {
+        let mut first = Ok(());
+        let mut keep = |result: io::Result<()>| {
+            if first.is_ok() {
+                first = result;
+            }
+        };
+        if self.shim.pid != std::process::id() {
+            keep(self.shim.kill(timeout));
+        }
+        if let Some(vmm) = &self.vmm {
+            keep(vmm.kill(timeout));
+        }
+        if let Some(cgroup) = &self.cgroup {
+            keep(cgroup.kill_and_remove(timeout));
+        }
+        if let Some(netns) = &self.netns {
+            keep(network::undo(netns).map_err(io::Error::other));
+        }
+        if let Some(socket) = &self.socket {
+            keep(ignore_missing(fs::remove_file(socket)));
+        }
+        first
+    }
+}
+
+/// Every pod that has a directory below `base`: (namespace, id).
+#[must_use]
+pub fn list(base: &Path) -> Vec<(String, String)> {
+    let names = |path: &Path| -> Vec<String> {
+        let Ok(entries) = fs::read_dir(path) else {
+            return Vec::new();
+        };
+        entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .collect()
+    };
+    let mut pods = Vec::new();
+    for namespace in names(base) {
+        for id in names(&base.join(&namespace)) {
+            pods.push((namespace.clone(), id));
+        }
+    }
+    pods.sort();
+    pods
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_journal_is_read_back_and_listed_and_removed_with_its_namespace() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(base.path(), "ns", "c1").unwrap();
+        assert_eq!(dir.read().unwrap(), None);
+        dir.create().unwrap();
+        let journal = Journal {
+            shim: Identity {
+                pid: 1,
+                start_time: 2,
+            },
+            vmm: None,
+            cgroup: None,
+            socket: Some("/run/s".into()),
+            netns: Some("/run/netns/a".into()),
+        };
+        dir.write(&journal).unwrap();
+        assert_eq!(dir.read().unwrap(), Some(journal));
+        assert_eq!(list(base.path()), [("ns".to_owned(), "c1".to_owned())]);
+        dir.remove();
+        dir.remove();
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn names_that_leave_the_directory_are_refused() {
+        for id in ["", ".", "..", "a/b", "/"] {
+            assert!(
+                StateDir::new(Path::new("/run/brig"), "ns", id).is_err(),
+                "{id}"
+            );
+        }
+    }
+
+    #[test]
+    fn undoing_kills_what_is_left_and_may_be_repeated() {
+        let base = tempfile::tempdir().unwrap();
+        let socket = base.path().join("s");
+        fs::write(&socket, "").unwrap();
+        let mut vmm = Command::new("sleep").arg("60").spawn().unwrap();
+        let mut shim = Command::new("sleep").arg("60").spawn().unwrap();
+        let journal = Journal {
+            shim: Identity::of(shim.id()).unwrap(),
+            vmm: Identity::of(vmm.id()),
+            cgroup: None,
+            socket: Some(socket.clone()),
+            netns: None,
+        };
+        journal.undo(Duration::from_secs(5)).unwrap();
+        assert!(!vmm.wait().unwrap().success());
+        assert!(!shim.wait().unwrap().success());
+        assert!(!socket.exists());
+        journal.undo(Duration::from_secs(5)).unwrap();
+    }
+}

@@ -1,0 +1,11 @@
+//! Everything that is done to the node for a pod: its cgroup, network namespace, hooks and files, and the
+//! journal of what must be undone. Knows what was asked for, and neither the guest nor containerd.
+
+pub mod cgroup;
+pub mod hooks;
+pub mod identity;
+pub mod journal;
+pub mod network;
+pub mod sandbox_files;
+pub mod stand_in;
+pub(crate) mod watched;

@@ -1,0 +1,207 @@
+//! The way to the pod's actor: what it can be asked, by containerd's services and by its own tasks.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::asked::config::Config;
+use crate::asked::sandbox_config::PodConfig;
+use crate::asked::spec::Network;
+use crate::error::{Error, Result};
+use crate::guest::vm::Vm;
+use crate::guest::vm::death::Death;
+use crate::pod::container::{ContainerHandle, Creation, Reply};
+use crate::pod::process::Exit;
+
+/// What containerd asks for when it creates a sandbox.
+#[derive(Debug)]
+pub struct SandboxCreation {
+    /// The sandbox's id.
+    pub id: String,
+    /// CRI's configuration of the pod.
+    pub pod: PodConfig,
+    /// The pod's network namespace.
+    pub network: Network,
+    /// The handler's configuration.
+    pub config: Config,
+}
+
+/// How a sandbox is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxState {
+    /// The sandbox's id.
+    pub id: String,
+    /// The VMM's pid while it lives, else 0.
+    pub pid: u32,
+    /// It was started and has not ended.
+    pub ready: bool,
+    /// When it was created.
+    pub created_at: SystemTime,
+    /// How it ended, if it has.
+    pub exit: Option<Exit>,
+}
+
+/// What a sandbox is asked.
+pub(super) enum Ask {
+    Create(Box<SandboxCreation>, Reply<()>),
+    Start(Reply<(u32, SystemTime)>),
+    /// The VM is up, or is not.
+    Ready(Result<u32>, Reply<(u32, SystemTime)>),
+    Stop(oneshot::Sender<()>),
+    State(Reply<SandboxState>),
+    Wait(Reply<watch::Receiver<Option<Exit>>>),
+    Containers(oneshot::Sender<Vec<ContainerHandle>>),
+}
+
+pub(super) enum Message {
+    Create {
+        creation: Box<Creation>,
+        config: Box<Config>,
+        reply: Reply<u32>,
+    },
+    Find {
+        id: String,
+        reply: Reply<ContainerHandle>,
+    },
+    Vm {
+        reply: oneshot::Sender<Option<Arc<Vm>>>,
+    },
+    VmEnded(Death),
+    Sandbox(Ask),
+    Shutdown {
+        even_if_busy: bool,
+        /// The processes that still run get SIGTERM first, and the configured time.
+        gently: bool,
+        reply: oneshot::Sender<bool>,
+    },
+    Stopped,
+}
+
+/// The way to the pod; cheap to clone.
+#[derive(Clone)]
+pub struct PodHandle {
+    pub(super) mailbox: mpsc::Sender<Message>,
+}
+
+impl PodHandle {
+    /// Creates a container; the first one starts the VM. Returns the VMM's pid.
+    ///
+    /// # Errors
+    /// `AlreadyExists`, and whatever goes wrong.
+    pub async fn create(&self, creation: Creation, config: Config) -> Result<u32> {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Create {
+            creation: Box::new(creation),
+            config: Box::new(config),
+            reply,
+        };
+        self.mailbox.send(message).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// The container of this id.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn find(&self, id: &str) -> Result<ContainerHandle> {
+        let (reply, answer) = oneshot::channel();
+        let id = id.to_owned();
+        let message = Message::Find { id, reply };
+        self.mailbox.send(message).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// The VM, as far as there is one.
+    pub async fn vm(&self) -> Option<Arc<Vm>> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(Message::Vm { reply }).await.ok()?;
+        answer.await.ok().flatten()
+    }
+
+    /// Ends the pod when no container remains (or regardless): the VM is stopped and reaped, and
+    /// nothing is left on the host. False when containers remain.
+    pub async fn shutdown(&self, even_if_busy: bool) -> bool {
+        self.end(even_if_busy, false).await
+    }
+
+    /// Ends the pod as the node shuts down: what still runs gets SIGTERM, and the configured time for it.
+    pub async fn terminate(&self) {
+        self.end(true, true).await;
+    }
+
+    async fn end(&self, even_if_busy: bool, gently: bool) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Shutdown {
+            even_if_busy,
+            gently,
+            reply,
+        };
+        if self.mailbox.send(message).await.is_err() {
+            return true;
+        }
+        answer.await.unwrap_or(true)
+    }
+}
+
+impl PodHandle {
+    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Sandbox(ask(reply));
+        self.mailbox.send(message).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    }
+
+    /// Creates the sandbox: its VM starts to boot.
+    ///
+    /// # Errors
+    /// `AlreadyExists` the second time, and what a plan can be refused for.
+    pub async fn create_sandbox(&self, creation: SandboxCreation) -> Result<()> {
+        let creation = Box::new(creation);
+        self.ask(|reply| Ask::Create(creation, reply)).await?
+    }
+
+    /// Returns the VMM's pid and the time of creation when the guest can be used.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` before its creation or the second time, and why the VM did not come up.
+    pub async fn start_sandbox(&self) -> Result<(u32, SystemTime)> {
+        self.ask(Ask::Start).await?
+    }
+
+    /// Returns when the VMM is reaped and nothing is left on the host. Repeatable; nothing to stop is no
+    /// error.
+    ///
+    /// # Errors
+    /// None but that the actor is gone.
+    pub async fn stop_sandbox(&self) -> Result<()> {
+        self.ask(Ask::Stop).await
+    }
+
+    /// How the sandbox is.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub async fn sandbox_state(&self) -> Result<SandboxState> {
+        self.ask(Ask::State).await?
+    }
+
+    /// Waits for the sandbox's end.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub async fn wait_sandbox(&self) -> Result<Exit> {
+        let mut exit = self.ask(Ask::Wait).await??;
+        let exit = exit.wait_for(Option::is_some).await.map_err(|_| gone())?;
+        exit.ok_or_else(gone)
+    }
+
+    /// All containers of the pod.
+    pub async fn containers(&self) -> Vec<ContainerHandle> {
+        self.ask(Ask::Containers).await.unwrap_or_default()
+    }
+}
+
+pub(super) fn gone() -> Error {
+    Error::unavailable("the pod has ended")
+}

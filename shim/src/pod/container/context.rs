@@ -1,0 +1,32 @@
+//! What a container has of its pod.
+
+use std::time::Duration;
+
+use slog::Logger;
+use tokio::sync::mpsc;
+
+use crate::guest::vm::boot::News;
+use crate::pod::events::Events;
+use crate::pod::stdio::streaming::Streams;
+use crate::pod::volume::Volumes;
+
+/// What a container needs of its pod.
+#[derive(Clone)]
+pub struct Context {
+    /// containerd namespace.
+    pub namespace: String,
+    /// Events to containerd.
+    pub events: Events,
+    /// The log.
+    pub logger: Logger,
+    /// The pod's volumes.
+    pub volumes: Volumes,
+    /// Moments for the timeline.
+    pub news: mpsc::Sender<News>,
+    /// Told when a container is gone for good.
+    pub removed: mpsc::UnboundedSender<String>,
+    /// How long output may take to be delivered after an exit.
+    pub drain: Duration,
+    /// containerd's streams.
+    pub streams: Streams,
+}

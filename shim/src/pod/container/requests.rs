@@ -1,0 +1,495 @@
+//! What each request of containerd does to a container: check the state, answer, or spawn the work.
+
+use std::collections::HashMap;
+
+use brig_agent_protocol::agent::{ContainerRef, ResizePtyRequest, SignalRequest, UpdateRequest};
+use tokio::sync::oneshot;
+use ttrpc::context;
+
+use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
+use crate::error::{Error, Result};
+use crate::node::hooks::Stage;
+use crate::pod::events::TaskEvent;
+use crate::pod::process::{Exit, Io, Phase};
+
+/// Processes of a container that are listed.
+const MAX_LISTED: usize = 4096;
+/// Signal numbers of Linux.
+const SIGNALS: std::ops::RangeInclusive<u32> = 1..=64;
+
+impl Container {
+    pub(super) fn request(&mut self, request: Request) {
+        match request {
+            Request::State { exec_id, reply } => {
+                let _ = reply.send(self.state(&exec_id));
+            }
+            Request::Wait { exec_id, reply } => {
+                let _ = reply.send(self.wait(&exec_id));
+            }
+            Request::Start { exec_id, reply } => self.start(exec_id, reply),
+            Request::Delete { exec_id, reply } if exec_id.is_empty() => self.delete_init(reply),
+            Request::Delete { exec_id, reply } => self.delete_exec(exec_id, reply),
+            Request::Kill {
+                exec_id,
+                signal,
+                all,
+                reply,
+            } => self.kill(exec_id, signal, all, reply),
+            Request::Exec {
+                exec_id,
+                io,
+                process,
+                reply,
+            } => {
+                let _ = reply.send(self.exec(exec_id, io, process));
+            }
+            Request::ResizePty {
+                exec_id,
+                rows,
+                columns,
+                reply,
+            } => {
+                self.resize(exec_id, rows, columns, reply);
+            }
+            Request::CloseStdin { exec_id, reply } => {
+                let _ = reply.send(self.close_stdin(&exec_id));
+            }
+            Request::Pause { reply } => self.pause(true, reply),
+            Request::Resume { reply } => self.pause(false, reply),
+            Request::Update { resources, reply } => self.update(resources, reply),
+            Request::Stats { reply } => self.stats(reply),
+            Request::Pids { reply } => self.pids(reply),
+        }
+    }
+
+    fn state(&mut self, exec_id: &str) -> Result<ProcessState> {
+        let (bundle, pid, paused) = (self.bundle.clone(), self.pid(), self.paused);
+        let member = self.member(exec_id)?;
+        Ok(ProcessState {
+            bundle,
+            pid,
+            phase: member.process.phase(),
+            paused,
+            io: member.process.io.clone(),
+        })
+    }
+
+    fn wait(&mut self, exec_id: &str) -> Result<oneshot::Receiver<Exit>> {
+        let member = self.member(exec_id)?;
+        let (waiter, exit) = oneshot::channel();
+        member.process.wait(waiter);
+        Ok(exit)
+    }
+
+    fn start(&mut self, exec_id: String, reply: Reply<u32>) {
+        let vm = match self.startable(&exec_id) {
+            Ok(vm) => vm,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let (mailbox, context, id) = (self.mailbox.clone(), self.context.clone(), self.id.clone());
+        let exec = self
+            .execs
+            .get_mut(&exec_id)
+            .map(|member| (member.process.io.clone(), std::mem::take(&mut member.spec)));
+        let (alone, hooks) = (self.alone, self.hooks.clone());
+        tokio::spawn(async move {
+            let init = exec.is_none();
+            let result = match exec {
+                None if alone => work::start_alone(&context, &vm, &id).await,
+                None => work::start_init(&vm, &id).await,
+                Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
+            };
+            if init && result.is_ok() {
+                work::hooks(&context, &id, hooks, Stage::Started, vm.pid()).await;
+            }
+            let _ = mailbox
+                .send(Message::Started {
+                    exec_id,
+                    result,
+                    reply,
+                })
+                .await;
+        });
+    }
+
+    /// Begins the start of a process, if its state and the container's allow it.
+    fn startable(&mut self, exec_id: &str) -> Result<std::sync::Arc<crate::guest::vm::Vm>> {
+        let vm = self.vm()?;
+        if !exec_id.is_empty() {
+            if self.init.process.phase() != Phase::Running {
+                return Err(Error::state(format!(
+                    "container {} is not running",
+                    self.id
+                )));
+            }
+            if self.paused {
+                return Err(Error::state(format!("container {} is paused", self.id)));
+            }
+        }
+        if let Some(death) = vm.death() {
+            return Err(death.error());
+        }
+        let id = self.id.clone();
+        let member = self.member(exec_id)?;
+        if member.deleting || !member.process.begin_start() {
+            let what = match member.process.phase() {
+                Phase::Stopped(_) => "has ended",
+                _ => "was started already",
+            };
+            let name = if exec_id.is_empty() { &id } else { exec_id };
+            return Err(Error::state(format!("process {name} {what}")));
+        }
+        Ok(vm)
+    }
+
+    fn exec(&mut self, exec_id: String, io: Io, process: Vec<u8>) -> Result<()> {
+        if exec_id.is_empty() {
+            return Err(Error::invalid("an exec needs an id"));
+        }
+        if exec_id == self.id || self.execs.contains_key(&exec_id) {
+            return Err(Error::already_exists(format!(
+                "exec {exec_id} exists already"
+            )));
+        }
+        if self.init.process.phase() != Phase::Running {
+            return Err(Error::state(format!(
+                "container {} is not running",
+                self.id
+            )));
+        }
+        serde_json::from_slice::<serde::de::IgnoredAny>(&process).map_err(|error| {
+            Error::invalid(format!(
+                "the process of exec {exec_id} is not JSON: {error}"
+            ))
+        })?;
+        let member = Member::new(io, Phase::Created, process);
+        self.execs.insert(exec_id.clone(), member);
+        self.publish(TaskEvent::ExecAdded {
+            id: self.id.clone(),
+            exec_id,
+        });
+        Ok(())
+    }
+
+    fn kill(&mut self, exec_id: String, signal: u32, all: bool, reply: Reply<()>) {
+        let allowed = self.killable(&exec_id, signal);
+        let vm = match allowed {
+            Ok(Some(vm)) => vm,
+            Ok(None) => {
+                let _ = reply.send(Ok(()));
+                return;
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let request = SignalRequest {
+            id: self.id.clone(),
+            all: all && exec_id.is_empty(),
+            exec_id,
+            signal,
+            ..SignalRequest::default()
+        };
+        tokio::spawn(async move {
+            let answer = vm
+                .agent()
+                .signal_process(context::Context::default(), &request);
+            let _ = reply.send(vm.call("SignalProcess", answer).await.map(drop));
+        });
+    }
+
+    /// The VM to ask, or none when there is nothing in the guest yet to be signalled.
+    fn killable(
+        &mut self,
+        exec_id: &str,
+        signal: u32,
+    ) -> Result<Option<std::sync::Arc<crate::guest::vm::Vm>>> {
+        if !SIGNALS.contains(&signal) {
+            return Err(Error::invalid(format!("{signal} is not a signal's number")));
+        }
+        let vm = self.vm()?;
+        let id = self.id.clone();
+        let member = self.member(exec_id)?;
+        match member.process.phase() {
+            Phase::Stopped(_) => Err(Error::not_found(format!(
+                "process {} already finished",
+                if exec_id.is_empty() { &id } else { exec_id }
+            ))),
+            Phase::Created if !member.in_guest => {
+                Err(Error::state(format!("exec {exec_id} was not started")))
+            }
+            _ => Ok(Some(vm)),
+        }
+    }
+
+    fn resize(&mut self, exec_id: String, rows: u32, columns: u32, reply: Reply<()>) {
+        let checked = self.vm().and_then(|vm| {
+            let member = self.member(&exec_id)?;
+            if !member.process.io.terminal {
+                return Err(Error::state("a process without a terminal has no size"));
+            }
+            match member.process.phase() {
+                Phase::Stopped(_) => Err(Error::not_found("the process already finished")),
+                // An exec is sized again by its client once it runs.
+                _ if !member.in_guest => Err(Error::state("the process was not started")),
+                _ => Ok(vm),
+            }
+        });
+        let vm = match checked {
+            Ok(vm) => vm,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let request = ResizePtyRequest {
+            id: self.id.clone(),
+            exec_id,
+            rows,
+            columns,
+            ..ResizePtyRequest::default()
+        };
+        tokio::spawn(async move {
+            let answer = vm.agent().resize_pty(context::Context::default(), &request);
+            let _ = reply.send(vm.call("ResizePty", answer).await.map(drop));
+        });
+    }
+
+    fn close_stdin(&mut self, exec_id: &str) -> Result<()> {
+        let member = self.member(exec_id)?;
+        member.stdin_closed = true;
+        if let Some(stdio) = &mut member.stdio {
+            stdio.close_stdin();
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self, paused: bool, reply: Reply<()>) {
+        let running = self.init.process.phase() == Phase::Running;
+        let vm = match self.vm() {
+            Ok(vm) if running && self.paused != paused => vm,
+            Ok(_) => {
+                let what = if !running {
+                    "is not running"
+                } else if paused {
+                    "is paused already"
+                } else {
+                    "is not paused"
+                };
+                let _ = reply.send(Err(Error::state(format!("container {} {what}", self.id))));
+                return;
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let mailbox = self.mailbox.clone();
+        let request = self.reference();
+        tokio::spawn(async move {
+            let context = context::Context::default();
+            let result = if paused {
+                vm.call(
+                    "PauseContainer",
+                    vm.agent().pause_container(context, &request),
+                )
+                .await
+            } else {
+                vm.call(
+                    "ResumeContainer",
+                    vm.agent().resume_container(context, &request),
+                )
+                .await
+            };
+            let result = result.map(drop);
+            let _ = mailbox
+                .send(Message::Paused {
+                    paused,
+                    result,
+                    reply,
+                })
+                .await;
+        });
+    }
+
+    fn update(&mut self, resources: Vec<u8>, reply: Reply<()>) {
+        let vm = match self.in_life() {
+            Ok(vm) => vm,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let request = UpdateRequest {
+            id: self.id.clone(),
+            resources,
+            ..UpdateRequest::default()
+        };
+        tokio::spawn(async move {
+            let answer = vm
+                .agent()
+                .update_container(context::Context::default(), &request);
+            let _ = reply.send(vm.call("UpdateContainer", answer).await.map(drop));
+        });
+    }
+
+    fn stats(&mut self, reply: Reply<brig_agent_protocol::agent::StatsResponse>) {
+        let vm = match self.in_life() {
+            Ok(vm) => vm,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let request = self.reference();
+        tokio::spawn(async move {
+            let answer = vm.agent().stats(context::Context::default(), &request);
+            let _ = reply.send(vm.call("Stats", answer).await);
+        });
+    }
+
+    fn pids(&mut self, reply: Reply<Vec<Listed>>) {
+        let vm = match self.in_life() {
+            Ok(vm) => vm,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let (request, own_pid) = (self.reference(), self.pid());
+        let execs: HashMap<u32, String> = self
+            .execs
+            .iter()
+            .filter(|(_, member)| member.guest_pid != 0)
+            .map(|(exec_id, member)| (member.guest_pid, exec_id.clone()))
+            .collect();
+        tokio::spawn(async move {
+            let answer = vm
+                .agent()
+                .list_processes(context::Context::default(), &request);
+            let listed = vm.call("ListProcesses", answer).await.map(|list| {
+                let listed = |pid| Listed {
+                    pid: own_pid,
+                    exec_id: execs.get(&pid).cloned(),
+                };
+                list.pids.into_iter().take(MAX_LISTED).map(listed).collect()
+            });
+            let _ = reply.send(listed);
+        });
+    }
+
+    /// The VM of a container whose init process has not ended.
+    fn in_life(&self) -> Result<std::sync::Arc<crate::guest::vm::Vm>> {
+        let vm = self.vm()?;
+        match self.init.process.phase() {
+            Phase::Stopped(_) => Err(Error::not_found(format!("container {} has ended", self.id))),
+            _ => Ok(vm),
+        }
+    }
+
+    fn reference(&self) -> ContainerRef {
+        ContainerRef {
+            id: self.id.clone(),
+            ..ContainerRef::default()
+        }
+    }
+
+    fn delete_exec(&mut self, exec_id: String, reply: Reply<Deleted>) {
+        let vm = self.vm.clone();
+        let deletable = self.member(&exec_id).and_then(|member| {
+            if member.deleting {
+                return Err(Error::state(format!("exec {exec_id} is being deleted")));
+            }
+            match member.process.phase() {
+                Phase::Stopped(_) => {}
+                Phase::Created if !member.in_guest => {
+                    member.process.lost(std::time::SystemTime::now());
+                }
+                _ => return Err(Error::state(format!("exec {exec_id} is still running"))),
+            }
+            member.deleting = true;
+            Ok((member.stdio.take(), member.in_guest))
+        });
+        let (stdio, in_guest) = match deletable {
+            Ok(parts) => parts,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let (mailbox, context, id) = (self.mailbox.clone(), self.context.clone(), self.id.clone());
+        tokio::spawn(async move {
+            if let Some(vm) = vm {
+                work::release(&context, &vm, &id, &exec_id, stdio, in_guest).await;
+            }
+            let _ = mailbox.send(Message::ExecDeleted { exec_id, reply }).await;
+        });
+    }
+
+    pub(super) fn delete_init(&mut self, reply: Reply<Deleted>) {
+        let phase = self.init.process.phase();
+        match phase {
+            Phase::Creating => {
+                // The creation is abandoned; its failure answers.
+                self.cancel.send_replace(true);
+                self.abandoned = Some(reply);
+                return;
+            }
+            _ if self.init.deleting => {
+                let _ = reply.send(Err(Error::state(format!(
+                    "container {} is being deleted",
+                    self.id
+                ))));
+                return;
+            }
+            Phase::Running | Phase::Starting => {
+                let _ = reply.send(Err(Error::state(format!(
+                    "container {} is still running",
+                    self.id
+                ))));
+                return;
+            }
+            Phase::Created | Phase::Stopped(_) => {}
+        }
+        let Ok(vm) = self.vm() else {
+            let _ = reply.send(Err(super::not_found(&self.id, "")));
+            return;
+        };
+        self.init.deleting = true;
+        let running = phase == Phase::Created;
+        let attached = std::mem::take(&mut self.attached);
+        let leases = std::mem::take(&mut self.leases);
+        let hooks = self.hooks.take();
+        let stdio = self.init.stdio.take();
+        // The execs stay until the end, because those that still run have an exit to be told of.
+        let execs: Vec<_> = self
+            .execs
+            .iter_mut()
+            .map(|(exec_id, member)| {
+                let runs = member.in_guest && member.process.exit().is_none();
+                (exec_id.clone(), member.stdio.take(), member.in_guest, runs)
+            })
+            .collect();
+        let (mailbox, context, id) = (self.mailbox.clone(), self.context.clone(), self.id.clone());
+        tokio::spawn(async move {
+            for (exec_id, stdio, in_guest, runs) in execs {
+                if runs {
+                    work::kill(&vm, &id, &exec_id).await;
+                }
+                work::release(&context, &vm, &id, &exec_id, stdio, in_guest).await;
+            }
+            if running {
+                work::kill(&vm, &id, "").await;
+            }
+            work::release(&context, &vm, &id, "", stdio, true).await;
+            work::detach(&context, &vm, &id, &attached).await;
+            context.volumes.release(leases).await;
+            work::hooks(&context, &id, hooks, Stage::Stopped, vm.pid()).await;
+            let _ = mailbox.send(Message::InitDeleted { reply }).await;
+        });
+    }
+}

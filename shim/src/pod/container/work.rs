@@ -1,0 +1,197 @@
+//! The work that takes time: calls of the agent, streams, mounts. No state is kept here.
+
+use std::sync::Arc;
+
+use brig_agent_protocol::agent::{CreateExecRequest, ProcessRef, SignalRequest};
+use slog::warn;
+use ttrpc::context;
+
+use super::context::Context;
+use crate::error::{Kind, Result};
+use crate::guest::vm::Vm;
+use crate::node::hooks::{ContainerHooks, Stage};
+use crate::pod::process::Io;
+use crate::pod::stdio::{Ends, Stdio};
+
+/// What a start has brought about.
+pub(super) struct Begun {
+    /// An exec's streams.
+    pub(super) stdio: Option<Stdio>,
+    /// Pid in the guest.
+    pub(super) guest_pid: u32,
+}
+
+fn process(id: &str, exec_id: &str) -> ProcessRef {
+    ProcessRef {
+        id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        ..ProcessRef::default()
+    }
+}
+
+/// Starts the init process.
+pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<Begun> {
+    let request = process(id, "");
+    let answer = vm
+        .agent()
+        .start_process(context::Context::default(), &request);
+    let limit = vm.timeouts().setup;
+    match vm.call_within(limit, "StartProcess", answer).await {
+        Ok(started) => Ok(Begun {
+            stdio: None,
+            guest_pid: started.pid,
+        }),
+        Err(error) => {
+            // A process that we report as stopped must not run on because its answer was late.
+            kill(vm, id, "").await;
+            Err(error)
+        }
+    }
+}
+
+/// Starts the init process of a container that is a pod by itself, with the network it has by now.
+pub(super) async fn start_alone(context: &Context, vm: &Vm, id: &str) -> Result<Begun> {
+    if let Err(error) = vm.plug_networks(&context.logger).await {
+        kill(vm, id, "").await;
+        return Err(error);
+    }
+    start_init(vm, id).await
+}
+
+/// Runs the hooks of a container's start or end. As the runtime specification has it, a failure is logged
+/// and changes nothing.
+pub(super) async fn hooks(
+    context: &Context,
+    id: &str,
+    hooks: Option<Arc<ContainerHooks>>,
+    stage: Stage,
+    vmm: u32,
+) {
+    let Some(hooks) = hooks else { return };
+    let ran = tokio::task::spawn_blocking(move || hooks.run(stage, vmm)).await;
+    if let Ok(Err(error)) = ran {
+        warn!(context.logger, "a hook has failed"; "container" => id, "error" => error.message);
+    }
+}
+
+/// Opens an exec's streams, makes it in the guest and starts it; nothing is left when that fails.
+pub(super) async fn start_exec(
+    context: &Context,
+    vm: &Vm,
+    id: &str,
+    exec_id: &str,
+    io: &Io,
+    spec: Vec<u8>,
+) -> Result<Begun> {
+    let ends = Ends::open(io, &context.streams, &context.namespace, id, context.drain).await?;
+    let stdio = ends.connect(vm).await?;
+    let request = CreateExecRequest {
+        id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        process: spec,
+        stdio: Some(stdio.numbers.clone()).into(),
+        ..CreateExecRequest::default()
+    };
+    let answer = vm
+        .agent()
+        .create_exec(context::Context::default(), &request);
+    let limit = vm.timeouts().setup;
+    let created = vm.call_within(limit, "CreateExec", answer).await;
+    // Without an answer it may exist all the same.
+    let in_guest = match &created {
+        Ok(_) => true,
+        Err(error) => error.kind == Kind::DeadlineExceeded,
+    };
+    let started = match created {
+        Ok(_) => {
+            let request = process(id, exec_id);
+            let answer = vm
+                .agent()
+                .start_process(context::Context::default(), &request);
+            vm.call_within(limit, "StartProcess", answer).await
+        }
+        Err(error) => Err(error),
+    };
+    match started {
+        Ok(started) => Ok(Begun {
+            stdio: Some(stdio),
+            guest_pid: started.pid,
+        }),
+        Err(error) => {
+            stdio.abandon(vm).await;
+            if in_guest {
+                kill(vm, id, exec_id).await;
+                delete_in_guest(context, vm, id, exec_id).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Lets a process go that has ended: output is delivered first, then the agent forgets it.
+pub(super) async fn release(
+    context: &Context,
+    vm: &Vm,
+    id: &str,
+    exec_id: &str,
+    stdio: Option<Stdio>,
+    in_guest: bool,
+) {
+    if let Some(stdio) = stdio
+        && !stdio.finish(vm, context.drain).await
+    {
+        warn!(context.logger, "output was cut off: the stream did not end in time";
+            "container" => id, "exec" => exec_id);
+    }
+    if in_guest {
+        delete_in_guest(context, vm, id, exec_id).await;
+    }
+}
+
+async fn delete_in_guest(context: &Context, vm: &Vm, id: &str, exec_id: &str) {
+    if vm.death().is_some() {
+        return;
+    }
+    let request = process(id, exec_id);
+    let answer = vm
+        .agent()
+        .delete_process(context::Context::default(), &request);
+    match vm.call("DeleteProcess", answer).await {
+        Ok(_) => {}
+        Err(error) if error.kind == Kind::NotFound => {}
+        Err(error) => {
+            warn!(context.logger, "the agent did not let go of a process";
+                "container" => id, "exec" => exec_id, "error" => error.message);
+        }
+    }
+}
+
+/// Kills what may be left of a process; an empty `exec_id` is the whole container. The agent's
+/// DeleteProcess waits for its end.
+pub(super) async fn kill(vm: &Vm, id: &str, exec_id: &str) {
+    if vm.death().is_some() {
+        return;
+    }
+    let request = SignalRequest {
+        id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        signal: libc::SIGKILL.unsigned_abs(),
+        all: exec_id.is_empty(),
+        ..SignalRequest::default()
+    };
+    let answer = vm
+        .agent()
+        .signal_process(context::Context::default(), &request);
+    let _ = vm.call("SignalProcess", answer).await;
+}
+
+/// Takes a container's mounts away; with the VM they are gone anyway.
+pub(super) async fn detach(context: &Context, vm: &Vm, id: &str, attached: &[String]) {
+    if vm.death().is_some() {
+        return;
+    }
+    if let Err(error) = vm.detach(attached).await {
+        warn!(context.logger, "a mount of the pod is still held";
+            "container" => id, "error" => error.message);
+    }
+}

@@ -1,0 +1,11 @@
+//! The pod: the actor that owns its VM and routes to its containers, the containers with their processes,
+//! stdio and volumes, and the timeline of its start. Trusts what containerd asked for as far as it was
+//! checked, and nothing that the guest answers.
+
+pub mod actor;
+pub mod container;
+pub mod events;
+pub mod process;
+pub mod stdio;
+pub mod timeline;
+pub mod volume;

@@ -1,0 +1,463 @@
+//! The stdio of one process: containerd's FIFOs (or files, or a logger, or streams) joined to streams of the
+//! VM. But for containerd's streams, the bytes never pass through the shim; it opens the ends and hands them
+//! to the VMM.
+//!
+//! The opposite end of each FIFO is kept open here, so that a restart of containerd gives neither an
+//! end of file nor EPIPE. An output's is let go when its stream has ended; standard input's at
+//! CloseIO, and then containerd's own end decides.
+
+mod logger;
+pub mod streaming;
+
+use std::fs::{self, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use brig_agent_protocol::agent;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::error::{Error, Result};
+use crate::guest::vm::Vm;
+use crate::guest::vm::control::StreamEnd;
+use crate::pod::process::Io;
+use logger::LoggerProcess;
+use streaming::{Claim, Streams};
+
+/// Where one stream goes on the host.
+#[derive(Debug)]
+struct End {
+    /// For the VMM.
+    given: OwnedFd,
+    /// The opposite end, where there is one.
+    kept: Kept,
+}
+
+/// What the shim keeps of a stream.
+#[derive(Debug)]
+enum Kept {
+    /// Of a file or a logger.
+    Nothing,
+    /// Of a FIFO.
+    Opposite { _end: OwnedFd },
+    /// Of containerd's stream of standard input: its pump.
+    Input(streaming::Input),
+    /// Of its stream of an output: its pump, and what ends when all has been delivered.
+    Output(streaming::Output, JoinHandle<()>),
+}
+
+/// Everything one process's streams hold on the host.
+#[derive(Debug)]
+pub struct Stdio {
+    /// What the agent is told.
+    pub numbers: agent::Stdio,
+    stdin: Option<Kept>,
+    outputs_ended: watch::Receiver<bool>,
+    /// Of containerd's streams.
+    pumps: Vec<streaming::Output>,
+    logger: Option<LoggerProcess>,
+}
+
+/// The ends of the three streams, before the VM knows of them.
+#[derive(Debug, Default)]
+pub struct Ends {
+    stdin: Option<End>,
+    stdout: Option<End>,
+    stderr: Option<End>,
+    terminal: bool,
+    logger: Option<LoggerProcess>,
+}
+
+impl Ends {
+    /// Opens what containerd named.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an URI of an unknown scheme, else what the host says.
+    pub async fn open(
+        io: &Io,
+        streams: &Streams,
+        namespace: &str,
+        id: &str,
+        limit: Duration,
+    ) -> Result<Self> {
+        let mut ends = Self {
+            stdin: open_input(&io.stdin, streams)?,
+            terminal: io.terminal,
+            ..Self::default()
+        };
+        match scheme(&io.stdout) {
+            Some(scheme) if logger::SCHEMES.contains(&scheme) => {
+                let (stdout, stderr, process) =
+                    logger::start(&io.stdout, namespace, id, limit).await?;
+                let given = |given| {
+                    let kept = Kept::Nothing;
+                    Some(End { given, kept })
+                };
+                ends.stdout = given(stdout);
+                ends.stderr = if io.terminal { None } else { given(stderr) };
+                ends.logger = Some(process);
+            }
+            Some("file") => {
+                let path = &io.stdout["file://".len()..];
+                ends.stdout = Some(open_file(path)?);
+                if !io.terminal {
+                    ends.stderr = Some(open_file(path)?);
+                }
+            }
+            _ => {
+                ends.stdout = open_output(&io.stdout, streams)?;
+                if !io.terminal {
+                    ends.stderr = open_output(&io.stderr, streams)?;
+                }
+            }
+        }
+        Ok(ends)
+    }
+
+    /// Opens a stream of the VM for each end.
+    ///
+    /// # Errors
+    /// The VMM's; streams that were opened are closed.
+    pub async fn connect(self, vm: &Vm) -> Result<Stdio> {
+        let mut numbers = agent::Stdio {
+            terminal: self.terminal,
+            ..agent::Stdio::default()
+        };
+        let mut opened = Vec::new();
+        let mut outputs = Vec::new();
+        let mut pumps = Vec::new();
+        let mut stdin = None;
+        let result: Result<()> = async {
+            if let Some(end) = self.stdin {
+                let (number, _end) = vm.open_stream(Some(end.given), None).await?;
+                (numbers.stdin, stdin) = (number, Some(end.kept));
+                opened.push(number);
+            }
+            for (end, number) in [
+                (self.stdout, &mut numbers.stdout),
+                (self.stderr, &mut numbers.stderr),
+            ] {
+                if let Some(end) = end {
+                    let (opened_number, ended) = vm.open_stream(None, Some(end.given)).await?;
+                    *number = opened_number;
+                    opened.push(opened_number);
+                    let last = match end.kept {
+                        Kept::Output(pump, delivered) => {
+                            pumps.push(pump);
+                            Last::Delivery(delivered)
+                        }
+                        kept => Last::Release(kept),
+                    };
+                    outputs.push((ended, last));
+                }
+            }
+            Ok(())
+        }
+        .await;
+        if let Err(error) = result {
+            for number in opened {
+                vm.close_stream(number).await;
+            }
+            return Err(error);
+        }
+        Ok(Stdio {
+            numbers,
+            stdin,
+            outputs_ended: release_at_end(outputs),
+            pumps,
+            logger: self.logger,
+        })
+    }
+}
+
+impl Stdio {
+    /// Lets go of standard input: end of file comes when containerd's end is closed too.
+    pub fn close_stdin(&mut self) {
+        if let Some(Kept::Input(pump)) = &self.stdin {
+            // What it has taken in must still reach the process.
+            pump.close();
+        } else {
+            self.stdin = None;
+        }
+    }
+
+    /// Turns true when all output has been delivered; `None` where containerd may hear of the exit first,
+    /// which is everywhere but with its streams.
+    #[must_use]
+    pub fn delivery(&self) -> Option<watch::Receiver<bool>> {
+        let waits = !self.pumps.is_empty() && !*self.outputs_ended.borrow();
+        waits.then(|| self.outputs_ended.clone())
+    }
+
+    /// Ends the streams of a process that did not come to life.
+    pub async fn abandon(self, vm: &Vm) {
+        let numbers = [self.numbers.stdin, self.numbers.stdout, self.numbers.stderr];
+        for number in numbers.into_iter().filter(|&number| number != 0) {
+            vm.close_stream(number).await;
+        }
+        if let Some(logger) = self.logger {
+            logger.end().await;
+        }
+    }
+
+    /// Waits until all output has been delivered, at most so long; then standard input's stream is
+    /// ended too. False when the time was not enough.
+    pub async fn finish(mut self, vm: &Vm, limit: Duration) -> bool {
+        let ended = self.outputs_ended.wait_for(|ended| *ended);
+        let complete = timeout(limit, ended).await.is_ok();
+        let numbers = &self.numbers;
+        if numbers.stdin != 0 {
+            vm.close_stream(numbers.stdin).await;
+        }
+        if !complete {
+            for number in [numbers.stdout, numbers.stderr] {
+                if number != 0 {
+                    vm.close_stream(number).await;
+                }
+            }
+        }
+        if let Some(logger) = self.logger {
+            logger.end().await;
+        }
+        complete
+    }
+}
+
+/// What is left of an output when its stream has ended.
+#[derive(Debug)]
+enum Last {
+    /// To let go of what was kept.
+    Release(Kept),
+    /// To wait for what is still on its way.
+    Delivery(JoinHandle<()>),
+}
+
+/// Does each output's last step when its stream has ended; the receiver turns true when all are done.
+fn release_at_end(outputs: Vec<(StreamEnd, Last)>) -> watch::Receiver<bool> {
+    let (sender, receiver) = watch::channel(outputs.is_empty());
+    if !outputs.is_empty() {
+        tokio::spawn(async move {
+            let each = outputs.into_iter().map(|(ended, last)| async move {
+                let _ = ended.await;
+                match last {
+                    Last::Release(kept) => drop(kept),
+                    Last::Delivery(delivered) => drop(delivered.await),
+                }
+            });
+            futures::future::join_all(each).await;
+            sender.send_replace(true);
+        });
+    }
+    receiver
+}
+
+fn scheme(uri: &str) -> Option<&str> {
+    uri.split_once("://").map(|(scheme, _)| scheme)
+}
+
+/// A path that is to be opened; `None` for no stream.
+fn path_of(uri: &str) -> Result<Option<&Path>> {
+    let path = match uri.split_once("://") {
+        Some(("fifo", path)) => path,
+        Some((scheme, _)) => {
+            return Err(Error::invalid(format!(
+                "stdio scheme {scheme:?} is not supported; use a FIFO path, file://, binary:// or ttrpc+unix://"
+            )));
+        }
+        None => uri,
+    };
+    Ok((!path.is_empty() && path != "/dev/null").then(|| Path::new(path)))
+}
+
+fn open(path: &Path, read: bool) -> Result<OwnedFd> {
+    OpenOptions::new()
+        .read(read)
+        .write(!read)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(|error| Error::io(format_args!("stdio {}", path.display()), &error))
+}
+
+fn is_fifo(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
+}
+
+/// The stream of containerd's that a URI names, if it names one.
+fn claim(uri: &str, streams: &Streams) -> Result<Option<Claim>> {
+    if scheme(uri) != Some(streaming::uri::SCHEME) {
+        return Ok(None);
+    }
+    let id = streaming::uri::stream_id(uri)?;
+    streams.claim(&id).map(Some)
+}
+
+fn no_pipe(error: std::io::Error) -> Error {
+    Error::io("cannot make a pipe for a stream", &error)
+}
+
+/// The opposite end of a FIFO.
+fn opposite(path: &Path, read: bool) -> Result<Kept> {
+    if !is_fifo(path) {
+        return Ok(Kept::Nothing);
+    }
+    let _end = open(path, read)?;
+    Ok(Kept::Opposite { _end })
+}
+
+fn open_input(uri: &str, streams: &Streams) -> Result<Option<End>> {
+    if let Some(claim) = claim(uri, streams)? {
+        let (pump, given) = streaming::Input::start(claim).map_err(no_pipe)?;
+        let kept = Kept::Input(pump);
+        return Ok(Some(End { given, kept }));
+    }
+    let Some(path) = path_of(uri)? else {
+        return Ok(None);
+    };
+    // The reader first: a writer alone cannot be opened without blocking.
+    let given = open(path, true)?;
+    let kept = opposite(path, false)?;
+    Ok(Some(End { given, kept }))
+}
+
+fn open_output(uri: &str, streams: &Streams) -> Result<Option<End>> {
+    if let Some(claim) = claim(uri, streams)? {
+        let (pump, given, delivered) = streaming::Output::start(claim).map_err(no_pipe)?;
+        let kept = Kept::Output(pump, delivered);
+        return Ok(Some(End { given, kept }));
+    }
+    let Some(path) = path_of(uri)? else {
+        return Ok(None);
+    };
+    let kept = opposite(path, true)?;
+    let given = open(path, false)?;
+    Ok(Some(End { given, kept }))
+}
+
+fn open_file(path: &str) -> Result<End> {
+    let path = Path::new(path);
+    let failed = |error| Error::io(format_args!("log file {}", path.display()), &error);
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).map_err(failed)?;
+    }
+    let file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o644)
+        .open(path)
+        .map_err(failed)?;
+    Ok(End {
+        given: file.into(),
+        kept: Kept::Nothing,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::path::PathBuf;
+    use tokio::sync::oneshot;
+
+    fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
+        let path = dir.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
+    }
+
+    fn none() -> Streams {
+        Streams::default()
+    }
+
+    fn uri(path: &Path) -> &str {
+        path.to_str().unwrap()
+    }
+
+    #[test]
+    fn a_restart_of_containerd_does_not_break_an_output() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir, "stdout");
+        let end = open_output(uri(&path), &none()).unwrap().unwrap();
+        let containerd = open(&path, true).unwrap();
+        drop(containerd);
+        let mut given = File::from(end.given);
+        given.write_all(b"while away").unwrap();
+        let mut back = File::from(open(&path, true).unwrap());
+        let mut buffer = [0; 10];
+        back.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"while away");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_stream_gives_containerd_its_end_of_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir, "stdout");
+        let end = open_output(uri(&path), &none()).unwrap().unwrap();
+        let mut containerd = File::from(open(&path, true).unwrap());
+        let (ended, stream_end) = oneshot::channel();
+        let mut outputs_ended = release_at_end(vec![(stream_end, Last::Release(end.kept))]);
+        let mut buffer = [0; 1];
+        let error = containerd.read(&mut buffer).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        assert!(!*outputs_ended.borrow());
+        drop(end.given);
+        ended.send(()).unwrap();
+        outputs_ended.wait_for(|ended| *ended).await.unwrap();
+        assert_eq!(containerd.read(&mut buffer).unwrap(), 0);
+    }
+
+    #[test]
+    fn standard_input_ends_only_when_both_writers_have_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir, "stdin");
+        let end = open_input(uri(&path), &none()).unwrap().unwrap();
+        let mut containerd = File::from(open(&path, false).unwrap());
+        containerd.write_all(b"x").unwrap();
+        let mut given = File::from(end.given);
+        let mut buffer = [0; 4];
+        assert_eq!(given.read(&mut buffer).unwrap(), 1);
+        drop(containerd);
+        let error = given.read(&mut buffer).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        drop(end.kept);
+        assert_eq!(given.read(&mut buffer).unwrap(), 0);
+    }
+
+    #[test]
+    fn nothing_is_opened_for_no_stdio_and_unknown_schemes_are_refused() {
+        for nothing in ["", "/dev/null"] {
+            assert!(open_input(nothing, &none()).unwrap().is_none());
+            assert!(open_output(nothing, &none()).unwrap().is_none());
+        }
+        let error = open_output("npipe://x", &none()).unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        let error = open_output("/nonexistent/fifo", &none()).unwrap_err();
+        assert_eq!(error.kind, Kind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_log_file_is_appended_to_by_both_outputs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/log");
+        let io = Io {
+            stdout: format!("file://{}", uri(&path)),
+            stderr: format!("file://{}", uri(&path)),
+            ..Io::default()
+        };
+        let ends = Ends::open(&io, &none(), "ns", "c", Duration::from_secs(1))
+            .await
+            .unwrap();
+        File::from(ends.stdout.unwrap().given)
+            .write_all(b"out\n")
+            .unwrap();
+        File::from(ends.stderr.unwrap().given)
+            .write_all(b"err\n")
+            .unwrap();
+        assert_eq!(fs::read_to_string(path).unwrap(), "out\nerr\n");
+    }
+}

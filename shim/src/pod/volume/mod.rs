@@ -1,0 +1,546 @@
+//! A pod's volumes (DESIGN section 9, docs/volumes.md): what each bind mount of a container is, and those
+//! that live in the guest's memory.
+//!
+//! Most sources are shared by virtio-fs. What kubelet writes for a pod to read (ConfigMap, Secret,
+//! projected, downward API) is copied and kept up to date, so that it raises inotify events and leaves
+//! no trace on the share; an emptyDir of medium Memory or HugePages is the guest's own. One volume serves all
+//! containers of the pod that mount the same host directory.
+
+mod classify;
+mod feed;
+mod follow;
+mod mountinfo;
+mod shared;
+mod snapshot;
+mod watch;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use brig_agent_protocol::agent::{MountSource, update_volume_request};
+use brig_hypervisor::share::FileId;
+use slog::{Logger, info};
+
+use crate::asked::spec::BindMount;
+use crate::error::{Error, Result};
+use crate::guest::vm::boot::Boot;
+use crate::guest::vm::{Vm, shown};
+use classify::Class;
+use feed::{Budget, Feed, Source, Volume};
+use mountinfo::MountTable;
+use shared::{Attachment, Use};
+use watch::Watcher;
+
+/// Bytes of the huge pages that a guest can have.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Which host directory a volume shows, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Key {
+    Live(FileId),
+    Fixed(FileId),
+    Memory(FileId),
+    Huge(FileId),
+}
+
+impl Key {
+    /// Lives as long as the pod.
+    fn is_kept(self) -> bool {
+        matches!(self, Self::Memory(_) | Self::Huge(_))
+    }
+}
+
+/// The volumes of one pod; cheap to clone.
+#[derive(Clone)]
+pub struct Volumes {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    budget: Arc<Budget>,
+    logger: Logger,
+}
+
+#[derive(Default)]
+struct State {
+    made: u64,
+    live: HashMap<Key, Weak<Volume>>,
+    /// Volumes that last as long as the pod.
+    kept: Vec<Arc<Volume>>,
+    /// What is attached to the share, and how many containers use it.
+    attached: HashMap<shared::Key, (Attachment, usize)>,
+    watcher: Option<Arc<Watcher>>,
+}
+
+/// What becomes of a container's bind mounts.
+pub struct Planned {
+    shared: Vec<(BindMount, shared::Key)>,
+    in_guest: Vec<InGuest>,
+    logger: Logger,
+}
+
+struct InGuest {
+    index: usize,
+    what: What,
+}
+
+enum What {
+    Device(&'static str),
+    Volume {
+        volume: Arc<Volume>,
+        /// What of it is mounted.
+        inside: PathBuf,
+        /// The host's emptyDir, whose directories on the way are made in the guest too.
+        memory: Option<PathBuf>,
+    },
+}
+
+/// A container's hold on its volumes, to be given to [`Volumes::release`].
+#[derive(Default)]
+pub struct Leases {
+    in_guest: Vec<Arc<Volume>>,
+    shared: Vec<Use>,
+}
+
+impl Volumes {
+    /// A pod without volumes.
+    #[must_use]
+    pub fn new(logger: Logger) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                state: Mutex::default(),
+                budget: Arc::default(),
+                logger,
+            }),
+        }
+    }
+
+    /// Decides what each bind mount is and starts to read what is to be copied; the guest need not be up.
+    ///
+    /// # Errors
+    /// `InvalidArgument` or `NotFound` with the reason for a source that no guest can have.
+    pub async fn plan(&self, binds: Vec<BindMount>, boot: &Boot) -> Result<Planned> {
+        let classified = tokio::task::spawn_blocking(move || classify_all(binds))
+            .await
+            .map_err(|error| Error::internal(format!("the reader of mounts ended: {error}")))??;
+        let mut planned = Planned {
+            shared: Vec::new(),
+            in_guest: Vec::new(),
+            logger: self.shared.logger.clone(),
+        };
+        // All are started before one is waited for.
+        let mut waiting = Vec::new();
+        for (bind, key_of_share, found) in classified {
+            match found {
+                Found::Share => planned.shared.push((bind, key_of_share)),
+                Found::Device(name) => planned.in_guest.push(InGuest {
+                    index: bind.index,
+                    what: What::Device(name),
+                }),
+                Found::Volume {
+                    key,
+                    source,
+                    inside,
+                    memory,
+                } => match self.volume(key, source, boot) {
+                    Ok(volume) => {
+                        let what = What::Volume {
+                            volume,
+                            inside,
+                            memory,
+                        };
+                        let only_here = matches!(key, Key::Huge(_));
+                        waiting.push((bind, key_of_share, what, only_here));
+                    }
+                    Err(reason) => planned.share_instead(bind, key_of_share, &reason),
+                },
+            }
+        }
+        for (bind, key_of_share, what, only_here) in waiting {
+            let suitable = match &what {
+                What::Volume { volume, .. } => volume.suitable().await,
+                What::Device(_) => Ok(()),
+            };
+            match suitable {
+                Ok(()) => planned.in_guest.push(InGuest {
+                    index: bind.index,
+                    what,
+                }),
+                // The node's own cannot be shared.
+                Err(reason) if only_here => {
+                    return Err(Error::invalid(format!(
+                        "mount on {}: huge pages: {reason}",
+                        bind.destination
+                    )));
+                }
+                Err(reason) => planned.share_instead(bind, key_of_share, &reason),
+            }
+        }
+        Ok(planned)
+    }
+
+    /// Asks for what is to be attached to the share. Nothing is waited for, so that an abandoned creation
+    /// knows what to give back.
+    pub fn share(&self, planned: &mut Planned, vm: &Arc<Vm>, leases: &mut Leases) -> Attaching {
+        let mut state = self.shared.lock();
+        let mut attaching = Vec::new();
+        for (bind, key) in planned.shared.drain(..) {
+            state.made += 1;
+            let number = state.made;
+            let entry = state.attached.entry(key.clone()).or_insert_with(|| {
+                let logger = self.shared.logger.clone();
+                (Attachment::start(&key, number, Arc::clone(vm), logger), 0)
+            });
+            entry.1 += 1;
+            attaching.push(entry.0.acquire(&bind));
+            leases.shared.push(Use {
+                key,
+                index: bind.index,
+                attachment: entry.0.clone(),
+                readonly: bind.readonly,
+            });
+        }
+        Attaching(attaching)
+    }
+
+    /// Lets go of a container's volumes, after the guest has unmounted them: returns when what nobody
+    /// else uses is free on the node.
+    pub async fn release(&self, leases: Leases) {
+        // The guest's own volumes end by themselves.
+        drop(leases.in_guest);
+        for held in leases.shared.into_iter().rev() {
+            let last = self.shared.lock().give_back(&held.key);
+            held.attachment.release(held.readonly, last).await;
+        }
+    }
+
+    /// The volume of this key, started if the pod does not have it.
+    fn volume(
+        &self,
+        key: Key,
+        source: Source,
+        boot: &Boot,
+    ) -> std::result::Result<Arc<Volume>, String> {
+        let mut state = self.shared.lock();
+        // One that failed is made anew: kubelet tries again.
+        let known = state.live.get(&key).and_then(Weak::upgrade);
+        if let Some(volume) = known.filter(|volume| !volume.has_failed()) {
+            return Ok(volume);
+        }
+        state.kept.retain(|volume| !volume.has_failed());
+        let subscription = match key {
+            Key::Live(_) => Some(state.watcher()?.subscribe()),
+            Key::Fixed(_) | Key::Memory(_) | Key::Huge(_) => None,
+        };
+        state.made += 1;
+        let feed = Feed {
+            id: format!("v{}", state.made),
+            source,
+            subscription,
+            boot: boot.clone(),
+            budget: Arc::clone(&self.shared.budget),
+            logger: self.shared.logger.clone(),
+        };
+        let volume = feed.start();
+        state.live.retain(|_, volume| volume.strong_count() > 0);
+        state.live.insert(key, Arc::downgrade(&volume));
+        if key.is_kept() {
+            state.kept.push(Arc::clone(&volume));
+        }
+        Ok(volume)
+    }
+}
+
+impl Shared {
+    /// Consistent whenever the lock is free.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Whether this was the last use.
+    fn give_back(&mut self, key: &shared::Key) -> bool {
+        let Some((_, uses)) = self.attached.get_mut(key) else {
+            return true;
+        };
+        *uses = uses.saturating_sub(1);
+        let last = *uses == 0;
+        if last {
+            self.attached.remove(key);
+        }
+        last
+    }
+
+    fn watcher(&mut self) -> std::result::Result<Arc<Watcher>, String> {
+        if let Some(watcher) = &self.watcher {
+            return Ok(Arc::clone(watcher));
+        }
+        let watcher = Watcher::new().map_err(|error| {
+            format!(
+                "the node's files cannot be watched: {error}; raise fs.inotify.max_user_instances"
+            )
+        })?;
+        Ok(Arc::clone(self.watcher.insert(Arc::new(watcher))))
+    }
+}
+
+/// Attachments to the share that are under way.
+pub struct Attaching(Vec<tokio::sync::oneshot::Receiver<Result<()>>>);
+
+impl Attaching {
+    /// Waits until all are there.
+    ///
+    /// # Errors
+    /// The first one's, with the mount's destination.
+    pub async fn done(self) -> Result<()> {
+        for attached in self.0 {
+            attached
+                .await
+                .unwrap_or_else(|_| Err(Error::internal("an attachment's task has ended")))?;
+        }
+        Ok(())
+    }
+}
+
+impl Leases {
+    /// What the agent is told of the mounts that are shared.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for more mounts than a number holds.
+    pub fn sources(&self) -> Result<Vec<MountSource>> {
+        let source = |held: &Use| {
+            let index = u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?;
+            Ok(match &held.attachment.volume {
+                Some(volume) => MountSource {
+                    index,
+                    volume: volume.clone(),
+                    mapped_on_host: held.mapped_on_host(),
+                    ..MountSource::default()
+                },
+                None => MountSource {
+                    index,
+                    share_path: held.attachment.path.clone(),
+                    readonly_on_host: held.readonly_on_host(),
+                    mapped_on_host: held.mapped_on_host(),
+                    ..MountSource::default()
+                },
+            })
+        };
+        self.shared.iter().map(source).collect()
+    }
+
+    /// Waits until the guest, which is up, has made what it needs for those mounts.
+    ///
+    /// # Errors
+    /// The agent's or the VM's.
+    pub async fn join(&self) -> Result<()> {
+        for held in &self.shared {
+            held.attachment.join().await?;
+        }
+        Ok(())
+    }
+}
+
+impl Planned {
+    fn share_instead(&mut self, bind: BindMount, key: shared::Key, reason: &str) {
+        info!(self.logger, "a volume is shared by virtio-fs, not copied: no inotify";
+            "mount" => &bind.destination, "reason" => reason);
+        self.shared.push((bind, key));
+    }
+
+    /// Waits until the guest has every volume; returns what the agent is told of them.
+    ///
+    /// # Errors
+    /// The agent's or the VM's.
+    pub async fn in_guest(&self, vm: &Vm) -> Result<Vec<MountSource>> {
+        let mut sources = Vec::new();
+        for mount in &self.in_guest {
+            let mut source = MountSource {
+                index: u32::try_from(mount.index).map_err(|_| Error::invalid("too many mounts"))?,
+                ..MountSource::default()
+            };
+            match &mount.what {
+                What::Device(name) => source.device = (*name).to_owned(),
+                What::Volume {
+                    volume,
+                    inside,
+                    memory,
+                } => {
+                    volume.ready().await?;
+                    if let Some(top) = memory {
+                        prepare_way(vm, &volume.id, top, inside).await?;
+                    }
+                    source.volume = volume.id.clone();
+                    // Checked when it was planned.
+                    source.volume_path = inside.to_str().unwrap_or_default().to_owned();
+                }
+            }
+            sources.push(source);
+        }
+        Ok(sources)
+    }
+
+    /// Adds what has to be held as long as the container exists.
+    pub fn lease(self, leases: &mut Leases) {
+        let volumes = self
+            .in_guest
+            .into_iter()
+            .filter_map(|mount| match mount.what {
+                What::Volume { volume, .. } => Some(volume),
+                What::Device(_) => None,
+            });
+        leases.in_guest.extend(volumes);
+    }
+}
+
+/// Makes the directories in the guest's emptyDir that kubelet has made for a sub-path in the host's.
+async fn prepare_way(vm: &Vm, id: &str, top: &Path, inside: &Path) -> Result<()> {
+    if inside.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let (host, below) = (top.to_owned(), inside.to_owned());
+    let entries = tokio::task::spawn_blocking(move || snapshot::chain(&host, &below))
+        .await
+        .map_err(|error| Error::internal(format!("the reader of a sub-path ended: {error}")))?
+        .map_err(|error| {
+            Error::state(format!(
+                "the sub-path {} of {} cannot be read: {error}",
+                shown(inside),
+                shown(top)
+            ))
+        })?;
+    for request in feed::requests(id, update_volume_request::Kind::MEMORY, 0, entries) {
+        feed::update(vm, &request).await?;
+    }
+    Ok(())
+}
+
+enum Found {
+    Share,
+    Device(&'static str),
+    Volume {
+        key: Key,
+        source: Source,
+        inside: PathBuf,
+        memory: Option<PathBuf>,
+    },
+}
+
+/// Blocking.
+fn classify_all(binds: Vec<BindMount>) -> Result<Vec<(BindMount, shared::Key, Found)>> {
+    let table =
+        MountTable::read().map_err(|error| Error::io("cannot read the node's mounts", &error))?;
+    binds
+        .into_iter()
+        .map(|bind| {
+            let found = find(&bind, &table)?;
+            let key = share_key(&bind, &table)?;
+            Ok((bind, key, found))
+        })
+        .collect()
+}
+
+fn share_key(bind: &BindMount, table: &MountTable) -> Result<shared::Key> {
+    let key = std::fs::canonicalize(&bind.source).and_then(|source| {
+        let identity = snapshot::identity(&source)?;
+        Ok(shared::Key::of(bind, source, identity, table))
+    });
+    key.map_err(|error| {
+        Error::io(
+            format_args!(
+                "mount on {}: source {}",
+                bind.destination,
+                shown(&bind.source)
+            ),
+            &error,
+        )
+    })
+}
+
+fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
+    let failed = |error: std::io::Error| {
+        Error::io(
+            format_args!(
+                "mount on {}: source {}",
+                bind.destination,
+                shown(&bind.source)
+            ),
+            &error,
+        )
+    };
+    match classify::classify(bind, table)? {
+        Class::Share => Ok(Found::Share),
+        Class::Device(name) => Ok(Found::Device(name)),
+        Class::Replica { top, file, live } => {
+            let identity = snapshot::identity(&top).map_err(failed)?;
+            let inside = PathBuf::from(file.clone().unwrap_or_default());
+            let source = match file {
+                Some(name) => Source::File { path: top, name },
+                None => Source::Directory { top, identity },
+            };
+            let key = if live {
+                Key::Live(identity)
+            } else {
+                Key::Fixed(identity)
+            };
+            Ok(Found::Volume {
+                key,
+                source,
+                inside,
+                memory: None,
+            })
+        }
+        Class::Memory { inside, .. } if inside.to_str().is_none() => Ok(Found::Share),
+        Class::Huge { top, inside } => {
+            let identity = snapshot::identity(&top).map_err(failed)?;
+            let limits = rustix::fs::statvfs(&top).map_err(|errno| failed(errno.into()))?;
+            huge(bind, (top, identity), inside, &limits)
+        }
+        Class::Memory { top, inside } => {
+            let identity = snapshot::identity(&top).map_err(failed)?;
+            let limits = rustix::fs::statvfs(&top).map_err(|errno| failed(errno.into()))?;
+            Ok(Found::Volume {
+                key: Key::Memory(identity),
+                source: Source::Memory {
+                    top: top.clone(),
+                    identity,
+                    size: limits.f_blocks.saturating_mul(limits.f_frsize),
+                },
+                inside,
+                memory: Some(top),
+            })
+        }
+    }
+}
+
+/// An emptyDir of huge pages: its file system tells their size and its own.
+fn huge(
+    bind: &BindMount,
+    (top, identity): (PathBuf, FileId),
+    inside: PathBuf,
+    limits: &rustix::fs::StatVfs,
+) -> Result<Found> {
+    if limits.f_bsize != HUGE_PAGE || inside.to_str().is_none() {
+        return Err(Error::invalid(format!(
+            "mount on {}: a VM has huge pages of {HUGE_PAGE} bytes, not of {}: use medium HugePages-2Mi",
+            bind.destination, limits.f_bsize
+        )));
+    }
+    Ok(Found::Volume {
+        key: Key::Huge(identity),
+        source: Source::Huge {
+            top: top.clone(),
+            identity,
+            // 0 without a limit.
+            size: limits.f_blocks.saturating_mul(limits.f_bsize),
+        },
+        inside,
+        memory: Some(top),
+    })
+}
+
+#[cfg(test)]
+mod tests;
