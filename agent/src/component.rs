@@ -15,7 +15,7 @@ use nix::{
 };
 use tokio::net::UnixListener;
 
-use crate::{cgroup, launch, log::LogRing, network, sandbox::Places, serve};
+use crate::{cgroup, launch, log::LogRing, network, places::Places, serve};
 
 /// `--serve-unix SOCKET --state DIR`: serves one connection on SOCKET, streams on SOCKET.streams,
 /// with DIR/share as the share.

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use slog::{Drain, KV, Key, Logger, OwnedKVList, Record, Serializer};
 use tokio::{io::AsyncWriteExt as _, sync::Notify};
 
-use crate::streams::Stream;
+use crate::stream::Stream;
 
 /// Lines kept while nobody reads; older ones are dropped and counted.
 const RING_LINES: usize = 512;

@@ -18,7 +18,7 @@ use nix::{
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use crate::{launch, log::LogRing, network, sandbox::Places, serve, streams};
+use crate::{launch, log::LogRing, network, places::Places, serve, streams};
 
 /// Everything from the first instruction to power-off.
 pub fn main() -> ExitCode {

@@ -17,10 +17,7 @@ use tokio::{
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
-    log::LogRing,
-    reaper::Reaper,
-    sandbox::{Context, Places},
-    server::Service,
+    context::Context, log::LogRing, places::Places, reaper::Reaper, sandbox, server::Service,
     streams::Streams,
 };
 
@@ -88,7 +85,7 @@ where
         // The sender was dropped with the connection.
         _ = end => {
             slog::info!(parts.logger, "the host hung up");
-            parts.context.end_all().await;
+            sandbox::end_all(&parts.context).await;
         }
         _ = shut_down.recv() => {
             // The answer to Shutdown leaves with the connection's own writer; the stream of events

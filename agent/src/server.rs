@@ -17,13 +17,13 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::{
     clock,
-    container::Command,
+    command::Command,
+    context::Context,
     error::{Error, Result},
     forward::Forwarder,
-    network,
+    names, network,
     process::Reply,
-    sandbox::Context,
-    setup, spec, validate,
+    sandbox, setup, spec, validate,
 };
 
 /// The service. Every request of a container becomes one message to that container's task.
@@ -111,7 +111,7 @@ impl Agent for Service {
             return Err(Error::FailedPrecondition("start the sandbox first".into()).into());
         }
         let context = Arc::clone(&self.context);
-        to_the_end(async move { context.create(request).await })
+        to_the_end(async move { sandbox::create(&context, request).await })
             .await
             .map(started)
     }
@@ -121,7 +121,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: CreateExecRequest,
     ) -> ttrpc::Result<Empty> {
-        validate::id(&request.exec_id)?;
+        names::id(&request.exec_id)?;
         let process: spec::Process = spec::parse(&request.process).map_err(|e| {
             Error::InvalidArgument(format!("the process of exec {}: {e}", request.exec_id))
         })?;
@@ -373,9 +373,9 @@ impl Agent for Service {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         if request.grace_ms > 0 {
             let grace = Duration::from_millis(request.grace_ms);
-            self.context.terminate_all(grace).await;
+            sandbox::terminate_all(&self.context, grace).await;
         }
-        self.context.end_all().await;
+        sandbox::end_all(&self.context).await;
         let _ = self.shutdown.send(());
         Ok(Empty::new())
     }

@@ -6,9 +6,9 @@ use nix::mount::{MsFlags, mount};
 
 use crate::{
     clock,
+    context::Context,
     error::{Error, Result},
     init, network,
-    sandbox::Context,
 };
 
 /// /dev/shm of the sandbox when the host names no size, bytes.

@@ -23,7 +23,8 @@ use tokio::{
 use crate::{
     error::{Error, Result},
     readiness,
-    streams::{Stream, Streams},
+    stream::Stream,
+    streams::Streams,
 };
 
 /// Bytes copied at a time.

@@ -6,24 +6,18 @@
 use std::{
     collections::HashMap,
     io,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
     time::Duration,
 };
 
 use brig_agent_protocol::{FIRST_PROCESS_STREAM, HOST_CID, LOG_STREAM, STREAM_PORT};
-use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
-    net::{UnixListener, UnixStream},
-    sync::oneshot,
-    time::timeout,
-};
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
+use tokio::{io::AsyncReadExt as _, net::UnixListener, sync::oneshot, time::timeout};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 use crate::{
     error::{Error, Result},
     log::LogRing,
+    stream::Stream,
 };
 
 /// How long a peer may take to send the header.
@@ -32,50 +26,6 @@ const HEADER_TIME: Duration = Duration::from_secs(10);
 const MEET_TIME: Duration = Duration::from_secs(30);
 /// Streams that may wait for their process.
 const MAX_UNCLAIMED: usize = 64;
-
-/// One connected byte stream of the host.
-#[derive(Debug)]
-pub enum Stream {
-    /// In the guest.
-    Vsock(VsockStream),
-    /// In component tests.
-    Unix(UnixStream),
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Vsock(s) => Pin::new(s).poll_read(cx, buf),
-            Self::Unix(s) => Pin::new(s).poll_read(cx, buf),
-        }
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Vsock(s) => Pin::new(s).poll_write(cx, buf),
-            Self::Unix(s) => Pin::new(s).poll_write(cx, buf),
-        }
-    }
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Vsock(s) => Pin::new(s).poll_shutdown(cx),
-            Self::Unix(s) => Pin::new(s).poll_shutdown(cx),
-        }
-    }
-}
 
 enum Slot {
     Wanted(oneshot::Sender<Stream>),
@@ -216,7 +166,7 @@ pub fn listen_vsock() -> io::Result<VsockListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncWriteExt as _;
+    use tokio::{io::AsyncWriteExt as _, net::UnixStream};
 
     fn setup() -> (Streams, LogRing, slog::Logger) {
         let log = LogRing::new(false);

@@ -1,7 +1,10 @@
 //! Capability sets.
 use caps::{CapSet, Capability, CapsHashSet};
 
-use super::{Agent, Failure, Result};
+use super::{
+    agent::Agent,
+    failure::{Failure, Result},
+};
 use crate::spec::Capabilities;
 
 /// The five sets of a process; without a specification all are empty.

@@ -10,11 +10,16 @@ use rustix::{
 };
 
 use super::{
-    Agent, Context as _, Failure, Result, guest_devices,
+    agent::Agent,
+    failure::{Context as _, Failure, Result},
+    guest_devices,
     idmap::Ids,
-    root::{Missing, Root, attach_on, clone_mount},
+    root::{Missing, Root},
 };
-use crate::spec::Linux;
+use crate::{
+    detached::{attach_on, clone_mount},
+    spec::Linux,
+};
 
 /// The nodes every container has (OCI runtime-spec, "Default Devices").
 const DEFAULTS: [(&str, u32, u32); 6] = [

@@ -4,7 +4,7 @@ use std::io;
 
 use seccompiler::{BpfProgram, sock_filter};
 
-use super::{Context as _, Result};
+use super::failure::{Context as _, Result};
 
 const SET_MODE_FILTER: libc::c_uint = 1;
 

@@ -8,7 +8,7 @@ use std::{fs, io, os::unix::fs::MetadataExt as _, path::Path};
 
 use rustix::fs::{FileType, major, minor};
 
-use super::{Failure, Result};
+use super::failure::{Failure, Result};
 use crate::spec::{Device, DeviceRule, Linux};
 
 /// Deepest directory below /dev that is looked into.

@@ -7,7 +7,13 @@ use std::path::{Path, PathBuf};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, Signal};
 
-use super::{Agent, Context as _, Result, caps, namespaces, process, root::Root};
+use super::{
+    agent::Agent,
+    caps,
+    failure::{Context as _, Result},
+    namespaces, process,
+    root::Root,
+};
 use crate::control::Message;
 
 /// What `ps` in a container shows, as with other runtimes.

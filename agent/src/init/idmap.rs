@@ -11,7 +11,7 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::{Context as _, Failure, Result};
+use super::failure::{Context as _, Failure, Result};
 use crate::spec::{IdMapping, Linux};
 
 /// The kernel's limit of lines in a map file.

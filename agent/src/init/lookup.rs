@@ -14,7 +14,7 @@ use nix::{
     unistd::{AccessFlags, access},
 };
 
-use super::Failure;
+use super::failure::Failure;
 use crate::spec::Process;
 
 /// Longest /etc/passwd that is read.

@@ -22,7 +22,10 @@ use nix::{
     unistd::{Pid, pause},
 };
 
-use super::{Context as _, Result, idmap, options};
+use super::{
+    failure::{Context as _, Result},
+    idmap, options,
+};
 use crate::{
     control::{Create, MountSource},
     mount_attr,

@@ -3,8 +3,10 @@
 //! It runs as root of the guest until it has given that up. It trusts its instructions, which the
 //! agent checked, and nothing of the container: every path that an image can shape is resolved
 //! inside the container's root.
+mod agent;
 mod caps;
 mod devices;
+mod failure;
 mod filter;
 mod guest_devices;
 mod holder;
@@ -23,102 +25,24 @@ mod sysctl;
 mod terminal;
 
 use std::{
-    fmt,
     fs::File,
     io,
-    os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::fd::{FromRawFd as _, OwnedFd},
     process::ExitCode,
 };
 
-use self::idmap::Ids;
-use crate::control::{self, CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
+use self::{
+    agent::Agent,
+    failure::{Context as _, Failure, Result},
+    idmap::Ids,
+};
+use crate::control::{CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
 
 pub use idmap::check as check_user_namespace;
 pub use mapped::check as check_mount_maps;
 pub use process::check as check_process;
-pub use root::{clone_from_share, clone_mount};
 pub use seccomp::check as check_seccomp;
 pub use sysctl::{check as check_sysctl, path_of as sysctl_path};
-
-/// Why a process could not be set up, as the sentence that the user sees.
-#[derive(Debug)]
-pub struct Failure(String);
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl From<String> for Failure {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-/// Result of the helper.
-pub type Result<T> = std::result::Result<T, Failure>;
-
-/// Says what was being done when a system call failed.
-pub trait Context<T> {
-    /// Turns the error into a [`Failure`] that begins with `what`.
-    ///
-    /// # Errors
-    /// The failure.
-    fn during(self, what: impl fmt::Display) -> Result<T>;
-}
-
-impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
-    fn during(self, what: impl fmt::Display) -> Result<T> {
-        self.map_err(|error| Failure(format!("{what}: {}", error_text(&error.into()))))
-    }
-}
-
-/// The system's text for an error, without Rust's "(os error n)".
-fn error_text(error: &io::Error) -> String {
-    let text = error.to_string();
-    let end = text.find(" (os error").unwrap_or(text.len());
-    let mut chars = text.get(..end).unwrap_or_default().chars();
-    // Lower case, as the messages of other runtimes that people search for.
-    chars
-        .next()
-        .map_or(String::new(), |c| c.to_lowercase().chain(chars).collect())
-}
-
-/// The helper's end of the conversation with the agent.
-pub struct Agent {
-    socket: OwnedFd,
-}
-
-impl Agent {
-    /// Tells the agent something; a dead agent is noticed at the wait for its word.
-    fn tell(&self, message: &Message) {
-        let _ = control::send(self.socket.as_fd(), message, None);
-    }
-
-    /// Says that something was left out.
-    pub fn warn(&self, text: String) {
-        self.tell(&Message::Warning(text));
-    }
-
-    fn give_terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
-        control::send(self.socket.as_fd(), &Message::Terminal, Some(master))
-            .during("passing the terminal")
-    }
-
-    /// Reports readiness and waits for the word to go on; `false` when the agent hung up.
-    fn wait_for_go(&self) -> bool {
-        self.tell(&Message::Ready);
-        let mut word = [0; 8];
-        loop {
-            match rustix::io::read(&self.socket, &mut word) {
-                Ok(n) => return word.get(..n) == Some(control::GO),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return false,
-            }
-        }
-    }
-}
 
 /// The helper's whole life. Returns only when the program could not be executed.
 pub fn main() -> ExitCode {
@@ -130,7 +54,7 @@ pub fn main() -> ExitCode {
             OwnedFd::from_raw_fd(INSTRUCTIONS_FD),
         )
     };
-    let agent = Agent { socket };
+    let agent = Agent::new(socket);
     match run(&agent, File::from(memory)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

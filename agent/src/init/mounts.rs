@@ -19,14 +19,15 @@ use rustix::{
 };
 
 use super::{
-    Context as _, Failure, Result,
+    failure::{Context as _, Failure, Result, error_text},
     idmap::Ids,
     mapped::Maps,
     options::{self, Options},
-    root::{Missing, Root, attach_on, clone_from_share, clone_mount},
+    root::{Missing, Root},
 };
 use crate::{
     control::{Create, MountSource},
+    detached::{attach_on, clone_from_share, clone_mount, empty_directory},
     mount_attr::{self, Change},
     spec::Mount,
     volume,
@@ -37,7 +38,7 @@ pub fn clone_volumes(create: &Create) -> Result<BTreeMap<u32, OwnedFd>> {
     let mut volumes = BTreeMap::new();
     for (index, source) in &create.mount_sources {
         if let MountSource::Volume { id, path, .. } = source {
-            let copy = volume::clone_for_container(&create.volumes, id, path)
+            let copy = volume::copy::for_container(&create.volumes, id, path)
                 .during(format_args!("mounting {path:?} of the volume {id}"))?;
             volumes.insert(*index, copy);
         }
@@ -159,7 +160,8 @@ fn bind_source(
     recursive: bool,
 ) -> Result<(OwnedFd, bool)> {
     let tree = match source {
-        Some(MountSource::Share { path, .. }) => clone_from_share(&create.share, path, recursive)?,
+        Some(MountSource::Share { path, .. }) => clone_from_share(&create.share, path, recursive)
+            .during(format_args!("{path} in the share"))?,
         Some(MountSource::Volume { id, .. }) => {
             volume.ok_or_else(|| Failure(format!("the volume {id} was not prepared")))?
         }
@@ -202,7 +204,7 @@ fn new_file_system(root: &Root, mount: &Mount, options: &Options) -> Result<Owne
     );
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
         Errno::NODEV => Failure(format!("the guest kernel has no file system {kind:?}")),
-        error => Failure(format!("fsopen: {}", super::error_text(&error.into()))),
+        error => Failure(format!("fsopen: {}", error_text(&error.into()))),
     })?;
     if !mount.source.is_empty() {
         fsconfig_set_string(&context, "source", mount.source.as_str()).during("source")?;
@@ -247,7 +249,7 @@ fn complaint(context: &OwnedFd, error: Errno) -> String {
         Ok(n @ 3..) => String::from_utf8_lossy(line.get(2..n).unwrap_or_default())
             .trim_end()
             .to_owned(),
-        _ => super::error_text(&io::Error::from(error)),
+        _ => error_text(&io::Error::from(error)),
     }
 }
 
@@ -266,7 +268,7 @@ pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
             _ if !is_dir => clone_mount(null.as_fd(), false).during(&what)?,
             // One tmpfs for all masked directories of a container.
             Some(first) => clone_mount(first.as_fd(), false).during(&what)?,
-            None => empty_directory()?,
+            None => empty_directory().during(&what)?,
         };
         attach_on(&cover, target.as_fd()).during(&what)?;
         if is_dir && empty.is_none() {
@@ -274,23 +276,6 @@ pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A detached, read-only tmpfs that can hold nothing.
-pub fn empty_directory() -> Result<OwnedFd> {
-    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).during("empty directory")?;
-    fsconfig_set_string(&context, "nr_inodes", "1").during("empty directory")?;
-    fsconfig_set_string(&context, "mode", "0555").during("empty directory")?;
-    fsconfig_create(&context).during("empty directory")?;
-    fsmount(
-        &context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::MOUNT_ATTR_RDONLY
-            | MountAttrFlags::MOUNT_ATTR_NOSUID
-            | MountAttrFlags::MOUNT_ATTR_NODEV
-            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
-    )
-    .during("empty directory")
 }
 
 /// Makes each path read-only by a bind mount of it on itself.

@@ -9,7 +9,8 @@ use std::{
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::{
-    Agent, Context as _, Failure, Result,
+    agent::Agent,
+    failure::{Context as _, Failure, Result},
     idmap::{self, Ids},
     process, sched,
 };

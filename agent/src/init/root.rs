@@ -3,8 +3,7 @@
 //! An image is hostile: every path is resolved by openat2(RESOLVE_IN_ROOT) without magic links, so
 //! that no symlink in it leads outside.
 use std::{
-    io,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
     path::{Component, Path},
 };
 
@@ -12,11 +11,18 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::{
     fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, mkdirat, openat, openat2},
     io::Errno,
-    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
-use super::{Context as _, Failure, Result, idmap::Ids, mapped};
-use crate::{control::Create, mount_attr};
+use super::{
+    failure::{Context as _, Failure, Result, error_text},
+    idmap::Ids,
+    mapped, options,
+};
+use crate::{
+    control::Create,
+    detached::{attach_at, clone_from_share, empty_directory},
+    mount_attr,
+};
 
 /// A directory that paths are resolved in.
 pub struct Root {
@@ -38,7 +44,8 @@ impl Root {
     /// In the child's new mount namespace: attaches the root file system at the agent's place for it.
     pub fn prepare(create: &Create, ids: &Ids) -> Result<Self> {
         make_private()?;
-        let tree = clone_from_share(&create.share, &create.rootfs, true)?;
+        let tree = clone_from_share(&create.share, &create.rootfs, true)
+            .during(format_args!("{} in the share", create.rootfs))?;
         Self::attach(&tree, &create.root_mount, ids.root()?)
     }
 
@@ -47,14 +54,14 @@ impl Root {
         make_private()?;
         // Any directory will do: it goes with everything else.
         Self::attach(
-            &super::mounts::empty_directory()?,
+            &empty_directory().during("empty directory")?,
             Path::new("/proc"),
             (0, 0),
         )
     }
 
     fn attach(tree: &OwnedFd, at: &Path, owner: (u32, u32)) -> Result<Self> {
-        attach(tree, at, "root file system")?;
+        attach_at(tree, at).during("root file system")?;
         let dir = openat(
             rustix::fs::CWD,
             at,
@@ -217,7 +224,7 @@ impl Root {
             Errno::LOOP => Failure(format!(
                 "{path}: the image has a symlink there; this mount needs an ordinary directory"
             )),
-            error => Failure(format!("{path}: {}", super::error_text(&error.into()))),
+            error => Failure(format!("{path}: {}", error_text(&error.into()))),
         })
     }
 
@@ -230,7 +237,7 @@ impl Root {
         umount2(".", MntFlags::MNT_DETACH).during("leaving the guest's root")?;
         nix::unistd::chdir("/").during("/")?;
         if !propagation.is_empty() {
-            let change = super::options::propagation(propagation).ok_or_else(|| {
+            let change = options::propagation(propagation).ok_or_else(|| {
                 Failure(format!(
                     "linux.rootfsPropagation {propagation:?} is not known"
                 ))
@@ -266,62 +273,6 @@ fn plain_names(path: &str) -> Result<Vec<&str>> {
         }
     }
     Ok(names)
-}
-
-/// A detached copy of the mount at `path` under the share. The path is the shim's and has no symlink
-/// of its own; refusing them keeps what a guest can write there from leading elsewhere.
-pub fn clone_from_share(share: &Path, path: &str, recursive: bool) -> Result<OwnedFd> {
-    let base = openat(
-        rustix::fs::CWD,
-        share,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .during("the share")?;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
-    let source = openat2(
-        &base,
-        path,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        resolve,
-    )
-    .during(format_args!("{path} in the share"))?;
-    clone_mount(source.as_fd(), recursive).during(format_args!("{path} in the share"))
-}
-
-/// A detached copy of what `source` refers to, as bind mounts make them.
-///
-/// # Errors
-/// Those of open_tree(2).
-pub fn clone_mount(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    Ok(open_tree(source, "", flags)?)
-}
-
-fn attach(tree: &OwnedFd, at: &Path, what: &str) -> Result<()> {
-    move_mount(
-        tree,
-        "",
-        rustix::fs::CWD,
-        at,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )
-    .during(what)
-}
-
-/// Attaches a detached mount on what `at` refers to.
-///
-/// # Errors
-/// Those of move_mount(2).
-pub fn attach_on(tree: &OwnedFd, at: BorrowedFd<'_>) -> io::Result<()> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    Ok(move_mount(tree, "", at, "", flags)?)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@ use std::io;
 
 use serde_json::Value;
 
-use super::{Context as _, Failure, Result};
+use super::failure::{Context as _, Failure, Result};
 use crate::spec::{IoPriority, Personality, Process, Scheduler};
 
 /// Refuses names that nothing maps to.

@@ -12,7 +12,8 @@ use seccompiler::{
 };
 
 use super::{
-    Agent, Failure,
+    agent::Agent,
+    failure::Failure,
     filter::{Filters, refuse_newer},
     syscalls,
 };
@@ -32,7 +33,7 @@ pub fn check(profile: &Seccomp) -> Result<(), String> {
 }
 
 /// The filters of `profile`.
-pub fn compile(agent: &Agent, profile: &Seccomp) -> super::Result<Filters> {
+pub fn compile(agent: &Agent, profile: &Seccomp) -> Result<Filters, Failure> {
     let (filters, unknown) = build(profile).map_err(Failure::from)?;
     if !unknown.is_empty() {
         // Names of other architectures are ordinary in profiles: one line for all.

@@ -6,7 +6,7 @@ use rustix::{
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
 };
 
-use super::{Context as _, Result};
+use super::failure::{Context as _, Result};
 
 /// Of the ipc namespace, and the one of the uts namespace (the host name has a field of its own).
 const NAMESPACED: [&str; 9] = [

@@ -7,10 +7,15 @@ use std::{
 use rustix::fs::{OFlags, Uid};
 
 use super::{
-    Agent, Context as _, Failure, Result,
-    root::{Missing, Root, attach_on, clone_mount},
+    agent::Agent,
+    failure::{Context as _, Failure, Result},
+    root::{Missing, Root},
 };
-use crate::{control, stdio};
+use crate::{
+    control,
+    detached::{attach_on, clone_mount},
+    stdio,
+};
 
 /// statfs(2) f_type of devpts.
 const DEVPTS_MAGIC: i64 = 0x1cd1;

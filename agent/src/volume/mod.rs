@@ -3,6 +3,7 @@
 //! Each is a tmpfs of its own in the agent's directory, made and fed by the host (`UpdateVolume`) and
 //! bound into containers. The host is trusted; what containers do to a volume's files is not: every
 //! path is resolved inside the volume, without the links they may have put there.
+pub mod copy;
 mod entry;
 mod replica;
 mod tree;
@@ -17,16 +18,14 @@ use std::{
 
 use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeEntry, update_volume_request::Kind};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::{
-    fs::{FileType, Mode, OFlags, ResolveFlags, openat, openat2},
-    mount::{MoveMountFlags, move_mount},
-};
+use rustix::fs::{FileType, Mode, OFlags, openat};
 
 use crate::{
+    detached::{attach_at, clone_from_share},
     error::{Error, Result},
-    huge_pages, init,
+    huge_pages,
     mount_attr::{self, Change},
-    validate,
+    names,
 };
 use entry::Entry;
 use replica::Replica;
@@ -107,7 +106,7 @@ impl Volumes {
     /// `InvalidArgument` for what can never be a volume, `ResourceExhausted` beyond its limits, `Internal` for
     /// what the guest's kernel refuses.
     pub fn update(&self, request: UpdateVolumeRequest) -> Result<()> {
-        validate::id(&request.id)?;
+        names::id(&request.id)?;
         let volume = self.volume(&request)?;
         let mut volume = lock(&volume);
         if !request.continued {
@@ -158,7 +157,7 @@ impl Volumes {
         let at = self.root.join(&request.id);
         let top = match content {
             Content::Shared => {
-                validate::share_path(&request.share_path)?;
+                names::share_path(&request.share_path)?;
                 mount_shared(&self.share, &request.share_path, &at)
             }
             Content::Memory if request.kind.enum_value() == Ok(Kind::HUGE) => {
@@ -184,7 +183,7 @@ impl Volumes {
     /// # Errors
     /// `Internal` when it cannot be unmounted.
     pub fn remove(&self, id: &str) -> Result<()> {
-        validate::id(id)?;
+        names::id(id)?;
         if lock(&self.live).remove(id).is_none() {
             return Ok(());
         }
@@ -230,8 +229,9 @@ fn mount_memory(
 
 /// Mounts what is at a path of the share at `at`, so that mounts below it propagate; returns its top.
 fn mount_shared(share: &Path, path: &str, at: &Path) -> std::io::Result<OwnedFd> {
-    let tree = init::clone_from_share(share, path, true)
-        .map_err(|failure| std::io::Error::other(failure.to_string()))?;
+    let tree = clone_from_share(share, path, true).map_err(|error| {
+        std::io::Error::new(error.kind(), format!("{path} in the share: {error}"))
+    })?;
     let shared = Change {
         propagation: libc::MS_SHARED,
         ..Change::default()
@@ -243,43 +243,6 @@ fn mount_shared(share: &Path, path: &str, at: &Path) -> std::io::Result<OwnedFd>
     } else {
         fs::File::create_new(at)?;
     }
-    move_mount(
-        &tree,
-        "",
-        rustix::fs::CWD,
-        at,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
+    attach_at(&tree, at)?;
     Ok(tree)
-}
-
-/// A detached copy of a volume's mount, or of a file or directory in it, for a container. Called by
-/// the helper.
-///
-/// # Errors
-/// Those of openat2(2) and open_tree(2); `NotFound` for a path that is not in the volume.
-pub fn clone_for_container(root: &Path, id: &str, path: &str) -> std::io::Result<OwnedFd> {
-    let top = openat(
-        rustix::fs::CWD,
-        root.join(id),
-        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    if path.is_empty() {
-        return init::clone_mount(top.as_fd(), true);
-    }
-    let inside = loop {
-        // Another container may rename what lies on the way.
-        match openat2(
-            &top,
-            path,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-        ) {
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
-            other => break other?,
-        }
-    };
-    init::clone_mount(inside.as_fd(), true)
 }

@@ -1,0 +1,66 @@
+//! The names that requests bring: ids and paths under the share, before anything is opened by them.
+use std::path::{Component, Path};
+
+use crate::error::{Error, Result};
+
+/// Longest id; containerd's own limit is 76.
+const MAX_ID: usize = 128;
+
+/// An id becomes a directory name of cgroups and of the agent's files.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn id(id: &str) -> Result<()> {
+    let fine = !id.is_empty()
+        && id.len() <= MAX_ID
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && id.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if fine {
+        Ok(())
+    } else {
+        Err(Error::InvalidArgument(format!("{id:?} is not an id")))
+    }
+}
+
+/// A relative path of plain names.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn share_path(path: &str) -> Result<()> {
+    let plain = !path.is_empty()
+        && Path::new(path)
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)));
+    if plain {
+        Ok(())
+    } else {
+        Err(Error::InvalidArgument(format!(
+            "{path:?} is not a path under the share"
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn ids_are_plain_names() {
+        assert!(id("c1-a.b_c").is_ok());
+        for bad in ["", ".", "..", "-x", "a/b", "a b", "ä", &"x".repeat(129)] {
+            assert!(id(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_share_path_has_only_plain_names(path in "[a./]{0,12}") {
+            if share_path(&path).is_ok() {
+                prop_assert!(!path.starts_with('/') && !path.split('/').any(|c| c == ".."));
+            }
+        }
+    }
+}
