@@ -189,7 +189,7 @@ impl Config {
         }
     }
 
-    fn apply(&mut self, path: &Path, text: &str) -> Result<()> {
+    pub(crate) fn apply(&mut self, path: &Path, text: &str) -> Result<()> {
         let invalid =
             |what: String| Error::invalid(format!("configuration {}: {what}", path.display()));
         let file: File = toml::from_str(text)
@@ -197,66 +197,68 @@ impl Config {
         self.merge(file, &invalid)
     }
 
-    /// Takes over what `file` sets and checks the whole.
+    /// Takes over what `file` sets and checks the whole, of which nothing counts if a part is refused.
     fn merge(&mut self, file: File, invalid: &dyn Fn(String) -> Error) -> Result<()> {
+        let mut whole = self.clone();
         let set = |value: Option<PathBuf>, to: &mut PathBuf| {
             if let Some(value) = value {
                 *to = value;
             }
         };
-        set(file.kernel, &mut self.kernel);
-        set(file.initramfs, &mut self.initramfs);
-        set(file.vmm, &mut self.vmm);
-        set(file.kvm, &mut self.kvm);
-        set(file.state_dir, &mut self.state_dir);
-        self.vcpus = file.vcpus.unwrap_or(self.vcpus);
-        self.memory = file.memory.unwrap_or(self.memory);
-        self.debug_console = file.debug_console.unwrap_or(self.debug_console);
-        self.allow_slow_kvm = file.allow_slow_kvm.unwrap_or(self.allow_slow_kvm);
-        self.time_scale = file.time_scale.unwrap_or(self.time_scale);
-        self.shutdown_grace = file.shutdown_grace.unwrap_or(self.shutdown_grace);
-        self.max_files = file.max_files.unwrap_or(self.max_files);
+        set(file.kernel, &mut whole.kernel);
+        set(file.initramfs, &mut whole.initramfs);
+        set(file.vmm, &mut whole.vmm);
+        set(file.kvm, &mut whole.kvm);
+        set(file.state_dir, &mut whole.state_dir);
+        whole.vcpus = file.vcpus.unwrap_or(whole.vcpus);
+        whole.memory = file.memory.unwrap_or(whole.memory);
+        whole.debug_console = file.debug_console.unwrap_or(whole.debug_console);
+        whole.allow_slow_kvm = file.allow_slow_kvm.unwrap_or(whole.allow_slow_kvm);
+        whole.time_scale = file.time_scale.unwrap_or(whole.time_scale);
+        whole.shutdown_grace = file.shutdown_grace.unwrap_or(whole.shutdown_grace);
+        whole.max_files = file.max_files.unwrap_or(whole.max_files);
         if let Some(keys) = file.pod_annotations {
-            self.pod_annotations = keys;
+            whole.pod_annotations = keys;
         }
         for (key, value) in [
-            ("kernel", &self.kernel),
-            ("initramfs", &self.initramfs),
-            ("vmm", &self.vmm),
-            ("kvm", &self.kvm),
-            ("state_dir", &self.state_dir),
+            ("kernel", &whole.kernel),
+            ("initramfs", &whole.initramfs),
+            ("vmm", &whole.vmm),
+            ("kvm", &whole.kvm),
+            ("state_dir", &whole.state_dir),
         ] {
             if !value.is_absolute() {
                 return Err(invalid(format!("{key} must be an absolute path")));
             }
         }
-        if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
+        if whole.vcpus == 0 || whole.vcpus > MAX_VCPUS {
             return Err(invalid(format!(
                 "vcpus is {}, but must be 1 to {MAX_VCPUS}",
-                self.vcpus
+                whole.vcpus
             )));
         }
-        if self.memory < MIN_MEMORY {
+        if whole.memory < MIN_MEMORY {
             return Err(invalid(format!(
                 "memory is {} MiB, but a guest needs at least {} MiB",
-                self.memory / MIB,
+                whole.memory / MIB,
                 MIN_MEMORY / MIB
             )));
         }
-        if !(self.time_scale >= 0.1 && self.time_scale <= 100.0) {
+        if !(whole.time_scale >= 0.1 && whole.time_scale <= 100.0) {
             return Err(invalid("time_scale must be 0.1 to 100".to_owned()));
         }
-        if self.shutdown_grace > MAX_GRACE {
+        if whole.shutdown_grace > MAX_GRACE {
             return Err(invalid(format!(
                 "shutdown_grace is {} s, but must be at most {MAX_GRACE}",
-                self.shutdown_grace
+                whole.shutdown_grace
             )));
         }
-        if self.max_files < 8192 {
+        if whole.max_files < 8192 {
             return Err(invalid(
                 "max_files must be at least 8192 (vsock streams alone may need 2050)".to_owned(),
             ));
         }
+        *self = whole;
         Ok(())
     }
 

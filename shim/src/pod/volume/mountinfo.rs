@@ -100,6 +100,10 @@ fn line(line: &[u8]) -> Option<Mounted> {
     let device = std::str::from_utf8(words.get(2)?).ok()?;
     let (major, minor) = device.split_once(':')?;
     let options = words.get(5)?;
+    let point = path(words.get(4)?);
+    if !point.is_absolute() {
+        return None;
+    }
     Some(Mounted {
         id: std::str::from_utf8(words.first()?).ok()?.parse().ok()?,
         readonly: options
@@ -107,7 +111,7 @@ fn line(line: &[u8]) -> Option<Mounted> {
             .any(|word| word == b"ro"),
         device: (major.parse().ok()?, minor.parse().ok()?),
         root: path(words.get(3)?),
-        point: path(words.get(4)?),
+        point,
         kind: String::from_utf8_lossy(words.get(dash + 1)?).into_owned(),
     })
 }
