@@ -26,8 +26,8 @@ test-kubernetes: ## pods of a real Kubernetes; builds one from Debian's source f
 bench: ## tables and JSON: boot, start, memory, exits, against QEMU microvm and runc
 	tests/run --bench
 
-fuzz: ## long runs of every property test over hostile bytes; CASES=… to choose how long
-	tests/fuzz $(CASES)
+fuzz: ## property tests (CASES=…), then each fuzz target under coverage guidance (SECONDS=…)
+	tests/fuzz --cases $(or $(CASES),20000) --seconds $(or $(SECONDS),60)
 
 install: ## install the binaries and the guest under $(PREFIX), default /opt/brig
 	./install $(PREFIX)

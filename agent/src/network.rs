@@ -286,6 +286,28 @@ async fn add_neighbour(handle: &Handle, neighbour: &Neighbour) -> Result<()> {
         .map_err(|e| refused(format_args!("neighbour {address}"), &e))
 }
 
+/// Reads everything in a request that is text.
+#[cfg(any(test, feature = "fuzzing"))]
+#[allow(clippy::unwrap_used, reason = "a broken assumption is a finding")]
+pub fn read_all(request: &StartSandboxRequest) {
+    for interface in &request.interfaces {
+        if let Ok(mac) = parse_mac(&interface.mac) {
+            assert_eq!(parse_mac(&show_mac(&mac)).unwrap(), mac);
+        }
+        for address in &interface.addresses {
+            if let Ok((address, length)) = parse_prefix(address) {
+                assert!(length <= if address.is_ipv4() { 32 } else { 128 });
+            }
+        }
+    }
+    for route in &request.routes {
+        let _ = route_message(route, 1);
+    }
+    for neighbour in &request.neighbours {
+        let _ = (parse_address(&neighbour.address), parse_mac(&neighbour.mac));
+    }
+}
+
 fn parse_address(text: &str) -> Result<IpAddr> {
     text.parse()
         .map_err(|_| Error::InvalidArgument(format!("{text:?} is not an IP address")))

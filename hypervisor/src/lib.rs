@@ -8,6 +8,8 @@ pub mod builder;
 pub mod console;
 pub mod control;
 pub mod exits;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod jail;
 pub mod kernel;
 pub mod kvm;

@@ -412,3 +412,10 @@ fn seal(
     )
     .map_err(failed)
 }
+
+/// Where a path of the share is in the VMM's mount namespace, if it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn path_inside(path: &str) -> Option<String> {
+    let path = path::SharePath::new(path).ok()?;
+    path.inside().into_string().ok()
+}

@@ -12,4 +12,6 @@ pub mod node;
 pub mod pod;
 
 pub mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod log;

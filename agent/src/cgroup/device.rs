@@ -184,6 +184,23 @@ fn program(rules: &[Rule]) -> Vec<Insn> {
     code
 }
 
+/// Builds the program of these rules, if they are any: each jump lands inside, and it ends in a verdict.
+#[cfg(any(test, feature = "fuzzing"))]
+#[allow(clippy::unwrap_used, reason = "a broken assumption is a finding")]
+pub fn build(spec: &[DeviceRule]) {
+    let Ok(rules) = rules(spec) else {
+        return;
+    };
+    let code = program(&rules);
+    assert_eq!(code.last().unwrap().code, EXIT);
+    for (at, insn) in code.iter().enumerate() {
+        if matches!(insn.code, JNE_K | JEQ_K) {
+            let to = at + 1 + usize::try_from(insn.off).unwrap();
+            assert!(to < code.len(), "a jump from {at} to {to}");
+        }
+    }
+}
+
 /// The first part of `union bpf_attr` for BPF_PROG_LOAD.
 #[repr(C)]
 struct LoadAttr {

@@ -39,7 +39,11 @@ use self::{
 use crate::control::{CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
 
 pub use idmap::check as check_user_namespace;
+#[cfg(any(test, feature = "fuzzing"))]
+pub use lookup::environment;
 pub use mapped::check as check_mount_maps;
+#[cfg(any(test, feature = "fuzzing"))]
+pub use options::parse as read_options;
 pub use process::check as check_process;
 pub use seccomp::check as check_seccomp;
 pub use sysctl::{check as check_sysctl, path_of as sysctl_path};

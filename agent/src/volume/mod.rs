@@ -5,6 +5,8 @@
 //! path is resolved inside the volume, without the links they may have put there.
 pub mod copy;
 mod entry;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod replica;
 mod tree;
 

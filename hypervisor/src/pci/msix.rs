@@ -256,7 +256,7 @@ fn entry_bytes(vector: &Vector) -> [u8; 16] {
     bytes
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fake {
     //! Routes that count.
 

@@ -13,7 +13,7 @@ pub mod net;
 pub mod pci;
 pub mod ring;
 pub mod rng;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
 pub mod vsock;
 pub mod worker;

@@ -3,11 +3,18 @@
 //!
 //! The driver's side follows virtio 1.3 §2.7.13, and also lets a test write any descriptor at all.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "of tests and fuzz targets, where a broken assumption is a finding"
+)]
+#![cfg_attr(not(test), allow(dead_code, reason = "targets use a part of it"))]
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+#[cfg(test)]
 use proptest::prelude::*;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
@@ -117,6 +124,11 @@ impl DriverQueue {
                 GuestAddress(self.available + 4 + u64::from(self.size) * 2),
             )
             .unwrap();
+    }
+
+    /// Entries of its table.
+    pub fn size(&self) -> u16 {
+        self.size
     }
 
     /// Descriptors that are free.
@@ -347,6 +359,12 @@ impl<D: VirtioDevice> Harness<D> {
             .unwrap();
     }
 
+    /// As [`Self::deliver`], any token and with the device's error.
+    pub fn try_deliver(&mut self, token: u32) -> Result<(), DeviceError> {
+        self.device
+            .process(token, EventSet::IN, &mut Sources::new(&self.epoll, 0))
+    }
+
     /// Waits up to `milliseconds` for events and hands them to the device; returns their number.
     pub fn step(&mut self, milliseconds: i32) -> Result<usize, DeviceError> {
         let mut events = vec![EpollEvent::default(); 16];
@@ -362,6 +380,7 @@ impl<D: VirtioDevice> Harness<D> {
 }
 
 /// A descriptor that is right now and then: address, length, flags, next.
+#[cfg(test)]
 pub fn any_descriptor(size: u16) -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let length = prop_oneof![6 => 0u32..200, 1 => any::<u32>(), 1 => Just(u32::MAX)];
     let address = prop_oneof![

@@ -101,6 +101,12 @@ impl Net {
         }
     }
 
+    /// An interface on a datagram socket instead of a tap.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn on_stand_in(fd: OwnedFd, mac: [u8; 6], mtu: u16) -> Self {
+        Self::with_taps(vec![Tap::fake(fd)], mac, mtu)
+    }
+
     /// Host to guest, from one tap. With fewer pairs in use than taps, several taps share a pair.
     fn receive(&mut self, lane: usize) -> Result<(), DeviceError> {
         let (Some(active), Some(lane_state)) = (self.active.as_mut(), self.lanes.get_mut(lane))

@@ -57,7 +57,8 @@ impl Tap {
     }
 
     /// Something that keeps packets apart as a tap does, but knows no requests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
+    #[allow(clippy::unwrap_used, reason = "of tests alone")]
     pub fn fake(fd: OwnedFd) -> Self {
         let tap = Self { fd, is_tap: false };
         tap.set_nonblocking().unwrap();

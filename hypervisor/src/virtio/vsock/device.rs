@@ -297,10 +297,10 @@ impl VirtioDevice for Vsock {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 impl Vsock {
     /// Connections, and packets of no connection.
-    pub(super) fn counts(&self) -> (usize, usize) {
+    pub(crate) fn counts(&self) -> (usize, usize) {
         self.mux.counts()
     }
 }

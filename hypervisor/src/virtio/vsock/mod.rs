@@ -11,9 +11,9 @@ mod device;
 mod endpoint;
 mod handle;
 mod mux;
-mod packet;
-#[cfg(test)]
-mod testing;
+pub(crate) mod packet;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 

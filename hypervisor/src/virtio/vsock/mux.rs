@@ -405,7 +405,7 @@ impl Mux {
     }
 
     /// Connections, and packets of no connection, for tests of the bounds.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn counts(&self) -> (usize, usize) {
         (self.slots.iter().flatten().count(), self.control.len())
     }

@@ -1,6 +1,12 @@
 //! A guest's vsock driver for tests: sends any packet, keeps receive buffers posted, and plays the
 //! peer of a connection.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "of tests and fuzz targets, where a broken assumption is a finding"
+)]
+#![cfg_attr(not(test), allow(dead_code, reason = "targets use a part of it"))]
+
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;

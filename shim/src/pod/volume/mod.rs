@@ -9,7 +9,7 @@
 mod classify;
 mod feed;
 mod follow;
-mod mountinfo;
+pub(crate) mod mountinfo;
 mod shared;
 mod snapshot;
 mod watch;

@@ -1,0 +1,62 @@
+//! brig-agent: PID 1 of a pod's microVM, which runs the pod's OCI containers (DESIGN section 7).
+//!
+//! One program, three lives: PID 1 in the guest (no arguments), the `container-init` helper that
+//! becomes a container's process, and a server over Unix sockets for component tests. It trusts the
+//! host, and nothing that a container or an image says.
+mod cgroup;
+mod clock;
+mod command;
+mod component;
+mod container;
+mod context;
+mod control;
+mod detached;
+mod error;
+mod events;
+mod forward;
+mod freezer;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+mod huge_pages;
+mod init;
+mod launch;
+mod log;
+mod mount_attr;
+mod names;
+mod network;
+mod outputs;
+mod pid1;
+mod places;
+mod process;
+mod readiness;
+mod reaper;
+mod sandbox;
+mod serve;
+mod server;
+mod setup;
+mod spec;
+mod stdio;
+mod stream;
+mod streams;
+mod validate;
+mod volume;
+
+use std::{path::Path, process::ExitCode};
+
+/// The program.
+pub fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args.as_slice() {
+        ["container-init"] => init::main(),
+        ["--serve-unix", socket, "--state", state] => {
+            component::main(Path::new(socket), Path::new(state))
+        }
+        // The kernel passes unknown command line words on to init.
+        _ if std::process::id() == 1 => pid1::main(),
+        _ => {
+            eprintln!("usage: brig-agent --serve-unix SOCKET --state DIR (or as PID 1 of a guest)");
+            ExitCode::from(2)
+        }
+    }
+}

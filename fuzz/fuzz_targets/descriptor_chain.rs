@@ -1,0 +1,2 @@
+#![no_main]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| brig_hypervisor::fuzzing::descriptor_chain(data));
