@@ -366,6 +366,49 @@ mod tests {
         assert!(bus.memory_read(0xc000_1010, &mut [0]));
     }
 
+    /// All sequences of four writes to two functions that share a window: command, both halves of a BAR, to
+    /// the place of the other, out of the window, to 0 and as sizing does it.
+    #[test]
+    fn after_every_short_sequence_of_moves_a_bar_is_answered_exactly_where_it_is() {
+        let mut alphabet = Vec::new();
+        for devfn in 0..2u64 {
+            let at = devfn << 12;
+            alphabet.extend([(at + 4, 0u32), (at + 4, 2), (at + 0x14, 0), (at + 0x14, 1)]);
+            alphabet.extend(
+                [0, u32::MAX, 0xc000_0000, 0xc000_1000, 0xc00f_f000].map(|to| (at + 0x10, to)),
+            );
+        }
+        let total = crate::fuzzing::sequences(&alphabet, 4, |writes| {
+            let bus = bus();
+            let fakes = [Fake::new(0xc000_0000), Fake::new(0xc000_1000)];
+            for fake in &fakes {
+                bus.add(Arc::<Fake>::clone(fake)).unwrap();
+            }
+            for (register, value) in writes {
+                bus.ecam_write(*register, &value.to_le_bytes());
+            }
+            let places = fakes.each_ref().map(|fake| {
+                let ranges = fake.decoded();
+                let inside = ranges.iter().find(|range| bus.inside_a_window(range));
+                let place = inside.map(|range| range.base);
+                // What was announced is where it is, and each announcement begins where the last ended.
+                let moves = lock(&fake.moves);
+                assert_eq!(moves.last().and_then(|moved| moved.1), place);
+                let mut before = None;
+                for (old, new) in &*moves {
+                    assert_eq!(*old, before);
+                    before = *new;
+                }
+                place
+            });
+            for address in [0, 0xc000_0000, 0xc000_1000, 0xc00f_f000, 0xffff_f000] {
+                let answered = bus.memory_read(address, &mut [0]);
+                assert_eq!(answered, places.contains(&Some(address)), "{address:#x}");
+            }
+        });
+        assert_eq!(total, 18usize.pow(4));
+    }
+
     proptest! {
         #[test]
         fn any_accesses_leave_the_bus_consistent(

@@ -37,6 +37,7 @@ impl Pool {
 
 /// Bytes that may wait for the reader of one connection.
 #[derive(Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Window(u32);
 
 impl Window {
@@ -48,6 +49,7 @@ impl Window {
 
 /// The counters of one connection.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Credit {
     window: Window,
     /// Payload sent to the guest.
@@ -181,6 +183,136 @@ mod tests {
         assert!(credit.needs_update());
         assert_eq!(credit.tell(), BUFFER / 2 - 1);
         assert!(!credit.needs_update());
+    }
+
+    /// Both directions with counters that never wrap, and what each side has been told.
+    #[derive(Clone)]
+    struct Model {
+        credit: Credit,
+        sent: u64,
+        alloc: u64,
+        forwarded_by_guest: u64,
+        received: u64,
+        forwarded: u64,
+        told: u64,
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        /// As much as there is credit for, up to this.
+        Send(u32),
+        /// The guest's buffer, and how far behind what was sent it is. More than was sent is nonsense.
+        Update(u32, i64),
+        Receive(u32),
+        Forward(u32),
+        Tell,
+    }
+
+    impl Model {
+        /// All counters begin at `start`, as after so many bytes.
+        fn new(start: u32) -> Self {
+            let mut credit = Credit::new(Window(LEAST));
+            for counter in [
+                &mut credit.sent,
+                &mut credit.peer_forwarded,
+                &mut credit.received,
+                &mut credit.forwarded,
+                &mut credit.told,
+            ] {
+                *counter = start;
+            }
+            let start = u64::from(start);
+            Self {
+                credit,
+                sent: start,
+                alloc: 0,
+                forwarded_by_guest: start,
+                received: start,
+                forwarded: start,
+                told: start,
+            }
+        }
+
+        fn step(&mut self, step: Step) {
+            let window = u64::from(LEAST);
+            match step {
+                Step::Send(most) => {
+                    let bytes = self.credit.available().min(most);
+                    self.credit.send(bytes);
+                    self.sent += u64::from(bytes);
+                    let in_flight = self.sent - self.forwarded_by_guest.min(self.sent);
+                    assert!(
+                        bytes == 0 || in_flight <= self.alloc,
+                        "over the guest's buffer"
+                    );
+                }
+                Step::Update(alloc, behind) => {
+                    let forwarded = self.sent.checked_add_signed(-behind).unwrap();
+                    let told = u32::try_from(forwarded & 0xffff_ffff).unwrap();
+                    self.credit.update(alloc, told);
+                    (self.alloc, self.forwarded_by_guest) = (u64::from(alloc), forwarded);
+                }
+                Step::Receive(bytes) => {
+                    let fits = self.received - self.forwarded + u64::from(bytes) <= window;
+                    assert_eq!(self.credit.receive(bytes), fits);
+                    // A guest that keeps to what it was told is never refused.
+                    let allowed = (self.told + window).saturating_sub(self.received);
+                    assert!(fits || u64::from(bytes) > allowed);
+                    self.received += if fits { u64::from(bytes) } else { 0 };
+                }
+                Step::Forward(bytes) => {
+                    self.credit.forward(bytes);
+                    self.forwarded = (self.forwarded + u64::from(bytes)).min(self.received);
+                }
+                Step::Tell => {
+                    let told = u64::from(self.credit.tell());
+                    assert_eq!(told, self.forwarded & 0xffff_ffff);
+                    self.told = self.forwarded;
+                }
+            }
+            let held = self.received - self.forwarded;
+            assert!(held <= window, "more is held than was granted");
+            assert_eq!(u64::from(self.credit.held()), held);
+            let available = u64::from(self.credit.available());
+            if self.forwarded_by_guest > self.sent {
+                // It claims to have read what was never sent: 2^32 less something is in flight.
+                assert!(available <= self.forwarded_by_guest - self.sent, "{step:?}");
+            } else {
+                let in_flight = self.sent - self.forwarded_by_guest;
+                assert_eq!(available, self.alloc.saturating_sub(in_flight), "{step:?}");
+            }
+        }
+    }
+
+    /// All sequences of five steps, from counters at 0 and just before they wrap: no more is sent than
+    /// the guest granted, no more is held than we did, and what we grant is what is free.
+    #[test]
+    fn no_short_sequence_sends_or_holds_more_than_was_granted() {
+        let alphabet = [
+            Step::Send(1),
+            Step::Send(u32::MAX),
+            Step::Update(0, 0),
+            Step::Update(100, 0),
+            Step::Update(100, 60),
+            Step::Update(40, 60),
+            Step::Update(u32::MAX, 0),
+            Step::Update(u32::MAX, -1),
+            Step::Receive(1),
+            Step::Receive(LEAST / 2),
+            Step::Receive(LEAST),
+            Step::Receive(u32::MAX),
+            Step::Forward(1),
+            Step::Forward(u32::MAX),
+            Step::Tell,
+        ];
+        for start in [1000, u32::MAX - LEAST, u32::MAX - 50, u32::MAX] {
+            let start = Model::new(start);
+            let total = crate::fuzzing::sequences(&alphabet, 5, |steps| {
+                let mut model = start.clone();
+                steps.iter().for_each(|step| model.step(*step));
+            });
+            assert_eq!(total, 15usize.pow(5));
+        }
     }
 
     proptest! {

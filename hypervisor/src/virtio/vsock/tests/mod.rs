@@ -3,6 +3,7 @@
 mod addresses;
 mod credit;
 mod endings;
+mod exhaustive;
 mod hostile;
 mod streams;
 
