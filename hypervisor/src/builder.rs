@@ -4,126 +4,38 @@
 //! wrong one should end in a sentence and not in a guest that hangs.
 
 mod board;
+mod descriptors;
+mod error;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{VcpuFd, VmFd};
 use slog::{Logger, debug};
 use vm_memory::{GuestMemory, GuestMemoryAtomic};
 
-use self::board::{Board, Handles};
+use self::board::{Board, Handles, MAX_DEVICES};
+pub use self::descriptors::Descriptors;
+pub use self::error::StartError;
 use crate::arch::x86_64::acpi::Platform;
-use crate::arch::x86_64::boot::{self, BootError, BootInfo};
+use crate::arch::x86_64::boot::{self, BootInfo};
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{cpuid, layout};
-use crate::control::{ErrorKind, ErrorReply, FdIndex, NetConfig, VmConfig, exit};
+use crate::control::{NetConfig, VmConfig, exit};
 use crate::exits::ExitCounters;
 use crate::jail::seccomp::{self, ThreadKind};
-use crate::kernel::{self, KernelError};
-use crate::kvm::{self, KvmError};
-use crate::memory::{self, MemoryError};
+use crate::kernel;
+use crate::kvm;
+use crate::memory;
 use crate::notice::{Notice, Notifier};
-use crate::pci::bus::BusFull;
 use crate::vcpu::{self, Machine};
-use crate::virtio::pci::TransportError;
 use crate::virtio::vsock::VsockHandle;
 
 /// The most CPUs of a VM.
 pub const MAX_VCPUS: u8 = 64;
 /// Less than this cannot hold the kernel.
 pub const MIN_MEMORY: u64 = 64 << 20;
-/// The most network interfaces and the most disks.
-pub const MAX_DEVICES: usize = 16;
-
-/// Why a VM was not started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The configuration is wrong.
-    #[error("{0}")]
-    Invalid(String),
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The kernel or the initramfs.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// Boot information.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// A virtio function.
-    #[error(transparent)]
-    Transport(#[from] TransportError),
-    /// The bus is full.
-    #[error(transparent)]
-    Bus(#[from] BusFull),
-    /// A device could not be made.
-    #[error("{device}: {reason}")]
-    Device {
-        /// Its name.
-        device: &'static str,
-        /// Why.
-        reason: String,
-    },
-    /// A thread could not be started.
-    #[error("starting the {name} thread: {source}")]
-    Thread {
-        /// Its name.
-        name: String,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-impl StartError {
-    /// The error as the shim gets it, after what came of it.
-    #[must_use]
-    pub fn reply(&self, outcome: &str) -> ErrorReply {
-        let kind = match self {
-            Self::Invalid(_)
-            | Self::Boot(_)
-            | Self::Kernel(KernelError::Format(_) | KernelError::Load(_)) => ErrorKind::Invalid,
-            Self::Kernel(KernelError::NoRoom { .. }) | Self::Bus(_) => ErrorKind::Limit,
-            Self::Kvm(_) | Self::Memory(_) | Self::Kernel(_) | Self::Thread { .. } => {
-                ErrorKind::Host
-            }
-            Self::Device { .. } => ErrorKind::Host,
-            Self::Transport(_) => ErrorKind::Internal,
-        };
-        ErrorReply {
-            kind,
-            message: format!("{outcome}: {self}"),
-        }
-    }
-}
-
-/// Descriptors of a message, each taken once.
-pub struct Descriptors(Vec<Option<OwnedFd>>);
-
-impl Descriptors {
-    /// Those of one message.
-    #[must_use]
-    pub fn new(descriptors: Vec<OwnedFd>) -> Self {
-        Self(descriptors.into_iter().map(Some).collect())
-    }
-
-    /// Takes the descriptor that `what` names.
-    ///
-    /// # Errors
-    /// If there is none with this index or it was taken before.
-    pub fn take(&mut self, index: FdIndex, what: &str) -> Result<OwnedFd, StartError> {
-        self.0.get_mut(index).and_then(Option::take).ok_or_else(|| {
-            StartError::Invalid(format!("{what}: the message has no descriptor {index}"))
-        })
-    }
-}
-
 /// A machine whose CPUs have not run yet.
 pub struct Built {
     vcpus: Vec<VcpuFd>,
@@ -320,6 +232,8 @@ fn spawn_vcpu(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::ErrorKind;
+    use std::os::fd::OwnedFd;
 
     fn config() -> VmConfig {
         VmConfig {

@@ -10,13 +10,15 @@
 //! that may have threads, so it makes bare system calls only and never allocates ([`child`]).
 
 mod child;
+mod error;
 mod process;
+mod report;
 mod sealed;
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -24,13 +26,10 @@ use nix::sys::resource::{Resource, rlim_t};
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-pub use child::Stage;
+pub use child::{JAIL_REPORT_FD, Stage};
+pub use error::LaunchError;
 pub use process::{VmmExit, VmmProcess};
 pub use sealed::open_sealed;
-
-/// The descriptor on which brig-vmm reports the outcome of [`crate::jail::enter`]: one zero byte, or
-/// the sentence of the error. It is closed afterwards.
-pub const JAIL_REPORT_FD: std::os::fd::RawFd = 4;
 
 /// `CLONE_CLEAR_SIGHAND` and `CLONE_INTO_CGROUP` do not fit libc's `c_int` constants.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
@@ -60,59 +59,6 @@ pub struct LaunchOptions {
     /// `RLIMIT_NOFILE`, soft and hard; at most `fs.nr_open` is used. The file server holds one
     /// descriptor for each inode the guest knows.
     pub max_files: u64,
-}
-
-/// Why no VMM was started.
-#[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
-    /// The binary cannot be opened.
-    #[error("cannot open the VMM binary {}: {source}; install brig-vmm there or name another path in Brig's configuration", path.display())]
-    Binary {
-        /// Where it was looked for.
-        path: PathBuf,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// The kernel does not let us make the namespaces.
-    #[error(
-        "cannot make the VMM's namespaces: {source}; user namespaces must be allowed: set the sysctl user.max_user_namespaces (now {limit}) and its siblings user.max_{{mnt,pid,ipc,uts}}_namespaces above zero on this node"
-    )]
-    Namespaces {
-        /// `/proc/sys/user/max_user_namespaces`, or "unknown".
-        limit: String,
-        /// What `clone3` said.
-        source: io::Error,
-    },
-    /// The pod's network namespace cannot be entered.
-    #[error("cannot enter the pod's network namespace: {0}")]
-    NetworkNamespace(#[source] io::Error),
-    /// The VMM cannot be put into the pod's cgroup.
-    #[error(
-        "cannot start the VMM in the pod's cgroup: {0}; the cgroup must exist, be a leaf and allow another process"
-    )]
-    Cgroup(#[source] io::Error),
-    /// An id map or a limit could not be set from outside.
-    #[error("cannot set {what} of the VMM: {source}")]
-    Setup {
-        /// What was being set.
-        what: &'static str,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// The child failed between its birth and its `execve`.
-    #[error("the VMM failed to start: {stage}: {source}")]
-    Child {
-        /// What it was doing.
-        stage: Stage,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// brig-vmm ran but could not close its jail.
-    #[error("the VMM could not close its jail: {0}")]
-    Jail(String),
-    /// A pipe, socket or thread could not be made.
-    #[error("cannot prepare the start of the VMM: {0}")]
-    Prepare(#[source] io::Error),
 }
 
 /// Starts brig-vmm in its namespaces and returns when it has been executed. The jail is closed some
@@ -336,27 +282,6 @@ fn set_limits(process: &VmmProcess, max_files: u64) -> Result<(), LaunchError> {
     // has an inherited one, which is seldom low.
     let _ = process.limit(Resource::RLIMIT_NPROC, rlim_t::MAX);
     Ok(())
-}
-
-/// Reads the jail's report to its end.
-///
-/// # Errors
-/// [`LaunchError::Jail`] with the VMM's sentence, or that it died before it could say one.
-pub(crate) fn read_report(report: BorrowedFd<'_>) -> Result<(), LaunchError> {
-    let mut text = Vec::new();
-    File::from(report.try_clone_to_owned().map_err(LaunchError::Prepare)?)
-        .take(4096)
-        .read_to_end(&mut text)
-        .map_err(LaunchError::Prepare)?;
-    match text.as_slice() {
-        [0] => Ok(()),
-        [] => Err(LaunchError::Jail(
-            "brig-vmm ended before its jail was closed; its log has the reason".into(),
-        )),
-        sentence => Err(LaunchError::Jail(
-            String::from_utf8_lossy(sentence).into_owned(),
-        )),
-    }
 }
 
 #[cfg(test)]

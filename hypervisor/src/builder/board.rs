@@ -9,7 +9,8 @@ use brig_agent_protocol::GUEST_CID;
 use kvm_ioctls::VmFd;
 use slog::{Logger, o};
 
-use super::{Descriptors, MAX_DEVICES, StartError};
+use super::descriptors::Descriptors;
+use super::error::StartError;
 use crate::arch::x86_64::layout;
 use crate::control::{NetConfig, VmConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
@@ -30,6 +31,9 @@ use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockHandle};
 use crate::virtio::worker::{self, DeviceHandle, Slot, Worker};
 use crate::virtio::{GuestMemory, VirtioDevice};
+
+/// The most network interfaces and the most disks.
+pub const MAX_DEVICES: usize = 16;
 
 /// Interrupt vectors of a CPU that devices may have: Linux keeps some 50 of 256 for itself, and a
 /// vector that moves to another CPU needs one on both for a moment. There is no INTx to fall back on.

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use rustix::fs::{Mode, OFlags};
 
-use super::{JailError, Step};
+use super::error::{JailError, Step};
 
 /// What Landlock does for this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,43 +14,21 @@
 
 pub mod allow;
 pub mod audit;
+mod error;
 mod landlock;
 mod privileges;
 mod root;
 pub mod seccomp;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use crate::launch::JAIL_REPORT_FD;
 
+pub use error::JailError;
 pub use landlock::Landlock;
-
-/// Where the share is, in the jail and nowhere else.
-pub const SHARED: &str = "/shared";
-
-/// Why the jail could not be closed.
-#[derive(Debug, thiserror::Error)]
-#[error("{what}: {source}")]
-pub struct JailError {
-    what: &'static str,
-    source: io::Error,
-}
-
-/// Names the step that failed.
-trait Step<T> {
-    fn step(self, what: &'static str) -> Result<T, JailError>;
-}
-
-impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
-    fn step(self, what: &'static str) -> Result<T, JailError> {
-        self.map_err(|source| JailError {
-            what,
-            source: source.into(),
-        })
-    }
-}
+pub use root::SHARED;
 
 /// Closes the jail around the calling process, and tells the shim on [`JAIL_REPORT_FD`].
 ///

@@ -8,7 +8,7 @@ use caps::CapSet;
 use nix::errno::Errno;
 
 use super::allow::CAPABILITIES;
-use super::{JailError, Step};
+use super::error::{JailError, Step};
 
 /// `linux/securebits.h`. Each bit's lock is the next higher bit.
 const NOROOT: c_ulong = 1 << 0;

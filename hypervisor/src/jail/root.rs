@@ -13,8 +13,11 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 
-use super::{JailError, SHARED, Step};
+use super::error::{JailError, Step};
 use crate::mount_attr::{self, Change};
+
+/// Where the share is, in the jail and nowhere else.
+pub const SHARED: &str = "/shared";
 
 /// Room for mount points, not for data: a page for each of some thousand directories is kernel
 /// memory, which the inode limit bounds; file data is never written here.

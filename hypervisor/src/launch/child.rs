@@ -8,7 +8,10 @@ use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::control::{CONTROL_FD, exit};
-use crate::launch::JAIL_REPORT_FD;
+
+/// The descriptor on which brig-vmm reports the outcome of [`crate::jail::enter`]: one zero byte, or
+/// the sentence of the error. It is closed afterwards.
+pub const JAIL_REPORT_FD: std::os::fd::RawFd = 4;
 
 /// The first number the child does not assign; all sources of its dups lie at or above it.
 pub(super) const FIRST_FREE_FD: RawFd = JAIL_REPORT_FD + 1;

@@ -7,7 +7,8 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, rlim_t};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 
-use super::{LaunchError, read_report};
+use super::error::LaunchError;
+use super::report::read_report;
 
 /// How a VMM ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

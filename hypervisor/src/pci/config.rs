@@ -4,7 +4,7 @@
 //! Writes come from the guest. What a write may change is a mask fixed when the function is built,
 //! so no sequence of writes can reach anything else.
 
-use super::BarRange;
+use super::bar::BarRange;
 
 /// Bytes of conventional configuration space.
 pub const SIZE: usize = 256;

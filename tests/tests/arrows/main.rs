@@ -16,7 +16,11 @@ use std::path::{Path, PathBuf};
 use crates::Crate;
 
 /// The crates of the workspace and where their modules begin.
-const ROOTS: &[&str] = &["shim/src/lib.rs", "shim/src/bin/brig/main.rs"];
+const ROOTS: &[&str] = &[
+    "shim/src/lib.rs",
+    "shim/src/bin/brig/main.rs",
+    "agent/src/main.rs",
+];
 
 /// The shim's rooms from the top down.
 const ROOMS: &[&str] = &["containerd", "pod", "guest", "node", "asked"];

@@ -7,7 +7,6 @@
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 
-use super::VERSION_1;
 use super::interrupt::NO_VECTOR;
 
 const ACKNOWLEDGE: u8 = 1;
@@ -16,6 +15,9 @@ const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const NEEDS_RESET: u8 = 0x40;
 const FAILED: u8 = 0x80;
+/// VIRTIO_F_VERSION_1.
+pub const VERSION_1: u64 = 1 << 32;
+
 /// VIRTIO_F_EVENT_IDX, which the ring implementation must know.
 const EVENT_IDX: u64 = 1 << 29;
 

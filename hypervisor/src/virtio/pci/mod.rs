@@ -17,6 +17,7 @@ use slog::{Logger, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::capability::Layout;
+pub use self::common::VERSION_1;
 use self::common::{Action, CommonConfig};
 use self::interrupt::VirtioInterrupt;
 use super::worker::DeviceHandle;
@@ -25,8 +26,6 @@ use crate::pci::config::{ConfigError, ConfigSpace, Identity, SIZE};
 use crate::pci::{BarRange, Function};
 use crate::sync::lock;
 
-/// VIRTIO_F_VERSION_1.
-pub const VERSION_1: u64 = 1 << 32;
 /// How long a CPU waits for a device to give up its queues; then the driver keeps polling the
 /// status, which stays non-zero.
 const RESET_TIMEOUT: Duration = Duration::from_secs(1);
