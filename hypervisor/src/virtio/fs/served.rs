@@ -40,8 +40,11 @@ const MAX_REPLY: u32 = 1 << 20;
 /// `XATTR_SIZE_MAX` and `XATTR_LIST_MAX`.
 const MAX_XATTR: u32 = 64 << 10;
 /// The guest's O_DIRECT means "not through the guest's cache"; the host's needs alignment that a guest
-/// buffer does not have. O_ASYNC would send signals to the VMM.
-const NOT_PASSED_ON: u32 = (libc::O_DIRECT | libc::O_ASYNC).cast_unsigned();
+/// buffer does not have. O_ASYNC would send signals to the VMM. With O_PATH or O_NOATIME the library's change of a
+/// handle's flags can fail, after which it closes the descriptor that the handle still names: the next one with
+/// that number would be the guest's. No kernel sends O_PATH.
+const NOT_PASSED_ON: u32 =
+    (libc::O_DIRECT | libc::O_ASYNC | libc::O_PATH | libc::O_NOATIME).cast_unsigned();
 
 /// What the server offers beyond what the pass-through instance asks for. No writeback cache (volumes are
 /// shared with the host), no POSIX or BSD locks (they are the guest's own), no DAX.
