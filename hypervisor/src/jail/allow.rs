@@ -48,8 +48,6 @@ pub const DESCRIPTORS: &[&str] = &[
     "anon_inode:kvm-vm-stats",
     // The file server's, of the jail's own procfs and of the share.
     "/proc/1/fd",
-    "/proc/1/mountinfo",
-    "/proc/1/task/*",
     "/shared*",
 ];
 
@@ -278,6 +276,8 @@ const FS: &[Allowed] = allow![
     SYS_fallocate,
     SYS_fsync,
     SYS_fdatasync,
+    // A guest's sync(2): of the file systems it can write to.
+    SYS_syncfs,
     SYS_dup,
     SYS_mkdirat,
     SYS_mknodat,
@@ -294,16 +294,21 @@ const FS: &[Allowed] = allow![
     SYS_listxattr,
     SYS_removexattr,
     SYS_umask,
-    // The guest's user owns what it creates; set-id bits go when the guest says so.
+    // The guest's user owns what it creates.
     SYS_setresuid one_of(0, &UNCHANGED),
     SYS_setresgid one_of(0, &UNCHANGED),
-    SYS_capget,
-    SYS_capset,
-    // Interrupts.
+    // Interrupts, and the flags of files.
     SYS_ioctl one_of(1, &FS_IOCTL),
 ];
 
-const FS_IOCTL: [u32; 2] = [KVM_VM[1], KVM_VM[2]];
+const FS_IOCTL: [u32; 6] = [
+    KVM_VM[1],
+    KVM_VM[2],
+    0x8008_6601, // FS_IOC_GETFLAGS
+    0x4008_6602, // FS_IOC_SETFLAGS
+    0x801c_581f, // FS_IOC_FSGETXATTR
+    0x401c_5820, // FS_IOC_FSSETXATTR
+];
 
 /// What a kind of thread may call.
 pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> {

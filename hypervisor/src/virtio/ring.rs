@@ -49,6 +49,17 @@ impl Ring {
         })
     }
 
+    /// Waits for each kick by itself from now on: nobody has to [`Self::acknowledge`] it, which is a system call.
+    ///
+    /// # Errors
+    /// If its event cannot be waited for.
+    pub fn wait_for_edges(&self, token: u32, sources: &mut Sources<'_>) -> Result<(), DeviceError> {
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        sources
+            .modify(borrow_event(&self.active.kick), token, events)
+            .map_err(|source| self.host(source))
+    }
+
     /// Stops waiting for kicks.
     pub fn release(self, sources: &mut Sources<'_>) {
         // It was added in `new`; if the epoll set is gone there is nothing to remove.

@@ -96,7 +96,7 @@ const ESCAPES: &[(&str, &[&str], &[&str])] = &[
         &["SIGSYS"],
     ),
     ("raise RLIMIT_NOFILE", &["EPERM"], &["SIGSYS"]),
-    ("take every capability", &["EPERM"], &["EPERM"]),
+    ("take every capability", &["EPERM"], &["SIGSYS"]),
     ("raise an ambient capability", &["EPERM"], &["SIGSYS"]),
     ("clear the securebits", &["EPERM"], &["SIGSYS"]),
     ("allow new privileges", &["EINVAL"], &["SIGSYS"]),

@@ -1,13 +1,14 @@
 //! virtio-fs (virtio 1.3 §5.11): the guest's view of `/shared`, one FUSE request a descriptor chain.
 //!
-//! The queues and the configuration space are here; what a request does is [`served`]'s, on top of
-//! fuse-backend-rs. The device is alone on its worker thread, so blocking file I/O is fine; it may not be
+//! The queues and the configuration space are here. fuse-backend-rs reads and writes the protocol but for
+//! what is in [`requests`]; what a request does is [`served`]'s. The device is alone on its worker thread, so blocking file I/O is fine; it may not be
 //! shared with other devices. No DAX window, no notification queue.
 //!
 //! The guest is hostile: a broken ring or chain needs a reset, a broken FUSE message is answered with an
 //! error or an empty buffer. What the guest can reach is bounded by the mounts below the share's root
 //! and by the thread's jail, not by this code alone.
 
+mod requests;
 mod served;
 mod xattr;
 
@@ -15,6 +16,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use fuse_backend_rs::abi::fuse_abi::InHeader;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_bindings::bindings::virtio_ring::{
@@ -28,6 +30,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::chain::Chain;
 use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
+use requests::Session;
 use served::Served;
 
 const NAME: &str = "fs";
@@ -37,6 +40,8 @@ const REQUEST_QUEUES: u32 = 1;
 /// §5.11.2: FORGET and INTERRUPT, which must not wait behind requests.
 const HIPRIO: u16 = 0;
 const HIPRIO_SIZE: u16 = 128;
+/// All other requests.
+const REQUEST: u16 = 1;
 /// A request of 1 MiB is 256 pages and some headers.
 const REQUEST_SIZE: u16 = 512;
 /// Requests served before the worker looks at its other events again.
@@ -65,6 +70,7 @@ pub enum FsError {
 pub struct Fs {
     config: Arc<Vec<u8>>,
     served: Arc<Served>,
+    session: Session,
     server: Server<Arc<Served>>,
     active: Option<Active>,
 }
@@ -127,6 +133,7 @@ impl Fs {
         })?);
         let device = Self {
             config: Arc::new(config),
+            session: Session::default(),
             server: Server::new(Arc::clone(&served)),
             served: Arc::clone(&served),
             active: None,
@@ -164,6 +171,9 @@ impl VirtioDevice for Fs {
     ) -> Result<(), DeviceError> {
         let opened = activation.open(NAME, sources)?;
         let [hiprio, request] = opened.rings;
+        for (token, ring) in [(HIPRIO, &hiprio), (REQUEST, &request)] {
+            ring.wait_for_edges(u32::from(token), sources)?;
+        }
         self.active = Some(Active {
             memory: opened.memory,
             interrupt: opened.interrupt,
@@ -188,13 +198,12 @@ impl VirtioDevice for Fs {
             &mut active.request
         };
         let memory = active.memory.memory();
-        serve(
-            &self.server,
-            &self.served,
-            ring,
-            &memory,
-            active.interrupt.as_ref(),
-        )
+        let answerer = Answerer {
+            server: &self.server,
+            served: &self.served,
+            session: &self.session,
+        };
+        answerer.serve(ring, &memory, active.interrupt.as_ref())
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
@@ -203,59 +212,79 @@ impl VirtioDevice for Fs {
             active.request.release(sources);
         }
         // The next driver starts with INIT and knows no inode.
-        self.served.reset();
+        // Without a root every later request fails.
+        let _ = self.served.reset();
+        self.session = Session::default();
         self.server = Server::new(Arc::clone(&self.served));
     }
 }
 
-fn serve(
-    server: &Server<Arc<Served>>,
-    served: &Served,
-    ring: &mut Ring,
-    memory: &GuestMemoryMmap,
-    interrupt: &dyn Interrupt,
-) -> Result<(), DeviceError> {
-    ring.acknowledge();
-    ring.disable_kick(memory)?;
-    let mut left = BATCH;
-    loop {
-        while let Some(descriptors) = ring.pop_descriptors(memory)? {
-            let head = descriptors.head_index();
-            // Checked once as a whole: the library stops at a broken link as if it were the end.
-            Chain::parse(descriptors.clone(), memory).map_err(|error| ring.guest(error))?;
-            let written = answer(server, memory, descriptors);
-            served.request_ended();
-            ring.push(memory, head, written)?;
-            // Each request is its own wait in the guest, and the next one may take long.
-            ring.notify(memory, interrupt)?;
-            left -= 1;
-            if left == 0 {
-                return ring.call_again();
-            }
-        }
-        if !ring.enable_kick(memory)? {
-            return Ok(());
-        }
-        ring.disable_kick(memory)?;
-    }
+/// What a request is served by.
+struct Answerer<'a> {
+    server: &'a Server<Arc<Served>>,
+    served: &'a Served,
+    session: &'a Session,
 }
 
-/// Serves one request; returns the bytes of its reply, 0 for none.
-fn answer(
-    server: &Server<Arc<Served>>,
-    memory: &GuestMemoryMmap,
-    descriptors: DescriptorChain<&GuestMemoryMmap>,
-) -> u32 {
-    let reader = Reader::from_descriptor_chain::<&GuestMemoryMmap>(memory, descriptors.clone());
-    let writer = VirtioFsWriter::new::<&GuestMemoryMmap>(memory, descriptors);
-    match (reader, writer) {
-        (Ok(reader), Ok(writer)) => server
+impl Answerer<'_> {
+    fn serve(
+        &self,
+        ring: &mut Ring,
+        memory: &GuestMemoryMmap,
+        interrupt: &dyn Interrupt,
+    ) -> Result<(), DeviceError> {
+        ring.disable_kick(memory)?;
+        let mut left = BATCH;
+        loop {
+            while let Some(descriptors) = ring.pop_descriptors(memory)? {
+                let head = descriptors.head_index();
+                // Checked once as a whole: the library stops at a broken link as if it were the end.
+                Chain::parse(descriptors.clone(), memory).map_err(|error| ring.guest(error))?;
+                let written = self.answer(memory, descriptors);
+                self.served.request_ended();
+                ring.push(memory, head, written)?;
+                // Each request is its own wait in the guest, and the next one may take long.
+                ring.notify(memory, interrupt)?;
+                left -= 1;
+                if left == 0 {
+                    return ring.call_again();
+                }
+            }
+            if !ring.enable_kick(memory)? {
+                return Ok(());
+            }
+            ring.disable_kick(memory)?;
+        }
+    }
+
+    /// Serves one request; returns the bytes of its reply, 0 for none.
+    fn answer(
+        &self,
+        memory: &GuestMemoryMmap,
+        descriptors: DescriptorChain<&GuestMemoryMmap>,
+    ) -> u32 {
+        let read = |from| Reader::from_descriptor_chain::<&GuestMemoryMmap>(memory, from);
+        let writer = VirtioFsWriter::new::<&GuestMemoryMmap>(memory, descriptors.clone());
+        // A buffer over the end of a region of RAM: no driver does that.
+        let (Ok(mut reader), Ok(writer)) = (read(descriptors.clone()), writer) else {
+            return 0;
+        };
+        // Too short for a header: there is nobody to answer.
+        let Ok(header) = reader.read_obj::<InHeader>() else {
+            return 0;
+        };
+        if requests::knows(header.opcode) {
+            return requests::answer(self.served, self.session, header, reader, writer);
+        }
+        // The library reads the header again, and believes only what it reads itself.
+        let Ok(reader) = read(descriptors) else {
+            return 0;
+        };
+        self.server
             .handle_message(reader, Writer::VirtioFs(writer), None, None)
             .ok()
             .and_then(|written| u32::try_from(written).ok())
-            .unwrap_or(0),
-        // A buffer over the end of a region of RAM: no driver does that.
-        _ => 0,
+            .unwrap_or(0)
     }
 }
 

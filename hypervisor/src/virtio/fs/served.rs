@@ -1,11 +1,11 @@
 //! What the guest's FUSE requests act on: each mount below the share's root is served by itself.
 //!
-//! The share's root and the directories of its mount points are served by one pass-through instance.
-//! The first LOOKUP that crosses into a mount makes an instance of its own for it ([`Export`]), which
-//! owns every inode and open file of that mount: forgetting a mount is dropping its instance, and no
+//! The share's root and the directories of its mount points are one [`tree`].
+//! The first LOOKUP that crosses into a mount makes a tree of its own for it ([`Export`]), which
+//! owns every inode and open file of that mount: forgetting a mount is dropping its tree, and no
 //! `O_PATH` descriptor can keep a volume busy (DESIGN section 9).
 //!
-//! A node id is the export's number and the file's number in it ([`numbers`]). Attributes get inode numbers that are
+//! A node id is the export's number and the file's number in its tree. Attributes get inode numbers that are
 //! unique in the whole share, which the guest sees as one file system.
 //!
 //! Hostile: every argument. `..` is refused outright; only the kernel's own NFS export asks for it.
@@ -13,9 +13,10 @@
 mod budget;
 mod caller;
 mod exports;
-mod link;
-mod numbers;
+mod flags;
 mod owner;
+mod tree;
+mod umask;
 
 use std::ffi::CStr;
 use std::io;
@@ -24,44 +25,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CreateIn, FsOptions, OpenOptions, SetattrValid, stat64, statvfs64,
+    CreateIn, FOPEN_IN_KILL_SUIDGID, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64, statvfs64,
 };
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader,
     ZeroCopyWriter,
 };
+use rustix::fs::Statx;
 
 use super::xattr;
 use budget::Budget;
 use exports::{Export, Exports, NodeId};
+use tree::{Opened, Tree, Writing};
 
 /// The longest reply a guest may ask for: 256 pages, FUSE's own limit.
 const MAX_REPLY: u32 = 1 << 20;
-/// `XATTR_SIZE_MAX` and `XATTR_LIST_MAX`.
-const MAX_XATTR: u32 = 64 << 10;
-/// The guest's O_DIRECT means "not through the guest's cache"; the host's needs alignment that a guest
-/// buffer does not have. O_ASYNC would send signals to the VMM. With O_PATH or O_NOATIME the library's change of a
-/// handle's flags can fail, after which it closes the descriptor that the handle still names: the next one with
-/// that number would be the guest's. No kernel sends O_PATH.
-const NOT_PASSED_ON: u32 =
-    (libc::O_DIRECT | libc::O_ASYNC | libc::O_PATH | libc::O_NOATIME).cast_unsigned();
-
-/// What the server offers beyond what the pass-through instance asks for. No writeback cache (volumes are
-/// shared with the host), no POSIX or BSD locks (they are the guest's own), no DAX.
-fn offered() -> FsOptions {
-    FsOptions::ASYNC_READ
-        | FsOptions::PARALLEL_DIROPS
-        | FsOptions::BIG_WRITES
-        | FsOptions::MAX_PAGES
-        | FsOptions::ATOMIC_O_TRUNC
-        | FsOptions::AUTO_INVAL_DATA
-        // A link's target never changes, only which link has the name.
-        | FsOptions::CACHE_SYMLINKS
-        | FsOptions::ASYNC_DIO
-        | FsOptions::DO_READDIRPLUS
-        | FsOptions::READDIRPLUS_AUTO
-        | FsOptions::HANDLE_KILLPRIV_V2
-}
+/// An entry of READDIRPLUS takes at least this many times what the host's directory has of it.
+const PLUS_PER_ENTRY: u32 = 4;
 
 fn errno(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
@@ -73,7 +53,7 @@ pub(super) struct Served {
     budget: Budget,
 }
 
-type Opened = (Option<u64>, OpenOptions, Option<u32>);
+type Opening = (Option<u64>, OpenOptions, Option<u32>);
 
 impl Served {
     pub(super) fn new(root: &Path) -> io::Result<Self> {
@@ -95,8 +75,12 @@ impl Served {
         self.budget.on_pressure(told);
     }
 
-    pub(super) fn reset(&self) {
-        self.exports.reset();
+    /// Ends the session with a driver, or begins one: the guest knows nothing then.
+    ///
+    /// # Errors
+    /// If the share's root cannot be opened again.
+    pub(super) fn reset(&self) -> io::Result<()> {
+        self.exports.reset()
     }
 
     /// As [`Self::at`], for a request that will leave something open.
@@ -107,9 +91,7 @@ impl Served {
 
     fn at(&self, node: u64) -> io::Result<(Arc<Export>, u64)> {
         let node = NodeId::from_guest(node);
-        let export = self.exports.get(node.export)?;
-        let inode = export.numbers.inode(node.number)?;
-        Ok((export, inode))
+        Ok((self.exports.get(node.export)?, node.number))
     }
 
     /// Both in one export, or a rename or link between mounts, which is EXDEV as everywhere.
@@ -120,9 +102,7 @@ impl Served {
             return Err(errno(libc::EXDEV));
         }
         let export = self.exports.get(first.export)?;
-        let first = export.numbers.inode(first.number)?;
-        let second = export.numbers.inode(second.number)?;
-        Ok((export, first, second))
+        Ok((export, first.number, second.number))
     }
 
     fn plain_name(name: &CStr) -> io::Result<&CStr> {
@@ -132,34 +112,112 @@ impl Served {
             _ => Ok(name),
         }
     }
+
+    /// Makes something in `parent` by `make`, which is told the tree, the number there and the caller.
+    fn making<T>(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        make: impl Fn(&Tree, u64, &Context) -> io::Result<T>,
+    ) -> io::Result<(Arc<Export>, T)> {
+        let (export, inode) = self.opening_at(parent)?;
+        let tree = &export.tree;
+        let made = owner::make(tree, ctx, inode, |ctx| make(tree, inode, ctx))?;
+        Ok((export, made))
+    }
+
+    /// What a new file's answer says: its entry, and how it was opened.
+    fn shown_open(&self, export: &Export, opened: Opened) -> io::Result<Opened> {
+        Ok(Opened {
+            entry: self.exports.entry(export, opened.entry)?,
+            ..opened
+        })
+    }
+
+    /// A file without a name in a directory (`O_TMPFILE`).
+    pub(super) fn tmpfile(&self, ctx: &Context, parent: u64, args: CreateIn) -> io::Result<Opened> {
+        let make = |tree: &Tree, inode, ctx: &Context| tree.tmpfile(ctx, inode, args);
+        let (export, opened) = self.making(ctx, parent, make)?;
+        self.shown_open(&export, opened)
+    }
+
+    /// Writes back what the host holds of every file system that the guest can write to here.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        for export in self.exports.all() {
+            export.tree.sync()?;
+        }
+        Ok(())
+    }
+
+    /// An entry that the guest will not see after all.
+    fn take_back(&self, entry: Entry) {
+        if let Ok((export, inode)) = self.at(entry.inode) {
+            export.tree.forget(inode, 1);
+        }
+    }
+
+    /// All that is known of a file, with the attributes as the guest is shown them.
+    pub(super) fn statx(&self, node: u64) -> io::Result<(Statx, stat64, Duration)> {
+        let (export, inode) = self.at(node)?;
+        let (seen, stat, timeout) = export.tree.statx(inode)?;
+        Ok((seen, self.exports.shown(&export, stat), timeout))
+    }
+
+    /// Sets an attribute; with `kill_sgid`, as somebody outside the file's group who sets an ACL.
+    pub(super) fn set_attribute(
+        &self,
+        node: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_sgid: bool,
+    ) -> io::Result<()> {
+        let (export, inode) = self.at(node)?;
+        let name = xattr::to_host(name).map_err(|_| errno(libc::EPERM))?;
+        export.tree.setxattr(inode, &name, value, flags, kill_sgid)
+    }
+
+    /// One of the commands of [`flags`], on an open file or directory.
+    pub(super) fn flags(
+        &self,
+        node: u64,
+        handle: u64,
+        command: u32,
+        argument: &mut [u8],
+    ) -> io::Result<()> {
+        let (export, inode) = self.at(node)?;
+        export.tree.flags(inode, handle, command, argument)
+    }
+}
+
+/// As the library has them, which does not know every flag of today.
+fn open_options(flags: u32) -> OpenOptions {
+    // SAFETY: a set of bits, which is copied into the answer as it is and nowhere else looked at.
+    unsafe { OpenOptions::from_bits_unchecked(flags) }
 }
 
 impl FileSystem for Served {
     type Inode = u64;
     type Handle = u64;
 
-    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.exports.init(capable & offered())?;
-        Ok(offered())
-    }
-
     fn destroy(&self) {
-        self.exports.reset();
+        // Without a root every later request fails.
+        let _ = self.reset();
     }
 
-    fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+    fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         let name = Self::plain_name(name)?;
         let (export, inode) = self.opening_at(parent)?;
-        match export.fs.lookup(ctx, inode, name) {
+        match export.tree.lookup(inode, name) {
             Ok(entry) => self.exports.found(&export, inode, name, entry),
             Err(error) => export.absent(error),
         }
     }
 
-    fn forget(&self, ctx: &Context, node: u64, count: u64) {
+    fn forget(&self, _ctx: &Context, node: u64, count: u64) {
         // Of a mount that has left: there is nothing to forget.
         if let Ok((export, inode)) = self.at(node) {
-            export.fs.forget(ctx, inode, count);
+            export.tree.forget(inode, count);
         }
     }
 
@@ -171,38 +229,37 @@ impl FileSystem for Served {
 
     fn getattr(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
-        handle: Option<u64>,
+        _handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
         let (export, inode) = self.at(node)?;
-        let (stat, timeout) = export.fs.getattr(ctx, inode, handle)?;
+        let (stat, timeout) = export.tree.getattr(inode)?;
         Ok((self.exports.shown(&export, stat), timeout))
     }
 
     fn setattr(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         attributes: stat64,
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
         let (export, inode) = self.at(node)?;
-        let (stat, timeout) = export.fs.setattr(ctx, inode, attributes, handle, valid)?;
+        let (stat, timeout) = export.tree.setattr(inode, &attributes, handle, valid)?;
         Ok((self.exports.shown(&export, stat), timeout))
     }
 
-    fn readlink(&self, ctx: &Context, node: u64) -> io::Result<Vec<u8>> {
+    fn readlink(&self, _ctx: &Context, node: u64) -> io::Result<Vec<u8>> {
         let (export, inode) = self.at(node)?;
-        export.fs.readlink(ctx, inode)
+        export.tree.readlink(inode)
     }
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let (export, inode) = self.opening_at(parent)?;
-        let (fs, name) = (&export.fs, Self::plain_name(name)?);
-        let make = |ctx: &Context| fs.symlink(ctx, target, inode, name);
-        let entry = owner::make(fs, ctx, inode, make)?;
+        let name = Self::plain_name(name)?;
+        let make = |tree: &Tree, inode, ctx: &Context| tree.symlink(ctx, target, inode, name);
+        let (export, entry) = self.making(ctx, parent, make)?;
         self.exports.entry(&export, entry)
     }
 
@@ -215,10 +272,10 @@ impl FileSystem for Served {
         rdev: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        let (export, inode) = self.opening_at(parent)?;
-        let (fs, name) = (&export.fs, Self::plain_name(name)?);
-        let make = |ctx: &Context| fs.mknod(ctx, inode, name, mode, rdev, umask);
-        let entry = owner::make(fs, ctx, inode, make)?;
+        let name = Self::plain_name(name)?;
+        let make =
+            |tree: &Tree, inode, ctx: &Context| tree.mknod(ctx, inode, name, mode, rdev, umask);
+        let (export, entry) = self.making(ctx, parent, make)?;
         self.exports.entry(&export, entry)
     }
 
@@ -230,21 +287,20 @@ impl FileSystem for Served {
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        let (export, inode) = self.opening_at(parent)?;
-        let (fs, name) = (&export.fs, Self::plain_name(name)?);
-        let make = |ctx: &Context| fs.mkdir(ctx, inode, name, mode, umask);
-        let entry = owner::make(fs, ctx, inode, make)?;
+        let name = Self::plain_name(name)?;
+        let make = |tree: &Tree, inode, ctx: &Context| tree.mkdir(ctx, inode, name, mode, umask);
+        let (export, entry) = self.making(ctx, parent, make)?;
         self.exports.entry(&export, entry)
     }
 
-    fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+    fn unlink(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         let (export, inode) = self.at(parent)?;
-        export.fs.unlink(ctx, inode, Self::plain_name(name)?)
+        export.tree.unlink(inode, Self::plain_name(name)?)
     }
 
-    fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+    fn rmdir(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         let (export, inode) = self.at(parent)?;
-        export.fs.rmdir(ctx, inode, Self::plain_name(name)?)
+        export.tree.rmdir(inode, Self::plain_name(name)?)
     }
 
     fn rename(
@@ -258,24 +314,22 @@ impl FileSystem for Served {
     ) -> io::Result<()> {
         let (export, old, new) = self.pair(old_parent, new_parent)?;
         let (old_name, new_name) = (Self::plain_name(old_name)?, Self::plain_name(new_name)?);
-        caller::or_as_caller(ctx, || {
-            export.fs.rename(ctx, old, old_name, new, new_name, flags)
-        })
+        let rename = || export.tree.rename(old, old_name, new, new_name, flags);
+        caller::or_as_caller(ctx, rename)
     }
 
     fn link(&self, ctx: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         let (export, inode, parent) = self.pair(node, parent)?;
         let name = Self::plain_name(name)?;
-        let link = || link::link(&export.fs, ctx, inode, parent, name);
-        let entry = caller::or_as_caller(ctx, link)?;
+        let entry = caller::or_as_caller(ctx, || export.tree.link(inode, parent, name))?;
         self.exports.entry(&export, entry)
     }
 
-    fn open(&self, ctx: &Context, node: u64, flags: u32, fuse_flags: u32) -> io::Result<Opened> {
+    fn open(&self, _ctx: &Context, node: u64, flags: u32, fuse_flags: u32) -> io::Result<Opening> {
         let (export, inode) = self.opening_at(node)?;
-        export
-            .fs
-            .open(ctx, inode, flags & !NOT_PASSED_ON, fuse_flags)
+        let kill = fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
+        let (handle, flags) = export.tree.open(inode, flags, kill)?;
+        Ok((Some(handle), open_options(flags), None))
     }
 
     fn create(
@@ -283,86 +337,68 @@ impl FileSystem for Served {
         ctx: &Context,
         parent: u64,
         name: &CStr,
-        mut args: CreateIn,
+        args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
-        let (export, inode) = self.opening_at(parent)?;
-        args.flags &= !NOT_PASSED_ON;
-        let (fs, name) = (&export.fs, Self::plain_name(name)?);
-        let make = |ctx: &Context| fs.create(ctx, inode, name, args);
-        let (entry, handle, options, passthrough) = owner::make(fs, ctx, inode, make)?;
-        Ok((
-            self.exports.entry(&export, entry)?,
-            handle,
-            options,
-            passthrough,
-        ))
+        let name = Self::plain_name(name)?;
+        let make = |tree: &Tree, inode, ctx: &Context| tree.create(ctx, inode, name, args);
+        let (export, opened) = self.making(ctx, parent, make)?;
+        let opened = self.shown_open(&export, opened)?;
+        let options = open_options(opened.flags);
+        Ok((opened.entry, Some(opened.handle), options, None))
     }
 
     fn read(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         handle: u64,
         writer: &mut dyn ZeroCopyWriter,
         size: u32,
         offset: u64,
-        lock_owner: Option<u64>,
-        flags: u32,
+        _lock_owner: Option<u64>,
+        _flags: u32,
     ) -> io::Result<usize> {
         let (export, inode) = self.at(node)?;
-        export.fs.read(
-            ctx,
-            inode,
-            handle,
-            writer,
-            size.min(MAX_REPLY),
-            offset,
-            lock_owner,
-            flags & !NOT_PASSED_ON,
-        )
+        let size = size.min(MAX_REPLY) as usize;
+        export.tree.read(inode, handle, writer, size, offset)
     }
 
     fn write(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         handle: u64,
         reader: &mut dyn ZeroCopyReader,
         size: u32,
         offset: u64,
-        lock_owner: Option<u64>,
-        delayed: bool,
+        _lock_owner: Option<u64>,
+        _delayed: bool,
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
         let (export, inode) = self.at(node)?;
-        export.fs.write(
-            ctx,
-            inode,
-            handle,
-            reader,
-            size,
-            offset,
-            lock_owner,
-            delayed,
-            flags & !NOT_PASSED_ON,
-            fuse_flags,
-        )
+        let how = Writing {
+            appends: flags & libc::O_APPEND.cast_unsigned() != 0,
+            kills: fuse_flags & WRITE_KILL_PRIV != 0,
+        };
+        export
+            .tree
+            .write(inode, handle, reader, (size as usize, offset), how)
     }
 
-    fn flush(&self, ctx: &Context, node: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
+    fn flush(&self, _ctx: &Context, node: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        export.fs.flush(ctx, inode, handle, lock_owner)
+        export.tree.flush(inode, handle)
     }
 
-    fn fsync(&self, ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
+    fn fsync(&self, _ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        export.fs.fsync(ctx, inode, datasync, handle)
+        export.tree.fsync(inode, handle, datasync)
     }
 
     fn fallocate(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         handle: u64,
         mode: u32,
@@ -370,91 +406,73 @@ impl FileSystem for Served {
         length: u64,
     ) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        export
-            .fs
-            .fallocate(ctx, inode, handle, mode, offset, length)
+        export.tree.fallocate(inode, handle, mode, offset, length)
     }
 
     fn release(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
-        flags: u32,
+        _flags: u32,
         handle: u64,
-        flush: bool,
-        flock_release: bool,
-        lock_owner: Option<u64>,
+        _flush: bool,
+        _flock_release: bool,
+        _lock_owner: Option<u64>,
     ) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        export
-            .fs
-            .release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
+        export.tree.release(inode, handle)
     }
 
-    fn statfs(&self, ctx: &Context, node: u64) -> io::Result<statvfs64> {
+    fn statfs(&self, _ctx: &Context, node: u64) -> io::Result<statvfs64> {
         let (export, inode) = self.at(node)?;
-        export.fs.statfs(ctx, inode)
-    }
-
-    fn setxattr(
-        &self,
-        ctx: &Context,
-        node: u64,
-        name: &CStr,
-        value: &[u8],
-        flags: u32,
-    ) -> io::Result<()> {
-        let (export, inode) = self.at(node)?;
-        let name = xattr::to_host(name).map_err(|_| errno(libc::EPERM))?;
-        export.fs.setxattr(ctx, inode, &name, value, flags)
+        export.tree.statfs(inode)
     }
 
     fn getxattr(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         name: &CStr,
         size: u32,
     ) -> io::Result<GetxattrReply> {
         let (export, inode) = self.at(node)?;
         let name = xattr::to_host(name).map_err(|_| errno(libc::ENODATA))?;
-        export.fs.getxattr(ctx, inode, &name, size.min(MAX_XATTR))
+        let value = export.tree.getxattr(inode, &name)?;
+        Ok(match fitting(&value, size)? {
+            Some(length) => GetxattrReply::Count(length),
+            None => GetxattrReply::Value(value),
+        })
     }
 
-    fn listxattr(&self, ctx: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
+    fn listxattr(&self, _ctx: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
         let (export, inode) = self.at(node)?;
-        // Mapped names have another length, so the host's answer is needed whole.
-        let names = match export.fs.listxattr(ctx, inode, MAX_XATTR)? {
-            ListxattrReply::Names(names) => xattr::list_to_guest(&names),
-            ListxattrReply::Count(_) => Vec::new(),
-        };
-        let length = u32::try_from(names.len()).map_err(|_| errno(libc::E2BIG))?;
-        match size {
-            0 => Ok(ListxattrReply::Count(length)),
-            size if size < length => Err(errno(libc::ERANGE)),
-            _ => Ok(ListxattrReply::Names(names)),
-        }
+        let names = xattr::list_to_guest(&export.tree.listxattr(inode)?);
+        Ok(match fitting(&names, size)? {
+            Some(length) => ListxattrReply::Count(length),
+            None => ListxattrReply::Names(names),
+        })
     }
 
-    fn removexattr(&self, ctx: &Context, node: u64, name: &CStr) -> io::Result<()> {
+    fn removexattr(&self, _ctx: &Context, node: u64, name: &CStr) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
         let name = xattr::to_host(name).map_err(|_| errno(libc::EPERM))?;
-        export.fs.removexattr(ctx, inode, &name)
+        export.tree.removexattr(inode, &name)
     }
 
     fn opendir(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
-        flags: u32,
+        _flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
         let (export, inode) = self.opening_at(node)?;
-        export.fs.opendir(ctx, inode, flags & !NOT_PASSED_ON)
+        let (handle, flags) = export.tree.opendir(inode)?;
+        Ok((Some(handle), open_options(flags)))
     }
 
     fn readdir(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         handle: u64,
         size: u32,
@@ -462,24 +480,23 @@ impl FileSystem for Served {
         add: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        let size = size.min(MAX_REPLY);
-        // With attributes, so that the numbers are those LOOKUP gives.
-        export
-            .fs
-            .readdirplus(ctx, inode, handle, size, offset, &mut |mut item, entry| {
-                item.ino = self.exports.shown(&export, entry.attr).st_ino;
-                let added = add(item);
-                // The instance itself takes back the entry that did not fit.
-                if !matches!(added, Ok(0)) {
-                    export.fs.forget(ctx, entry.inode, 1);
-                }
-                added
-            })
+        let room = size.min(MAX_REPLY) as usize;
+        let (mut listed, _) = export.tree.getattr(inode)?;
+        export.tree.list(inode, handle, room, offset, &mut |entry| {
+            listed.st_ino = entry.inode;
+            let added = add(DirEntry {
+                ino: self.exports.shown(&export, listed).st_ino,
+                offset: entry.next,
+                type_: entry.kind,
+                name: entry.name.to_bytes(),
+            })?;
+            Ok(added > 0)
+        })
     }
 
     fn readdirplus(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         handle: u64,
         size: u32,
@@ -487,57 +504,72 @@ impl FileSystem for Served {
         add: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        let size = size.min(MAX_REPLY);
-        export
-            .fs
-            .readdirplus(ctx, inode, handle, size, offset, &mut |mut item, entry| {
-                let instance_inode = entry.inode;
-                if let Err(error) = self.budget.admit() {
-                    export.fs.forget(ctx, instance_inode, 1);
-                    return Err(error);
-                }
-                let name = c_name(item.name)?;
-                let entry = self.exports.found(&export, inode, &name, entry)?;
-                let crossed = NodeId::from_guest(entry.inode).export != export.number;
-                item.ino = entry.attr.st_ino;
-                let added = add(item, entry);
-                // `found` has already taken a crossed entry back, and the instance will do so again
-                // for one that did not fit: both saturate at zero.
-                if added.is_err() && !crossed {
-                    export.fs.forget(ctx, instance_inode, 1);
-                }
-                added
-            })
+        let room = (size.min(MAX_REPLY) / PLUS_PER_ENTRY) as usize;
+        let (mut listed, _) = export.tree.getattr(inode)?;
+        export.tree.list(inode, handle, room, offset, &mut |entry| {
+            let found = if entry.is_dot() {
+                None
+            } else {
+                // Without descriptors to spare, or if it has just gone, the name alone.
+                self.opening_at(node)
+                    .and_then(|_| export.tree.lookup(inode, entry.name))
+                    .and_then(|found| self.exports.found(&export, inode, entry.name, found))
+                    .ok()
+            };
+            listed.st_ino = entry.inode;
+            let ino = match &found {
+                Some(found) => found.attr.st_ino,
+                None => self.exports.shown(&export, listed).st_ino,
+            };
+            let item = DirEntry {
+                ino,
+                offset: entry.next,
+                type_: entry.kind,
+                name: entry.name.to_bytes(),
+            };
+            let added = add(item, found.unwrap_or_default());
+            // An entry that is not in the answer does not count as an answer.
+            if !matches!(added, Ok(1..))
+                && let Some(found) = found
+            {
+                self.take_back(found);
+            }
+            Ok(added? > 0)
+        })
     }
 
-    fn fsyncdir(&self, ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
+    fn fsyncdir(&self, _ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        export.fs.fsyncdir(ctx, inode, datasync, handle)
+        export.tree.fsync(inode, handle, datasync)
     }
 
-    fn releasedir(&self, ctx: &Context, node: u64, flags: u32, handle: u64) -> io::Result<()> {
+    fn releasedir(&self, _ctx: &Context, node: u64, _flags: u32, handle: u64) -> io::Result<()> {
         let (export, inode) = self.at(node)?;
-        export.fs.releasedir(ctx, inode, flags, handle)
-    }
-
-    fn access(&self, ctx: &Context, node: u64, mask: u32) -> io::Result<()> {
-        let (export, inode) = self.at(node)?;
-        export.fs.access(ctx, inode, mask)
+        export.tree.release(inode, handle)
     }
 
     fn lseek(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: u64,
         handle: u64,
         offset: u64,
         whence: u32,
     ) -> io::Result<u64> {
         let (export, inode) = self.at(node)?;
-        export.fs.lseek(ctx, inode, handle, offset, whence)
+        export.tree.lseek(inode, handle, offset, whence)
     }
 }
 
-fn c_name(name: &[u8]) -> io::Result<std::ffi::CString> {
-    std::ffi::CString::new(name).map_err(|_| errno(libc::EINVAL))
+/// The length alone if the guest asks for it with size 0.
+///
+/// # Errors
+/// `ERANGE` if it has less room.
+fn fitting(value: &[u8], size: u32) -> io::Result<Option<u32>> {
+    let length = u32::try_from(value.len()).map_err(|_| errno(libc::E2BIG))?;
+    match size {
+        0 => Ok(Some(length)),
+        size if size < length => Err(errno(libc::ERANGE)),
+        _ => Ok(None),
+    }
 }

@@ -1,7 +1,9 @@
 //! The device as a guest sees it.
 
+mod acl;
 mod churn;
 mod client;
+mod requests;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -87,10 +89,11 @@ fn a_directory_lists_the_numbers_that_lookup_gives() {
             .iter()
             .map(|(name, _, _)| name.as_str())
             .collect::<Vec<_>>(),
-        ["dir", "file", "link"]
+        [".", "..", "dir", "file", "link"]
     );
-    for (name, entry, attribute) in names {
-        let found = client.lookup(ROOT, &name).unwrap();
+    for (name, entry, attribute) in &names[2..] {
+        let (entry, attribute) = (*entry, *attribute);
+        let found = client.lookup(ROOT, name).unwrap();
         assert_eq!(entry, found.ino, "{name}");
         assert_eq!(attribute, found.ino, "{name}");
     }
@@ -480,22 +483,26 @@ fn nothing_is_renamed_between_mounts() {
     client.handle.forget("");
 }
 
-#[test]
-fn files_of_a_mapped_mount_get_new_names_from_who_is_in_the_map() {
-    let Some(share) = mounted_share() else { return };
-    let volume = share.path().join("v");
+/// Mounts a directory over itself, with id 0 seen as 200,000.
+fn map_to_200_000(directory: &Path) {
     let range = IdRange {
         stored: 0,
         seen: 200_000,
         length: 65_536,
     };
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let clone = open_tree(CWD, &volume, flags).unwrap();
+    let clone = open_tree(CWD, directory, flags).unwrap();
     let map = IdMap::new(&[range], &[range], false);
     map.map(clone.as_fd()).unwrap();
     let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    move_mount(&clone, "", CWD, &volume, empty).unwrap();
-    drop(clone);
+    move_mount(&clone, "", CWD, directory, empty).unwrap();
+}
+
+#[test]
+fn files_of_a_mapped_mount_get_new_names_from_who_is_in_the_map() {
+    let Some(share) = mounted_share() else { return };
+    let volume = share.path().join("v");
+    map_to_200_000(&volume);
     let mut client = Client::new(share.path());
     let directory = client.walk("v").node;
     assert_eq!(client.walk("v/same").uid, 200_000);

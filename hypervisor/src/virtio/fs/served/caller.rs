@@ -1,14 +1,23 @@
-//! Changes that the library makes as root, and that a mapped mount takes from nobody who is in no map: a new
-//! name for a file (rename, link). Root of the VMM is nobody there, so they are made as the caller.
+//! Whose ids the file server's thread has while it makes something: new files belong to who asked for them.
 //!
-//! The caller's ids are the guest's to choose, as for every file it makes; the thread keeps its
-//! capabilities (`SECBIT_NO_SETUID_FIXUP`), so nothing else changes.
+//! The ids are the guest's to choose. The thread keeps its capabilities (`SECBIT_NO_SETUID_FIXUP`), so nothing else
+//! changes.
 
 use std::io;
 
 use fuse_backend_rs::api::filesystem::Context;
 
-/// Does `act` as root, and again as the caller where the mount's map demands it.
+/// Does `act` as the caller.
+pub(super) fn as_caller<T>(ctx: &Context, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    if (ctx.uid, ctx.gid) == (0, 0) {
+        return act();
+    }
+    let _caller = Caller::new(ctx)?;
+    act()
+}
+
+/// Does `act` as root, and again as the caller where the mount's map demands it: a mapped mount takes a new name
+/// for a file (rename, link) from nobody who is in no map, as root of the VMM is.
 pub(super) fn or_as_caller<T>(ctx: &Context, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
     match act() {
         Err(error) if error.raw_os_error() == Some(libc::EOVERFLOW) => {

@@ -1,27 +1,28 @@
-//! The pass-through instances of a share: one for its root, one for each mount that was looked up.
+//! The trees of a share: one for its root, one for each mount that was looked up.
 //!
-//! The root instance sees only the directories of mount points, which the shim made; their paths are
+//! The root's tree has only the directories of mount points, which the shim made; their paths are
 //! remembered so that the shim can name a mount by path.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{FsOptions, ROOT_ID, stat64};
-use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
-use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+use fuse_backend_rs::abi::fuse_abi::{ROOT_ID, stat64};
+use fuse_backend_rs::api::filesystem::Entry;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use super::errno;
-use super::numbers::{INODE_BITS, Numbers};
+use super::tree::{NUMBER_BITS, Tree};
 
-/// A node id has the export's number above [`INODE_BITS`]: a share has 16 million in its life, and none is
+/// A node id has the export's number above [`NUMBER_BITS`]: a share has 16 million in its life, and none is
 /// used twice.
-const MAX_EXPORT: u32 = (1 << (u64::BITS - INODE_BITS)) - 1;
+const MAX_EXPORT: u32 = (1 << (u64::BITS - NUMBER_BITS)) - 1;
 
 /// A volume may change on the host: the guest asks again after this.
 const VOLUME_TIMEOUT: Duration = Duration::from_secs(1);
@@ -41,7 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// use the last time, or this many.
 const CLEAN_AT: usize = 256;
 
-/// Which export, and which of its [`Numbers`].
+/// Which export, and which number of its tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NodeId {
     pub(super) export: u32,
@@ -52,25 +53,23 @@ impl NodeId {
     pub(super) fn from_guest(node: u64) -> Self {
         Self {
             // 24 bits are left, so this never fails.
-            export: u32::try_from(node >> INODE_BITS).unwrap_or(u32::MAX),
-            number: node & ((1 << INODE_BITS) - 1),
+            export: u32::try_from(node >> NUMBER_BITS).unwrap_or(u32::MAX),
+            number: node & ((1 << NUMBER_BITS) - 1),
         }
     }
 
     fn to_guest(self) -> io::Result<u64> {
-        if self.number >> INODE_BITS != 0 || self.export > MAX_EXPORT {
+        if self.number >> NUMBER_BITS != 0 || self.export > MAX_EXPORT {
             return Err(errno(libc::ENFILE));
         }
-        Ok(u64::from(self.export) << INODE_BITS | self.number)
+        Ok(u64::from(self.export) << NUMBER_BITS | self.number)
     }
 }
 
 /// One mount, or the share's own root.
 pub(super) struct Export {
     pub(super) number: u32,
-    pub(super) fs: PassthroughFs,
-    /// How its inodes are numbered for the guest.
-    pub(super) numbers: Numbers,
+    pub(super) tree: Tree,
     /// Below the share's root; empty for that root.
     path: PathBuf,
     /// Device of its top directory.
@@ -93,16 +92,13 @@ impl Export {
         }
         Err(error)
     }
-
-    /// Whether the instance holds this inode.
-    fn lives(&self, inode: u64) -> bool {
-        self.fs.getattr(&Context::default(), inode, None).is_ok()
-    }
 }
 
 /// All exports of a share.
 pub(super) struct Exports {
     root: PathBuf,
+    /// `/proc/self/fd`, through which every tree opens what it knows.
+    descriptors: Arc<OwnedFd>,
     state: Mutex<State>,
     /// Threads in [`Exports::forget_path`].
     waiting: AtomicU32,
@@ -113,8 +109,6 @@ pub(super) struct Exports {
 struct State {
     live: HashMap<u32, Arc<Export>>,
     next: u32,
-    /// What INIT agreed on; new instances are told.
-    options: FsOptions,
     /// Paths of the root export's inodes.
     directories: HashMap<u64, PathBuf>,
     clean_at: usize,
@@ -125,12 +119,13 @@ struct State {
 
 impl Exports {
     pub(super) fn new(root: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
         let exports = Self {
             root: root.to_owned(),
+            descriptors: Arc::new(openat(CWD, "/proc/self/fd", flags, Mode::empty())?),
             state: Mutex::new(State {
                 live: HashMap::new(),
                 next: ROOT_EXPORT,
-                options: FsOptions::empty(),
                 directories: HashMap::new(),
                 clean_at: CLEAN_AT,
                 devices: HashMap::new(),
@@ -150,14 +145,7 @@ impl Exports {
 
     fn add_root(&self, state: &mut State) -> io::Result<()> {
         state.next = state.next.max(ROOT_EXPORT + 1);
-        // Counted: each mount is looked up through it once, and there may be more than it could tell apart.
-        let root = open_export(
-            ROOT_EXPORT,
-            &self.root,
-            PathBuf::new(),
-            state.options,
-            Numbers::Counted,
-        )?;
+        let root = self.open_export(ROOT_EXPORT, &self.root, PathBuf::new())?;
         // First, so that it is number 0 and plain inode numbers stay as they are.
         state.devices.insert((ROOT_EXPORT, root.device), 0);
         state.next_device = state.next_device.max(1);
@@ -166,19 +154,20 @@ impl Exports {
         Ok(())
     }
 
-    /// Begins a new session with a driver.
-    pub(super) fn init(&self, options: FsOptions) -> io::Result<()> {
+    /// Ends the session with a driver: every descriptor but the root's is closed.
+    ///
+    /// # Errors
+    /// If the root cannot be opened again. Every request fails then.
+    pub(super) fn reset(&self) -> io::Result<()> {
         let mut state = self.lock();
-        state.options = options;
         state.live.clear();
         state.directories.clear();
         self.add_root(&mut state)
     }
 
-    /// Ends the session: every descriptor but the root's is closed.
-    pub(super) fn reset(&self) {
-        // A root that cannot be opened again leaves a share without exports: every request fails.
-        let _ = self.init(FsOptions::empty());
+    /// All that are there now.
+    pub(super) fn all(&self) -> Vec<Arc<Export>> {
+        self.lock().live.values().cloned().collect()
     }
 
     pub(super) fn get(&self, number: u32) -> io::Result<Arc<Export>> {
@@ -247,11 +236,10 @@ impl Exports {
             entry.entry_timeout = Duration::ZERO;
             return Ok(entry);
         }
-        // It belongs to a mount: the root instance must not hold a descriptor of it.
-        let context = Context::default();
-        export.fs.forget(&context, entry.inode, 1);
+        // It belongs to a mount: the root's tree must not hold a descriptor of it.
+        export.tree.forget(entry.inode, 1);
         let mount = self.mounted_at(path, (entry.attr.st_dev, entry.attr.st_ino))?;
-        let (attr, attr_timeout) = mount.fs.getattr(&context, ROOT_ID, None)?;
+        let (attr, attr_timeout) = mount.tree.getattr(ROOT_ID)?;
         let mut entry = self.entry(
             &mount,
             Entry {
@@ -276,7 +264,7 @@ impl Exports {
         if state.directories.len() >= state.clean_at {
             state
                 .directories
-                .retain(|inode, _| *inode == ROOT_ID || root.lives(*inode));
+                .retain(|inode, _| *inode == ROOT_ID || root.tree.has(*inode));
             state.clean_at = CLEAN_AT.max(2 * state.directories.len());
         }
         state.directories.insert(inode, path);
@@ -303,26 +291,37 @@ impl Exports {
             return Err(errno(libc::ENFILE));
         }
         let directory = self.root.join(&path);
-        let numbers = Numbers::of_mount(&directory);
-        let fresh = Arc::new(open_export(
-            number,
-            &directory,
-            path,
-            state.options,
-            numbers,
-        )?);
+        let fresh = Arc::new(self.open_export(number, &directory, path)?);
         state.next = number + 1;
         state.live.insert(number, Arc::clone(&fresh));
         Ok(fresh)
+    }
+
+    fn open_export(&self, number: u32, directory: &Path, path: PathBuf) -> io::Result<Export> {
+        let exclusive = path.file_name().is_some_and(|name| name == ROOTFS);
+        let timeout = if exclusive {
+            ROOTFS_TIMEOUT
+        } else {
+            VOLUME_TIMEOUT
+        };
+        let descriptors = Arc::clone(&self.descriptors);
+        let tree = Tree::new(directory, descriptors, exclusive, timeout)?;
+        let (top, _) = tree.getattr(ROOT_ID)?;
+        Ok(Export {
+            number,
+            tree,
+            path,
+            device: top.st_dev,
+            top: top.st_ino,
+            exclusive,
+        })
     }
 
     /// An entry of an export with the guest's node id and inode number.
     pub(super) fn entry(&self, export: &Export, mut entry: Entry) -> io::Result<Entry> {
         let node = NodeId {
             export: export.number,
-            number: export
-                .numbers
-                .to_guest(entry.inode, |inode| export.lives(inode))?,
+            number: entry.inode,
         };
         entry.inode = node.to_guest()?;
         entry.attr = self.shown(export, entry.attr);
@@ -344,54 +343,6 @@ impl Exports {
         stat.st_ino ^= u64::from(number) << 48;
         stat
     }
-}
-
-fn open_export(
-    number: u32,
-    directory: &Path,
-    path: PathBuf,
-    options: FsOptions,
-    numbers: Numbers,
-) -> io::Result<Export> {
-    let exclusive = path.file_name().is_some_and(|name| name == ROOTFS);
-    let (timeout, cache_policy) = if exclusive {
-        (ROOTFS_TIMEOUT, CachePolicy::Always)
-    } else {
-        (VOLUME_TIMEOUT, CachePolicy::Auto)
-    };
-    let fs = PassthroughFs::new(Config {
-        root_dir: directory
-            .to_str()
-            .ok_or_else(|| errno(libc::EINVAL))?
-            .to_owned(),
-        attr_timeout: timeout,
-        entry_timeout: timeout,
-        cache_policy,
-        // Names are checked in the instance too.
-        do_import: true,
-        xattr: true,
-        killpriv_v2: true,
-        writeback: false,
-        no_open: false,
-        no_opendir: false,
-        inode_file_handles: false,
-        allow_direct_io: false,
-        dax_file_size: None,
-        use_host_ino: numbers.are_the_hosts(),
-        ..Config::default()
-    })?;
-    // Opens the top and takes the options in.
-    fs.init(options)?;
-    let (top, _) = fs.getattr(&Context::default(), ROOT_ID, None)?;
-    Ok(Export {
-        number,
-        fs,
-        numbers,
-        path,
-        device: top.st_dev,
-        top: top.st_ino,
-        exclusive,
-    })
 }
 
 #[cfg(test)]
@@ -416,7 +367,7 @@ mod tests {
         assert_eq!(NodeId::from_guest(most.to_guest().unwrap()), most);
         let too_far = NodeId {
             export: 1,
-            number: 1 << INODE_BITS,
+            number: 1 << NUMBER_BITS,
         };
         assert!(too_far.to_guest().is_err());
     }

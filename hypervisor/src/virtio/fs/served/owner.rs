@@ -7,12 +7,13 @@
 
 use std::io;
 
-use fuse_backend_rs::api::filesystem::{Context, FileSystem};
-use fuse_backend_rs::passthrough::PassthroughFs;
+use fuse_backend_rs::api::filesystem::Context;
+
+use super::tree::Tree;
 
 /// Makes an entry in `parent` as its caller, or as its caller in the group of `parent`.
 pub(super) fn make<T>(
-    fs: &PassthroughFs,
+    tree: &Tree,
     ctx: &Context,
     parent: u64,
     make: impl Fn(&Context) -> io::Result<T>,
@@ -21,7 +22,7 @@ pub(super) fn make<T>(
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => error,
         outcome => return outcome,
     };
-    let (directory, _) = fs.getattr(ctx, parent, None)?;
+    let (directory, _) = tree.getattr(parent)?;
     let by_group = directory.st_mode & libc::S_IWGRP != 0 && directory.st_gid != ctx.gid;
     // Root's group is no fsGroup.
     if ctx.uid == 0 || !by_group || directory.st_gid == 0 {

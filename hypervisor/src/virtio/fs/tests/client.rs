@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::path::Path;
 
-use super::super::{Fs, FsHandle};
+use super::super::{Fs, FsHandle, REQUEST};
 use crate::virtio::testing::Harness;
 
 pub(super) const LOOKUP: u32 = 1;
@@ -15,15 +15,19 @@ pub(super) const OPEN: u32 = 14;
 pub(super) const READ: u32 = 15;
 pub(super) const WRITE: u32 = 16;
 pub(super) const SETXATTR: u32 = 21;
+pub(super) const GETXATTR: u32 = 22;
 pub(super) const LISTXATTR: u32 = 23;
 pub(super) const INIT: u32 = 26;
 pub(super) const OPENDIR: u32 = 27;
+pub(super) const READDIR: u32 = 28;
 pub(super) const CREATE: u32 = 35;
+pub(super) const IOCTL: u32 = 39;
 pub(super) const READDIRPLUS: u32 = 44;
 pub(super) const RENAME2: u32 = 45;
+pub(super) const SYNCFS: u32 = 50;
+pub(super) const TMPFILE: u32 = 51;
+pub(super) const STATX: u32 = 52;
 
-/// The request queue, beside that for FORGET.
-pub(super) const REQUEST: u16 = 1;
 pub(super) const HEADER: usize = 16;
 pub(super) const ROOT: u64 = 1;
 
@@ -75,6 +79,8 @@ impl Found {
 
 impl Client {
     pub(super) fn bare(root: &Path) -> Self {
+        // The umask is the process's, and each of its tests has a file server.
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
         let (device, handle) = Fs::with_root("share", root).unwrap();
         let mut harness = Harness::new(device);
         harness.activate(0);
@@ -194,17 +200,43 @@ impl Client {
     }
 
     pub(super) fn create(&mut self, parent: u64, name: &str, mode: u32) -> Result<Found, i32> {
-        let name = CString::new(name).unwrap();
-        let mut body = (libc::O_RDWR | libc::O_CREAT).to_le_bytes().to_vec();
-        body.extend(mode.to_le_bytes());
-        body.extend([0; 8]);
-        body.extend(name.as_bytes_with_nul());
-        self.call(CREATE, parent, &body)
+        self.make(CREATE, parent, name, mode, 0)
             .map(|bytes| Found::parse(&bytes))
     }
 
+    /// CREATE or TMPFILE with a umask.
+    pub(super) fn make(
+        &mut self,
+        opcode: u32,
+        parent: u64,
+        name: &str,
+        mode: u32,
+        umask: u32,
+    ) -> Reply {
+        let name = CString::new(name).unwrap();
+        let mut body = (libc::O_RDWR | libc::O_CREAT).to_le_bytes().to_vec();
+        body.extend(mode.to_le_bytes());
+        body.extend(umask.to_le_bytes());
+        body.extend([0; 4]);
+        body.extend(name.as_bytes_with_nul());
+        self.call(opcode, parent, &body)
+    }
+
     pub(super) fn set_attribute(&mut self, node: u64, name: &str, value: &[u8]) -> Result<(), i32> {
+        self.set_attribute_with(node, name, value, 0)
+    }
+
+    /// With `fuse_setxattr_in.setxattr_flags`.
+    pub(super) fn set_attribute_with(
+        &mut self,
+        node: u64,
+        name: &str,
+        value: &[u8],
+        more: u32,
+    ) -> Result<(), i32> {
         let mut body = u32::try_from(value.len()).unwrap().to_le_bytes().to_vec();
+        body.extend([0; 4]);
+        body.extend(more.to_le_bytes());
         body.extend([0; 4]);
         body.extend(name.as_bytes());
         body.push(0);
@@ -216,6 +248,14 @@ impl Client {
         let mut body = 4096u32.to_le_bytes().to_vec();
         body.extend([0; 4]);
         String::from_utf8(self.call(LISTXATTR, node, &body).unwrap()).unwrap()
+    }
+
+    pub(super) fn attribute(&mut self, node: u64, name: &str) -> Reply {
+        let mut body = 4096u32.to_le_bytes().to_vec();
+        body.extend([0; 4]);
+        body.extend(name.as_bytes());
+        body.push(0);
+        self.call(GETXATTR, node, &body)
     }
 
     /// (name, inode number of the entry, that of its attributes).

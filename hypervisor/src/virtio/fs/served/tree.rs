@@ -1,0 +1,602 @@
+//! A pass-through of one mount: what the guest asks of a file is asked of the host's, on an `O_PATH`
+//! descriptor of it.
+//!
+//! The protocol's bytes are fuse-backend-rs's; its own pass-through is not used, see `docs/decisions.md`. New files are
+//! made by the caller's ids and umask, so that the host's file system applies default ACLs and set-group-id
+//! directories as it does for everybody. All else is done as the VMM's root, once the guest's kernel has let the caller.
+//!
+//! Hostile: numbers, handles, flags, names. Names are plain when they come here, and no link is followed.
+
+mod attributes;
+mod nodes;
+mod open;
+mod stat;
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, stat64};
+use fuse_backend_rs::api::filesystem::{Context, Entry, ZeroCopyReader, ZeroCopyWriter};
+use rustix::fs::{
+    AtFlags, CWD, Dev, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom,
+    Statx, StatxFlags, chmodat, fallocate, fdatasync, fstatfs, fsync, linkat, mkdirat, mknodat,
+    openat, readlinkat, renameat_with, seek, symlinkat, syncfs, unlinkat,
+};
+
+use super::caller::as_caller;
+use super::{errno, umask};
+pub(super) use nodes::NUMBER_BITS;
+use nodes::{Node, Nodes};
+use open::{Open, Opens};
+
+/// Flags of open(2) that are the host's affair. The guest's O_DIRECT means "not through the guest's cache"; the
+/// host's needs alignment that a guest buffer does not have. O_ASYNC would send signals to the VMM.
+const PASSED_ON: OFlags = OFlags::ACCMODE
+    .union(OFlags::APPEND)
+    .union(OFlags::TRUNC)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::DSYNC)
+    .union(OFlags::SYNC)
+    .union(OFlags::NOATIME);
+
+/// `FOPEN_KEEP_CACHE`, `FOPEN_CACHE_DIR`, `FOPEN_NOFLUSH` of the protocol.
+const KEEP_CACHE: u32 = 1 << 1;
+const CACHE_DIRECTORY: u32 = 1 << 3;
+const NO_FLUSH: u32 = 1 << 5;
+
+const SET_ID: Mode = Mode::SUID.union(Mode::SGID);
+
+/// Bytes of a directory that are read at once, at most.
+const LISTING: usize = 64 << 10;
+/// The least that holds an entry whatever its name.
+const SHORTEST_LISTING: usize = 1 << 10;
+
+/// `statfs` types whose close(2) has nothing to say: ext4, xfs, btrfs, tmpfs, overlayfs, f2fs, zfs, bcachefs.
+const SILENT: [u64; 8] = [
+    0xef53,
+    0x5846_5342,
+    0x9123_683e,
+    0x0102_1994,
+    0x794c_7630,
+    0xf2f5_2010,
+    0x2fc1_2fc1,
+    0xca45_1a4e,
+];
+
+/// One mount, and what the guest knows and has open of it.
+pub(super) struct Tree {
+    /// `/proc/self/fd` of the jail's own procfs: a descriptor's name there is its file.
+    descriptors: Arc<OwnedFd>,
+    nodes: Nodes,
+    opens: Opens,
+    /// Nobody but the guest writes here.
+    exclusive: bool,
+    /// How long the guest may keep names and attributes.
+    timeout: Duration,
+    /// The mount's own number: another's below it may be another view of the same files.
+    mount: u64,
+    /// Errors of the file system may come at close(2), or others see what was written after it.
+    flushes: bool,
+}
+
+/// An entry of a directory.
+pub(super) struct Listed<'a> {
+    pub(super) name: &'a CStr,
+    pub(super) inode: u64,
+    pub(super) kind: u32,
+    /// Where the next one is.
+    pub(super) next: u64,
+}
+
+impl Listed<'_> {
+    pub(super) fn is_dot(&self) -> bool {
+        matches!(self.name.to_bytes(), b"." | b"..")
+    }
+}
+
+/// How the guest's description writes at the moment.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Writing {
+    /// At the end.
+    pub(super) appends: bool,
+    /// Set-id bits go by it.
+    pub(super) kills: bool,
+}
+
+/// A new or found file that was opened.
+pub(in crate::virtio::fs) struct Opened {
+    pub(in crate::virtio::fs) entry: Entry,
+    pub(in crate::virtio::fs) handle: u64,
+    /// Flags of the protocol's answer.
+    pub(in crate::virtio::fs) flags: u32,
+}
+
+fn passed_on(flags: u32) -> OFlags {
+    OFlags::from_bits_retain(flags) & PASSED_ON
+}
+
+impl Tree {
+    /// The tree below what is mounted at `top`; `descriptors` is `/proc/self/fd`.
+    pub(super) fn new(
+        top: &Path,
+        descriptors: Arc<OwnedFd>,
+        exclusive: bool,
+        timeout: Duration,
+    ) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = openat(CWD, top, flags, Mode::empty())?;
+        let seen = stat::look(&file, StatxFlags::MNT_ID)?;
+        let file_system = fstatfs(&file)?.f_type.cast_unsigned();
+        let identity = stat::identity(&seen);
+        Ok(Self {
+            descriptors,
+            nodes: Nodes::new(file, stat::kind(&seen), identity),
+            opens: Opens::new(),
+            exclusive,
+            timeout,
+            mount: identity.mount,
+            flushes: !SILENT.contains(&file_system),
+        })
+    }
+
+    /// Whether the guest has this number.
+    pub(super) fn has(&self, number: u64) -> bool {
+        self.nodes.has(number)
+    }
+
+    /// A descriptor's name in [`Self::descriptors`].
+    fn name_of(file: impl AsFd) -> String {
+        file.as_fd().as_raw_fd().to_string()
+    }
+
+    fn entry(&self, node: &Node, seen: &Statx) -> Entry {
+        Entry {
+            inode: node.number,
+            generation: 0,
+            attr: Self::shown(node, seen),
+            attr_flags: 0,
+            attr_timeout: self.timeout,
+            entry_timeout: self.timeout,
+        }
+    }
+
+    /// What is shown of a file to the guest.
+    fn shown(node: &Node, seen: &Statx) -> stat64 {
+        let set_id = Mode::from_raw_mode(u32::from(seen.stx_mode)).intersects(SET_ID);
+        node.set_id.store(set_id, Ordering::Relaxed);
+        stat::stat(seen)
+    }
+
+    /// Changes a file's content by `act`, and gives it back the set-id bits that it loses by that, unless the guest
+    /// says that they shall go: in a user namespace the host's kernel takes them from everybody.
+    fn keeping_set_id<T>(
+        &self,
+        node: &Node,
+        shall_go: bool,
+        act: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        if shall_go || !node.set_id.load(Ordering::Relaxed) || node.kind != FileType::RegularFile {
+            return act();
+        }
+        let mode = || -> io::Result<Mode> {
+            let seen = stat::look(&node.file, StatxFlags::empty())?;
+            Ok(Mode::from_raw_mode(u32::from(seen.stx_mode)))
+        };
+        let before = mode()?;
+        let done = act()?;
+        let lost = before - mode()?;
+        if !lost.is_empty() && SET_ID.contains(lost) {
+            let name = Self::name_of(&node.file);
+            chmodat(&self.descriptors, name, before, AtFlags::empty())?;
+        }
+        Ok(done)
+    }
+
+    fn known(&self, file: OwnedFd) -> io::Result<(Arc<Node>, Statx)> {
+        let seen = stat::look(&file, StatxFlags::MNT_ID)?;
+        let node = self
+            .nodes
+            .found(file, stat::kind(&seen), stat::identity(&seen))?;
+        Ok((node, seen))
+    }
+
+    fn find(&self, parent: &Node, name: &CStr) -> io::Result<(Arc<Node>, Statx)> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.known(openat(&parent.file, name, flags, Mode::empty())?)
+    }
+
+    /// Opens a file anew. Never a device, pipe or socket of the host: those are the guest's own.
+    fn reopen(&self, node: &Node, flags: OFlags) -> io::Result<File> {
+        if !matches!(node.kind, FileType::RegularFile | FileType::Directory) {
+            return Err(errno(libc::EBADF));
+        }
+        let flags = flags | OFlags::CLOEXEC;
+        let name = Self::name_of(&node.file);
+        Ok(openat(&self.descriptors, name, flags, Mode::empty())?.into())
+    }
+
+    /// As [`Self::reopen`]; set-id bits stay if it is truncated by that, but with `kill`.
+    fn reopen_keeping(&self, node: &Node, flags: OFlags, kill: bool) -> io::Result<File> {
+        let whole = !flags.contains(OFlags::TRUNC);
+        self.keeping_set_id(node, kill || whole, || self.reopen(node, flags))
+    }
+
+    fn answer_flags(&self, node: &Node, flags: OFlags) -> u32 {
+        let cache = match (self.exclusive, node.kind) {
+            (false, _) => 0,
+            (true, FileType::Directory) => KEEP_CACHE | CACHE_DIRECTORY,
+            (true, _) => KEEP_CACHE,
+        };
+        // Without it the guest writes mapped pages back when it closes a file, for whoever else reads it.
+        let reads_only = flags & OFlags::ACCMODE == OFlags::RDONLY;
+        let quiet = node.kind == FileType::RegularFile && (self.exclusive || reads_only);
+        cache | if quiet { NO_FLUSH } else { 0 }
+    }
+
+    pub(super) fn lookup(&self, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let (node, seen) = self.find(&*self.nodes.get(parent)?, name)?;
+        Ok(self.entry(&node, &seen))
+    }
+
+    pub(super) fn forget(&self, number: u64, count: u64) {
+        self.nodes.forget(number, count);
+    }
+
+    pub(super) fn readlink(&self, number: u64) -> io::Result<Vec<u8>> {
+        let node = self.nodes.get(number)?;
+        Ok(readlinkat(&node.file, "", Vec::new())?.into_bytes())
+    }
+
+    /// Makes a name in `parent` by `make`, and finds what it is now.
+    fn made(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        make: impl FnOnce(&Node) -> rustix::io::Result<()>,
+    ) -> io::Result<Entry> {
+        let parent = self.nodes.get(parent)?;
+        as_caller(ctx, || Ok(make(&parent)?))?;
+        let (node, seen) = self.find(&parent, name)?;
+        Ok(self.entry(&node, &seen))
+    }
+
+    pub(super) fn symlink(
+        &self,
+        ctx: &Context,
+        target: &CStr,
+        parent: u64,
+        name: &CStr,
+    ) -> io::Result<Entry> {
+        self.made(ctx, parent, name, |parent| {
+            symlinkat(target, &parent.file, name)
+        })
+    }
+
+    pub(super) fn mkdir(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        mask: u32,
+    ) -> io::Result<Entry> {
+        umask::set(mask);
+        self.made(ctx, parent, name, |parent| {
+            mkdirat(&parent.file, name, Mode::from_raw_mode(mode))
+        })
+    }
+
+    pub(super) fn mknod(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        device: u32,
+        mask: u32,
+    ) -> io::Result<Entry> {
+        umask::set(mask);
+        let (kind, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode));
+        self.made(ctx, parent, name, |parent| {
+            mknodat(&parent.file, name, kind, mode, Dev::from(device))
+        })
+    }
+
+    /// Another name for a file. A descriptor's own name wants no capability, which `AT_EMPTY_PATH` does.
+    pub(super) fn link(&self, number: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let (node, parent) = (self.nodes.get(number)?, self.nodes.get(parent)?);
+        let source = Self::name_of(&node.file);
+        let flags = AtFlags::SYMLINK_FOLLOW;
+        linkat(&self.descriptors, source, &parent.file, name, flags)?;
+        let seen = stat::look(&node.file, StatxFlags::empty())?;
+        self.nodes.again(&node)?;
+        Ok(self.entry(&node, &seen))
+    }
+
+    pub(super) fn unlink(&self, parent: u64, name: &CStr) -> io::Result<()> {
+        let parent = self.nodes.get(parent)?;
+        Ok(unlinkat(&parent.file, name, AtFlags::empty())?)
+    }
+
+    pub(super) fn rmdir(&self, parent: u64, name: &CStr) -> io::Result<()> {
+        let parent = self.nodes.get(parent)?;
+        Ok(unlinkat(&parent.file, name, AtFlags::REMOVEDIR)?)
+    }
+
+    pub(super) fn rename(
+        &self,
+        old_parent: u64,
+        old_name: &CStr,
+        new_parent: u64,
+        new_name: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        let (old, new) = (self.nodes.get(old_parent)?, self.nodes.get(new_parent)?);
+        let flags = RenameFlags::from_bits_retain(flags);
+        Ok(renameat_with(
+            &old.file, old_name, &new.file, new_name, flags,
+        )?)
+    }
+
+    /// Opens a file or directory; a handle, and flags for the answer.
+    pub(super) fn open(&self, number: u64, flags: u32, kill: bool) -> io::Result<(u64, u32)> {
+        let node = self.nodes.get(number)?;
+        let flags = passed_on(flags);
+        let file = self.reopen_keeping(&node, flags, kill)?;
+        let handle = self.opens.insert(Open::new(file, node.number, flags));
+        Ok((handle, self.answer_flags(&node, flags)))
+    }
+
+    pub(super) fn opendir(&self, number: u64) -> io::Result<(u64, u32)> {
+        let node = self.nodes.get(number)?;
+        let file = self.reopen(&node, OFlags::DIRECTORY)?;
+        let open = Open::new(file, node.number, OFlags::empty());
+        let handle = self.opens.insert(open);
+        Ok((handle, self.answer_flags(&node, OFlags::empty())))
+    }
+
+    pub(super) fn create(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        args: CreateIn,
+    ) -> io::Result<Opened> {
+        let parent = self.nodes.get(parent)?;
+        let flags = passed_on(args.flags);
+        umask::set(args.umask);
+        let fresh = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(args.mode);
+        match as_caller(ctx, || Ok(openat(&parent.file, name, fresh, mode)?)) {
+            Ok(file) => self.new_file(file, flags),
+            Err(error)
+                if error.kind() == io::ErrorKind::AlreadyExists
+                    && !OFlags::from_bits_retain(args.flags).contains(OFlags::EXCL) =>
+            {
+                let (node, seen) = self.find(&parent, name)?;
+                let kill = args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
+                match as_caller(ctx, || self.reopen_keeping(&node, flags, kill)) {
+                    Ok(file) => Ok(self.opened(&node, &seen, file, flags)),
+                    Err(error) => {
+                        self.nodes.forget(node.number, 1);
+                        Err(error)
+                    }
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A file without a name; it may be linked later, unless `O_EXCL` says that it may not.
+    pub(super) fn tmpfile(&self, ctx: &Context, parent: u64, args: CreateIn) -> io::Result<Opened> {
+        let parent = self.nodes.get(parent)?;
+        let flags = passed_on(args.flags) - OFlags::TRUNC;
+        umask::set(args.umask);
+        let exclusive = OFlags::from_bits_retain(args.flags) & OFlags::EXCL;
+        let all = flags | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(args.mode);
+        let file = as_caller(ctx, || Ok(openat(&parent.file, c".", all, mode)?))?;
+        self.new_file(file, flags)
+    }
+
+    fn new_file(&self, file: OwnedFd, flags: OFlags) -> io::Result<Opened> {
+        let path = OFlags::PATH | OFlags::CLOEXEC;
+        let name = Self::name_of(&file);
+        let (node, seen) = self.known(openat(&self.descriptors, name, path, Mode::empty())?)?;
+        node.incapable.store(self.alone(&node), Ordering::Relaxed);
+        Ok(self.opened(&node, &seen, file.into(), flags))
+    }
+
+    /// Whether only the guest, and only by this number, changes the file.
+    fn alone(&self, node: &Node) -> bool {
+        self.exclusive && node.identity.mount == self.mount
+    }
+
+    fn opened(&self, node: &Node, seen: &Statx, file: File, flags: OFlags) -> Opened {
+        Opened {
+            entry: self.entry(node, seen),
+            handle: self.opens.insert(Open::new(file, node.number, flags)),
+            flags: self.answer_flags(node, flags),
+        }
+    }
+
+    pub(super) fn release(&self, number: u64, handle: u64) -> io::Result<()> {
+        self.opens.release(handle, number)
+    }
+
+    pub(super) fn read(
+        &self,
+        number: u64,
+        handle: u64,
+        writer: &mut dyn ZeroCopyWriter,
+        size: usize,
+        offset: u64,
+    ) -> io::Result<usize> {
+        let open = self.opens.get(handle, number)?;
+        writer.write_from(&mut *lent(&open.file), size, offset)
+    }
+
+    /// Writes `size` bytes at `offset`, or at the end.
+    pub(super) fn write(
+        &self,
+        number: u64,
+        handle: u64,
+        reader: &mut dyn ZeroCopyReader,
+        (size, offset): (usize, u64),
+        how: Writing,
+    ) -> io::Result<usize> {
+        let (node, open) = (self.nodes.get(number)?, self.opens.get(handle, number)?);
+        open.append(how.appends)?;
+        self.keeping_set_id(&node, how.kills, || {
+            reader.read_to(&mut *lent(&open.file), size, offset)
+        })
+    }
+
+    /// What closing one of several descriptors does: errors that come late come now.
+    pub(super) fn flush(&self, number: u64, handle: u64) -> io::Result<()> {
+        let open = self.opens.get(handle, number)?;
+        if self.flushes {
+            nix::unistd::close(rustix::io::dup(&open.file)?)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn fsync(&self, number: u64, handle: u64, data_only: bool) -> io::Result<()> {
+        let open = self.opens.get(handle, number)?;
+        let synced = if data_only {
+            fdatasync(&open.file)
+        } else {
+            fsync(&open.file)
+        };
+        Ok(synced?)
+    }
+
+    /// Has the host write back what it holds of the file systems here that the guest can write to.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        for node in self.nodes.of_each_device() {
+            let readonly = rustix::fs::StatVfsMountFlags::RDONLY;
+            if !rustix::fs::fstatvfs(&node.file)?.f_flag.contains(readonly) {
+                let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+                syncfs(self.reopen(&node, flags)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn fallocate(
+        &self,
+        number: u64,
+        handle: u64,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let (node, open) = (self.nodes.get(number)?, self.opens.get(handle, number)?);
+        let mode = FallocateFlags::from_bits_retain(mode);
+        // The guest's kernel has taken them itself, if they had to go.
+        self.keeping_set_id(&node, false, || {
+            Ok(fallocate(&open.file, mode, offset, length)?)
+        })
+    }
+
+    /// The next data or hole; the guest's kernel knows all other positions itself.
+    pub(super) fn lseek(
+        &self,
+        number: u64,
+        handle: u64,
+        offset: u64,
+        whence: u32,
+    ) -> io::Result<u64> {
+        let open = self.opens.get(handle, number)?;
+        let position = match i32::try_from(whence) {
+            Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
+            Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
+            _ => return Err(errno(libc::EINVAL)),
+        };
+        let _held = open.position.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(seek(&open.file, position)?)
+    }
+
+    /// Lists a directory from a position on, until `each` has no room for an entry and says false.
+    ///
+    /// # Errors
+    /// `EINVAL` if there was room for none; that of `each` if it fails.
+    pub(super) fn list(
+        &self,
+        number: u64,
+        handle: u64,
+        room: usize,
+        offset: u64,
+        each: &mut dyn FnMut(&Listed<'_>) -> io::Result<bool>,
+    ) -> io::Result<()> {
+        let open = self.opens.get(handle, number)?;
+        let mut buffer: Vec<u8> = Vec::with_capacity(room.clamp(SHORTEST_LISTING, LISTING));
+        let _held = open.position.lock().unwrap_or_else(PoisonError::into_inner);
+        seek(&open.file, SeekFrom::Start(offset))?;
+        let mut directory = RawDir::new(&open.file, buffer.spare_capacity_mut());
+        let mut listed = false;
+        while let Some(entry) = directory.next() {
+            let entry = entry?;
+            let fits = each(&Listed {
+                name: entry.file_name(),
+                inode: entry.ino(),
+                kind: kind_in_directory(entry.file_type()),
+                next: entry.next_entry_cookie(),
+            })?;
+            if !fits {
+                return if listed {
+                    Ok(())
+                } else {
+                    Err(errno(libc::EINVAL))
+                };
+            }
+            listed = true;
+            if directory.is_buffer_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Attributes, and how long they are good for.
+    pub(super) fn getattr(&self, number: u64) -> io::Result<(stat64, Duration)> {
+        let node = self.nodes.get(number)?;
+        let seen = stat::look(&node.file, StatxFlags::empty())?;
+        Ok((Self::shown(&node, &seen), self.timeout))
+    }
+
+    /// All that the host knows, the time of birth too, and how long it is good for.
+    pub(super) fn statx(&self, number: u64) -> io::Result<(Statx, stat64, Duration)> {
+        let node = self.nodes.get(number)?;
+        let seen = stat::look(&node.file, StatxFlags::BTIME)?;
+        let stat = Self::shown(&node, &seen);
+        Ok((seen, stat, self.timeout))
+    }
+}
+
+/// `DT_*` of a directory's entry.
+fn kind_in_directory(kind: FileType) -> u32 {
+    kind.as_raw_mode() >> 12 & 0xf
+}
+
+/// A file as the library's copying wants it.
+fn lent(file: &File) -> ManuallyDrop<File> {
+    // SAFETY: the descriptor is open as long as `file`, which the caller holds longer than the result, and the
+    // result does not close it.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(file.as_raw_fd()) })
+}
+
+/// A path of a descriptor's file for calls that take no directory.
+fn path_of(file: impl AsFd) -> CString {
+    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    // There is no zero byte in it.
+    CString::new(path).unwrap_or_default()
+}
