@@ -9,8 +9,8 @@
 //! its namespace without following a link, and nothing there but `/shared` is touched. Blocking code,
 //! some milliseconds a call: run it on a blocking thread.
 
+mod file_systems;
 mod idmap;
-mod kernel_fs;
 mod namespace;
 mod path;
 mod source;
@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+pub use file_systems::{FileSystems, LeftOut, NotData};
 pub use idmap::{IdMap, IdRange};
 pub use namespace::unescape;
 pub use source::RootfsMount;
@@ -65,6 +66,14 @@ pub enum ShareError {
     KernelFileSystem {
         /// The host's path.
         path: PathBuf,
+    },
+    /// A host path lies on a file system that nobody has said to hold data.
+    #[error("{} lies on a file system of type {kind:?}, which is not known to hold data; if it does, add it to file_systems in the handler's configuration", path.display())]
+    UnknownFileSystem {
+        /// The host's path.
+        path: PathBuf,
+        /// The file system.
+        kind: String,
     },
     /// The root file system's mounts are not of a kind the share can hold.
     #[error("cannot share a root file system of type {fstype:?}: {reason}")]
@@ -143,10 +152,6 @@ pub enum ShareError {
     Thread(#[source] io::Error),
 }
 
-/// How the share path of a directory ends below which more mounts will be attached: the file server cannot number
-/// its files by the host's inode numbers then.
-pub const GROWING: &str = ".grows";
-
 /// How a mount is shared. `nosuid`, `nodev` and `noexec` always hold on the host's side; the guest's own
 /// mount flags decide inside the guest.
 #[derive(Debug, Clone, Default)]
@@ -155,7 +160,7 @@ pub struct Attributes {
     pub readonly: bool,
     /// But the mounts below can, as far as they can be on the host.
     pub writable_below: bool,
-    /// Mounts below the source are shared too, but for those of the node's kernel (procfs, sysfs…).
+    /// Mounts below the source are shared too, but for those that hold no data (procfs, sysfs…).
     pub recursive: bool,
     /// What the source must be, if it was examined before.
     pub expected: Option<FileId>,
@@ -195,14 +200,15 @@ pub struct LaterMount<'a> {
 pub struct Share {
     pid: u32,
     pidfd: OwnedFd,
+    file_systems: FileSystems,
 }
 
 impl Share {
-    /// The share of this VMM; waits until its jail is closed.
+    /// The share of this VMM, of these file systems; waits until its jail is closed.
     ///
     /// # Errors
     /// [`ShareError::Jail`].
-    pub fn new(vmm: &mut VmmProcess) -> Result<Self, ShareError> {
+    pub fn new(vmm: &mut VmmProcess, file_systems: FileSystems) -> Result<Self, ShareError> {
         vmm.wait_jailed()?;
         Ok(Self {
             pid: vmm.pid(),
@@ -210,23 +216,29 @@ impl Share {
                 .pidfd()
                 .try_clone_to_owned()
                 .map_err(LaunchError::Prepare)?,
+            file_systems,
         })
     }
 
-    /// Shares a host directory.
+    /// Shares a host directory. Returns the mounts below it that were left out because nobody has said that their
+    /// file systems hold data.
     ///
     /// # Errors
-    /// [`ShareError::Source`] or [`ShareError::Kind`] for the source, else as [`Self::attach`].
+    /// [`ShareError::Source`], [`ShareError::Kind`], [`ShareError::KernelFileSystem`] or
+    /// [`ShareError::UnknownFileSystem`] for the source, else as [`Self::attach`].
     pub fn attach_dir(
         &self,
         source: &Path,
         share_path: &str,
         attributes: Attributes,
-    ) -> Result<(), ShareError> {
-        let mount = source::clone(source, attributes.recursive, source::Kind::Directory)?;
+    ) -> Result<Vec<LeftOut>, ShareError> {
+        let kind = source::Kind::Directory;
+        let (mount, left_out) =
+            source::clone(source, attributes.recursive, kind, &self.file_systems)?;
         source::expect(&mount, source, attributes.expected)?;
         map_ids(&mount, source, attributes.id_map.as_ref())?;
-        self.attach(mount, share_path, attributes)
+        self.attach(mount, share_path, attributes)?;
+        Ok(left_out)
     }
 
     /// Shares one host file (or socket or device node) and nothing beside it.
@@ -239,7 +251,8 @@ impl Share {
         share_path: &str,
         attributes: Attributes,
     ) -> Result<(), ShareError> {
-        let mount = source::clone(source, false, source::Kind::File)?;
+        let kind = source::Kind::File;
+        let (mount, _) = source::clone(source, false, kind, &self.file_systems)?;
         source::expect(&mount, source, attributes.expected)?;
         map_ids(&mount, source, attributes.id_map.as_ref())?;
         self.attach(mount, share_path, attributes)
@@ -258,7 +271,7 @@ impl Share {
         // A wrong path is cheaper to find than a wrong mount.
         SharePath::new(share_path)?;
         let readonly = source::is_readonly(mounts);
-        let mount = source::rootfs(mounts)?;
+        let (mount, _) = source::rootfs(mounts, &self.file_systems)?;
         self.attach(
             mount,
             share_path,
@@ -287,11 +300,11 @@ impl Share {
     }
 
     /// Attaches a mount that the host has made below a shared directory since, at the same place below what is
-    /// at `share_path`, whose name must end in [`GROWING`]. Mounts below it do not come along.
+    /// at `share_path`. Mounts below it do not come along.
     ///
     /// # Errors
     /// [`ShareError::Moved`] when the place leads to something else by now, [`ShareError::KernelFileSystem`]
-    /// for what is never shared, else as [`Self::attach_dir`].
+    /// and [`ShareError::UnknownFileSystem`] for what is not shared, else as [`Self::attach_dir`].
     pub fn attach_below(
         &self,
         later: &LaterMount<'_>,
@@ -299,12 +312,7 @@ impl Share {
         readonly: bool,
     ) -> Result<(), ShareError> {
         let share_path = SharePath::new(share_path)?;
-        if !share_path.as_str().ends_with(GROWING) {
-            return Err(ShareError::InvalidPath {
-                path: share_path.to_string(),
-            });
-        }
-        let mount = source::clone_later(later)?;
+        let mount = source::clone_later(later, &self.file_systems)?;
         let attributes = Attributes {
             readonly,
             ..Attributes::default()

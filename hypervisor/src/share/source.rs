@@ -4,18 +4,20 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, fstat, openat2, statx,
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, fstat, openat, openat2,
+    statx,
 };
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::file_systems::{FileSystems, LeftOut, Verdict, kind_of};
 use super::idmap::IdMap;
-use super::{FileId, LaterMount, ShareError, kernel_fs};
+use super::{FileId, LaterMount, ShareError};
 
 /// One of the mounts containerd sends for a root file system; each goes on top of the one before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,41 +45,55 @@ const SCRATCH: &str = "/proc";
 /// `mount(2)` copies one page of options, with its ending zero.
 const MAX_OPTIONS: usize = 4095;
 
-/// Clones the mount at a host path.
-pub(super) fn clone(path: &Path, recursive: bool, kind: Kind) -> Result<OwnedFd, ShareError> {
+/// Clones the mount at a host path; with `recursive`, what is mounted below and may be shared too. Tells what of
+/// that was left out and is not of the node's kernel.
+pub(super) fn clone(
+    path: &Path,
+    recursive: bool,
+    kind: Kind,
+    file_systems: &FileSystems,
+) -> Result<(OwnedFd, Vec<LeftOut>), ShareError> {
     let failed = |source: io::Error| ShareError::Source {
         path: path.to_owned(),
         source,
     };
-    let mount = if recursive {
-        clone_recursively(path).map_err(failed)?
-    } else {
-        clone_tree(path, false).map_err(|errno| failed(errno.into()))?
-    };
-    let stat = fstat(&mount).map_err(|errno| failed(errno.into()))?;
+    // One look at the path: what is judged is what is cloned.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let found = openat(CWD, path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
+    let stat = fstat(&found).map_err(|errno| failed(errno.into()))?;
     let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-    match (kind, is_directory) {
-        (Kind::Directory, false) => {
-            return Err(ShareError::Kind {
-                path: path.to_owned(),
-                expected: "directory",
-            });
-        }
-        (Kind::File, true) => {
-            return Err(ShareError::Kind {
-                path: path.to_owned(),
-                expected: "file",
-            });
-        }
-        _ => {}
-    }
-    let statfs = rustix::fs::fstatfs(&mount).map_err(|errno| failed(errno.into()))?;
-    if kernel_fs::is_kernel_type(statfs.f_type.cast_unsigned()) {
-        return Err(ShareError::KernelFileSystem {
+    let expected = match (kind, is_directory) {
+        (Kind::Directory, false) => Some("directory"),
+        (Kind::File, true) => Some("file"),
+        _ => None,
+    };
+    if let Some(expected) = expected {
+        return Err(ShareError::Kind {
             path: path.to_owned(),
+            expected,
         });
     }
-    Ok(mount)
+    judge(&found, path, file_systems)?;
+    if recursive {
+        clone_recursively(path, found, file_systems).map_err(failed)
+    } else {
+        let mount = clone_tree(&found, false).map_err(|errno| failed(errno.into()))?;
+        Ok((mount, Vec::new()))
+    }
+}
+
+/// Refuses what lies on a file system that is not shared.
+fn judge(found: &OwnedFd, path: &Path, file_systems: &FileSystems) -> Result<(), ShareError> {
+    let path = path.to_owned();
+    let kind = match kind_of(found) {
+        Ok(kind) => kind.unwrap_or_default(),
+        Err(source) => return Err(ShareError::Source { path, source }),
+    };
+    match file_systems.judge(&kind) {
+        Verdict::Data => Ok(()),
+        Verdict::Kernel => Err(ShareError::KernelFileSystem { path }),
+        Verdict::Unknown => Err(ShareError::UnknownFileSystem { path, kind }),
+    }
 }
 
 /// Checks that a clone is of what its path led to before.
@@ -107,7 +123,10 @@ fn id_of(stat: &Stat) -> FileId {
 
 /// Clones a mount that was made below a shared directory. No link is followed, and what is cloned is that
 /// mount: the directory's writers could have exchanged anything on the way.
-pub(super) fn clone_later(later: &LaterMount<'_>) -> Result<OwnedFd, ShareError> {
+pub(super) fn clone_later(
+    later: &LaterMount<'_>,
+    file_systems: &FileSystems,
+) -> Result<OwnedFd, ShareError> {
     let path = later.top.join(later.way);
     let failed = |errno: rustix::io::Errno| match errno {
         rustix::io::Errno::LOOP
@@ -133,23 +152,22 @@ pub(super) fn clone_later(later: &LaterMount<'_>) -> Result<OwnedFd, ShareError>
     if seen.stx_mnt_id != later.id {
         return Err(ShareError::Moved { path });
     }
-    let statfs = rustix::fs::fstatfs(&point).map_err(failed)?;
-    if kernel_fs::is_kernel_type(statfs.f_type.cast_unsigned()) {
-        return Err(ShareError::KernelFileSystem { path });
-    }
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    open_tree(&point, "", flags).map_err(failed)
+    judge(&point, &path, file_systems)?;
+    clone_tree(&point, false).map_err(failed)
 }
 
-/// Clones a path with the mounts below it, without the kernel's own.
-fn clone_recursively(path: &Path) -> io::Result<OwnedFd> {
+/// Clones what was found at a path with the mounts below it that may be shared.
+fn clone_recursively(
+    path: &Path,
+    found: OwnedFd,
+    file_systems: &FileSystems,
+) -> io::Result<(OwnedFd, Vec<LeftOut>)> {
     // As the mount table has it, without links.
     let path = std::fs::canonicalize(path)?;
-    if kernel_fs::below(&path)?.is_empty() {
-        return Ok(clone_tree(&path, true)?);
+    if file_systems.refused_below(&path)?.is_empty() {
+        return Ok((clone_tree(&found, true)?, Vec::new()));
     }
+    drop(found);
     // What is unmounted in a namespace of its own is unmounted nowhere else.
     std::thread::scope(|scope| {
         std::thread::Builder::new()
@@ -157,26 +175,34 @@ fn clone_recursively(path: &Path) -> io::Result<OwnedFd> {
             .spawn_scoped(scope, || {
                 unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)?;
                 propagate(MsFlags::MS_PRIVATE)?;
-                let points = kernel_fs::below(&path)?;
-                for point in points.iter().rev() {
+                let refused = file_systems.refused_below(&path)?;
+                for (mount, _) in refused.iter().rev() {
                     umount2(
-                        point.as_c_str(),
+                        mount.c_path()?.as_c_str(),
                         MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
                     )?;
                 }
-                Ok(clone_tree(&path, true)?)
+                let flags = OFlags::PATH | OFlags::CLOEXEC;
+                let mount = clone_tree(&openat(CWD, &path, flags, Mode::empty())?, true)?;
+                let unknown = refused
+                    .into_iter()
+                    .filter(|(_, verdict)| *verdict == Verdict::Unknown);
+                Ok((mount, unknown.map(|(left, _)| left).collect()))
             })?
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
     })
 }
 
-fn clone_tree(path: &Path, recursive: bool) -> rustix::io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+/// Clones the mount that a descriptor lies on, from there.
+fn clone_tree(top: impl AsFd, recursive: bool) -> rustix::io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    open_tree(CWD, path, flags)
+    open_tree(top, "", flags)
 }
 
 /// Whether the guest may not write to the root file system.
@@ -192,7 +218,10 @@ pub(super) fn is_readonly(mounts: &[RootfsMount]) -> bool {
 }
 
 /// Mounts a root file system and returns it detached.
-pub(super) fn rootfs(mounts: &[RootfsMount]) -> Result<OwnedFd, ShareError> {
+pub(super) fn rootfs(
+    mounts: &[RootfsMount],
+    file_systems: &FileSystems,
+) -> Result<(OwnedFd, Vec<LeftOut>), ShareError> {
     let [lower @ .., top] = mounts else {
         return Err(ShareError::Unsupported {
             fstype: String::new(),
@@ -205,7 +234,12 @@ pub(super) fn rootfs(mounts: &[RootfsMount]) -> Result<OwnedFd, ShareError> {
     // The usual cases of a native or a bind snapshot need no namespace.
     if lower.is_empty() && is_bind(top) {
         let recursive = top.options.iter().any(|option| option == "rbind");
-        return clone(Path::new(&top.source), recursive, Kind::Directory);
+        return clone(
+            Path::new(&top.source),
+            recursive,
+            Kind::Directory,
+            file_systems,
+        );
     }
     std::thread::scope(|scope| {
         std::thread::Builder::new()
@@ -214,6 +248,7 @@ pub(super) fn rootfs(mounts: &[RootfsMount]) -> Result<OwnedFd, ShareError> {
             .map_err(ShareError::Thread)?
             .join()
             .unwrap_or_else(|_| Err(ShareError::Thread(io::Error::other("the thread panicked"))))
+            .map(|mount| (mount, Vec::new()))
     })
 }
 
@@ -266,7 +301,10 @@ fn mount_elsewhere(mounts: &[RootfsMount]) -> Result<OwnedFd, ShareError> {
     for one in mounts {
         mount_one(one)?;
     }
-    clone_tree(Path::new(SCRATCH), true).map_err(|errno| failed("cloning the mount")(errno.into()))
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    openat(CWD, SCRATCH, flags, Mode::empty())
+        .and_then(|top| clone_tree(&top, true))
+        .map_err(|errno| failed("cloning the mount")(errno.into()))
 }
 
 /// Sets how the whole namespace hears of other namespaces' mounts; they hear nothing of this one's.
@@ -468,12 +506,12 @@ mod tests {
     #[test]
     fn a_disk_image_is_never_mounted_on_the_node() {
         for fstype in ["ext4", "erofs", "fuse.x", ""] {
-            let error = rootfs(&[RootfsMount {
+            let mount = RootfsMount {
                 fstype: fstype.into(),
                 source: "/dev/null".into(),
                 options: Vec::new(),
-            }])
-            .unwrap_err();
+            };
+            let error = rootfs(&[mount], &FileSystems::default()).unwrap_err();
             assert!(matches!(error, ShareError::Unsupported { .. }), "{fstype}");
         }
     }

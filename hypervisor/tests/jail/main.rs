@@ -15,7 +15,7 @@ use std::path::Path;
 use brig_hypervisor::jail::audit::{Extent, differences, filters};
 use brig_hypervisor::jail::seccomp::ThreadKind;
 use brig_hypervisor::launch::{LaunchError, LaunchOptions, Stage, VmmExit, VmmProcess, launch};
-use brig_hypervisor::share::{Attributes, Share, ShareError};
+use brig_hypervisor::share::{Attributes, FileSystems, Share, ShareError};
 use share::{mount_tmpfs, unmount};
 
 const MAX_FILES: u64 = 4321;
@@ -41,7 +41,7 @@ impl Jailed {
         })
         .unwrap();
         let control = vmm.take_control();
-        let share = Share::new(&mut vmm).unwrap();
+        let share = Share::new(&mut vmm, FileSystems::default()).unwrap();
         (Self { control, vmm }, share)
     }
 
@@ -221,7 +221,7 @@ fn what_is_no_vmm_is_told_by_what_it_fails_at() {
 
     let mut stranger = launch(options(Path::new("/bin/true"))).unwrap();
     assert!(matches!(
-        Share::new(&mut stranger),
+        Share::new(&mut stranger, FileSystems::default()),
         Err(ShareError::Jail(LaunchError::Jail(_)))
     ));
     assert_eq!(stranger.wait().unwrap(), VmmExit::Code(0));

@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use brig_hypervisor::share::FileSystems;
 use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, Result};
@@ -55,6 +56,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Descriptors the VMM may hold (one per inode its guest knows).
     pub max_files: u64,
+    /// File systems whose directories and files a pod may be given.
+    pub file_systems: FileSystems,
     /// Keys that a pod may set for itself, as annotations.
     pub pod_annotations: Vec<Key>,
 }
@@ -89,6 +92,7 @@ struct File {
     shutdown_grace: Option<u32>,
     state_dir: Option<PathBuf>,
     max_files: Option<u64>,
+    file_systems: Option<Vec<String>>,
     pod_annotations: Option<Vec<Key>>,
 }
 
@@ -185,6 +189,7 @@ impl Config {
             shutdown_grace: 10,
             state_dir: PathBuf::from("/run/brig"),
             max_files: 524_288,
+            file_systems: FileSystems::default(),
             pod_annotations: Vec::new(),
         }
     }
@@ -219,6 +224,10 @@ impl Config {
         whole.max_files = file.max_files.unwrap_or(whole.max_files);
         if let Some(keys) = file.pod_annotations {
             whole.pod_annotations = keys;
+        }
+        if let Some(names) = file.file_systems {
+            self.file_systems = FileSystems::and(&names)
+                .map_err(|error| invalid(format!("file_systems: {error}")))?;
         }
         for (key, value) in [
             ("kernel", &whole.kernel),
@@ -349,6 +358,11 @@ mod tests {
             ("kernal = \"/x\"", "kernal"),
             ("max_files = 3", "max_files"),
             ("pod_annotations = [\"kernel\"]", "kernel"),
+            (
+                "file_systems = [\"pxfs\", \"proc\"]",
+                "file_systems: \"proc\" is a file system of the node's kernel",
+            ),
+            ("file_systems = [\"/proc\"]", "no file system's name"),
             ("= =", "configuration /etc/brig/config.toml"),
         ] {
             let error = applied(text).unwrap_err();

@@ -30,7 +30,9 @@ use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext};
 
 use crate::error::{Error, Result};
 use crate::guest::vm::watch::tests::FakeProcess;
-use crate::guest::vm::{Attributes, Host, LaterMount, Launched, Mounts, Plan, RootfsMount};
+use crate::guest::vm::{
+    Attributes, Host, LaterMount, Launched, LeftOut, Mounts, Plan, RootfsMount,
+};
 use crate::node::cgroup::Cgroup;
 
 /// What was asked of the fakes, in order.
@@ -186,7 +188,7 @@ impl Mounts for FakeMounts {
         self.0.add(format!("attach {path}"));
         Ok(())
     }
-    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<()> {
+    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<Vec<LeftOut>> {
         if !source.exists() {
             return Err(Error::not_found(format!("{} is missing", source.display())));
         }
@@ -197,7 +199,7 @@ impl Mounts for FakeMounts {
         };
         let mapped = if how.id_map.is_some() { " mapped" } else { "" };
         self.0.add(format!("attach {path}{mode}{mapped}"));
-        Ok(())
+        Ok(Vec::new())
     }
     fn attach_below(&self, path: &str, later: &LaterMount<'_>, readonly: bool) -> Result<()> {
         let mode = if readonly { " ro" } else { "" };

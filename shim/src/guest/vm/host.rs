@@ -64,7 +64,7 @@ impl Host for Node {
         })
         .map_err(|error| not_launched(&error))?;
         set_oom_score(&process, plan.oom_score_adj);
-        let share = match Share::new(&mut process) {
+        let share = match Share::new(&mut process, config.file_systems.clone()) {
             Ok(share) => share,
             Err(ShareError::Jail(error)) => return Err(not_launched(&error)),
             Err(error) => return Err(Error::unavailable(error.to_string())),

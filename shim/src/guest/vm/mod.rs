@@ -30,7 +30,7 @@ use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_agent_protocol::{FIRST_PROCESS_STREAM, STREAM_PORT, stream_header};
 use brig_hypervisor::control::{RequestBody, StreamConfig, VmConfig};
 use brig_hypervisor::launch::{VmmExit, VmmProcess};
-pub use brig_hypervisor::share::{Attributes, LaterMount};
+pub use brig_hypervisor::share::{Attributes, LaterMount, LeftOut};
 use tokio::sync::{Notify, watch as watch_channel};
 use tokio::time::timeout;
 use ttrpc::context;
@@ -93,11 +93,12 @@ pub trait Mounts: Send + Sync {
     /// # Errors
     /// What the host says.
     fn attach_rootfs(&self, path: &str, mounts: &[RootfsMount]) -> Result<()>;
-    /// Makes a host directory or file appear at `path`.
+    /// Makes a host directory or file appear at `path`; tells which mounts below it are not there, because nobody
+    /// has said that their file systems hold data.
     ///
     /// # Errors
-    /// What the host says.
-    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<()>;
+    /// `InvalidArgument` for a file system that is not shared; what the host says.
+    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<Vec<LeftOut>>;
     /// Makes a later mount of the node appear below what is at `path`.
     ///
     /// # Errors

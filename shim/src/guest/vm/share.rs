@@ -1,9 +1,11 @@
 //! [`Mounts`] on the share of a real VMM. Sources come from containerd and the spec, which are trusted
-//! to name what the pod may see; the share itself refuses file systems of the node's kernel.
+//! to name what the pod may see; the share itself refuses file systems that are not known to hold data.
 
 use std::path::Path;
 
-use brig_hypervisor::share::{Attributes, LaterMount, RootfsMount as Mount, Share, ShareError};
+use brig_hypervisor::share::{
+    Attributes, LaterMount, LeftOut, RootfsMount as Mount, Share, ShareError,
+};
 
 use super::{Mounts, RootfsMount, shown};
 use crate::error::{Error, Kind, Result};
@@ -21,13 +23,13 @@ impl Mounts for Share {
         Share::attach_rootfs(self, &mounts, path).map_err(|error| refused(&error))
     }
 
-    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<()> {
+    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<Vec<LeftOut>> {
         let metadata = std::fs::metadata(source)
             .map_err(|error| Error::io(format_args!("mount source {}", shown(source)), &error))?;
         let attached = if metadata.is_dir() {
             self.attach_dir(source, path, how)
         } else {
-            self.attach_file(source, path, how)
+            self.attach_file(source, path, how).map(|()| Vec::new())
         };
         attached.map_err(|error| refused(&error))
     }
@@ -60,6 +62,7 @@ fn refused(error: &ShareError) -> Error {
         ShareError::InvalidPath { .. }
         | ShareError::Kind { .. }
         | ShareError::KernelFileSystem { .. }
+        | ShareError::UnknownFileSystem { .. }
         | ShareError::Unmappable { .. } => Kind::InvalidArgument,
         ShareError::Source { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             Kind::NotFound

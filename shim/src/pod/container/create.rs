@@ -220,7 +220,8 @@ fn attach_rootfs(mounts: &dyn Mounts, id: &str, rootfs: &Rootfs) -> Result<()> {
                 recursive: true,
                 ..Attributes::default()
             };
-            mounts.attach(&path, directory, how)
+            // An image has no mounts of its own.
+            mounts.attach(&path, directory, how).map(drop)
         }
     }
 }

@@ -19,7 +19,6 @@ use super::mountinfo::MountTable;
 use crate::asked::spec::{BindMount, Propagation};
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::{Attributes, LaterMount, Vm};
-use brig_hypervisor::share::GROWING;
 
 /// Where the attachments lie below the share: no container's id begins with a dot.
 const DIRECTORY: &str = ".volumes";
@@ -71,9 +70,8 @@ impl Key {
 }
 
 /// The path of the share for an attachment of this number.
-fn path(number: u64, key: &Key) -> String {
-    let kind = if key.follows { GROWING } else { "" };
-    format!("{DIRECTORY}/{number}{kind}")
+fn path(number: u64) -> String {
+    format!("{DIRECTORY}/{number}")
 }
 
 /// Something is wanted of an attachment's task.
@@ -126,7 +124,7 @@ impl Use {
 impl Attachment {
     /// Starts the task; nothing is attached yet.
     pub(super) fn start(key: &Key, number: u64, vm: Arc<Vm>, logger: Logger) -> Self {
-        let path = path(number, key);
+        let path = path(number);
         let volume = key.follows.then(|| format!("s{number}"));
         let (mailbox, messages) = mpsc::unbounded_channel();
         let task = Task {
@@ -283,9 +281,15 @@ impl Task {
                     })?),
                     false => None,
                 };
-            self.vm
+            let left_out = self
+                .vm
                 .with_mounts(move |mounts| mounts.attach(&path, &source, how))
                 .await?;
+            for mount in left_out {
+                warn!(self.logger, "a mount of the node is not in the pod: its file system is not known to hold data; \
+                    if it does, add it to file_systems in the handler's configuration";
+                    "mount" => %mount.path.display(), "file_system" => mount.kind);
+            }
             self.attached = true;
             self.writable = writable;
             self.below = changed.map(|changed| (Below::new(&self.source), changed));
