@@ -5,7 +5,6 @@
 
 use std::fs::{self, FileType, Metadata};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -23,8 +22,6 @@ const REPLICATED: [&str; 4] = [
     "kubernetes.io~downward-api",
 ];
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
-/// The link that kubelet's atomic writer swaps.
-const DATA: &str = "..data";
 
 /// Nodes that the guest has itself and that mean the same there, by major and minor number.
 const GUEST_DEVICES: [((u32, u32), &str); 7] = [
@@ -175,8 +172,9 @@ fn replica(bind: &BindMount, source: &Path, kind: FileType) -> Option<Class> {
         file: None,
         live: true,
     };
-    if volume(&bind.source).is_some_and(|(plugin, _)| REPLICATED.contains(&plugin)) {
-        return kind.is_dir().then_some(live);
+    // What the container may write must reach the host.
+    if volume_of_a_pod(&bind.source).is_some_and(|plugin| REPLICATED.contains(&plugin)) {
+        return (bind.readonly && kind.is_dir()).then_some(live);
     }
     if sandbox_files::is_one(&bind.source) {
         return Some(Class::Replica {
@@ -189,7 +187,7 @@ fn replica(bind: &BindMount, source: &Path, kind: FileType) -> Option<Class> {
         let of_replicated = REPLICATED
             .iter()
             .any(|plugin| pod.join("volumes").join(plugin).join(name).is_dir());
-        if !of_replicated {
+        if !of_replicated || !bind.readonly {
             return None;
         }
         // Kubelet has bound one generation's file or directory, which never changes.
@@ -199,8 +197,8 @@ fn replica(bind: &BindMount, source: &Path, kind: FileType) -> Option<Class> {
             live: false,
         });
     }
-    // What the container may write must reach the host.
-    (bind.readonly && kind.is_dir() && is_atomically_written(source)).then_some(live)
+    // Nothing is told by what is in a directory: a container could have put it there.
+    None
 }
 
 /// Plugin and name of the volume whose directory this is: `…/volumes/<plugin>/<name>`.
@@ -209,12 +207,19 @@ fn volume(path: &Path) -> Option<(&str, &str)> {
     (volumes == "volumes" && plugin.starts_with("kubernetes.io~")).then_some((plugin, name))
 }
 
+/// Plugin of the volume that kubelet keeps there for one pod: `…/pods/<uid>/volumes/<plugin>/<name>`.
+fn volume_of_a_pod(path: &Path) -> Option<&str> {
+    let [pods, _, _, _, _] = last(path)?;
+    let (plugin, _) = volume(path)?;
+    (pods == "pods").then_some(plugin)
+}
+
 /// The pod's directory and the volume's name of a place where kubelet binds sub-paths:
-/// `<pod>/volume-subpaths/<name>/<container>/<index>`.
+/// `…/pods/<uid>/volume-subpaths/<name>/<container>/<index>`.
 fn sub_path(path: &Path) -> Option<(&Path, &str)> {
-    let [sub_paths, name, _, _] = last(path)?;
+    let [pods, _, sub_paths, name, _, _] = last(path)?;
     let pod = path.ancestors().nth(4)?;
-    (sub_paths == "volume-subpaths").then_some((pod, name))
+    (pods == "pods" && sub_paths == "volume-subpaths").then_some((pod, name))
 }
 
 /// The last names of a path.
@@ -228,18 +233,6 @@ fn last<const N: usize>(path: &Path) -> Option<[&str; N]> {
         }
     }
     Some(names)
-}
-
-/// Whether the directory looks as kubelet's atomic writer leaves it.
-fn is_atomically_written(directory: &Path) -> bool {
-    let Ok(target) = fs::read_link(directory.join(DATA)) else {
-        return false;
-    };
-    let one_name = target.components().count() == 1;
-    one_name
-        && target.as_os_str().as_bytes().starts_with(b"..")
-        && target != Path::new("..")
-        && fs::symlink_metadata(directory.join(&target)).is_ok_and(|metadata| metadata.is_dir())
 }
 
 #[cfg(test)]
@@ -285,6 +278,7 @@ mod tests {
             let path = dir.path().join("pods/u/volumes").join(plugin).join("v");
             fs::create_dir_all(&path).unwrap();
             assert!(is_live(&class(&path, true).unwrap()), "{plugin}");
+            assert_eq!(class(&path, false).unwrap(), Class::Share, "{plugin}");
         }
         for other in ["kubernetes.io~empty-dir", "kubernetes.io~csi"] {
             let path = dir.path().join("pods/u/volumes").join(other).join("v");
@@ -294,17 +288,20 @@ mod tests {
     }
 
     #[test]
-    fn an_atomic_writers_directory_is_known_anywhere_if_read_only() {
+    fn what_a_container_puts_into_a_directory_does_not_make_it_a_copy() {
         let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("..2026_1")).unwrap();
-        assert_eq!(class(dir.path(), true).unwrap(), Class::Share);
-        symlink("..2026_1", dir.path().join("..data")).unwrap();
-        assert!(is_live(&class(dir.path(), true).unwrap()));
-        assert_eq!(class(dir.path(), false).unwrap(), Class::Share);
-        for target in ["/etc", "..", "../x", "plain", "..gone"] {
-            fs::remove_file(dir.path().join("..data")).unwrap();
-            symlink(target, dir.path().join("..data")).unwrap();
-            assert_eq!(class(dir.path(), true).unwrap(), Class::Share, "{target}");
+        let places = [
+            "pods/u/volumes/kubernetes.io~empty-dir/v",
+            "host-path",
+            // Below something that a container may write.
+            "pods/u/volumes/kubernetes.io~empty-dir/v/volumes/kubernetes.io~configmap/x",
+            "pods/u/volumes/kubernetes.io~empty-dir/v/volume-subpaths/x/c/0",
+        ];
+        for place in places {
+            let path = dir.path().join(place);
+            fs::create_dir_all(path.join("..2026_1")).unwrap();
+            symlink("..2026_1", path.join("..data")).unwrap();
+            assert_eq!(class(&path, true).unwrap(), Class::Share, "{place}");
         }
     }
 
@@ -316,16 +313,17 @@ mod tests {
         let bound = pod.join("volume-subpaths/s/main");
         fs::create_dir_all(&bound).unwrap();
         fs::write(bound.join("0"), "key").unwrap();
-        let got = class(&bound.join("0"), false).unwrap();
+        let got = class(&bound.join("0"), true).unwrap();
         let wanted = Class::Replica {
             top: fs::canonicalize(bound.join("0")).unwrap(),
             file: Some("file".into()),
             live: false,
         };
         assert_eq!(got, wanted);
+        assert_eq!(class(&bound.join("0"), false).unwrap(), Class::Share);
         let other = pod.join("volume-subpaths/disk/main/0");
         fs::create_dir_all(&other).unwrap();
-        assert_eq!(class(&other, false).unwrap(), Class::Share);
+        assert_eq!(class(&other, true).unwrap(), Class::Share);
     }
 
     #[test]

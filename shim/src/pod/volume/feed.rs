@@ -4,6 +4,7 @@
 //! Contents may be secret; only ids, sizes and reasons are logged. The agent is not trusted: it gets what
 //! its pod may see, and every call is bounded in time.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,11 +15,11 @@ use brig_agent_protocol::agent::{
 };
 use brig_hypervisor::share::FileId;
 use slog::{Logger, debug, info, warn};
-use tokio::sync::{oneshot, watch};
-use tokio::time::sleep;
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot, watch};
+use tokio::time::{Instant, sleep};
 use ttrpc::context;
 
-use super::snapshot::{self, LIMITS, ReadError, Snapshot};
+use super::snapshot::{self, LIMITS, Limits, ReadError, Snapshot};
 use super::watch::{Marker, Subscription};
 use crate::error::{Error, Result};
 use crate::guest::vm::Vm;
@@ -31,9 +32,15 @@ const REQUEST_ENTRIES: usize = 1024;
 /// What all copies of a pod may hold together, in bytes.
 const POD_BYTES: u64 = 64 << 20;
 /// How often a directory that changes while it is read is read again.
-const ATTEMPTS: u32 = 20;
-/// How long its writer is left alone in between: kubelet writes a generation in a few milliseconds.
+const ATTEMPTS: u32 = 10;
+/// How long its writer is left alone in between, at first and at most: kubelet writes a generation in a few
+/// milliseconds.
 const SETTLE: Duration = Duration::from_millis(20);
+const LAST_SETTLE: Duration = Duration::from_secs(1);
+/// Changes of one volume that are taken as they come, and how far apart they are beyond. kubelet writes when a
+/// ConfigMap or token changes, and looks once a minute.
+const BURST: u32 = 16;
+const PACE: Duration = Duration::from_secs(5);
 
 /// How long an update that failed waits for its next attempt, at first and at most.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -74,6 +81,19 @@ pub(super) enum Source {
         /// Its limit in bytes, or 0.
         size: u64,
     },
+}
+
+impl Source {
+    /// Whether it is a copy of something of the node that is in one of these directories, or has one in it.
+    pub(super) fn is_in_or_around(&self, directories: &BTreeSet<PathBuf>) -> bool {
+        match self {
+            Self::Directory { top, .. } | Self::File { path: top, .. } => directories
+                .iter()
+                .any(|other| top.starts_with(other) || other.starts_with(top)),
+            // Made here, and the guest's own from then on.
+            Self::Memory { .. } | Self::Huge { .. } => false,
+        }
+    }
 }
 
 /// How far a volume is.
@@ -133,32 +153,87 @@ impl Volume {
     }
 }
 
-/// Bytes that the copies of a pod hold.
-#[derive(Debug, Default)]
-pub(super) struct Budget(AtomicU64);
+/// What the copies of a pod may hold together, and whose turn it is to read.
+#[derive(Debug)]
+pub(super) struct Budget {
+    held: AtomicU64,
+    turn: Semaphore,
+}
 
+impl Default for Budget {
+    fn default() -> Self {
+        Self {
+            held: AtomicU64::new(0),
+            turn: Semaphore::new(1),
+        }
+    }
+}
+
+/// One volume's part of the budget.
 struct Reserved {
     budget: Arc<Budget>,
     bytes: u64,
 }
 
 impl Reserved {
-    fn take(budget: &Arc<Budget>, bytes: u64) -> Option<Self> {
-        let taken = budget
-            .0
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
-                held.checked_add(bytes).filter(|sum| *sum <= POD_BYTES)
-            });
-        taken.ok().map(|_| Self {
+    fn none(budget: &Arc<Budget>) -> Self {
+        Self {
             budget: Arc::clone(budget),
-            bytes,
-        })
+            bytes: 0,
+        }
+    }
+
+    /// The most that the volume may hold beside the others.
+    fn most(&self) -> u64 {
+        let held = self.budget.held.load(Ordering::Relaxed);
+        POD_BYTES.saturating_sub(held.saturating_sub(self.bytes))
+    }
+
+    /// Holds so many bytes instead. At most [`Self::most`], by whose turn it is.
+    fn hold(&mut self, bytes: u64) {
+        self.budget.held.fetch_add(bytes, Ordering::Relaxed);
+        self.budget.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bytes = bytes;
     }
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.budget.0.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.hold(0);
+    }
+}
+
+/// When the next change of a volume may be taken: a burst, then now and then.
+#[derive(Debug)]
+struct Pace {
+    left: u32,
+    since: Instant,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: BURST,
+            since: now,
+        }
+    }
+
+    /// Takes one; how long to wait before.
+    fn take(&mut self, now: Instant) -> Duration {
+        while self.left < BURST && now.saturating_duration_since(self.since) >= PACE {
+            self.left += 1;
+            self.since += PACE;
+        }
+        if self.left == BURST {
+            self.since = now;
+        }
+        if self.left > 0 {
+            self.left -= 1;
+            return Duration::ZERO;
+        }
+        // The next one that is earned is taken in advance.
+        self.since += PACE;
+        self.since.saturating_duration_since(now)
     }
 }
 
@@ -188,8 +263,9 @@ impl Feed {
     }
 
     async fn run(mut self, progress: watch::Sender<Progress>, mut ended: oneshot::Receiver<()>) {
+        let mut reserved = Reserved::none(&self.budget);
         let read = tokio::select! {
-            read = self.read() => read,
+            read = self.read_in_turn(&mut reserved) => read.map(|(_turn, snapshot)| snapshot),
             _ = &mut ended => return,
         };
         let snapshot = match read {
@@ -198,11 +274,6 @@ impl Feed {
                 progress.send_replace(Progress::Unsuitable(error.to_string()));
                 return;
             }
-        };
-        let Some(_reserved) = Reserved::take(&self.budget, snapshot.bytes) else {
-            let reason = format!("the pod's copies together exceed {POD_BYTES} bytes");
-            progress.send_replace(Progress::Unsuitable(reason));
-            return;
         };
         progress.send_replace(Progress::Read);
         let vm = tokio::select! {
@@ -220,7 +291,7 @@ impl Feed {
         let lives = match self.send(&vm, snapshot).await {
             Ok(()) => {
                 progress.send_replace(Progress::Ready);
-                self.follow(&vm, &mut ended).await;
+                self.follow(&vm, &mut reserved, &mut ended).await;
                 // An emptyDir lives as long as the pod.
                 matches!(self.source, Source::Memory { .. } | Source::Huge { .. })
             }
@@ -236,8 +307,14 @@ impl Feed {
     }
 
     /// Keeps the guest's state up to date until the volume's end or the VM's.
-    async fn follow(&mut self, vm: &Vm, ended: &mut oneshot::Receiver<()>) {
+    async fn follow(
+        &mut self,
+        vm: &Vm,
+        reserved: &mut Reserved,
+        ended: &mut oneshot::Receiver<()>,
+    ) {
         let mut retry = None;
+        let mut pace = Pace::new(Instant::now());
         loop {
             tokio::select! {
                 () = changed(self.subscription.as_mut()) => retry = None,
@@ -245,12 +322,21 @@ impl Feed {
                 _ = &mut *ended => return,
                 _ = vm.ended() => return,
             }
+            let pause = pace.take(Instant::now());
+            let read = async {
+                sleep(pause).await;
+                self.read_in_turn(reserved).await
+            };
             let read = tokio::select! {
-                read = self.read() => read,
+                read = read => read,
                 _ = &mut *ended => return,
+                _ = vm.ended() => return,
             };
             let updated = match read {
-                Ok(snapshot) => self.send(vm, snapshot).await.map_err(|error| error.message),
+                // The next one's turn comes when this one has been let go of.
+                Ok((_turn, snapshot)) => {
+                    self.send(vm, snapshot).await.map_err(|error| error.message)
+                }
                 Err(ReadError::Gone) => {
                     debug!(self.logger, "a volume was removed from the node"; "volume" => &self.id);
                     Ok(())
@@ -271,14 +357,43 @@ impl Feed {
         }
     }
 
+    /// Waits for the pod's turn and reads no more than the budget has left, which is then held.
+    async fn read_in_turn(
+        &self,
+        reserved: &mut Reserved,
+    ) -> std::result::Result<(SemaphorePermit<'_>, Snapshot), ReadError> {
+        let turn = self.budget.turn.acquire().await;
+        let turn = turn.map_err(|error| ReadError::Io(std::io::Error::other(error)))?;
+        let most = reserved.most();
+        let limits = Limits {
+            total: LIMITS.total.min(most),
+            file: LIMITS.file.min(most),
+            ..LIMITS
+        };
+        let snapshot = match self.read(limits).await {
+            Err(ReadError::Unsuitable(_)) if most < LIMITS.total => {
+                let reason = format!("the pod's copies together exceed {POD_BYTES} bytes");
+                return Err(ReadError::Unsuitable(reason));
+            }
+            read => read?,
+        };
+        reserved.hold(snapshot.bytes);
+        Ok((turn, snapshot))
+    }
+
     /// Reads until nothing changed meanwhile.
-    async fn read(&self) -> std::result::Result<Snapshot, ReadError> {
+    async fn read(&self, limits: Limits) -> std::result::Result<Snapshot, ReadError> {
         let marker = self.subscription.as_ref().map(Subscription::marker);
+        let mut settle = SETTLE;
         for _ in 0..ATTEMPTS {
             let (source, marker) = (self.source.clone(), marker.clone());
-            let read = tokio::task::spawn_blocking(move || read_once(&source, marker.as_ref()));
+            let read =
+                tokio::task::spawn_blocking(move || read_once(&source, limits, marker.as_ref()));
             match read.await {
-                Ok(Err(ReadError::Changed)) => sleep(SETTLE).await,
+                Ok(Err(ReadError::Changed)) => {
+                    sleep(settle).await;
+                    settle = (settle * 2).min(LAST_SETTLE);
+                }
                 Ok(read) => return read,
                 Err(error) => return Err(ReadError::Io(std::io::Error::other(error))),
             }
@@ -344,16 +459,20 @@ pub(super) async fn update(vm: &Vm, request: &UpdateVolumeRequest) -> Result<()>
 }
 
 /// Blocking.
-fn read_once(source: &Source, marker: Option<&Marker>) -> std::result::Result<Snapshot, ReadError> {
+fn read_once(
+    source: &Source,
+    limits: Limits,
+    marker: Option<&Marker>,
+) -> std::result::Result<Snapshot, ReadError> {
     let before = marker.map(Marker::count);
     let snapshot = match source {
         Source::Directory { top, identity } | Source::Memory { top, identity, .. } => {
-            snapshot::directory(top, *identity, LIMITS, &mut |directory| match marker {
+            snapshot::directory(top, *identity, limits, &mut |directory| match marker {
                 Some(marker) => marker.watch(directory),
                 None => Ok(()),
             })?
         }
-        Source::File { path, name } => snapshot::file(path, name, LIMITS)?,
+        Source::File { path, name } => snapshot::file(path, name, limits)?,
         Source::Huge { top, identity, .. } => snapshot::top(top, *identity)?,
     };
     if marker.map(Marker::count) != before {
@@ -405,11 +524,36 @@ mod tests {
     #[test]
     fn a_pods_copies_are_bounded_together_and_given_back() {
         let budget = Arc::new(Budget::default());
-        let first = Reserved::take(&budget, POD_BYTES - 1).unwrap();
-        assert!(Reserved::take(&budget, 2).is_none());
-        drop(first);
-        assert!(Reserved::take(&budget, POD_BYTES).is_some());
-        assert_eq!(budget.0.load(Ordering::Relaxed), 0);
+        let (mut first, mut second) = (Reserved::none(&budget), Reserved::none(&budget));
+        assert_eq!(first.most(), POD_BYTES);
+        first.hold(POD_BYTES - 1);
+        assert_eq!((first.most(), second.most()), (POD_BYTES, 1));
+        second.hold(1);
+        // An update counts in place of what it replaces.
+        first.hold(5);
+        assert_eq!(second.most(), POD_BYTES - 5);
+        drop((first, second));
+        assert_eq!(budget.held.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn changes_are_taken_at_once_and_then_now_and_then() {
+        let start = Instant::now();
+        let mut pace = Pace::new(start);
+        for _ in 0..BURST {
+            assert_eq!(pace.take(start), Duration::ZERO);
+        }
+        let mut now = start;
+        for _ in 0..100 {
+            now += pace.take(now);
+        }
+        assert_eq!(now, start + PACE * 100);
+        // A quiet time gives the burst back, and no more.
+        now += PACE * 1000;
+        for _ in 0..BURST {
+            assert_eq!(pace.take(now), Duration::ZERO);
+        }
+        assert!(!pace.take(now).is_zero());
     }
 
     proptest! {

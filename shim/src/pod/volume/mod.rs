@@ -14,7 +14,7 @@ mod shared;
 mod snapshot;
 mod watch;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -69,6 +69,8 @@ struct State {
     live: HashMap<Key, Weak<Volume>>,
     /// Volumes that last as long as the pod.
     kept: Vec<Arc<Volume>>,
+    /// What a container of the pod may write, also one that has gone.
+    writable: BTreeSet<PathBuf>,
     /// What is attached to the share, and how many containers use it.
     attached: HashMap<shared::Key, (Attachment, usize)>,
     watcher: Option<Arc<Watcher>>,
@@ -130,10 +132,19 @@ impl Volumes {
             in_guest: Vec::new(),
             logger: self.shared.logger.clone(),
         };
+        let writable = self.writable(&classified);
         // All are started before one is waited for.
         let mut waiting = Vec::new();
         for (bind, key_of_share, found) in classified {
             match found {
+                Found::Volume {
+                    key: Key::Live(_),
+                    source,
+                    ..
+                } if source.is_in_or_around(&writable) => {
+                    let reason = "a container of the pod may write it";
+                    planned.share_instead(bind, key_of_share, reason);
+                }
                 Found::Share => planned.shared.push((bind, key_of_share)),
                 Found::Device(name) => planned.in_guest.push(InGuest {
                     index: bind.index,
@@ -179,6 +190,17 @@ impl Volumes {
             }
         }
         Ok(planned)
+    }
+
+    /// Adds what these mounts let a container write to what others may; returns all of it.
+    fn writable(&self, classified: &[Classified]) -> BTreeSet<PathBuf> {
+        let new = classified
+            .iter()
+            .filter(|(bind, _, found)| !bind.readonly && matches!(found, Found::Share))
+            .map(|(_, key, _)| key.source().to_owned());
+        let mut state = self.shared.lock();
+        state.writable.extend(new);
+        state.writable.clone()
     }
 
     /// Asks for what is to be attached to the share. Nothing is waited for, so that an abandoned creation
@@ -418,6 +440,8 @@ async fn prepare_way(vm: &Vm, id: &str, top: &Path, inside: &Path) -> Result<()>
     Ok(())
 }
 
+type Classified = (BindMount, shared::Key, Found);
+
 enum Found {
     Share,
     Device(&'static str),
@@ -430,7 +454,7 @@ enum Found {
 }
 
 /// Blocking.
-fn classify_all(binds: Vec<BindMount>) -> Result<Vec<(BindMount, shared::Key, Found)>> {
+fn classify_all(binds: Vec<BindMount>) -> Result<Vec<Classified>> {
     let table =
         MountTable::read().map_err(|error| Error::io("cannot read the node's mounts", &error))?;
     binds

@@ -4,7 +4,7 @@
 //!
 //! One task owns each attachment. It is read-only on the host's side as long as nobody may write.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use brig_agent_protocol::agent::{Empty, UpdateVolumeRequest, update_volume_request};
@@ -66,6 +66,11 @@ impl Key {
             writable_below: bind.readonly && !bind.readonly_below && seen.len() > 1,
             id_map: bind.id_map.clone(),
         }
+    }
+
+    /// Where it is on the node, without links.
+    pub(super) fn source(&self) -> &Path {
+        &self.source
     }
 }
 

@@ -78,6 +78,16 @@ fn bind(index: usize, source: &Path) -> BindMount {
     }
 }
 
+/// Where kubelet keeps a ConfigMap.
+fn config_map() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir
+        .path()
+        .join("pods/u/volumes/kubernetes.io~configmap/settings");
+    fs::create_dir_all(&volume).unwrap();
+    (dir, volume)
+}
+
 fn write(volume: &Path, generation: u32) {
     let name = format!("..{generation}");
     fs::create_dir(volume.join(&name)).unwrap();
@@ -91,38 +101,38 @@ fn write(volume: &Path, generation: u32) {
 
 #[tokio::test]
 async fn a_change_on_the_node_reaches_the_guest_and_the_last_container_frees_it() {
-    let dir = tempfile::tempdir().unwrap();
-    write(dir.path(), 1);
+    let (_dir, volume) = config_map();
+    write(&volume, 1);
     let pod = pod();
-    let (first, sources) = pod.mount(vec![bind(3, dir.path())]).await;
+    let (first, sources) = pod.mount(vec![bind(3, &volume)]).await;
     assert!(first.shared.is_empty());
     assert_eq!((sources[0].index, sources[0].volume.as_str()), (3, "v1"));
     assert!(sources[0].share_path.is_empty());
     pod.eventually("volume v1 ..1 ..1/key ..data>..1").await;
     // Another container of the pod has the same one.
-    let (second, sources) = pod.mount(vec![bind(0, dir.path())]).await;
+    let (second, sources) = pod.mount(vec![bind(0, &volume)]).await;
     assert_eq!(sources[0].volume, "v1");
-    write(dir.path(), 2);
+    write(&volume, 2);
     pod.eventually("volume v1 ..2 ..2/key ..data>..2").await;
     drop(leases(first));
-    write(dir.path(), 3);
+    write(&volume, 3);
     pod.eventually("volume v1 ..3 ..3/key ..data>..3").await;
     assert!(!pod.record.has("remove volume v1"));
     drop(leases(second));
     pod.eventually("remove volume v1").await;
     // A container that comes later gets a new one.
-    let (_third, sources) = pod.mount(vec![bind(0, dir.path())]).await;
+    let (_third, sources) = pod.mount(vec![bind(0, &volume)]).await;
     assert_eq!(sources[0].volume, "v2");
 }
 
 #[tokio::test]
 async fn the_guest_never_sees_half_a_generation() {
-    let dir = tempfile::tempdir().unwrap();
-    write(dir.path(), 1);
+    let (_dir, volume) = config_map();
+    write(&volume, 1);
     let pod = pod();
-    let (_planned, _) = pod.mount(vec![bind(0, dir.path())]).await;
+    let (_planned, _) = pod.mount(vec![bind(0, &volume)]).await;
     for generation in 2..60 {
-        write(dir.path(), generation);
+        write(&volume, generation);
         sleep(Duration::from_millis(u64::from(generation % 7))).await;
     }
     pod.eventually("volume v1 ..59 ..59/key ..data>..59").await;
@@ -137,7 +147,9 @@ async fn the_guest_never_sees_half_a_generation() {
 #[tokio::test]
 async fn what_cannot_be_copied_is_shared_and_what_cannot_be_had_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let large = dir.path().join("volumes/kubernetes.io~configmap/large");
+    let large = dir
+        .path()
+        .join("pods/u/volumes/kubernetes.io~configmap/large");
     fs::create_dir_all(&large).unwrap();
     fs::write(large.join("f"), vec![0; 3 << 20]).unwrap();
     let plain = dir.path().join("plain");
@@ -161,10 +173,78 @@ async fn what_cannot_be_copied_is_shared_and_what_cannot_be_had_is_refused() {
 }
 
 #[tokio::test]
+async fn what_a_container_may_write_is_never_a_copy() {
+    let (dir, volume) = config_map();
+    write(&volume, 1);
+    for around in [
+        "pods/u/volumes",
+        "pods/u/volumes/kubernetes.io~configmap/settings/..1",
+    ] {
+        let pod = pod();
+        let mut writer = bind(0, &dir.path().join(around));
+        writer.readonly = false;
+        // Whether it comes with the same container or came with another.
+        pod.mount(vec![writer]).await;
+        let (planned, sources) = pod.mount(vec![bind(1, &volume)]).await;
+        assert_eq!((planned.shared.len(), sources.len()), (1, 0), "{around}");
+    }
+}
+
+#[tokio::test]
+async fn the_copies_of_a_pod_stay_within_its_budget_when_they_grow() {
+    let dir = tempfile::tempdir().unwrap();
+    let volumes: Vec<PathBuf> = (0..6)
+        .map(|n| {
+            let name = format!("pods/u/volumes/kubernetes.io~configmap/v{n}");
+            let volume = dir.path().join(name);
+            fs::create_dir_all(&volume).unwrap();
+            volume
+        })
+        .collect();
+    let pod = pod();
+    let binds = volumes
+        .iter()
+        .enumerate()
+        .map(|(n, v)| bind(n, v))
+        .collect();
+    let (_planned, sources) = pod.mount(binds).await;
+    assert_eq!(sources.len(), volumes.len());
+    // 15 MiB each: four fit.
+    for volume in &volumes {
+        for file in 0..8 {
+            fs::write(volume.join(format!("f{file}")), vec![0; 15 << 17]).unwrap();
+        }
+    }
+    let grown = || {
+        let all = pod.record.all();
+        let grown: BTreeSet<String> = all
+            .iter()
+            .filter(|seen| seen.starts_with("volume ") && seen.ends_with(" f7"))
+            .cloned()
+            .collect();
+        grown.len()
+    };
+    let four = async {
+        while grown() < 4 {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(Duration::from_secs(30), four)
+        .await
+        .expect("too few");
+    sleep(Duration::from_millis(500)).await;
+    assert_eq!(grown(), 4);
+}
+
+#[tokio::test]
 async fn a_fixed_copy_does_not_follow_its_source() {
     let dir = tempfile::tempdir().unwrap();
-    let bound = dir.path().join("volume-subpaths/cfg/main");
-    fs::create_dir_all(dir.path().join("volumes/kubernetes.io~configmap/cfg")).unwrap();
+    let bound = dir.path().join("pods/u/volume-subpaths/cfg/main");
+    fs::create_dir_all(
+        dir.path()
+            .join("pods/u/volumes/kubernetes.io~configmap/cfg"),
+    )
+    .unwrap();
     fs::create_dir_all(&bound).unwrap();
     fs::write(bound.join("0"), "one").unwrap();
     let pod = pod();
@@ -477,11 +557,11 @@ async fn containers_that_propagate_have_one_volume_of_the_guest() {
 
 #[tokio::test]
 async fn a_change_that_does_not_reach_the_guest_is_sent_again() {
-    let dir = tempfile::tempdir().unwrap();
-    write(dir.path(), 1);
+    let (_dir, volume) = config_map();
+    write(&volume, 1);
     let pod = pod();
-    let (_planned, _) = pod.mount(vec![bind(0, dir.path())]).await;
-    fs::write(dir.path().join("refused-once"), "x").unwrap();
+    let (_planned, _) = pod.mount(vec![bind(0, &volume)]).await;
+    fs::write(volume.join("refused-once"), "x").unwrap();
     pod.eventually("refused").await;
     // Nothing changes on the node any more.
     pod.eventually("volume v1 ..1 ..1/key ..data>..1 refused-once")
