@@ -1,25 +1,36 @@
 //! The connections of the shim's socket. What a connection begins with says whose it is: containerd's
 //! streams, one a connection, go to [`Streams`]; all others to the ttrpc server.
 //!
+//! Who does not say in time what it is, is hung up on: containerd does at once.
+//!
 //! Counts the latter, because an answer and the end of its connection must not arrive together: containerd's
 //! client may then see the end alone.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
 
 use crate::pod::stdio::streaming::wire::{self, Opening};
 use crate::pod::stdio::streaming::{self, Streams};
 
 /// Bytes read at once of a connection's beginning.
 const READ: usize = 512;
+
+/// How long a connection may take to say what it is. containerd may be stopped for a while after it has
+/// dialled, and takes a pod whose connection breaks for dead.
+const SILENCE: Duration = Duration::from_secs(300);
+/// Connections that may be silent at once; beyond, the oldest is hung up on.
+const MAX_SILENT: usize = 64;
 
 /// Reads what a connection begins with; see [`begin`].
 type Beginning = BoxFuture<'static, Option<(Vec<u8>, UnixStream)>>;
@@ -31,6 +42,8 @@ pub struct Connections {
     streams: Streams,
     /// Those that have not said what they are yet.
     beginning: FuturesUnordered<Beginning>,
+    /// The end of one of these hangs up on its connection, unless that has begun. The oldest is first.
+    silent: VecDeque<oneshot::Sender<()>>,
 }
 
 impl Connections {
@@ -42,6 +55,7 @@ impl Connections {
             open,
             streams,
             beginning: FuturesUnordered::new(),
+            silent: VecDeque::new(),
         };
         (connections, count)
     }
@@ -72,6 +86,19 @@ async fn begin(mut stream: UnixStream, streams: Streams) -> Option<(Vec<u8>, Uni
     }
 }
 
+/// As [`begin`], within its time, and until `hung_up` ends.
+async fn begin_in_time(
+    stream: UnixStream,
+    streams: Streams,
+    hung_up: oneshot::Receiver<()>,
+) -> Option<(Vec<u8>, UnixStream)> {
+    tokio::select! {
+        biased;
+        begun = timeout(SILENCE, begin(stream, streams)) => begun.ok().flatten(),
+        _ = hung_up => None,
+    }
+}
+
 impl Stream for Connections {
     type Item = io::Result<Connection>;
 
@@ -79,7 +106,13 @@ impl Stream for Connections {
         while let Poll::Ready(accepted) = self.listener.poll_accept(context) {
             match accepted {
                 Ok((stream, _)) => {
-                    let beginning = begin(stream, self.streams.clone());
+                    let (silent, hung_up) = oneshot::channel();
+                    self.silent.retain(|silent| !silent.is_closed());
+                    self.silent.push_back(silent);
+                    if self.silent.len() > MAX_SILENT {
+                        self.silent.pop_front();
+                    }
+                    let beginning = begin_in_time(stream, self.streams.clone(), hung_up);
                     self.beginning.push(Box::pin(beginning));
                 }
                 Err(error) => return Poll::Ready(Some(Err(error))),
@@ -190,5 +223,46 @@ mod tests {
         assert_eq!(*count.borrow(), 2);
         drop((first, second));
         count.wait_for(|count| *count == 0).await.unwrap();
+    }
+
+    async fn is_hung_up(client: &mut UnixStream) -> bool {
+        matches!(client.read(&mut [0; 1]).await, Ok(0) | Err(_))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_is_hung_up_on_in_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (mut connections, _count) = Connections::of(listener, Streams::default());
+        let serving = tokio::spawn(async move { connections.next().await.is_some() });
+        let mut silent = UnixStream::connect(&path).await.unwrap();
+        let mut slow = UnixStream::connect(&path).await.unwrap();
+        // The beginning of a ttrpc header, and no more.
+        slow.write_all(&[0; 4]).await.unwrap();
+        let before = tokio::time::Instant::now();
+        assert!(is_hung_up(&mut silent).await && is_hung_up(&mut slow).await);
+        assert!(before.elapsed() >= SILENCE);
+        let mut talks = UnixStream::connect(&path).await.unwrap();
+        talks.write_all(&[7; 25]).await.unwrap();
+        assert!(serving.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn the_oldest_of_too_many_silent_connections_is_hung_up_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (mut connections, _count) = Connections::of(listener, Streams::default());
+        let serving = tokio::spawn(async move { connections.next().await.is_some() });
+        let mut oldest = UnixStream::connect(&path).await.unwrap();
+        let mut others = Vec::new();
+        for _ in 0..MAX_SILENT {
+            others.push(UnixStream::connect(&path).await.unwrap());
+            tokio::task::yield_now().await;
+        }
+        assert!(is_hung_up(&mut oldest).await);
+        others[0].write_all(&[7; 25]).await.unwrap();
+        assert!(serving.await.unwrap(), "the second oldest is served");
     }
 }

@@ -5,7 +5,8 @@
 //! other (`output`, `input`). A stream belongs to its process, not to its client: one that goes away may come
 //! back, as a restarted containerd does, and until then the pipe holds the data.
 //!
-//! containerd is trusted to mean well, not to be right: clients that nobody claims are bounded in number.
+//! containerd is trusted to mean well, not to be right: clients that nobody claims are bounded in number, and one
+//! that comes back to a stream that has ended is told the end.
 
 mod connection;
 mod input;
@@ -13,9 +14,11 @@ mod output;
 pub mod uri;
 pub mod wire;
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use std::time::Duration;
 
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
@@ -28,6 +31,10 @@ pub use output::Output;
 
 /// Clients that may wait for a process to name their stream: three for each container of a large pod.
 const MAX_WAITING: usize = 192;
+/// Streams that have ended and are remembered, for clients that come back.
+const MAX_ENDED: usize = 256;
+/// How long a client may take to close its side once it was told the end.
+const CLOSING: Duration = Duration::from_secs(5);
 /// Clients of one stream that have not been looked at yet.
 const INBOX: usize = 2;
 
@@ -45,7 +52,14 @@ enum Slot {
 /// The pod's streams by their ids; cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Streams {
-    slots: Arc<Mutex<HashMap<String, Slot>>>,
+    table: Arc<Mutex<Table>>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    slots: HashMap<String, Slot>,
+    /// The oldest is first.
+    ended: VecDeque<String>,
 }
 
 /// A stream that a process has, as long as this is there.
@@ -68,14 +82,17 @@ impl Streams {
     /// `AlreadyExists` when another process has it.
     pub fn claim(&self, id: &str) -> Result<Claim> {
         let (inbox, clients) = mpsc::channel(INBOX);
-        let mut slots = self.slots();
-        if let Some(Slot::Claimed(_)) = slots.get(id) {
+        let mut table = self.table();
+        if let Some(Slot::Claimed(_)) = table.slots.get(id) {
             return Err(Error::already_exists(format!(
                 "the stream {id} belongs to another process already"
             )));
         }
-        let before = slots.insert(id.to_owned(), Slot::Claimed(inbox.clone()));
-        drop(slots);
+        table.ended.retain(|ended| ended != id);
+        let before = table
+            .slots
+            .insert(id.to_owned(), Slot::Claimed(inbox.clone()));
+        drop(table);
         if let Some(Slot::Waiting(client)) = before {
             let _ = client.send(inbox);
         }
@@ -107,19 +124,28 @@ impl Streams {
         if client.acknowledge().await.is_err() {
             return self.leave(&id, place);
         }
+        if let Place::Over = place {
+            return client.end(CLOSING).await;
+        }
         if let Some(inbox) = self.wait(&id, place, &mut client).await {
-            let _ = inbox.send(client).await;
+            // A stream that has ended meanwhile gives it back.
+            if let Err(late) = inbox.send(client).await {
+                late.0.end(CLOSING).await;
+            }
         }
     }
 
     /// Where a client of this stream goes; `None` when too many wait. An older client that still waits for
     /// the same stream has been replaced.
     fn place(&self, id: &str) -> Option<Place> {
-        let mut slots = self.slots();
+        let mut table = self.table();
+        if table.ended.iter().any(|ended| ended == id) {
+            return Some(Place::Over);
+        }
         let waiting = |slot: &&Slot| matches!(slot, Slot::Waiting(_));
-        let full = slots.values().filter(waiting).count() >= MAX_WAITING;
+        let full = table.slots.values().filter(waiting).count() >= MAX_WAITING;
         let (sender, claimed) = oneshot::channel();
-        match slots.entry(id.to_owned()) {
+        match table.slots.entry(id.to_owned()) {
             Entry::Occupied(mut slot) => match slot.get_mut() {
                 Slot::Claimed(inbox) => return Some(Place::Taken(inbox.clone())),
                 slot @ Slot::Waiting(_) => *slot = Slot::Waiting(sender),
@@ -135,6 +161,7 @@ impl Streams {
         let mut claimed = match place {
             Place::Taken(inbox) => return Some(inbox),
             Place::Waiting(claimed) => claimed,
+            Place::Over => return None,
         };
         loop {
             tokio::select! {
@@ -156,15 +183,16 @@ impl Streams {
         let Place::Waiting(mut claimed) = place else {
             return;
         };
-        let mut slots = self.slots();
+        let mut table = self.table();
         // Still open and empty: the slot is this client's.
         if matches!(claimed.try_recv(), Err(TryRecvError::Empty)) {
-            slots.remove(id);
+            table.slots.remove(id);
         }
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Consistent whenever the lock is free.
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -173,6 +201,8 @@ impl Streams {
 enum Place {
     Waiting(oneshot::Receiver<Inbox>),
     Taken(Inbox),
+    /// The stream has ended.
+    Over,
 }
 
 impl Claim {
@@ -188,7 +218,12 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.streams.slots().remove(&self.id);
+        let mut table = self.streams.table();
+        table.slots.remove(&self.id);
+        if table.ended.len() >= MAX_ENDED {
+            table.ended.pop_front();
+        }
+        table.ended.push_back(std::mem::take(&mut self.id));
     }
 }
 

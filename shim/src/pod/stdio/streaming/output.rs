@@ -4,22 +4,18 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::net::unix::pipe::Receiver;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::Claim;
 use super::connection::{Connection, Received};
+use super::{CLOSING, Claim};
 
 /// The most that is sent at once, in bytes: containerd reads with a buffer of this size, and of a larger message
 /// it would count only that much, until it gave no window any more.
 const CHUNK: usize = 32 << 10;
-/// How long a client may take to close its side once it was told the end.
-const CLOSING: Duration = Duration::from_secs(5);
-
 /// An output's pump, as long as this is there.
 #[derive(Debug)]
 pub struct Output {
@@ -88,7 +84,7 @@ impl Pump {
                 }
             }
         }
-        // All is delivered. A client that comes later finds no stream, and nothing is lost by that.
+        // All is delivered, and a client that comes later is told the end alone.
         if let Some(client) = self.client.take() {
             client.end(CLOSING).await;
         }

@@ -102,6 +102,40 @@ fn fill(pipe: &mut File) -> usize {
 }
 
 #[tokio::test]
+async fn a_client_of_a_stream_that_has_ended_is_told_the_end() {
+    let streams = Streams::default();
+    let (pump, given, done) = output(&streams);
+    drop(given);
+    done.await.unwrap();
+    // Whether its process is still there or not.
+    for _ in 0..2 {
+        let mut client = Client::connect(&streams, "c-stdout").await;
+        client.at_end().await;
+    }
+    drop(pump);
+    let mut client = Client::connect(&streams, "c-stdout").await;
+    client.at_end().await;
+    // A new process of that name is another matter.
+    let (_pump, given, _done) = output(&streams);
+    let mut client = Client::connect(&streams, "c-stdout").await;
+    client.write(&wire::window_update(NUMBER, WINDOW)).await;
+    File::from(given).write_all(b"again").unwrap();
+    assert_eq!(client.data().await, b"again");
+}
+
+#[test]
+fn the_streams_that_are_remembered_are_bounded() {
+    let streams = Streams::default();
+    for number in 0..2 * MAX_ENDED {
+        drop(streams.claim(&number.to_string()).unwrap());
+        // As a container that is started again under its name.
+        drop(streams.claim("again").unwrap());
+    }
+    assert_eq!(streams.table().ended.len(), MAX_ENDED);
+    assert!(streams.table().slots.is_empty());
+}
+
+#[tokio::test]
 async fn output_waits_for_a_client_and_for_its_window() {
     let streams = Streams::default();
     let (_pump, given, _done) = output(&streams);
@@ -158,7 +192,7 @@ async fn output_is_delivered_when_the_client_has_closed_after_the_end() {
     assert!(!done.is_finished());
     drop(client);
     timeout(LONG, done).await.expect("not delivered").unwrap();
-    assert!(streams.slots().is_empty());
+    assert!(streams.table().slots.is_empty());
 }
 
 #[tokio::test]
@@ -305,10 +339,10 @@ async fn a_client_that_goes_before_its_process_comes_leaves_nothing() {
     let mut replaced = Client::connect(&streams, "c-stderr").await;
     let second = Client::connect(&streams, "c-stderr").await;
     assert!(replaced.frame().await.is_none());
-    assert_eq!(streams.slots().len(), 2);
+    assert_eq!(streams.table().slots.len(), 2);
     drop((client, second));
     timeout(LONG, async {
-        while !streams.slots().is_empty() {
+        while !streams.table().slots.is_empty() {
             tokio::task::yield_now().await;
         }
     })
@@ -331,7 +365,7 @@ async fn clients_that_wait_are_bounded_and_the_next_is_told_so() {
     assert!(String::from_utf8_lossy(&read).contains("wait already"));
     waiting.pop();
     timeout(LONG, async {
-        while streams.slots().len() == MAX_WAITING {
+        while streams.table().slots.len() == MAX_WAITING {
             tokio::task::yield_now().await;
         }
     })
