@@ -5,15 +5,18 @@
 
 #[path = "brig-jail-probe/escapes.rs"]
 mod escapes;
+#[path = "brig-jail-probe/given.rs"]
+mod given;
 
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 use brig_hypervisor::control::{CONTROL_FD, exit};
 use brig_hypervisor::jail;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 fn main() -> ExitCode {
     match jail::enter() {
@@ -28,17 +31,40 @@ fn main() -> ExitCode {
     let mut held: Vec<File> = Vec::new();
     let mut buffer = vec![0u8; 64 * 1024];
     loop {
-        let length = match nix::unistd::read(&control, &mut buffer) {
-            Ok(0) | Err(_) => return ExitCode::from(14),
-            Ok(length) => length,
+        let (length, given) = match receive(&control, &mut buffer) {
+            Ok((0, _)) | Err(_) => return ExitCode::from(14),
+            Ok(received) => received,
         };
         debug_assert_eq!(exit::STOPPED, 14);
         let request = String::from_utf8_lossy(&buffer[..length]).into_owned();
-        let reply = answer(&request, &mut held);
+        let reply = match request.as_str() {
+            "given" => given::table(&given),
+            request => answer(request, &mut held),
+        };
         if nix::unistd::write(&control, reply.as_bytes()).is_err() {
             return ExitCode::from(14);
         }
     }
+}
+
+/// A request and the descriptors that came with it.
+fn receive(control: &OwnedFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([i32; 32]);
+    let mut slices = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let received = recvmsg::<()>(control.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+    let mut given = Vec::new();
+    for message in received.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = message {
+            // SAFETY: the kernel has just installed these descriptors for us alone.
+            given.extend(
+                numbers
+                    .iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }),
+            );
+        }
+    }
+    Ok((received.bytes, given))
 }
 
 fn answer(request: &str, held: &mut Vec<File>) -> String {

@@ -34,9 +34,9 @@ pub const MOUNT_FLAGS: &[&str] = &["nosuid", "nodev", "noexec"];
 /// What `/proc/PID/fd/*` may point at: exactly, or by prefix where the entry ends in `*`.
 pub const DESCRIPTORS: &[&str] = &[
     // A file by itself on a detached read-only mount, see `open_sealed`: /dev/null (0 and 1), /dev/kvm,
-    // /dev/net/tun, the kernel, the initramfs, disks.
+    // /dev/net/tun, the kernel, the initramfs, disks, FIFOs of container streams.
     "/",
-    // The log, FIFOs of container streams.
+    // The log, output that the shim copies into files and streams.
     "pipe:*",
     // The control socket, the agent's stream, streams of port-forward.
     "socket:*",

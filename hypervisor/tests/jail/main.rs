@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod escapes;
+mod given;
 mod share;
 
 use std::fs;

@@ -16,14 +16,14 @@ type Attempt = (&'static str, fn() -> i64);
 pub fn table() -> String {
     let mut lines = String::new();
     for (name, attempt) in ATTEMPTS {
-        let bare = outcome(*attempt, false);
-        let filtered = outcome(*attempt, true);
+        let bare = outcome(attempt, false);
+        let filtered = outcome(attempt, true);
         lines.push_str(&format!("{name}\t{bare}\t{filtered}\n"));
     }
     lines
 }
 
-fn outcome(attempt: fn() -> i64, filtered: bool) -> String {
+pub(super) fn outcome(attempt: impl Fn() -> i64, filtered: bool) -> String {
     // SAFETY: the probe has one thread; the child makes system calls and ends.
     match unsafe { fork() } {
         Err(errno) => format!("no child: {errno}"),
@@ -45,7 +45,7 @@ fn outcome(attempt: fn() -> i64, filtered: bool) -> String {
     }
 }
 
-fn call(number: libc::c_long, arguments: &[usize]) -> i64 {
+pub(super) fn call(number: libc::c_long, arguments: &[usize]) -> i64 {
     let mut all = [0usize; 6];
     for (place, value) in all.iter_mut().zip(arguments) {
         *place = *value;
@@ -59,7 +59,7 @@ fn call(number: libc::c_long, arguments: &[usize]) -> i64 {
     }
 }
 
-fn text(text: &'static CStr) -> usize {
+pub(super) fn text(text: &'static CStr) -> usize {
     text.as_ptr().addr()
 }
 

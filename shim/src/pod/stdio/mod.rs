@@ -1,21 +1,25 @@
 //! The stdio of one process: containerd's FIFOs (or files, or a logger, or streams) joined to streams of the
-//! VM. But for containerd's streams, the bytes never pass through the shim; it opens the ends and hands them
-//! to the VMM.
+//! VM. Where it can, the shim opens the ends and hands them to the VMM, and the bytes do not pass through it: FIFOs
+//! and devices, in a way that only their bytes can be changed ([`open_sealed`]). Of a regular file the VMM could
+//! change more, and containerd's streams are no descriptors; there it gets a pipe.
 //!
 //! The opposite end of each FIFO is kept open here, so that a restart of containerd gives neither an
 //! end of file nor EPIPE. An output's is let go when its stream has ended; standard input's at
 //! CloseIO, and then containerd's own end decides.
 
+mod copied;
 mod logger;
 pub mod streaming;
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
 use brig_agent_protocol::agent;
+use brig_hypervisor::launch::open_sealed;
+use nix::fcntl::OFlag;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -39,8 +43,10 @@ struct End {
 /// What the shim keeps of a stream.
 #[derive(Debug)]
 enum Kept {
-    /// Of a file or a logger.
+    /// Of a device or a logger.
     Nothing,
+    /// Of a file: what ends when everything has been written to it.
+    Copied(JoinHandle<()>),
     /// Of a FIFO.
     Opposite { _end: OwnedFd },
     /// Of containerd's stream of standard input: its pump.
@@ -101,11 +107,15 @@ impl Ends {
                 ends.logger = Some(process);
             }
             Some("file") => {
-                let path = &io.stdout["file://".len()..];
-                ends.stdout = Some(open_file(path)?);
+                let file = open_file(&io.stdout["file://".len()..])?;
+                let (given, written) = copied::start(file).map_err(no_pipe)?;
                 if !io.terminal {
-                    ends.stderr = Some(open_file(path)?);
+                    let given = given.try_clone().map_err(no_pipe)?;
+                    let kept = Kept::Nothing;
+                    ends.stderr = Some(End { given, kept });
                 }
+                let kept = Kept::Copied(written);
+                ends.stdout = Some(End { given, kept });
             }
             _ => {
                 ends.stdout = open_output(&io.stdout, streams)?;
@@ -149,6 +159,7 @@ impl Ends {
                             pumps.push(pump);
                             Last::Delivery(delivered)
                         }
+                        Kept::Copied(written) => Last::Delivery(written),
                         kept => Last::Release(kept),
                     };
                     outputs.push((ended, last));
@@ -203,11 +214,16 @@ impl Stdio {
         }
     }
 
+    /// Whether all output is delivered within this time.
+    pub async fn ends_within(&mut self, limit: Duration) -> bool {
+        let ended = self.outputs_ended.wait_for(|ended| *ended);
+        timeout(limit, ended).await.is_ok()
+    }
+
     /// Waits until all output has been delivered, at most so long; then standard input's stream is
     /// ended too. False when the time was not enough.
     pub async fn finish(mut self, vm: &Vm, limit: Duration) -> bool {
-        let ended = self.outputs_ended.wait_for(|ended| *ended);
-        let complete = timeout(limit, ended).await.is_ok();
+        let complete = self.ends_within(limit).await;
         let numbers = &self.numbers;
         if numbers.stdin != 0 {
             vm.close_stream(numbers.stdin).await;
@@ -272,18 +288,33 @@ fn path_of(uri: &str) -> Result<Option<&Path>> {
     Ok((!path.is_empty() && path != "/dev/null").then(|| Path::new(path)))
 }
 
-fn open(path: &Path, read: bool) -> Result<OwnedFd> {
+fn failed(path: &Path, error: &std::io::Error) -> Error {
+    Error::io(format_args!("stdio {}", path.display()), error)
+}
+
+/// For ourselves.
+fn open(path: &Path, read: bool) -> Result<File> {
     OpenOptions::new()
         .read(read)
         .write(!read)
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
-        .map(OwnedFd::from)
-        .map_err(|error| Error::io(format_args!("stdio {}", path.display()), &error))
+        .map_err(|error| failed(path, &error))
 }
 
-fn is_fifo(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
+/// For the VMM.
+fn open_given(path: &Path, read: bool) -> Result<OwnedFd> {
+    let access = if read {
+        OFlag::O_RDONLY
+    } else {
+        OFlag::O_WRONLY
+    };
+    open_sealed(path, access | OFlag::O_NONBLOCK).map_err(|error| failed(path, &error))
+}
+
+fn file_type(path: &Path) -> Result<fs::FileType> {
+    let metadata = fs::metadata(path).map_err(|error| failed(path, &error))?;
+    Ok(metadata.file_type())
 }
 
 /// The stream of containerd's that a URI names, if it names one.
@@ -301,10 +332,10 @@ fn no_pipe(error: std::io::Error) -> Error {
 
 /// The opposite end of a FIFO.
 fn opposite(path: &Path, read: bool) -> Result<Kept> {
-    if !is_fifo(path) {
+    if !file_type(path)?.is_fifo() {
         return Ok(Kept::Nothing);
     }
-    let _end = open(path, read)?;
+    let _end = open(path, read)?.into();
     Ok(Kept::Opposite { _end })
 }
 
@@ -318,7 +349,7 @@ fn open_input(uri: &str, streams: &Streams) -> Result<Option<End>> {
         return Ok(None);
     };
     // The reader first: a writer alone cannot be opened without blocking.
-    let given = open(path, true)?;
+    let given = open_given(path, true)?;
     let kept = opposite(path, false)?;
     Ok(Some(End { given, kept }))
 }
@@ -332,35 +363,37 @@ fn open_output(uri: &str, streams: &Streams) -> Result<Option<End>> {
     let Some(path) = path_of(uri)? else {
         return Ok(None);
     };
+    if file_type(path)?.is_file() {
+        let (given, written) = copied::start(open(path, false)?).map_err(no_pipe)?;
+        let kept = Kept::Copied(written);
+        return Ok(Some(End { given, kept }));
+    }
     let kept = opposite(path, true)?;
-    let given = open(path, false)?;
+    let given = open_given(path, false)?;
     Ok(Some(End { given, kept }))
 }
 
-fn open_file(path: &str) -> Result<End> {
+fn open_file(path: &str) -> Result<File> {
     let path = Path::new(path);
     let failed = |error| Error::io(format_args!("log file {}", path.display()), &error);
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).map_err(failed)?;
     }
-    let file = OpenOptions::new()
+    OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o644)
         .open(path)
-        .map_err(failed)?;
-    Ok(End {
-        given: file.into(),
-        kept: Kept::Nothing,
-    })
+        .map_err(failed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::error::Kind;
-    use std::fs::File;
+    use rustix::io::Errno;
     use std::io::{Read, Write};
+    use std::os::unix::fs::PermissionsExt as _;
     use std::path::PathBuf;
     use tokio::sync::oneshot;
 
@@ -378,8 +411,63 @@ mod tests {
         path.to_str().unwrap()
     }
 
+    /// What is for a VMM comes by way of a mount of its own, which takes root.
+    fn can_seal() -> bool {
+        nix::unistd::geteuid().is_root()
+    }
+
+    /// Tries everything that would change more than the bytes.
+    fn assert_sealed(given: &OwnedFd) {
+        use rustix::fs::{Mode, Timestamps, XattrFlags};
+        let time = |tv_sec| rustix::fs::Timespec { tv_sec, tv_nsec: 0 };
+        let times = Timestamps {
+            last_access: time(1),
+            last_modification: time(1),
+        };
+        let root = rustix::fs::Uid::ROOT;
+        for (what, outcome) in [
+            ("mode", rustix::fs::fchmod(given, Mode::from(0o4755))),
+            ("owner", rustix::fs::fchown(given, Some(root), None)),
+            ("times", rustix::fs::futimens(given, &times)),
+            (
+                "attribute",
+                rustix::fs::fsetxattr(given, "trusted.x", b"x", XattrFlags::empty()),
+            ),
+        ] {
+            assert_eq!(outcome, Err(Errno::ROFS), "{what}");
+        }
+        assert!(rustix::fs::ftruncate(given, 0).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_vmm_can_change_nothing_of_the_node_but_bytes() {
+        if !can_seal() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["stdin", "stdout"] {
+            fifo(&dir, name);
+        }
+        let stdin = dir.path().join("stdin");
+        assert_sealed(&open_input(uri(&stdin), &none()).unwrap().unwrap().given);
+        let stdout = dir.path().join("stdout");
+        assert_sealed(&open_output(uri(&stdout), &none()).unwrap().unwrap().given);
+        // A regular file is not given at all.
+        let file = dir.path().join("file");
+        fs::write(&file, "kept ").unwrap();
+        let end = open_output(uri(&file), &none()).unwrap().unwrap();
+        assert!(rustix::fs::ftruncate(&end.given, 0).is_err());
+        let _ = rustix::fs::fchmod(&end.given, rustix::fs::Mode::from(0o4755));
+        let metadata = fs::metadata(&file).unwrap();
+        assert_eq!(metadata.len(), 5);
+        assert_eq!(metadata.permissions().mode() & 0o7000, 0);
+    }
+
     #[test]
     fn a_restart_of_containerd_does_not_break_an_output() {
+        if !can_seal() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdout");
         let end = open_output(uri(&path), &none()).unwrap().unwrap();
@@ -387,7 +475,7 @@ mod tests {
         drop(containerd);
         let mut given = File::from(end.given);
         given.write_all(b"while away").unwrap();
-        let mut back = File::from(open(&path, true).unwrap());
+        let mut back = open(&path, true).unwrap();
         let mut buffer = [0; 10];
         back.read_exact(&mut buffer).unwrap();
         assert_eq!(&buffer, b"while away");
@@ -395,10 +483,13 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_a_stream_gives_containerd_its_end_of_file() {
+        if !can_seal() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdout");
         let end = open_output(uri(&path), &none()).unwrap().unwrap();
-        let mut containerd = File::from(open(&path, true).unwrap());
+        let mut containerd = open(&path, true).unwrap();
         let (ended, stream_end) = oneshot::channel();
         let mut outputs_ended = release_at_end(vec![(stream_end, Last::Release(end.kept))]);
         let mut buffer = [0; 1];
@@ -413,10 +504,13 @@ mod tests {
 
     #[test]
     fn standard_input_ends_only_when_both_writers_have_let_go() {
+        if !can_seal() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "stdin");
         let end = open_input(uri(&path), &none()).unwrap().unwrap();
-        let mut containerd = File::from(open(&path, false).unwrap());
+        let mut containerd = open(&path, false).unwrap();
         containerd.write_all(b"x").unwrap();
         let mut given = File::from(end.given);
         let mut buffer = [0; 4];
@@ -452,12 +546,13 @@ mod tests {
         let ends = Ends::open(&io, &none(), "ns", "c", Duration::from_secs(1))
             .await
             .unwrap();
-        File::from(ends.stdout.unwrap().given)
-            .write_all(b"out\n")
-            .unwrap();
-        File::from(ends.stderr.unwrap().given)
-            .write_all(b"err\n")
-            .unwrap();
+        let (stdout, stderr) = (ends.stdout.unwrap(), ends.stderr.unwrap());
+        File::from(stdout.given).write_all(b"out\n").unwrap();
+        File::from(stderr.given).write_all(b"err\n").unwrap();
+        let Kept::Copied(written) = stdout.kept else {
+            panic!("the VMM has the file");
+        };
+        written.await.unwrap();
         assert_eq!(fs::read_to_string(path).unwrap(), "out\nerr\n");
     }
 }
