@@ -49,6 +49,9 @@ impl From<Error> for ttrpc::Error {
             Error::DeadlineExceeded(_) => Code::DEADLINE_EXCEEDED,
             Error::Internal(_) => Code::INTERNAL,
         };
-        ttrpc::Error::RpcStatus(ttrpc::get_status(code, error.to_string()))
+        let mut sentence = error.to_string();
+        // The host ends a guest whose answers are too long.
+        brig_agent_protocol::cut(&mut sentence);
+        ttrpc::Error::RpcStatus(ttrpc::get_status(code, sentence))
     }
 }

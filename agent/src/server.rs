@@ -2,6 +2,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use brig_agent_protocol::MAX_LISTED;
 use brig_agent_protocol::{
     agent::{
         AddNetworkRequest, AdjustClockRequest, AdjustClockResponse, ConnectPortRequest,
@@ -221,9 +222,10 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ContainerRef,
     ) -> ttrpc::Result<ProcessList> {
-        let pids = self
+        let mut pids = self
             .ask(&request.id, |reply| Command::List { reply })
             .await?;
+        pids.truncate(MAX_LISTED);
         Ok(ProcessList {
             pids,
             ..Default::default()

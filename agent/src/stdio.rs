@@ -2,7 +2,8 @@
 //!
 //! What a process writes is hostile bytes and is only ever copied. A copy ends at the end of the
 //! pipe, not at the exit of the process, so nothing is truncated; a grandchild that keeps a pipe
-//! open keeps only that stream.
+//! open keeps only that stream, and that until its process is deleted: then what is in the pipe is
+//! the last of it.
 use std::{
     io::{self, ErrorKind},
     os::fd::{AsFd as _, OwnedFd},
@@ -32,6 +33,8 @@ const CHUNK: usize = 32 * 1024;
 /// After `CloseStdin`, how long no byte may arrive before the pipe is closed: the request and the
 /// bytes sent before it travel on different streams.
 const CLOSE_GRACE: Duration = Duration::from_millis(250);
+/// The most that is still copied once a process is deleted, in bytes: what a pipe holds.
+const LAST: usize = 64 * 1024;
 /// How long the host may take to acknowledge the end of an output stream.
 const LINGER: Duration = Duration::from_secs(10);
 
@@ -104,6 +107,8 @@ pub struct Running {
     close_stdin: Arc<Notify>,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     output_done: Option<watch::Receiver<()>>,
+    /// Its end tells the copies of output that their process is deleted.
+    _held: Option<watch::Sender<()>>,
 }
 
 impl Pumps {
@@ -152,6 +157,8 @@ impl Pumps {
         let mut running = Running::default();
         let (done, output_done) = watch::channel(());
         running.output_done = Some(output_done);
+        let (held, deleted) = watch::channel(());
+        running._held = Some(held);
         if let Some(master) = terminal {
             rustix::io::ioctl_fionbio(&master, true).map_err(|e| Error::io("terminal", e))?;
             let master = Arc::new(
@@ -165,7 +172,7 @@ impl Pumps {
             if let Some(stream) = self.host.stdout {
                 let master = Arc::clone(&master);
                 tokio::spawn(async move {
-                    terminal_to_stream(&master, stream).await;
+                    terminal_to_stream(&master, stream, deleted).await;
                     drop(done);
                 });
             }
@@ -183,9 +190,9 @@ impl Pumps {
         ];
         for (stream, pipe) in outputs {
             if let (Some(stream), Some(pipe)) = (stream, pipe) {
-                let done = done.clone();
+                let (done, deleted) = (done.clone(), deleted.clone());
                 tokio::spawn(async move {
-                    pipe_to_stream(pipe, stream).await;
+                    pipe_to_stream(pipe, stream, deleted).await;
                     drop(done);
                 });
             }
@@ -308,11 +315,26 @@ async fn stdin_to_terminal(
     let _ = host.shutdown().await;
 }
 
-async fn pipe_to_stream(pipe: pipe::Receiver, mut stream: Stream) {
+async fn pipe_to_stream(
+    pipe: pipe::Receiver,
+    mut stream: Stream,
+    mut deleted: watch::Receiver<()>,
+) {
     // The buffer lives only while there is something to copy: most streams are idle most of the time.
-    'wait: while pipe.readable().await.is_ok() {
+    'wait: loop {
+        tokio::select! {
+            biased;
+            // Somebody may go on writing for ever.
+            _ = deleted.changed() => {
+                if copy_last(&pipe, &mut stream).await.is_err() {
+                    return;
+                }
+                break;
+            }
+            ready = pipe.readable() => if ready.is_err() { break },
+        }
         let mut buffer = vec![0; CHUNK];
-        loop {
+        while deleted.has_changed().is_ok() {
             match pipe.try_read(&mut buffer) {
                 Ok(0) => break 'wait,
                 Ok(n) => {
@@ -328,16 +350,37 @@ async fn pipe_to_stream(pipe: pipe::Receiver, mut stream: Stream) {
     finish(stream).await;
 }
 
-async fn terminal_to_stream(master: &AsyncFd<OwnedFd>, mut stream: Stream) {
+/// Copies what is in the pipe now, whether the runtime has heard of it or not.
+async fn copy_last(pipe: &pipe::Receiver, stream: &mut Stream) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    let mut left = LAST;
+    while left > 0 {
+        let Ok(n @ 1..) = rustix::io::read(pipe, &mut *buffer) else {
+            break;
+        };
+        stream.write_all(&buffer[..n]).await?;
+        left = left.saturating_sub(n);
+    }
+    Ok(())
+}
+
+async fn terminal_to_stream(
+    master: &AsyncFd<OwnedFd>,
+    mut stream: Stream,
+    mut deleted: watch::Receiver<()>,
+) {
     let mut buffer = vec![0; CHUNK];
     loop {
+        let read = master.async_io(Interest::READABLE, |fd| {
+            Ok(rustix::io::read(fd, &mut *buffer)?)
+        });
+        let read = tokio::select! {
+            biased;
+            read = read => read,
+            _ = deleted.changed() => break,
+        };
         // EIO is how a pty master reports that the last slave was closed.
-        match master
-            .async_io(Interest::READABLE, |fd| {
-                Ok(rustix::io::read(fd, &mut *buffer)?)
-            })
-            .await
-        {
+        match read {
             Ok(0) | Err(_) => break,
             Ok(n) => {
                 if stream.write_all(&buffer[..n]).await.is_err() {
@@ -376,13 +419,42 @@ mod tests {
         let (mut host, guest) = UnixStream::pair().unwrap();
         let writer = std::thread::spawn(move || file(theirs).write_all(&vec![7; 300_000]).unwrap());
         let receiver = pipe::Receiver::from_owned_fd(ours).unwrap();
-        let copy = tokio::spawn(pipe_to_stream(receiver, Stream::Unix(guest)));
+        let (_held, deleted) = watch::channel(());
+        let copy = tokio::spawn(pipe_to_stream(receiver, Stream::Unix(guest), deleted));
         let mut got = Vec::new();
         host.read_to_end(&mut got).await.unwrap();
         assert_eq!(got.len(), 300_000);
         drop(host);
         copy.await.unwrap();
         writer.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn output_that_somebody_keeps_open_ends_when_its_process_is_deleted() {
+        for endless in [false, true] {
+            let (ours, theirs) = pipe_for(false).unwrap();
+            let (mut host, guest) = UnixStream::pair().unwrap();
+            let receiver = pipe::Receiver::from_owned_fd(ours).unwrap();
+            let (held, deleted) = watch::channel(());
+            let copy = tokio::spawn(pipe_to_stream(receiver, Stream::Unix(guest), deleted));
+            let mut orphan = file(theirs);
+            orphan.write_all(b"last words").unwrap();
+            let mut words = [0; 10];
+            host.read_exact(&mut words).await.unwrap();
+            orphan.write_all(b"in the pipe").unwrap();
+            let orphan = std::thread::spawn(move || {
+                while endless && orphan.write_all(&[7; 4096]).is_ok() {}
+                orphan
+            });
+            drop(held);
+            let mut rest = Vec::new();
+            let end = timeout(Duration::from_secs(10), host.read_to_end(&mut rest));
+            end.await.expect("the stream goes on").unwrap();
+            assert!(rest.starts_with(b"in the pipe"), "{endless}");
+            drop(host);
+            copy.await.unwrap();
+            drop(orphan.join().unwrap());
+        }
     }
 
     #[tokio::test]

@@ -2,16 +2,14 @@
 //! names the thing and the fix.
 //!
 //! Library errors (control protocol, agent, files) are turned into it where they are met, so that
-//! nothing further up compares text. It trusts nothing: the agent's messages are length-limited.
+//! nothing further up compares text. It trusts neither agent nor VMM: their sentences are length-limited.
 
 use std::fmt;
 use std::io;
 
+use brig_agent_protocol::cut;
 use brig_hypervisor::control::{ErrorKind, ErrorReply};
 use ttrpc::Code;
-
-/// The longest message taken over from the guest's agent, in bytes.
-const MAX_AGENT_MESSAGE: usize = 2048;
 
 /// Classes of errors, each of which is one containerd code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,13 +122,7 @@ impl Error {
             _ => Kind::Internal,
         };
         let mut message = status.message;
-        if message.len() > MAX_AGENT_MESSAGE {
-            let mut end = MAX_AGENT_MESSAGE;
-            while !message.is_char_boundary(end) {
-                end -= 1;
-            }
-            message.truncate(end);
-        }
+        cut(&mut message);
         Self::new(kind, message)
     }
 
@@ -160,7 +152,9 @@ impl From<ErrorReply> for Error {
             ErrorKind::Limit => Kind::ResourceExhausted,
             ErrorKind::Internal => Kind::Internal,
         };
-        Self::new(kind, reply.message)
+        let mut message = reply.message;
+        cut(&mut message);
+        Self::new(kind, message)
     }
 }
 
@@ -185,6 +179,7 @@ pub fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use brig_agent_protocol::MAX_SENTENCE;
 
     #[test]
     fn a_broken_agent_connection_is_unavailable_and_a_status_keeps_its_code() {
@@ -199,9 +194,15 @@ mod tests {
     }
 
     #[test]
-    fn a_long_message_of_the_agent_is_cut_at_a_character() {
-        let status = ttrpc::get_status(Code::INTERNAL, "é".repeat(MAX_AGENT_MESSAGE));
+    fn a_long_sentence_of_the_agent_or_the_vmm_is_cut() {
+        let long = "é".repeat(MAX_SENTENCE);
+        let status = ttrpc::get_status(Code::INTERNAL, &long);
         let error = Error::from_agent(ttrpc::Error::RpcStatus(status));
-        assert!(error.message.len() <= MAX_AGENT_MESSAGE);
+        assert_eq!(error.message.len(), MAX_SENTENCE);
+        let error = Error::from(ErrorReply {
+            kind: ErrorKind::Host,
+            message: long,
+        });
+        assert_eq!(error.message.len(), MAX_SENTENCE);
     }
 }

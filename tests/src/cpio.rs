@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 /// One entry of the archive.
+#[derive(Clone, Copy)]
 pub enum Entry<'a> {
     /// A directory.
     Directory(&'a str),
@@ -74,18 +75,25 @@ pub fn write(out: &mut impl Write, entries: &[Entry<'_>]) -> io::Result<()> {
 /// # Errors
 /// As [`write`].
 pub fn init(program: &[u8]) -> io::Result<Vec<u8>> {
+    init_with(program, &[])
+}
+
+/// As [`init`], with further entries.
+///
+/// # Errors
+/// As [`write`].
+pub fn init_with(program: &[u8], further: &[Entry<'_>]) -> io::Result<Vec<u8>> {
+    let mut entries = vec![
+        Entry::Directory("dev"),
+        Entry::Directory("proc"),
+        Entry::Directory("sys"),
+        Entry::Device("dev/null", 1, 3),
+        Entry::Device("dev/console", 5, 1),
+        Entry::Program("init", program),
+    ];
+    entries.extend_from_slice(further);
     let mut out = Vec::new();
-    write(
-        &mut out,
-        &[
-            Entry::Directory("dev"),
-            Entry::Directory("proc"),
-            Entry::Directory("sys"),
-            Entry::Device("dev/null", 1, 3),
-            Entry::Device("dev/console", 5, 1),
-            Entry::Program("init", program),
-        ],
-    )?;
+    write(&mut out, &entries)?;
     Ok(out)
 }
 

@@ -57,3 +57,44 @@ pub enum BootMark {
 pub fn stream_header(stream: u64) -> [u8; 8] {
     stream.to_le_bytes()
 }
+
+/// The most bytes of an answer to one call, with its envelope. The largest are of lists, which end at
+/// [`MAX_LISTED`].
+pub const MAX_REPLY: usize = 32 << 10;
+
+/// The most bytes of one event: two ids and a few numbers.
+pub const MAX_EVENT: usize = 1 << 10;
+
+/// The longest sentence of an error in bytes.
+pub const MAX_SENTENCE: usize = 2048;
+
+/// The most processes that an answer lists.
+pub const MAX_LISTED: usize = 4096;
+
+/// The most block devices that statistics tell of.
+pub const MAX_DEVICES: usize = 256;
+
+/// Cuts a sentence to [`MAX_SENTENCE`] bytes, at a character.
+pub fn cut(sentence: &mut String) {
+    let mut end = sentence.len().min(MAX_SENTENCE);
+    while !sentence.is_char_boundary(end) {
+        end -= 1;
+    }
+    sentence.truncate(end);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_sentence_is_cut_at_a_character() {
+        let mut sentence = "é".repeat(MAX_SENTENCE);
+        sentence.insert(0, 'x');
+        cut(&mut sentence);
+        assert_eq!(sentence.len(), MAX_SENTENCE - 1);
+        let mut short = "é".to_owned();
+        cut(&mut short);
+        assert_eq!(short, "é");
+    }
+}

@@ -1,6 +1,7 @@
 //! Fills the statistics reply from cgroup v2 files. A file that a kernel lacks reads as zeros.
 use std::{collections::HashMap, fs, path::Path};
 
+use brig_agent_protocol::MAX_DEVICES;
 use brig_agent_protocol::agent::{StatsResponse, stats_response};
 
 /// Reads the statistics of the cgroup directory `path`.
@@ -40,7 +41,11 @@ pub fn read(path: &Path) -> StatsResponse {
         .into(),
         pids_current: number("pids.current"),
         pids_limit: number("pids.max"),
-        io: text("io.stat").lines().filter_map(io_line).collect(),
+        io: text("io.stat")
+            .lines()
+            .filter_map(io_line)
+            .take(MAX_DEVICES)
+            .collect(),
         hugetlb: hugetlb(path),
         ..Default::default()
     }

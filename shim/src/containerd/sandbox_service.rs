@@ -211,7 +211,7 @@ impl Sandbox for SandboxService {
         })?;
         let empty = Empty::new();
         let answer = vm.agent().ping(context::Context::default(), &empty);
-        vm.call("Ping", answer).await?;
+        vm.call_within(vm.timeouts().word, "Ping", answer).await?;
         Ok(PingResponse::default())
     }
 

@@ -17,7 +17,7 @@ use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use rustix::fs::{Mode, OFlags};
 use slog::{Logger, error, info};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 use ttrpc::asynchronous::transport::Listener;
@@ -161,8 +161,11 @@ pub(crate) async fn run(
     tokio::select! {
         () = done.notified() => {}
         // The node shuts down, or its operator ends this pod.
-        _ = terminate.recv() => pod.terminate().await,
-        _ = interrupt.recv() => pod.terminate().await,
+        () = either(&mut terminate, &mut interrupt) => tokio::select! {
+            () = pod.terminate() => {}
+            // The second time they mean it.
+            () = either(&mut terminate, &mut interrupt) => drop(pod.shutdown(true).await),
+        },
     }
     // The socket goes first, so that nobody new finds a server that is about to end.
     if let Some(socket) = socket {
@@ -173,6 +176,13 @@ pub(crate) async fn run(
     let _ = timeout(FLUSH, server.shutdown()).await;
     info!(logger, "the shim has ended");
     Ok(())
+}
+
+async fn either(one: &mut Signal, other: &mut Signal) {
+    tokio::select! {
+        _ = one.recv() => {}
+        _ = other.recv() => {}
+    }
 }
 
 /// The generated table has one entry, under v3's name.

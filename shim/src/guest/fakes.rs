@@ -1,6 +1,8 @@
 //! Stand-ins for the node, the VMM and the guest's agent, for the tests of the shim's logic: a child
 //! process with a control-socket thread instead of brig-vmm, and a ttrpc server instead of the agent.
 
+pub(crate) mod raw;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -102,6 +104,12 @@ pub(crate) struct Behaviour {
     pub(crate) unstartable: Option<String>,
     /// What a process writes to each of its outputs before it ends.
     pub(crate) last_words: &'static str,
+    /// Something keeps the outputs of an exec open after its end, until it is deleted.
+    pub(crate) left_behind: bool,
+    /// Processes take all of the grace of a Shutdown, and more.
+    pub(crate) stubborn: bool,
+    /// The agent is one that breaks the rules.
+    pub(crate) raw: Option<raw::RawAgent>,
 }
 
 /// A node whose VMs are fakes.
@@ -109,14 +117,34 @@ pub(crate) struct FakeHost {
     pub(crate) record: Record,
     pub(crate) behaviour: Behaviour,
     runtime: tokio::runtime::Handle,
+    streams: Streams,
+    power: Power,
+    /// The VMM's end of the control socket.
+    control: Mutex<Option<OwnedFd>>,
 }
 
 impl FakeHost {
+    /// The VM dies, after having written this to every output.
+    pub(crate) fn crash(&self, last: &str) {
+        for (_, ends) in self.streams.lock().unwrap().drain() {
+            for end in ends {
+                // Standard input's end does not take it.
+                let _ = rustix::io::write(&end, last.as_bytes());
+            }
+        }
+        self.power.lock().unwrap().take();
+        let control = self.control.lock().unwrap().take().unwrap();
+        let _ = rustix::net::shutdown(&control, rustix::net::Shutdown::Both);
+    }
+
     pub(crate) fn new(behaviour: Behaviour) -> Arc<Self> {
         Arc::new(Self {
             record: Record::default(),
             behaviour,
             runtime: tokio::runtime::Handle::current(),
+            streams: Streams::default(),
+            power: Power::default(),
+            control: Mutex::default(),
         })
     }
 }
@@ -139,13 +167,15 @@ impl Host for FakeHost {
             None => "read x; exit 0".to_owned(),
         };
         let (process, stdin) = FakeProcess::with_stdin(&script);
+        *self.power.lock().unwrap() = Some(stdin);
+        *self.control.lock().unwrap() = Some(vmm_control.try_clone().map_err(failed)?);
         let vmm = FakeVmm {
             record: self.record.clone(),
             behaviour: self.behaviour.clone(),
             runtime: self.runtime.clone(),
             agent: Some(vmm_agent),
-            streams: Streams::default(),
-            power: Arc::new(Mutex::new(Some(stdin))),
+            streams: Arc::clone(&self.streams),
+            power: Arc::clone(&self.power),
             _stderr: vmm_stderr,
         };
         std::thread::spawn(move || vmm.run(vmm_control));
@@ -268,6 +298,9 @@ impl FakeVmm {
                     Ok(ReplyBody::Done)
                 }
                 RequestBody::CloseStream { stream } => {
+                    if self.streams.lock().unwrap().contains_key(&stream) {
+                        self.record.add(format!("cut {stream}"));
+                    }
                     close(&self.streams, &socket, stream);
                     Ok(ReplyBody::Done)
                 }
@@ -292,12 +325,23 @@ impl FakeVmm {
             let _ = control::send(socket.as_fd(), &FromVmm::Reply(reply), &[]);
         }
         self.power.lock().unwrap().take();
+        // As by the end of its process: the host keeps a descriptor to crash it.
+        let _ = rustix::net::shutdown(&*socket, rustix::net::Shutdown::Both);
     }
 
     fn start_agent(&mut self, control: &Arc<OwnedFd>) {
         let Some(stream) = self.agent.take() else {
             return;
         };
+        if let Some(raw) = self.behaviour.raw {
+            let record = self.record.clone();
+            self.runtime.spawn(async move {
+                stream.set_nonblocking(true).unwrap();
+                let stream = tokio::net::UnixStream::from_std(stream).unwrap();
+                raw.serve(stream, record).await;
+            });
+            return;
+        }
         let (events, subscribed) = mpsc::unbounded_channel();
         let agent = FakeAgent {
             record: self.record.clone(),
@@ -305,6 +349,7 @@ impl FakeVmm {
             events,
             subscribed: tokio::sync::Mutex::new(subscribed),
             processes: Mutex::default(),
+            left: Mutex::default(),
             streams: Arc::clone(&self.streams),
             power: Arc::clone(&self.power),
             control: Arc::clone(control),
@@ -342,6 +387,8 @@ struct FakeAgent {
     subscribed: tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>,
     /// Streams by exec id.
     processes: Mutex<HashMap<String, Vec<u64>>>,
+    /// Those of processes that have ended.
+    left: Mutex<HashMap<String, Vec<Vec<u64>>>>,
     streams: Streams,
     power: Power,
     control: Arc<OwnedFd>,
@@ -352,7 +399,11 @@ struct FakeAgent {
 impl FakeAgent {
     /// The process ends: its streams close and the event goes out.
     fn end(&self, id: &str, exec_id: &str, status: u32) {
-        let numbers = self.processes.lock().unwrap().remove(exec_id);
+        let mut numbers = self.processes.lock().unwrap().remove(exec_id);
+        if self.behaviour.left_behind && !exec_id.is_empty() {
+            let kept = numbers.take().into_iter().collect();
+            self.left.lock().unwrap().insert(exec_id.to_owned(), kept);
+        }
         for number in numbers.into_iter().flatten() {
             for end in self
                 .streams
@@ -469,6 +520,10 @@ impl Agent for FakeAgent {
 
     async fn delete_process(&self, _: &TtrpcContext, request: ProcessRef) -> Answer<ProcessExited> {
         self.record.add(format!("delete {}", request.exec_id));
+        let left = self.left.lock().unwrap().remove(&request.exec_id);
+        for number in left.into_iter().flatten().flatten() {
+            close(&self.streams, &self.control, number);
+        }
         Ok(ProcessExited::default())
     }
 
@@ -582,6 +637,9 @@ impl Agent for FakeAgent {
             0 => "shutdown".to_owned(),
             grace => format!("shutdown after {grace} ms"),
         });
+        if self.behaviour.stubborn && request.grace_ms > 0 {
+            std::future::pending::<()>().await;
+        }
         self.power.lock().unwrap().take();
         let both = rustix::net::Shutdown::Both;
         let _ = rustix::net::shutdown(&*self.control, both);

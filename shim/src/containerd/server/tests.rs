@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use ttrpc::Code;
 
 mod harness;
+mod hostile;
 mod pod;
 mod sandbox;
 mod streaming;
@@ -79,6 +80,41 @@ async fn an_exit_that_overtakes_the_answer_is_told_after_the_start() {
         "/tasks/delete",
     ];
     assert_eq!(harness.end().await, expected);
+}
+
+#[tokio::test]
+async fn output_that_an_execs_child_keeps_open_ends_with_the_exec_and_is_not_cut_off() {
+    let harness = Harness::new(Behaviour {
+        left_behind: true,
+        ..Behaviour::default()
+    })
+    .await;
+    harness.create().await.unwrap();
+    harness.start("").await.unwrap();
+    let log = harness.dir.path().join("log");
+    let request = ExecProcessRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        stdout: format!("file://{}", log.display()),
+        spec: MessageField::some(Any {
+            value: b"{}".to_vec(),
+            ..Any::default()
+        }),
+        ..ExecProcessRequest::default()
+    };
+    harness.client.exec(ctx(), &request).await.unwrap();
+    harness.start("e").await.unwrap();
+    harness.kill("e", 9).await.unwrap();
+    assert_eq!(harness.wait("e").await.unwrap(), 137);
+    assert_eq!(harness.delete("e").await.unwrap(), 137);
+    let asked = harness.record.all();
+    assert!(asked.iter().any(|seen| seen == "delete e"), "{asked:?}");
+    let cut = asked.iter().any(|seen| seen.starts_with("cut "));
+    assert!(!cut, "{asked:?}");
+    harness.kill("", 9).await.unwrap();
+    harness.wait("").await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
 }
 
 #[tokio::test]

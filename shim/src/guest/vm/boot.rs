@@ -2,7 +2,8 @@
 //! work such as the root file system needs only the process and runs while the guest boots.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use brig_agent_protocol::agent::{Empty, Event, StartSandboxRequest};
@@ -10,7 +11,7 @@ use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_agent_protocol::{LOG_STREAM, SHARE_TAG};
 use brig_hypervisor::control::{RequestBody, mark};
 use slog::{Logger, debug, error, warn};
-use tokio::sync::{Notify, mpsc, watch as watch_channel};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch as watch_channel};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::Client;
@@ -19,10 +20,13 @@ use ttrpc::context;
 
 use super::clock;
 use super::control::{Control, ControlError, Incoming};
+use super::frames::{Ending, Guarded};
+use super::kill::Kill;
 use super::late::Late;
 use super::lines;
+use super::patience::Patience;
 use super::watch::Watch;
-use super::{Host, Launched, Plan, Timeouts, Vm, first_stream};
+use super::{Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
@@ -269,8 +273,9 @@ fn adopt(
     } = incoming;
     launched.agent.set_nonblocking(true).map_err(failed)?;
     let agent = tokio::net::UnixStream::from_std(launched.agent).map_err(failed)?;
+    let (guarded, ahead, connection) = Guarded::new(agent);
     let (death_sender, death) = watch_channel::channel(None);
-    let kill = Arc::new(Notify::new());
+    let kill = Arc::new(Kill::default());
     let pressure = Arc::new(Notify::new());
     let watch = Watch {
         process: launched.process,
@@ -291,14 +296,24 @@ fn adopt(
     let vm = Arc::new(Vm {
         pid,
         control,
-        agent: AgentClient::new(Client::new(Socket::new(agent))),
+        agent: AgentClient::new(Client::new(Socket::new(guarded))),
         mounts: launched.mounts,
         death,
         kill,
         next_stream: first_stream(),
         timeouts,
         late,
+        ahead,
+        figures: Patience::new(timeouts.word),
+        signals: Patience::new(timeouts.word),
+        sending: Arc::new(Semaphore::new(MAX_SIGNALS)),
+        deaf: AtomicBool::new(false),
     });
+    tokio::spawn(watch_connection(
+        Arc::downgrade(&vm),
+        connection,
+        logger.clone(),
+    ));
     tokio::spawn(relieve(Arc::downgrade(&vm), pressure, logger.clone()));
     let (machine, fds) = launched.machine;
     let machine = (RequestBody::Start(Box::new(machine)), fds);
@@ -395,23 +410,47 @@ async fn subscribe(vm: &Arc<Vm>, news: mpsc::Sender<News>, logger: &Logger) -> R
     let request = Empty::new();
     let answer = vm.agent.events(context::Context::default(), &request);
     let mut events = vm.call("Events", answer).await?;
-    let logger = logger.clone();
+    let (ahead, logger) = (Arc::clone(&vm.ahead), logger.clone());
+    let vm = Arc::downgrade(vm);
     tokio::spawn(async move {
-        loop {
-            match events.recv().await {
-                Ok(Some(event)) => {
-                    if news.send(News::Agent(Box::new(event))).await.is_err() {
-                        return;
-                    }
-                }
-                Ok(None) | Err(_) => {
-                    debug!(logger, "the agent's events have ended");
-                    return;
-                }
+        while let Ok(Some(event)) = events.recv().await {
+            if news.send(News::Agent(Box::new(event))).await.is_err() {
+                return;
             }
+            ahead.taken();
         }
+        debug!(logger, "the agent's events have ended");
+        // Without them no end of a process would be heard of.
+        let why = "ended its events, or sent one that is none";
+        end_unless_over(vm, why, &logger).await;
     });
     Ok(())
+}
+
+/// Ends a VM whose agent has broken the connection, or the rules of it.
+async fn watch_connection(vm: Weak<Vm>, ended: oneshot::Receiver<Ending>, logger: Logger) {
+    match ended.await {
+        Ok(Ending::Broken(rule)) => {
+            if let Some(vm) = vm.upgrade() {
+                cut_off(&vm, &rule, &logger);
+            }
+        }
+        Ok(Ending::Closed) | Err(_) => end_unless_over(vm, "closed its connection", &logger).await,
+    }
+}
+
+/// Ends a VM that goes on although its agent has ended. A guest that powers off closes everything shortly before.
+async fn end_unless_over(vm: Weak<Vm>, why: &str, logger: &Logger) {
+    let Some(vm) = vm.upgrade() else { return };
+    if timeout(vm.timeouts.stop, vm.ended()).await.is_err() {
+        cut_off(&vm, why, logger);
+    }
+}
+
+fn cut_off(vm: &Vm, why: &str, logger: &Logger) {
+    let reason = format!("the guest's agent {why}, and the VM was stopped");
+    error!(logger, "the VM is stopped"; "reason" => &reason);
+    vm.end(reason);
 }
 
 /// The VMM's own boot marks and its exits up to the agent's call, for the timeline.
@@ -440,7 +479,7 @@ async fn report_counters(vm: Arc<Vm>, news: mpsc::Sender<News>, executed: System
 
 /// Asks the guest to let go of cached files when the file server runs short of descriptors; one
 /// request at a time.
-async fn relieve(vm: std::sync::Weak<Vm>, pressure: Arc<Notify>, logger: Logger) {
+async fn relieve(vm: Weak<Vm>, pressure: Arc<Notify>, logger: Logger) {
     loop {
         let Some(held) = vm.upgrade() else { return };
         tokio::select! {
@@ -457,7 +496,7 @@ async fn relieve(vm: std::sync::Weak<Vm>, pressure: Arc<Notify>, logger: Logger)
 }
 
 /// Asks the agent for a sign of life now and then; one that is silent for several is stopped.
-async fn watch_agent(vm: std::sync::Weak<Vm>, logger: Logger) {
+async fn watch_agent(vm: Weak<Vm>, logger: Logger) {
     let mut missed = 0;
     loop {
         let Some(held) = vm.upgrade() else { return };
@@ -478,8 +517,8 @@ async fn watch_agent(vm: std::sync::Weak<Vm>, logger: Logger) {
             }
         }
         if missed == MISSES {
-            error!(logger, "the guest's agent is silent; the VM is stopped");
-            vm.kill();
+            let seconds = (interval * (2 * MISSES)).as_secs_f64();
+            cut_off(&vm, &format!("was silent for {seconds:.0} s"), &logger);
             return;
         }
     }

@@ -9,7 +9,7 @@ use crate::error::Error;
 
 /// Console lines that are quoted when none of them is the panic's own.
 const QUOTED_LINES: usize = 3;
-/// The longest quotation in characters.
+/// The longest quotation in characters, of the console or of the VMM's last words.
 const QUOTED_CHARS: usize = 400;
 
 /// The end of a VM.
@@ -34,7 +34,7 @@ impl Death {
         at: SystemTime,
     ) -> Self {
         let said = last_error
-            .map(|line| format!(": {line}"))
+            .map(|line| format!(": {}", shortened(line)))
             .unwrap_or_default();
         let reason = match ended {
             _ if oom => {
@@ -86,7 +86,11 @@ fn quote(console: &[String]) -> String {
         Some(line) => line.clone(),
         None => console[console.len().saturating_sub(QUOTED_LINES)..].join(" | "),
     };
-    without_time(&quoted).chars().take(QUOTED_CHARS).collect()
+    shortened(without_time(&quoted))
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(QUOTED_CHARS).collect()
 }
 
 /// Takes the kernel's time stamp away from the beginning of a line.
@@ -156,5 +160,14 @@ mod tests {
         assert!(death.reason.contains("memory") && death.oom);
         let said = reason(VmmExit::Code(exit::INTERNAL), &[], Some("KVM_RUN: EFAULT"));
         assert!(said.ends_with(": KVM_RUN: EFAULT"), "{said}");
+    }
+
+    #[test]
+    fn the_vmms_last_words_are_cut() {
+        let words = "é".repeat(60_000);
+        for code in [exit::INTERNAL, exit::GUEST_FAULT, exit::JAIL, 77] {
+            let reason = reason(VmmExit::Code(code), &[], Some(&words));
+            assert!(reason.chars().count() < QUOTED_CHARS + 100, "{code}");
+        }
     }
 }

@@ -17,6 +17,16 @@ use crate::log::{Gate, Passed};
 /// The longest line in bytes.
 const MAX_LINE: u64 = 2048;
 
+/// Cuts a line that comes whole from the VMM.
+pub(super) fn cut(line: &mut String) {
+    let most = usize::try_from(MAX_LINE).unwrap_or(usize::MAX);
+    let mut end = line.len().min(most);
+    while !line.is_char_boundary(end) {
+        end -= 1;
+    }
+    line.truncate(end);
+}
+
 /// How serious a line is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Severity {

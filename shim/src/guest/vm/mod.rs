@@ -8,9 +8,12 @@ pub mod boot;
 mod clock;
 pub mod control;
 pub mod death;
+mod frames;
 pub mod host;
+mod kill;
 mod late;
 mod lines;
+pub mod patience;
 mod plug;
 mod share;
 pub mod watch;
@@ -22,16 +25,16 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use brig_agent_protocol::agent::ShutdownRequest;
+use brig_agent_protocol::agent::{ShutdownRequest, SignalRequest};
 use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_agent_protocol::{FIRST_PROCESS_STREAM, STREAM_PORT, stream_header};
 use brig_hypervisor::control::{RequestBody, StreamConfig, VmConfig};
 use brig_hypervisor::launch::{VmmExit, VmmProcess};
 pub use brig_hypervisor::share::{Attributes, LaterMount, LeftOut};
-use tokio::sync::{Notify, watch as watch_channel};
+use tokio::sync::{Notify, Semaphore, oneshot, watch as watch_channel};
 use tokio::time::timeout;
 use ttrpc::context;
 
@@ -42,6 +45,12 @@ use crate::node::cgroup::Cgroup;
 use crate::node::network::GuestNetwork;
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
+use frames::Ahead;
+use kill::Kill;
+use patience::Patience;
+
+/// Signals that may wait for a guest that does not take them.
+const MAX_SIGNALS: usize = 64;
 
 /// What a VM is to be.
 #[derive(Debug)]
@@ -186,8 +195,12 @@ pub struct Timeouts {
     pub setup: Duration,
     /// An orderly power-off.
     pub stop: Duration,
-    /// Between two signs of life of the agent.
+    /// Between two signs of life of the agent, and from SIGKILL to the end of an init process.
     pub ping: Duration,
+    /// From the end of a process to that of its output, which another one may keep open.
+    pub left_behind: Duration,
+    /// What containerd is kept waiting at most, where it asks one pod after another.
+    pub word: Duration,
 }
 
 impl Timeouts {
@@ -200,6 +213,8 @@ impl Timeouts {
             setup: config.timeout(150),
             stop: config.timeout(10),
             ping: config.timeout(30),
+            left_behind: config.timeout(2),
+            word: config.timeout(1),
         }
     }
 }
@@ -211,10 +226,16 @@ pub struct Vm {
     agent: AgentClient,
     mounts: Arc<dyn Mounts>,
     death: watch_channel::Receiver<Option<Death>>,
-    kill: Arc<Notify>,
+    kill: Arc<Kill>,
     next_stream: AtomicU64,
     timeouts: Timeouts,
     late: Option<late::Late>,
+    ahead: Arc<Ahead>,
+    figures: Patience,
+    signals: Patience,
+    sending: Arc<Semaphore>,
+    /// The agent has let the last call of a process's removal go without an answer.
+    deaf: AtomicBool,
 }
 
 impl fmt::Debug for Vm {
@@ -261,6 +282,66 @@ impl Vm {
             Ok(death) => death.clone().unwrap_or_else(Death::unknown),
             Err(_) => Death::unknown(),
         }
+    }
+
+    /// How long containerd waits for figures of this VM.
+    #[must_use]
+    pub fn figures(&self) -> &Patience {
+        &self.figures
+    }
+
+    /// Sends a signal. One that the agent has not acknowledged in the time that containerd may be kept waiting
+    /// is on its way.
+    ///
+    /// # Errors
+    /// The agent's; `ResourceExhausted` when too many signals are on their way.
+    pub async fn signal(self: &Arc<Self>, request: SignalRequest) -> Result<()> {
+        let Ok(place) = Arc::clone(&self.sending).try_acquire_owned() else {
+            return Err(Error::new(
+                Kind::ResourceExhausted,
+                format!(
+                    "{MAX_SIGNALS} signals wait for the guest's agent, which does not take them"
+                ),
+            ));
+        };
+        let (told, answer) = oneshot::channel();
+        let vm = Arc::clone(self);
+        tokio::spawn(async move {
+            let answer = vm
+                .agent
+                .signal_process(context::Context::default(), &request);
+            let result = vm.call("SignalProcess", answer).await.map(drop);
+            if !matches!(&result, Err(error) if error.kind == Kind::DeadlineExceeded) {
+                vm.signals.answered();
+            }
+            drop(place);
+            let _ = told.send(result);
+        });
+        match self.signals.wait(answer).await {
+            Some(Ok(result)) => result,
+            Some(Err(_)) | None => Ok(()),
+        }
+    }
+
+    /// As [`Self::call`], for the removal of a process: an agent that did not answer the last one is not waited
+    /// for that long again.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub async fn clear<T>(
+        &self,
+        what: &str,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T> {
+        let limit = if self.deaf.load(Ordering::Relaxed) {
+            self.timeouts.word
+        } else {
+            self.timeouts.call
+        };
+        let result = self.call_within(limit, what, answer).await;
+        let deaf = matches!(&result, Err(error) if error.kind == Kind::DeadlineExceeded);
+        self.deaf.store(deaf, Ordering::Relaxed);
+        result
     }
 
     /// Waits for the agent's answer, for the VM's end, or for the time-out.
@@ -416,27 +497,42 @@ impl Vm {
 
     /// Kills the VM at once; its end is to be waited for.
     pub fn kill(&self) {
-        self.kill.notify_one();
+        self.kill.wish(None);
+    }
+
+    /// Kills the VM for what its guest does or leaves undone, which becomes the reason of its end.
+    pub fn end(&self, reason: String) {
+        self.kill.wish(Some(reason));
     }
 
     /// Powers the guest off, or kills it when it does not, and waits until the VMM is reaped. Its processes
-    /// get SIGTERM and `grace` before that, unless it is zero.
-    pub async fn stop(&self, grace: Duration) -> Death {
+    /// get SIGTERM and `grace` before that, unless it is zero; `hurry` cuts that short.
+    pub async fn stop(&self, grace: Duration, hurry: &Notify) -> Death {
+        if !grace.is_zero() {
+            let gently = timeout(self.timeouts.stop + grace, self.shutdown(grace));
+            tokio::select! {
+                biased;
+                // What a guest does not do in its grace it has the usual time for.
+                death = gently => if let Ok(death) = death { return death },
+                () = hurry.notified() => {}
+            }
+        }
+        let at_once = self.shutdown(Duration::ZERO);
+        if let Ok(death) = timeout(self.timeouts.stop, at_once).await {
+            return death;
+        }
+        let limit = self.timeouts.stop.as_secs_f64();
+        self.end(format!("the guest did not power off within {limit:.0} s"));
+        self.ended().await
+    }
+
+    async fn shutdown(&self, grace: Duration) -> Death {
         let request = ShutdownRequest {
             grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
             ..ShutdownRequest::default()
         };
-        let shutdown = async {
-            let _ = self
-                .agent
-                .shutdown(context::Context::default(), &request)
-                .await;
-            self.ended().await
-        };
-        if let Ok(death) = timeout(self.timeouts.stop + grace, shutdown).await {
-            return death;
-        }
-        self.kill();
+        let asked = self.agent.shutdown(context::Context::default(), &request);
+        let _ = asked.await;
         self.ended().await
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use brig_hypervisor::control::Event;
+use brig_hypervisor::launch::VmmExit;
 use slog::{Logger, info, warn};
 use tokio::io::Interest;
 use tokio::sync::{Notify, mpsc, watch};
@@ -15,6 +16,7 @@ use tokio::time::timeout;
 
 use super::VmProcess;
 use super::death::Death;
+use super::kill::Kill;
 use super::lines;
 use crate::log::Gate;
 use crate::node::cgroup::Cgroup;
@@ -35,8 +37,8 @@ pub struct Watch {
     pub stderr: OwnedFd,
     /// The pod's cgroup, to tell a kill for memory from others.
     pub cgroup: Option<Cgroup>,
-    /// Notified when the VMM is to be killed.
-    pub kill: Arc<Notify>,
+    /// Whether the VMM is to be killed, and why.
+    pub kill: Arc<Kill>,
     /// Notified when the guest should let go of cached files.
     pub pressure: Arc<Notify>,
     /// Where the end is told.
@@ -73,13 +75,21 @@ impl Watch {
         let last_line = last_words(&mut errors).await.flatten();
         let said = heard.reason.or(last_line);
         let oom = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills) > before;
-        let death = Death::new(
-            exit,
-            oom,
-            heard.console.make_contiguous(),
-            said.as_deref(),
-            SystemTime::now(),
-        );
+        let at = SystemTime::now();
+        let death = match (exit, self.kill.reason()) {
+            (Some(VmmExit::Signal(libc::SIGKILL)), Some(reason)) if !oom => Death {
+                reason: reason.to_owned(),
+                oom,
+                at,
+            },
+            _ => Death::new(
+                exit,
+                oom,
+                heard.console.make_contiguous(),
+                said.as_deref(),
+                at,
+            ),
+        };
         info!(self.logger, "the VM has ended"; "reason" => &death.reason);
         drop(self.process);
         self.death.send_replace(Some(death));
@@ -87,11 +97,11 @@ impl Watch {
 }
 
 /// Waits for the end of the process (true) or for the wish to kill it (false).
-async fn wait_readable(process: &dyn VmProcess, kill: &Notify) -> io::Result<bool> {
+async fn wait_readable(process: &dyn VmProcess, kill: &Kill) -> io::Result<bool> {
     let pidfd = watched(process.pidfd().try_clone_to_owned()?, Interest::READABLE)?;
     tokio::select! {
         ready = pidfd.readable() => ready.map(|_| true),
-        () = kill.notified() => Ok(false),
+        () = kill.wished() => Ok(false),
     }
 }
 
@@ -120,7 +130,8 @@ async fn listen(mut events: mpsc::Receiver<Event>, pressure: Arc<Notify>, logger
     let mut gate = Gate::new();
     while let Some(event) = events.recv().await {
         match event {
-            Event::Console { line } => {
+            Event::Console { mut line } => {
+                lines::cut(&mut line);
                 lines::log(&logger, &mut gate, "console", &line);
                 if heard.console.len() == KEPT_LINES {
                     heard.console.pop_front();
@@ -194,13 +205,13 @@ pub(crate) mod tests {
         }
     }
 
-    async fn end_of(script: &str, kill: bool) -> Death {
+    async fn end_of(script: &str, kill: Option<&str>) -> Death {
         let (events_sender, events) = mpsc::channel(4);
         let (read, write) = rustix::pipe::pipe().unwrap();
         let (death, mut told) = watch::channel(None);
-        let notify = Arc::new(Notify::new());
-        if kill {
-            notify.notify_one();
+        let wished = Arc::new(Kill::default());
+        if let Some(reason) = kill {
+            wished.wish((!reason.is_empty()).then(|| reason.to_owned()));
         }
         events_sender
             .send(Event::Console {
@@ -215,7 +226,7 @@ pub(crate) mod tests {
             events,
             stderr: read,
             cgroup: None,
-            kill: notify,
+            kill: wished,
             pressure: Arc::default(),
             death,
             logger: Logger::root(slog::Discard, slog::o!()),
@@ -230,19 +241,28 @@ pub(crate) mod tests {
 
     #[tokio::test]
     async fn the_end_is_told_with_the_last_words() {
-        let death = end_of("exit 11", false).await;
+        let death = end_of("exit 11", None).await;
         assert!(
             death.reason.contains("not syncing: test"),
             "{}",
             death.reason
         );
-        let death = end_of("exit 12", false).await;
+        let death = end_of("exit 12", None).await;
         assert!(death.reason.ends_with(": two"), "{}", death.reason);
     }
 
     #[tokio::test]
     async fn a_wish_to_kill_is_granted() {
-        let death = end_of("sleep 60", true).await;
+        let death = end_of("sleep 60", Some("")).await;
         assert!(death.reason.contains("signal 9"), "{}", death.reason);
+        let death = end_of("sleep 60", Some("it was silent")).await;
+        assert_eq!(death.reason, "it was silent");
+        // It ended by itself before it was killed.
+        let death = end_of("kill -TERM $$", Some("it was silent")).await;
+        assert!(
+            death.reason.contains("signal 15") || death.reason == "it was silent",
+            "{}",
+            death.reason
+        );
     }
 }

@@ -13,8 +13,10 @@ use std::time::{Duration, SystemTime};
 
 use brig_agent_protocol::agent::{Event, event};
 use futures::FutureExt as _;
+use futures::future::join_all;
 use slog::{Logger, info, warn};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::timeout;
 
 use crate::asked::config::{Config, MIB};
 use crate::asked::spec::{Network, Role};
@@ -24,7 +26,7 @@ use crate::guest::vm::boot::{Boot, News};
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::node::stand_in::StandIn;
-use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply};
+use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply, Request};
 use crate::pod::events::Events;
 use crate::pod::process::Exit;
 use crate::pod::stdio::streaming::Streams;
@@ -86,6 +88,10 @@ struct Pod {
     grace: Duration,
     timeline: Timeline,
     waiting: Vec<oneshot::Sender<bool>>,
+    /// Cuts the grace short.
+    hurry: Arc<Notify>,
+    /// The sandbox container of a pod of CRI.
+    stub: Option<String>,
 }
 
 /// Starts the pod's actor.
@@ -119,6 +125,8 @@ pub fn spawn(setup: Setup) -> PodHandle {
         grace: Duration::ZERO,
         timeline,
         waiting: Vec::new(),
+        hurry: Arc::default(),
+        stub: None,
     };
     tokio::spawn(pod.run(messages, news_in, removed_in));
     PodHandle { mailbox }
@@ -282,6 +290,7 @@ impl Pod {
         }
         let context = self.context.clone();
         let handle = if creation.role == Role::Sandbox {
+            self.stub = Some(id.clone());
             let pod = PodHandle {
                 mailbox: self.mailbox.clone(),
             };
@@ -381,13 +390,17 @@ impl Pod {
         }
     }
 
-    /// Ends the VM, with `grace` for its processes, and undoes what the pod left on the host; repeatable.
+    /// Ends the VM, with `grace` for its processes, and undoes what the pod left on the host; repeatable, and
+    /// the second time without grace cuts that of the first short.
     fn stop(&mut self, grace: Duration) {
         let boot = match std::mem::replace(&mut self.stage, Stage::Stopping) {
             Stage::Up(boot) => Some(boot),
             Stage::Empty => None,
             stage @ (Stage::Stopping | Stage::Stopped) => {
                 self.stage = stage;
+                if grace.is_zero() {
+                    self.hurry.notify_one();
+                }
                 return;
             }
         };
@@ -395,9 +408,21 @@ impl Pod {
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
         let mut cgroup = self.setup.journal.cgroup.clone();
         let netns = self.setup.journal.netns.clone();
+        let hurry = Arc::clone(&self.hurry);
+        // The sandbox container's end follows that of the pod.
+        let is_stub = |id: &String| self.stub.as_ref() == Some(id);
+        let containers: Vec<ContainerHandle> = self
+            .containers
+            .iter()
+            .filter(|(id, _)| !is_stub(id))
+            .map(|(_, container)| container.clone())
+            .collect();
+        let drain = self.context.drain;
         tokio::spawn(async move {
             if let Some(boot) = boot {
-                end_vm(&boot, grace).await;
+                end_vm(&boot, grace, &hurry).await;
+                // With the shim the last output would be lost.
+                let _ = timeout(drain, exits_told(&containers)).await;
                 // A pod that fails at once ends before it has heard of its cgroup.
                 cgroup = cgroup.or_else(|| boot.cgroup());
             }
@@ -439,11 +464,24 @@ impl Pod {
     }
 }
 
+/// Waits until every container's end has been told, which is after its output.
+async fn exits_told(containers: &[ContainerHandle]) {
+    let each = containers.iter().map(|container| async {
+        let exec_id = String::new();
+        let wait = container.ask(|reply| Request::Wait { exec_id, reply });
+        // One that is gone has been told of.
+        if let Ok(exit) = wait.await {
+            let _ = exit.await;
+        }
+    });
+    join_all(each).await;
+}
+
 /// Powers off a VM that is up; one that is still booting is killed.
-async fn end_vm(boot: &Boot, grace: Duration) {
+async fn end_vm(boot: &Boot, grace: Duration, hurry: &Notify) {
     if let Ok(vm) = boot.launched().await {
         if boot.is_ready() {
-            vm.stop(grace).await;
+            vm.stop(grace, hurry).await;
         } else {
             vm.kill();
             vm.ended().await;

@@ -29,7 +29,7 @@ impl Container {
     }
 
     /// Whether the exit has to wait for output; then [`Self::delivered`] follows.
-    fn hold(&mut self, exit: Exit) -> bool {
+    pub(super) fn hold(&mut self, exit: Exit) -> bool {
         if self.init.process.phase() != Phase::Running {
             return false;
         }

@@ -17,6 +17,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use brig_agent_protocol::agent::StatsResponse;
 use containerd_shim_protos::api::Mount;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -25,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::guest::vm::Vm;
 use crate::guest::vm::boot::{Boot, News};
 use crate::guest::vm::death::Death;
+use crate::guest::vm::patience::Asked;
 use crate::node::hooks::ContainerHooks;
 use crate::node::stand_in::StandIn;
 use crate::pod::events::TaskEvent;
@@ -52,6 +54,8 @@ enum Message {
     VmEnded(Death),
     /// The init process's output has been delivered, or its time is over.
     Delivered,
+    /// The time is over that the guest has for SIGKILL to the init process.
+    Doomed,
     // Reports of our own tasks.
     Made(Box<Result<Made>>),
     Started {
@@ -185,6 +189,11 @@ struct Container {
     abandoned: Option<Reply<Deleted>>,
     /// The init process's exit, until its output has been delivered.
     held: Option<Exit>,
+    /// The init process was sent SIGKILL.
+    doomed: bool,
+    stats: Asked<StatsResponse>,
+    /// In the guest.
+    pids: Asked<Vec<u32>>,
 }
 
 /// Whether the actor goes on.
@@ -225,6 +234,9 @@ pub fn spawn(
         cancel,
         abandoned: None,
         held: None,
+        doomed: false,
+        stats: Asked::new("Stats"),
+        pids: Asked::new("ListProcesses"),
     };
     let handle = ContainerHandle {
         id: creation.id.clone(),
@@ -258,6 +270,7 @@ impl Container {
             }),
             Message::VmEnded(death) => self.vm_ended(&death),
             Message::Delivered => self.delivered(),
+            Message::Doomed => self.end_doomed(),
             Message::Made(made) => return self.made(*made),
             Message::Started {
                 exec_id,
@@ -413,10 +426,15 @@ impl Container {
                 ended.push((exec_id.clone(), exit));
             }
         }
-        let init = match self.held.take() {
-            Some(exit) => self.init.process.exited(exit),
-            None if self.init.process.phase() == Phase::Starting => None,
-            None => self.init.process.lost(death.at),
+        // What the VMM had written before it ended is delivered first, as with any exit.
+        let killed = Exit {
+            status: crate::pod::process::KILLED,
+            at: death.at,
+        };
+        let init = if self.hold(killed) || self.init.process.phase() == Phase::Starting {
+            None
+        } else {
+            self.init.process.lost(death.at)
         };
         ended.extend(init.map(|exit| (String::new(), exit)));
         for (exec_id, exit) in ended {

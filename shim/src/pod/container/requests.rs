@@ -2,18 +2,19 @@
 
 use std::collections::HashMap;
 
+use brig_agent_protocol::MAX_LISTED;
 use brig_agent_protocol::agent::{ContainerRef, ResizePtyRequest, SignalRequest, UpdateRequest};
+use slog::warn;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 use ttrpc::context;
 
 use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::node::hooks::Stage;
 use crate::pod::events::TaskEvent;
 use crate::pod::process::{Exit, Io, Phase};
 
-/// Processes of a container that are listed.
-const MAX_LISTED: usize = 4096;
 /// Signal numbers of Linux.
 const SIGNALS: std::ops::RangeInclusive<u32> = 1..=64;
 
@@ -194,12 +195,45 @@ impl Container {
             signal,
             ..SignalRequest::default()
         };
+        let deadly = request.exec_id.is_empty() && signal == libc::SIGKILL.unsigned_abs();
+        if deadly {
+            self.doom(&vm);
+        }
         tokio::spawn(async move {
-            let answer = vm
-                .agent()
-                .signal_process(context::Context::default(), &request);
-            let _ = reply.send(vm.call("SignalProcess", answer).await.map(drop));
+            let _ = reply.send(match vm.signal(request).await {
+                // It will end all the same.
+                Err(error) if deadly && error.kind == Kind::ResourceExhausted => Ok(()),
+                sent => sent,
+            });
         });
+    }
+
+    /// SIGKILL cannot be ignored: a guest that does not carry it out in time is ended itself.
+    fn doom(&mut self, vm: &std::sync::Arc<crate::guest::vm::Vm>) {
+        if std::mem::replace(&mut self.doomed, true) {
+            return;
+        }
+        let (mailbox, vm) = (self.mailbox.clone(), std::sync::Arc::clone(vm));
+        tokio::spawn(async move {
+            let limit = vm.timeouts().ping;
+            if timeout(limit, vm.ended()).await.is_err() {
+                let _ = mailbox.send(Message::Doomed).await;
+            }
+        });
+    }
+
+    /// The time of a container that was killed is over.
+    pub(super) fn end_doomed(&self) {
+        let over = matches!(self.init.process.phase(), Phase::Stopped(_)) || self.held.is_some();
+        if let (false, Some(vm)) = (over, &self.vm) {
+            let seconds = vm.timeouts().ping.as_secs_f64();
+            let reason = format!(
+                "the guest did not end container {} within {seconds:.0} s of SIGKILL, and the VM was stopped",
+                self.id
+            );
+            warn!(self.context.logger, "the VM is stopped"; "reason" => &reason);
+            vm.end(reason);
+        }
     }
 
     /// The VM to ask, or none when there is nothing in the guest yet to be signalled.
@@ -214,11 +248,16 @@ impl Container {
         let vm = self.vm()?;
         let id = self.id.clone();
         let member = self.member(exec_id)?;
-        match member.process.phase() {
-            Phase::Stopped(_) => Err(Error::not_found(format!(
+        let finished = || {
+            Error::not_found(format!(
                 "process {} already finished",
                 if exec_id.is_empty() { &id } else { exec_id }
-            ))),
+            ))
+        };
+        match member.process.phase() {
+            Phase::Stopped(_) => Err(finished()),
+            // Its exit is told when its output has been delivered.
+            Phase::Running if vm.death().is_some() => Err(finished()),
             Phase::Created if !member.in_guest => {
                 Err(Error::state(format!("exec {exec_id} was not started")))
             }
@@ -346,9 +385,13 @@ impl Container {
             }
         };
         let request = self.reference();
-        tokio::spawn(async move {
+        let patience = vm.figures().clone();
+        let figures = self.stats.ask(patience, async move {
             let answer = vm.agent().stats(context::Context::default(), &request);
-            let _ = reply.send(vm.call("Stats", answer).await);
+            vm.call("Stats", answer).await
+        });
+        tokio::spawn(async move {
+            let _ = reply.send(figures.await);
         });
     }
 
@@ -367,16 +410,21 @@ impl Container {
             .filter(|(_, member)| member.guest_pid != 0)
             .map(|(exec_id, member)| (member.guest_pid, exec_id.clone()))
             .collect();
-        tokio::spawn(async move {
+        let patience = vm.figures().clone();
+        let pids = self.pids.ask(patience, async move {
             let answer = vm
                 .agent()
                 .list_processes(context::Context::default(), &request);
-            let listed = vm.call("ListProcesses", answer).await.map(|list| {
+            let list = vm.call("ListProcesses", answer).await?;
+            Ok(list.pids)
+        });
+        tokio::spawn(async move {
+            let listed = pids.await.map(|pids| {
                 let listed = |pid| Listed {
                     pid: own_pid,
                     exec_id: execs.get(&pid).cloned(),
                 };
-                list.pids.into_iter().take(MAX_LISTED).map(listed).collect()
+                pids.into_iter().take(MAX_LISTED).map(listed).collect()
             });
             let _ = reply.send(listed);
         });

@@ -154,6 +154,7 @@ impl SandboxContainer {
             // Nothing else is ever sent for a sandbox container.
             Message::Oom
             | Message::Delivered
+            | Message::Doomed
             | Message::Made(_)
             | Message::ExecDeleted { .. }
             | Message::InitDeleted { .. }

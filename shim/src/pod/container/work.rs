@@ -128,7 +128,9 @@ pub(super) async fn start_exec(
     }
 }
 
-/// Lets a process go that has ended: output is delivered first, then the agent forgets it.
+/// Lets a process go that has ended: output is delivered first, then the agent forgets it. What another process
+/// keeps open (a child of a shell that was killed) is waited for a little, as runc's shim does; then the agent ends
+/// it, after what is in the pipe.
 pub(super) async fn release(
     context: &Context,
     vm: &Vm,
@@ -137,11 +139,17 @@ pub(super) async fn release(
     stdio: Option<Stdio>,
     in_guest: bool,
 ) {
-    if let Some(stdio) = stdio
-        && !stdio.finish(vm, context.drain).await
-    {
-        warn!(context.logger, "output was cut off: the stream did not end in time";
-            "container" => id, "exec" => exec_id);
+    let mut in_guest = in_guest;
+    if let Some(mut stdio) = stdio {
+        let kept_open = !stdio.ends_within(vm.timeouts().left_behind).await;
+        if kept_open && in_guest {
+            delete_in_guest(context, vm, id, exec_id).await;
+            in_guest = false;
+        }
+        if !stdio.finish(vm, context.drain).await {
+            warn!(context.logger, "output was cut off: the stream did not end in time";
+                "container" => id, "exec" => exec_id);
+        }
     }
     if in_guest {
         delete_in_guest(context, vm, id, exec_id).await;
@@ -156,7 +164,7 @@ async fn delete_in_guest(context: &Context, vm: &Vm, id: &str, exec_id: &str) {
     let answer = vm
         .agent()
         .delete_process(context::Context::default(), &request);
-    match vm.call("DeleteProcess", answer).await {
+    match vm.clear("DeleteProcess", answer).await {
         Ok(_) => {}
         Err(error) if error.kind == Kind::NotFound => {}
         Err(error) => {
@@ -182,7 +190,7 @@ pub(super) async fn kill(vm: &Vm, id: &str, exec_id: &str) {
     let answer = vm
         .agent()
         .signal_process(context::Context::default(), &request);
-    let _ = vm.call("SignalProcess", answer).await;
+    let _ = vm.clear("SignalProcess", answer).await;
 }
 
 /// Takes a container's mounts away; with the VM they are gone anyway.

@@ -4,7 +4,10 @@
 //! It unbinds the kernel's drivers, maps the BARs and drives the virtio devices raw, with physical
 //! addresses from pagemap. What it does is reported line by line on the debug console, so that the
 //! driver on the node knows which attack a dead VMM died of. Static; runs as PID 1.
+//!
+//! With a file [`agent::FILE`] it is an agent that breaks the rules instead.
 
+mod agent;
 mod attacks;
 mod dma;
 mod pci;
@@ -38,6 +41,9 @@ fn run() -> Result<()> {
             None::<&str>,
         )
         .with_context(|| format!("cannot mount {target}"))?;
+    }
+    if let Ok(attack) = fs::read_to_string(agent::FILE) {
+        return agent::run(&attack);
     }
     let first = first_attack();
     let mut functions = pci::find()?;

@@ -137,6 +137,38 @@ async fn the_exit_is_kept_when_the_vm_dies_before_the_output_is_taken() {
 }
 
 #[tokio::test]
+async fn the_output_of_a_container_whose_vm_dies_is_delivered_before_its_end_is_told() {
+    let harness = Harness::new(Behaviour::default()).await;
+    create(&harness).await.unwrap();
+    harness.start("").await.unwrap();
+    // It waits in the pipe, for containerd is away.
+    harness.host.crash("all of it");
+    // It is dead all the same.
+    let dead = async {
+        loop {
+            match harness.kill("", 15).await {
+                Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => return,
+                _ => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
+            }
+        }
+    };
+    timeout(LONG, dead).await.expect("it lives");
+    assert_eq!(harness.status("").await.unwrap(), Status::RUNNING);
+    let mut stdout = Stream::open(&harness, "c-stdout").await;
+    stdout.grant(65536).await;
+    let data = stdout.receive().await.unwrap();
+    assert_eq!(data.value, bytes(1, b"all of it"));
+    assert!(matches!(stdout.receive().await, Err(ttrpc::Error::Eof)));
+    let mut stderr = Stream::open(&harness, "c-stderr").await;
+    stderr.grant(65536).await;
+    assert!(stderr.receive().await.is_ok());
+    drop((stdout, stderr));
+    assert_eq!(harness.wait("").await.unwrap(), 137);
+    assert_eq!(harness.delete("").await.unwrap(), 137);
+    harness.end().await;
+}
+
+#[tokio::test]
 async fn an_execs_input_has_leave_and_ends_with_close_io() {
     let harness = Harness::new(Behaviour::default()).await;
     harness.create().await.unwrap();

@@ -15,6 +15,7 @@ mod exec;
 mod exit;
 mod hooks;
 mod hostile;
+mod hostile_agent;
 mod images;
 mod leaks;
 mod mounts;
@@ -51,6 +52,7 @@ const GROUPS: &[&[Case]] = &[
     daemon_streams::CASES,
     errors::CASES,
     hostile::CASES,
+    hostile_agent::CASES,
     leaks::CASES,
     crash::CASES,
 ];
