@@ -65,6 +65,18 @@ pub fn list(path: &str) -> Result<Value> {
     Ok(json!(names))
 }
 
+/// Makes empty files in a directory and removes them again, `count` of them.
+pub fn make_many(path: &str, count: u32) -> Result<u8> {
+    let name = |number| format!("{path}/many-{number}");
+    for number in 0..count {
+        fs::File::create_new(name(number)).with_context(|| format!("cannot make {number}"))?;
+    }
+    for number in 0..count {
+        fs::remove_file(name(number)).with_context(|| format!("cannot remove {number}"))?;
+    }
+    Ok(0)
+}
+
 /// Says 'ready', and names what inotify says of a directory until `wanted` is renamed in it.
 pub fn watch(path: &str, wanted: &str) -> Result<u8> {
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;

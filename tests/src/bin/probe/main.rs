@@ -9,6 +9,7 @@ mod facts;
 mod files;
 mod init;
 mod memory;
+mod operations;
 mod privileges;
 mod terminal;
 mod vsock;
@@ -38,6 +39,9 @@ const USAGE: &str = "usage: brig-probe COMMAND
   random                     a random number, boot id
   write-fsync PATH BYTES     write the pattern, fsync, print its checksum, wait
   read PATH | write PATH TEXT | stat PATH | list PATH
+  operations SEED N PATH     N file operations drawn from SEED in an empty directory, with what came of each
+  make-files PATH N          make N empty files, then remove them
+  file-facts PATH            ACLs, dots, unnamed files, flags in a new directory there
   watch PATH NAME            print 'ready', then changes of the directory until NAME is renamed in it
   dial PATH                  connect to a Unix socket, send a line, print the answer
   privileges PATH            facts as seen by the program at PATH (setuid, setcap)
@@ -98,6 +102,9 @@ fn run() -> Result<u8> {
         ["write", path, text] => files::write(path, text),
         ["stat", path] => print(&files::stat(path)?),
         ["list", path] => print(&files::list(path)?),
+        ["operations", seed, count, path] => operations::run(number(seed)?, number(count)?, path),
+        ["make-files", path, count] => files::make_many(path, number(count)?),
+        ["file-facts", path] => print(&operations::facts::all(path)?),
         ["watch", path, name] => files::watch(path, name),
         ["dial", path] => files::connect(path),
         ["privileges", path] => privileges::exec_facts(path),

@@ -13,6 +13,7 @@ mod errors;
 mod events;
 mod exec;
 mod exit;
+mod files;
 mod hooks;
 mod hostile;
 mod hostile_agent;
@@ -39,6 +40,7 @@ const GROUPS: &[&[Case]] = &[
     security::CASES,
     resources::CASES,
     mounts::CASES,
+    files::CASES,
     network::CASES,
     hooks::CASES,
     events::CASES,
