@@ -13,6 +13,7 @@ use brig_hypervisor::control::{
     VmConfig,
 };
 use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch};
+use brig_hypervisor::share::{Attributes, FileSystems, Share};
 
 use super::process::readable;
 
@@ -34,6 +35,8 @@ pub struct Boot {
     pub debug_console: bool,
     /// Serve an (empty) share.
     pub share: bool,
+    /// A directory that is in the share as `vol`.
+    pub volume: Option<PathBuf>,
     /// Where the VMM logs.
     pub log: PathBuf,
     /// A tap for a network interface.
@@ -56,6 +59,7 @@ impl Boot {
             cmdline: String::new(),
             debug_console: false,
             share: true,
+            volume: None,
             log: log.to_owned(),
             tap: None,
             disks: Vec::new(),
@@ -109,6 +113,13 @@ impl Machine {
             max_files: 4096,
         })?;
         process.wait_jailed()?;
+        if let Some(volume) = &boot.volume {
+            Share::new(&mut process, FileSystems::default())?.attach_dir(
+                volume,
+                "vol",
+                Attributes::default(),
+            )?;
+        }
         let control = process.take_control().context("no control socket")?;
         let mut machine = Self {
             process,

@@ -11,6 +11,11 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 /// Size of a page in bytes.
 pub const PAGE: usize = 4096;
 
+// SAFETY: all accesses are volatile and of single bytes; what races on a page races with a device anyway.
+unsafe impl Sync for Page {}
+// SAFETY: as above; the page is never freed.
+unsafe impl Send for Page {}
+
 /// One locked page. Never freed: a hostile device configuration may refer to it for ever.
 pub struct Page {
     start: NonNull<u8>,
@@ -57,6 +62,14 @@ impl Page {
                     .write_volatile(*byte);
             }
         }
+    }
+
+    /// Reads bytes; what would go over the end is cut.
+    pub fn read(&self, offset: usize, length: usize) -> Vec<u8> {
+        (offset..offset.saturating_add(length).min(PAGE))
+            // SAFETY: each offset is below the page's size; the page is ours.
+            .map(|at| unsafe { self.start.as_ptr().add(at).read_volatile() })
+            .collect()
     }
 
     /// Reads a little-endian u16; zero beyond the end.

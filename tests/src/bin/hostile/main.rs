@@ -14,6 +14,7 @@ mod pci;
 mod port;
 mod virtio;
 
+use std::cell::Cell;
 use std::fs;
 
 use anyhow::{Context, Result};
@@ -46,7 +47,7 @@ fn run() -> Result<()> {
         return agent::run(&attack);
     }
     let first = first_attack();
-    let mut functions = pci::find()?;
+    let functions = pci::find()?;
     port::say(&format!(
         "hostile: devices {:?}",
         functions.iter().map(|f| f.kind).collect::<Vec<_>>()
@@ -54,12 +55,19 @@ fn run() -> Result<()> {
     for function in &functions {
         function.unbind();
     }
+    let guest = attacks::Guest {
+        functions,
+        count: Cell::new(0),
+    };
     for (number, attack) in attacks::ALL.iter().enumerate().skip(first) {
         port::say(&format!("hostile: begin {number} {}", attack.name));
-        match (attack.run)(&mut functions) {
-            Ok(()) => port::say(&format!("hostile: end {number} {}", attack.name)),
+        guest.count.set(0);
+        let result = (attack.run)(&guest);
+        let count = guest.count.get();
+        match result {
+            Ok(()) => port::say(&format!("hostile: end {number} {count} {}", attack.name)),
             Err(error) => port::say(&format!(
-                "hostile: skip {number} {}: {error:#}",
+                "hostile: lost {number} {count} {}: {error:#}",
                 attack.name
             )),
         }

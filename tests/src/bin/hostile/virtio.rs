@@ -7,8 +7,10 @@ use anyhow::{Result, bail};
 use crate::dma::Page;
 use crate::pci::Function;
 
-/// Size of the queues made here, in descriptors: everything fits in one page.
+/// Size of the queues made here unless a [`Mode`] says otherwise, in descriptors: everything fits in one page.
 pub const SIZE: u16 = 16;
+/// Descriptors that the page has room for; an index beyond a queue's size is written all the same.
+const TABLE: u16 = 64;
 const AVAIL: usize = 0x400;
 const USED: usize = 0x800;
 
@@ -20,6 +22,44 @@ pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
 const VERSION_1: u32 = 1;
+/// VIRTIO_F_INDIRECT_DESC and VIRTIO_F_EVENT_IDX, in the low word.
+const F_INDIRECT: u32 = 1 << 28;
+const F_EVENT_INDEX: u32 = 1 << 29;
+
+/// What a driver has chosen of the features of the rings.
+#[derive(Clone, Copy, Debug)]
+pub struct Mode {
+    /// Descriptors of each queue.
+    pub size: u16,
+    /// The event index is used.
+    pub event_index: bool,
+    /// Each chain lies in an indirect table.
+    pub indirect: bool,
+}
+
+/// What an attack on a ring is tried with.
+pub const MODES: [Mode; 4] = [
+    Mode {
+        size: SIZE,
+        event_index: false,
+        indirect: false,
+    },
+    Mode {
+        size: 4,
+        event_index: true,
+        indirect: false,
+    },
+    Mode {
+        size: SIZE,
+        event_index: false,
+        indirect: true,
+    },
+    Mode {
+        size: 8,
+        event_index: true,
+        indirect: true,
+    },
+];
 
 impl Function {
     fn common8(&self, offset: usize, value: u8) {
@@ -73,11 +113,16 @@ impl Function {
 
     /// Resets, accepts VIRTIO_F_VERSION_1 and nothing else, up to FEATURES_OK.
     pub fn negotiate(&self) -> Result<()> {
+        self.accept(0)
+    }
+
+    /// As [`Self::negotiate`], with these features of the low word.
+    pub fn accept(&self, features: u32) -> Result<()> {
         self.reset()?;
         self.set_status(1);
         self.set_status(3);
         self.common32(0x08, 0);
-        self.common32(0x0c, 0);
+        self.common32(0x0c, features);
         self.common32(0x08, 1);
         self.common32(0x0c, VERSION_1);
         self.set_status(0xb);
@@ -107,10 +152,30 @@ impl Function {
 
     /// Brings the device up with every queue in a page of its own.
     pub fn start(&self) -> Result<Vec<Ring>> {
+        self.start_as(MODES[0])
+    }
+
+    /// Resets and takes these rings again, empty.
+    pub fn start_again(&self, rings: &[&Ring]) -> Result<()> {
         self.negotiate()?;
+        for ring in rings {
+            ring.page.write(AVAIL, &[0; 4]);
+            ring.page.write(USED, &[0; 4]);
+            ring.attach(self);
+        }
+        self.set_status(0xf);
+        Ok(())
+    }
+
+    /// As [`Self::start`], with rings of this mode.
+    pub fn start_as(&self, mode: Mode) -> Result<Vec<Ring>> {
+        let event_index = if mode.event_index { F_EVENT_INDEX } else { 0 };
+        let indirect = if mode.indirect { F_INDIRECT } else { 0 };
+        self.accept(event_index | indirect)?;
         let mut rings = Vec::new();
         for index in 0..self.queues().min(8) {
-            let ring = Ring::new(index)?;
+            let mut ring = Ring::new(index)?;
+            ring.size = mode.size;
             ring.attach(self);
             rings.push(ring);
         }
@@ -125,6 +190,8 @@ pub struct Ring {
     pub index: u16,
     /// The page.
     pub page: Page,
+    /// Its size in descriptors.
+    pub size: u16,
 }
 
 impl Ring {
@@ -133,6 +200,7 @@ impl Ring {
         Ok(Self {
             index,
             page: Page::new()?,
+            size: SIZE,
         })
     }
 
@@ -141,7 +209,7 @@ impl Ring {
         let base = self.page.address;
         function.set_queue(
             self.index,
-            SIZE,
+            self.size,
             base,
             base + AVAIL as u64,
             base + USED as u64,
@@ -155,13 +223,25 @@ impl Ring {
         bytes[8..12].copy_from_slice(&length.to_le_bytes());
         bytes[12..14].copy_from_slice(&flags.to_le_bytes());
         bytes[14..].copy_from_slice(&next.to_le_bytes());
-        self.page.write(usize::from(index % SIZE) * 16, &bytes);
+        self.page.write(usize::from(index % TABLE) * 16, &bytes);
+    }
+
+    /// Moves the table into `page` and leaves one descriptor that says so.
+    pub fn make_indirect(&self, page: &Page) {
+        page.write(0, &self.page.read(0, usize::from(TABLE) * 16));
+        self.descriptor(0, page.address, u32::from(self.size) * 16, INDIRECT, 0);
+    }
+
+    /// The driver's word on when it wants to be told (event index).
+    pub fn set_used_event(&self, value: u16) {
+        self.page
+            .write(AVAIL + 4 + usize::from(self.size) * 2, &value.to_le_bytes());
     }
 
     /// Makes a descriptor available without telling the device.
     pub fn offer(&self, head: u16) {
         let position = self.page.read16(AVAIL + 2);
-        let slot = AVAIL + 4 + usize::from(position % SIZE) * 2;
+        let slot = AVAIL + 4 + usize::from(position % self.size) * 2;
         self.page.write(slot, &head.to_le_bytes());
         self.set_position(position.wrapping_add(1));
     }

@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 
-use super::{each, healthy};
+use super::Guest;
 use crate::pci::Function;
 
 /// RAM, nothing, the local APIC, other functions, the end of the address space.
-pub fn moved(functions: &mut [Function]) -> Result<()> {
-    let homes: Vec<u64> = functions.iter().map(Function::bar_address).collect();
+pub fn moved(guest: &Guest) -> Result<()> {
+    let homes: Vec<u64> = guest.functions.iter().map(Function::bar_address).collect();
     let targets = [
         0,
         0x1000,
@@ -22,7 +22,7 @@ pub fn moved(functions: &mut [Function]) -> Result<()> {
         0x7fff_ffff_f000,
         u64::MAX,
     ];
-    for (index, function) in functions.iter().enumerate() {
+    for (index, function) in guest.functions.iter().enumerate() {
         // Live, so that ioeventfds and handlers have to follow.
         let rings = function.start()?;
         for target in targets.iter().chain(&homes) {
@@ -34,24 +34,24 @@ pub fn moved(functions: &mut [Function]) -> Result<()> {
             let _: u32 = function.bar.read(0);
         }
         function.move_bar(homes[index]);
-        healthy(function)?;
+        guest.done(function)?;
     }
     // All of them at the same place.
-    for function in functions.iter() {
+    for function in guest.functions.iter() {
         function.move_bar(homes[0]);
     }
-    for (function, home) in functions.iter().zip(&homes) {
+    for (function, home) in guest.functions.iter().zip(&homes) {
         function.move_bar(*home);
     }
-    for function in functions.iter() {
-        healthy(function)?;
+    for function in guest.functions.iter() {
+        guest.done(function)?;
     }
     Ok(())
 }
 
 /// Memory decoding and bus mastering go while a queue is live.
-pub fn decode_off(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn decode_off(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         let rings = function.start()?;
         for command in [0x0000u16, 0x0002, 0x0004, 0xffff, 0x0406] {
             function.config_write(4, &command.to_le_bytes());
@@ -66,8 +66,8 @@ pub fn decode_off(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Every register, with everything and nothing, one, two and four bytes wide; then put back.
-pub fn config_fuzz(functions: &mut [Function]) -> Result<()> {
-    for function in functions.iter() {
+pub fn config_fuzz(guest: &Guest) -> Result<()> {
+    for function in guest.functions.iter() {
         let saved: Vec<u32> = (0..64)
             .map(|index| function.config_read(index * 4))
             .collect();
@@ -85,7 +85,7 @@ pub fn config_fuzz(functions: &mut [Function]) -> Result<()> {
         for (index, value) in (0u64..).zip(&saved) {
             function.config_write(index * 4, &value.to_le_bytes());
         }
-        healthy(function)?;
+        guest.done(function)?;
     }
     Ok(())
 }

@@ -1,39 +1,85 @@
-//! The attacks, each followed by a check that the device can be brought up again.
+//! The attacks, each followed by the device's own work (`health`): what it cannot do any more was the
+//! attack's success.
 
+mod balloon;
 mod bars;
+mod block;
+mod files;
+mod health;
+mod net;
 mod platform;
 mod rings;
+mod share;
 mod transport;
 mod vsock;
 
-use std::time::Duration;
+use std::cell::Cell;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use crate::dma::Page;
 use crate::pci::Function;
-use crate::virtio::WRITE;
 
 /// Virtio device ids (virtio 1.3 §5).
+pub const NET: u16 = 1;
+/// Block device.
+pub const BLOCK: u16 = 2;
+/// Entropy.
 pub const RNG: u16 = 4;
+/// Balloon.
+pub const BALLOON: u16 = 5;
 /// Socket device.
 pub const VSOCK: u16 = 19;
 /// File system.
 pub const FS: u16 = 26;
 
-/// One attack. An error means that it could not be tried.
+/// A group of attacks. An error means that one could not be tried, or that a device did not survive it.
 pub struct Attack {
     /// What is done.
     pub name: &'static str,
     /// Does it.
-    pub run: fn(&mut [Function]) -> Result<()>,
+    pub run: fn(&Guest) -> Result<()>,
+}
+
+/// The devices, and how often one was attacked and seen to work afterwards.
+pub struct Guest {
+    /// All of them, in the order of the bus.
+    pub functions: Vec<Function>,
+    /// Attacks so far.
+    pub count: Cell<u32>,
+}
+
+impl Guest {
+    /// The first function of a kind.
+    pub fn of_kind(&self, kind: u16) -> Result<&Function> {
+        self.functions
+            .iter()
+            .find(|function| function.kind == kind)
+            .with_context(|| format!("no device of kind {kind}"))
+    }
+
+    /// One attack has been made on this device; it does its work all the same.
+    pub fn done(&self, function: &Function) -> Result<()> {
+        health::works(function)
+            .with_context(|| format!("device {} after the attack", function.kind))?;
+        self.count.set(self.count.get() + 1);
+        Ok(())
+    }
+
+    /// Makes an attack on each device.
+    pub fn each(&self, mut attack: impl FnMut(&Function) -> Result<()>) -> Result<()> {
+        for function in &self.functions {
+            attack(function).with_context(|| format!("device {}", function.kind))?;
+            self.done(function)?;
+        }
+        Ok(())
+    }
 }
 
 /// All of them: those that a VMM might not survive come last.
 pub const ALL: &[Attack] = &[
     Attack {
-        name: "none: an honest driver is served",
-        run: vsock::honest,
+        name: "none: an honest driver is served by every device",
+        run: |guest| guest.each(|_| Ok(())),
     },
     Attack {
         name: "queue size and addresses changed after DRIVER_OK",
@@ -136,6 +182,66 @@ pub const ALL: &[Attack] = &[
         run: rings::file_requests,
     },
     Attack {
+        name: "file requests before INIT",
+        run: share::before_init,
+    },
+    Attack {
+        name: "file sessions",
+        run: share::sessions,
+    },
+    Attack {
+        name: "frames with headers that promise too much",
+        run: net::headers,
+    },
+    Attack {
+        name: "frames of every length",
+        run: net::frames,
+    },
+    Attack {
+        name: "buffers to receive into that are too short",
+        run: net::receive_buffers,
+    },
+    Attack {
+        name: "commands to the network device",
+        run: net::control,
+    },
+    Attack {
+        name: "sectors beyond the disk",
+        run: block::sectors,
+    },
+    Attack {
+        name: "lengths that are no sectors",
+        run: block::lengths,
+    },
+    Attack {
+        name: "disk requests of every kind",
+        run: block::kinds,
+    },
+    Attack {
+        name: "discarded ranges that leave the disk",
+        run: block::ranges,
+    },
+    Attack {
+        name: "writes to a read-only disk",
+        run: block::readonly,
+    },
+    Attack {
+        name: "disk requests without their parts",
+        run: block::shapes,
+    },
+    Attack {
+        name: "balloon pages that are not the guest's",
+        run: balloon::foreign_pages,
+    },
+    Attack {
+        name: "balloon lists of any length",
+        run: balloon::lists,
+    },
+    Attack {
+        name: "reports of parts of pages",
+        run: balloon::reports,
+    },
+    Attack {
         name: "BARs moved onto RAM, to 0 and onto each other",
         run: bars::moved,
     },
@@ -152,38 +258,3 @@ pub const ALL: &[Attack] = &[
         run: platform::ports,
     },
 ];
-
-/// The first function of a kind.
-pub fn of_kind(functions: &[Function], kind: u16) -> Result<&Function> {
-    functions
-        .iter()
-        .find(|function| function.kind == kind)
-        .with_context(|| format!("no device of kind {kind}"))
-}
-
-/// The device still works, or works again after a reset: the rng gives bytes; others come up.
-pub fn healthy(function: &Function) -> Result<()> {
-    function.enable();
-    let rings = function.start()?;
-    if function.kind == RNG {
-        let buffer = Page::new()?;
-        let ring = rings.first().context("rng has no queue")?;
-        ring.descriptor(0, buffer.address, 64, WRITE, 0);
-        ring.offer(0);
-        function.kick(0);
-        ensure!(
-            ring.wait_used(1, Duration::from_secs(20)),
-            "the rng no longer answers"
-        );
-    }
-    function.reset()
-}
-
-/// Runs something against each function, then checks it.
-pub fn each(functions: &[Function], mut attack: impl FnMut(&Function) -> Result<()>) -> Result<()> {
-    for function in functions {
-        attack(function).with_context(|| format!("device {}", function.kind))?;
-        healthy(function).with_context(|| format!("device {} did not come back", function.kind))?;
-    }
-    Ok(())
-}

@@ -5,39 +5,46 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::transport::OUTSIDE;
-use super::{FS, each, of_kind};
+use super::{FS, Guest};
 use crate::dma::Page;
 use crate::pci::Function;
-use crate::virtio::{INDIRECT, NEXT, Ring, SIZE, WRITE};
+use crate::virtio::{INDIRECT, MODES, NEXT, Ring, SIZE, WRITE};
 
 /// Gives the device a moment to act on what it was told.
 fn settle() {
     std::thread::sleep(Duration::from_millis(3));
 }
 
-/// Brings the device up once for each variant, lets `prepare` fill each queue, and kicks it.
-fn with_rings(
-    functions: &[Function],
-    variants: u32,
-    prepare: impl Fn(&Ring, &Page, u32),
-) -> Result<()> {
-    each(functions, |function| {
-        let buffer = Page::new()?;
-        for variant in 0..variants {
-            let rings = function.start()?;
-            for ring in &rings {
-                prepare(ring, &buffer, variant);
-                function.kick(ring.index);
+/// For each device and mode: brings it up once for each variant of that mode, lets `prepare` fill each queue,
+/// kicks it, and then sees whether the device still does its work. Each variant is tried in one mode, each mode
+/// with one variant at least.
+fn with_rings(guest: &Guest, variants: u32, prepare: impl Fn(&Ring, &Page, u32)) -> Result<()> {
+    let (buffer, table) = (Page::new()?, Page::new()?);
+    for (number, mode) in (0u32..).zip(MODES) {
+        guest.each(|function| {
+            for variant in (number..variants.max(number + 1)).step_by(MODES.len()) {
+                let rings = function.start_as(mode)?;
+                for ring in &rings {
+                    prepare(ring, &buffer, variant % variants);
+                    if mode.indirect {
+                        ring.make_indirect(&table);
+                    }
+                    if mode.event_index {
+                        ring.set_used_event([0, 1, 0x7fff, 0xffff][variant as usize / 4 % 4]);
+                    }
+                    function.kick(ring.index);
+                }
+                settle();
             }
-            settle();
-        }
-        Ok(())
-    })
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// A descriptor that is its own successor, and longer circles.
-pub fn loops(functions: &mut [Function]) -> Result<()> {
-    with_rings(functions, 4, |ring, buffer, variant| {
+pub fn loops(guest: &Guest) -> Result<()> {
+    with_rings(guest, 4, |ring, buffer, variant| {
         let write = if variant % 2 == 0 { WRITE } else { 0 };
         let circle = if variant < 2 { 1 } else { SIZE };
         for index in 0..circle {
@@ -49,7 +56,7 @@ pub fn loops(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Lengths whose sum with the address, or with each other, wraps.
-pub fn lengths(functions: &mut [Function]) -> Result<()> {
+pub fn lengths(guest: &Guest) -> Result<()> {
     const CASES: &[(u64, u32)] = &[
         (u64::MAX - 0xfff, 0x2000),
         (u64::MAX, 1),
@@ -57,7 +64,7 @@ pub fn lengths(functions: &mut [Function]) -> Result<()> {
         (0x10_0000, u32::MAX),
         (0x10_0000, 0x8000_0000),
     ];
-    with_rings(functions, 10, |ring, buffer, variant| {
+    with_rings(guest, 10, |ring, buffer, variant| {
         let (address, length) = CASES[variant as usize % CASES.len()];
         let write = if variant < 5 { WRITE } else { 0 };
         ring.descriptor(0, buffer.address, 16, NEXT | write, 1);
@@ -69,11 +76,11 @@ pub fn lengths(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Buffers where there is no RAM.
-pub fn buffers_outside(functions: &mut [Function]) -> Result<()> {
-    let bars: Vec<u64> = functions.iter().map(Function::bar_address).collect();
+pub fn buffers_outside(guest: &Guest) -> Result<()> {
+    let bars: Vec<u64> = guest.functions.iter().map(Function::bar_address).collect();
     let targets: Vec<u64> = OUTSIDE.iter().copied().chain(bars).collect();
     let count = u32::try_from(targets.len()).unwrap_or(0);
-    with_rings(functions, count * 2, |ring, _, variant| {
+    with_rings(guest, count * 2, |ring, _, variant| {
         let write = if variant < count { WRITE } else { 0 };
         let target = targets[variant as usize % targets.len()];
         for index in 0..SIZE {
@@ -84,8 +91,8 @@ pub fn buffers_outside(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Heads and successors beyond the table.
-pub fn indexes(functions: &mut [Function]) -> Result<()> {
-    with_rings(functions, 4, |ring, buffer, variant| {
+pub fn indexes(guest: &Guest) -> Result<()> {
+    with_rings(guest, 4, |ring, buffer, variant| {
         let write = if variant % 2 == 0 { WRITE } else { 0 };
         ring.descriptor(0, buffer.address, 64, NEXT | write, 0xffff);
         ring.descriptor(1, buffer.address, 64, NEXT | write, SIZE);
@@ -96,8 +103,8 @@ pub fn indexes(functions: &mut [Function]) -> Result<()> {
 }
 
 /// More available than the ring has.
-pub fn position(functions: &mut [Function]) -> Result<()> {
-    with_rings(functions, 3, |ring, buffer, variant| {
+pub fn position(guest: &Guest) -> Result<()> {
+    with_rings(guest, 3, |ring, buffer, variant| {
         for index in 0..SIZE {
             ring.descriptor(index, buffer.address, 64, WRITE, 0);
         }
@@ -107,8 +114,8 @@ pub fn position(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Indirect tables: not offered, nested, cut, too long, looped.
-pub fn indirect(functions: &mut [Function]) -> Result<()> {
-    with_rings(functions, 6, |ring, buffer, variant| {
+pub fn indirect(guest: &Guest) -> Result<()> {
+    with_rings(guest, 6, |ring, buffer, variant| {
         let table = buffer.address;
         let (length, flags) = [
             (16u32, INDIRECT),
@@ -131,8 +138,8 @@ pub fn indirect(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Readable where the device writes, writable where it reads, readable after writable, empty.
-pub fn directions(functions: &mut [Function]) -> Result<()> {
-    with_rings(functions, 4, |ring, buffer, variant| {
+pub fn directions(guest: &Guest) -> Result<()> {
+    with_rings(guest, 4, |ring, buffer, variant| {
         match variant {
             0 => ring.descriptor(0, buffer.address, 4096, 0, 0),
             1 => ring.descriptor(0, buffer.address, 4096, WRITE, 0),
@@ -151,8 +158,8 @@ pub fn directions(functions: &mut [Function]) -> Result<()> {
 }
 
 /// The device is told to write into its own rings.
-pub fn self_reference(functions: &mut [Function]) -> Result<()> {
-    with_rings(functions, 1, |ring, _, _| {
+pub fn self_reference(guest: &Guest) -> Result<()> {
+    with_rings(guest, 1, |ring, _, _| {
         for index in 0..SIZE {
             ring.descriptor(index, ring.page.address, 4096, WRITE, 0);
             ring.offer(index);
@@ -161,13 +168,13 @@ pub fn self_reference(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Requests to the file server with headers that lie.
-pub fn file_requests(functions: &mut [Function]) -> Result<()> {
-    let function = of_kind(functions, FS)?;
+pub fn file_requests(guest: &Guest) -> Result<()> {
+    let function = guest.of_kind(FS)?;
     let request = Page::new()?;
     let answer = Page::new()?;
-    for opcode in 0..80u32 {
-        let rings = function.start()?;
-        for (length, body) in [(40u32, 0xffu8), (0, 0), (u32::MAX, 0x41), (4096, 0xff)] {
+    for (length, body) in [(40u32, 0xffu8), (0, 0), (u32::MAX, 0x41), (4096, 0xff)] {
+        for opcode in 0..80u32 {
+            let rings = function.start()?;
             request.write(0, &[body; 4096]);
             request.write(0, &length.to_le_bytes());
             request.write(4, &opcode.to_le_bytes());
@@ -178,7 +185,7 @@ pub fn file_requests(functions: &mut [Function]) -> Result<()> {
                 function.kick(ring.index);
             }
         }
+        guest.done(function)?;
     }
-    settle();
-    super::healthy(function)
+    Ok(())
 }

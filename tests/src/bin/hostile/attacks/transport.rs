@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::each;
+use super::Guest;
 use crate::dma::Page;
-use crate::pci::Function;
 use crate::virtio::{Ring, SIZE, WRITE};
 
 /// Addresses that are not RAM, or only partly.
@@ -23,8 +22,8 @@ pub const OUTSIDE: &[u64] = &[
 ];
 
 /// CVE-2026-5747: nothing in common configuration changes an active queue.
-pub fn change_active_queue(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn change_active_queue(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         let rings = function.start()?;
         let decoy = Page::new()?;
         for ring in &rings {
@@ -53,8 +52,8 @@ pub fn change_active_queue(functions: &mut [Function]) -> Result<()> {
 }
 
 /// queue_select beyond num_queues.
-pub fn absent_queues(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn absent_queues(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         function.negotiate()?;
         let ring = Ring::new(0)?;
         for index in [function.queues(), 64, 255, 0x7fff, 0xffff] {
@@ -76,8 +75,8 @@ pub fn absent_queues(functions: &mut [Function]) -> Result<()> {
 }
 
 /// queue_size of every bad kind.
-pub fn bad_sizes(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn bad_sizes(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         for size in [0u16, 1, 3, 17, 257, 0x8000, 0xffff] {
             function.negotiate()?;
             let ring = Ring::new(0)?;
@@ -96,8 +95,8 @@ pub fn bad_sizes(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Rings where there is no RAM, or that end beyond it, or that are not aligned.
-pub fn addresses_outside(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn addresses_outside(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         let good = Ring::new(0)?;
         for address in OUTSIDE {
             for (desc, avail, used) in [
@@ -122,8 +121,8 @@ pub fn addresses_outside(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Feature bits that do not exist, and DRIVER_OK without FEATURES_OK.
-pub fn bad_features(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn bad_features(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         function.reset()?;
         function.set_status(3);
         for select in [0u32, 1, 2, 3, 0xffff_ffff] {
@@ -146,8 +145,8 @@ pub fn bad_features(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Every status value after every other.
-pub fn status_storm(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn status_storm(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         let rings = function.start()?;
         for value in (0..=255u8).rev() {
             function.set_status(value);
@@ -161,8 +160,8 @@ pub fn status_storm(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Reads and writes of 1, 2, 4 and 8 bytes at every offset of the BAR that has a meaning.
-pub fn odd_accesses(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn odd_accesses(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         function.negotiate()?;
         let end = function
             .bar
@@ -190,8 +189,8 @@ pub fn odd_accesses(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Writes all over the notification area, before and after DRIVER_OK.
-pub fn stray_kicks(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn stray_kicks(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         for ready in [false, true] {
             if ready {
                 function.start()?;
@@ -210,8 +209,8 @@ pub fn stray_kicks(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Resets while buffers are being used.
-pub fn resets_in_traffic(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn resets_in_traffic(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         let buffer = Page::new()?;
         for _ in 0..50 {
             let rings = function.start()?;
@@ -234,8 +233,8 @@ pub fn resets_in_traffic(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Vectors that do not exist, and a table full of bad addresses, all unmasked.
-pub fn msix(functions: &mut [Function]) -> Result<()> {
-    each(functions, |function| {
+pub fn msix(guest: &Guest) -> Result<()> {
+    guest.each(|function| {
         function.negotiate()?;
         for vector in [0u16, 1, 63, 64, 255, 0x7ff, 0xfffe, 0xffff] {
             function.common16(0x10, vector);

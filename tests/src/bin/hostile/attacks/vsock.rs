@@ -1,10 +1,10 @@
 //! Against the socket device: packets that no honest driver sends (virtio 1.3 §5.10.6).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use super::{VSOCK, healthy, of_kind};
+use super::{Guest, VSOCK};
 use crate::dma::Page;
 use crate::pci::Function;
 use crate::virtio::{NEXT, Ring, SIZE, WRITE};
@@ -65,33 +65,31 @@ impl Packet {
 
 /// A socket device that is up, with buffers to receive into.
 struct Socket<'a> {
+    guest: &'a Guest,
     function: &'a Function,
     send: Ring,
     receive: Ring,
     page: Page,
-    answers: Vec<Page>,
 }
 
 impl<'a> Socket<'a> {
-    fn open(functions: &'a [Function]) -> Result<Self> {
-        let function = of_kind(functions, VSOCK)?;
+    fn open(guest: &'a Guest) -> Result<Self> {
+        let function = guest.of_kind(VSOCK)?;
         let mut rings = function.start()?.into_iter();
         let receive = rings.next().context("no receive queue")?;
         let send = rings.next().context("no transmit queue")?;
-        let mut answers = Vec::new();
         for head in 0..SIZE {
-            let answer = Page::new()?;
-            receive.descriptor(head, answer.address, 4096, WRITE, 0);
+            // A page is never given back, so the device may write to it for ever.
+            receive.descriptor(head, Page::new()?.address, 4096, WRITE, 0);
             receive.offer(head);
-            answers.push(answer);
         }
         function.kick(0);
         Ok(Self {
+            guest,
             function,
             send,
             receive,
             page: Page::new()?,
-            answers,
         })
     }
 
@@ -120,39 +118,23 @@ impl<'a> Socket<'a> {
     }
 
     fn close(self) -> Result<()> {
-        healthy(self.function)
+        self.guest.done(self.function)
     }
 }
 
-/// The control of all that follows: a driver that keeps the rules is answered, so the others are
-/// read at all.
-pub fn honest(functions: &mut [Function]) -> Result<()> {
-    let socket = Socket::open(functions)?;
-    // A port nobody serves: refused with a reset (op 3), addressed back to us.
-    socket.send(
-        &Packet {
-            dst_port: 9,
-            ..HONEST
-        },
-        0,
-    );
-    let end = Instant::now() + Duration::from_secs(20);
-    while socket.receive.used() == 0 {
-        ensure!(Instant::now() < end, "no answer to an honest request");
-        std::thread::yield_now();
-    }
-    let answer = socket.answers.first().context("no buffer")?;
-    ensure!(
-        answer.read16(30) == 3,
-        "op {} instead of 3",
-        answer.read16(30)
-    );
-    socket.close()
+/// A request to connect, as an honest driver sends it.
+pub fn request(src_port: u32, dst_port: u32) -> Vec<u8> {
+    let packet = Packet {
+        src_port,
+        dst_port,
+        ..HONEST
+    };
+    packet.bytes()
 }
 
 /// Sources that are not the guest's and destinations that are not the host's.
-pub fn foreign_cids(functions: &mut [Function]) -> Result<()> {
-    let socket = Socket::open(functions)?;
+pub fn foreign_cids(guest: &Guest) -> Result<()> {
+    let socket = Socket::open(guest)?;
     for cid in [0, 1, 2, 4, 100, 0xffff_ffff, 0x1_0000_0003, u64::MAX] {
         for op in 0..8 {
             socket.send(
@@ -177,8 +159,8 @@ pub fn foreign_cids(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Operations, types and flags that do not exist.
-pub fn bogus_operations(functions: &mut [Function]) -> Result<()> {
-    let socket = Socket::open(functions)?;
+pub fn bogus_operations(guest: &Guest) -> Result<()> {
+    let socket = Socket::open(guest)?;
     for op in [0u16, 8, 9, 255, 0x7fff, 0xffff] {
         socket.send(&Packet { op, ..HONEST }, 0);
     }
@@ -201,8 +183,8 @@ pub fn bogus_operations(functions: &mut [Function]) -> Result<()> {
 }
 
 /// len larger and smaller than the buffers, and headers that are cut.
-pub fn lengths(functions: &mut [Function]) -> Result<()> {
-    let socket = Socket::open(functions)?;
+pub fn lengths(guest: &Guest) -> Result<()> {
+    let socket = Socket::open(guest)?;
     for len in [1u32, 43, 4096, 0x1_0000, 0x7fff_ffff, u32::MAX] {
         for payload in [0u32, 1, 4000] {
             for op in [REQUEST, RW, CREDIT_UPDATE] {
@@ -219,8 +201,8 @@ pub fn lengths(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Requests to every kind of port, and far more of them than there may be connections.
-pub fn connections(functions: &mut [Function]) -> Result<()> {
-    let socket = Socket::open(functions)?;
+pub fn connections(guest: &Guest) -> Result<()> {
+    let socket = Socket::open(guest)?;
     for dst_port in [0u32, 1, 22, 1023, 1025, 0x7fff_ffff, u32::MAX] {
         socket.send(&Packet { dst_port, ..HONEST }, 0);
     }
@@ -231,8 +213,8 @@ pub fn connections(functions: &mut [Function]) -> Result<()> {
 }
 
 /// More data than the host allowed, and credit that goes backwards.
-pub fn credit(functions: &mut [Function]) -> Result<()> {
-    let socket = Socket::open(functions)?;
+pub fn credit(guest: &Guest) -> Result<()> {
+    let socket = Socket::open(guest)?;
     socket.send(&HONEST, 0);
     for round in 0..600u32 {
         socket.send(
@@ -260,8 +242,8 @@ pub fn credit(functions: &mut [Function]) -> Result<()> {
 }
 
 /// Responses, resets, shutdowns and data for connections that are not there.
-pub fn strays(functions: &mut [Function]) -> Result<()> {
-    let socket = Socket::open(functions)?;
+pub fn strays(guest: &Guest) -> Result<()> {
+    let socket = Socket::open(guest)?;
     for op in 2..8u16 {
         for port in [1u32, 1024, 1025, 77_777] {
             socket.send(
