@@ -18,11 +18,13 @@ mod freezer;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod huge_pages;
+mod inherited;
 mod init;
 mod launch;
 mod log;
 mod mount_attr;
 mod names;
+mod netfilter;
 mod network;
 mod outputs;
 mod pid1;

@@ -2,7 +2,9 @@
 //! up for the pod. The network namespace is the guest's own: the VM is the boundary.
 use std::{fs, net::IpAddr, time::Duration};
 
-use brig_agent_protocol::agent::{Interface, Neighbour, Route, StartSandboxRequest};
+use brig_agent_protocol::agent::{
+    Interface, Neighbour, NetfilterRefusal, Route, StartSandboxRequest,
+};
 use futures::TryStreamExt as _;
 use rtnetlink::{
     Handle, LinkUnspec, RouteMessageBuilder,
@@ -14,7 +16,10 @@ use rtnetlink::{
 };
 use tokio::time::{Instant, sleep};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    inherited, netfilter,
+};
 
 /// How long a hot-plugged interface may take to appear after the bus was scanned.
 const APPEAR_TIME: Duration = Duration::from_secs(5);
@@ -22,7 +27,9 @@ const APPEAR_TIME: Duration = Duration::from_secs(5);
 /// An address and its prefix length.
 type Prefix = (IpAddr, u8);
 
-/// Sets the network up. With `rescan` a missing interface is looked for on the PCI bus.
+/// Sets the network up: names, kernel parameters and the packet filter first, and only then are the interfaces up.
+/// With `rescan` a missing interface is looked for on the PCI bus. Returns what of the packet filter the kernel
+/// refused; if it had to take it all, the interfaces stay down.
 ///
 /// # Errors
 /// `InvalidArgument` for what does not parse, `Internal` for what the kernel refuses, naming it.
@@ -30,11 +37,11 @@ pub async fn apply(
     request: &StartSandboxRequest,
     rescan: bool,
     logger: &slog::Logger,
-) -> Result<()> {
+) -> Result<Vec<NetfilterRefusal>> {
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
     let connection = tokio::spawn(connection);
-    let outcome = apply_all(&handle, request, rescan).await;
+    let outcome = apply_all(&handle, request, rescan, logger).await;
     connection.abort();
     if let Err(error) = &outcome {
         slog::error!(logger, "network not set up"; "error" => %error);
@@ -42,9 +49,34 @@ pub async fn apply(
     outcome
 }
 
-async fn apply_all(handle: &Handle, request: &StartSandboxRequest, rescan: bool) -> Result<()> {
+async fn apply_all(
+    handle: &Handle,
+    request: &StartSandboxRequest,
+    rescan: bool,
+    logger: &slog::Logger,
+) -> Result<Vec<NetfilterRefusal>> {
+    let mut indexes = Vec::new();
     for interface in &request.interfaces {
-        add_interface(handle, interface, rescan).await?;
+        indexes.push(name_interface(handle, interface, rescan).await?);
+    }
+    inherited::apply(&request.inherited, logger)?;
+    for interface in &request.interfaces {
+        inherited::apply(&interface.sysctls, logger)?;
+    }
+    let refused = match request.netfilter.as_ref() {
+        Some(filter) => {
+            if rescan {
+                inherited::grow_connection_table(logger);
+            }
+            netfilter::load(filter)?
+        }
+        None => Vec::new(),
+    };
+    if !refused.is_empty() && !request.netfilter.best_effort {
+        return Ok(refused);
+    }
+    for (interface, index) in request.interfaces.iter().zip(indexes) {
+        add_interface(handle, interface, index).await?;
     }
     for neighbour in &request.neighbours {
         add_neighbour(handle, neighbour).await?;
@@ -55,7 +87,7 @@ async fn apply_all(handle: &Handle, request: &StartSandboxRequest, rescan: bool)
     for route in direct.into_iter().chain(via) {
         add_route(handle, route).await?;
     }
-    Ok(())
+    Ok(refused)
 }
 
 /// Brings the loopback interface up.
@@ -85,14 +117,10 @@ fn refused(what: impl std::fmt::Display, error: &rtnetlink::Error) -> Error {
     Error::Internal(format!("{what}: {error}"))
 }
 
-async fn add_interface(handle: &Handle, interface: &Interface, rescan: bool) -> Result<()> {
+/// Gives an interface its name, and returns its number.
+async fn name_interface(handle: &Handle, interface: &Interface, rescan: bool) -> Result<u32> {
     let name = &interface.name;
     let mac = parse_mac(&interface.mac)?;
-    let addresses = interface
-        .addresses
-        .iter()
-        .map(|a| parse_prefix(a))
-        .collect::<Result<Vec<_>>>()?;
     let (index, current) = find_by_mac(handle, &mac, rescan).await?;
     if !name.is_empty() && *name != current {
         make_way(handle, name).await?;
@@ -105,6 +133,16 @@ async fn add_interface(handle: &Handle, interface: &Interface, rescan: bool) -> 
             .await
             .map_err(|e| refused(format_args!("interface {name}"), &e))?;
     }
+    Ok(index)
+}
+
+async fn add_interface(handle: &Handle, interface: &Interface, index: u32) -> Result<()> {
+    let name = &interface.name;
+    let addresses = interface
+        .addresses
+        .iter()
+        .map(|a| parse_prefix(a))
+        .collect::<Result<Vec<_>>>()?;
     let mut up = LinkUnspec::new_with_index(index).up();
     if interface.mtu != 0 {
         up = up.mtu(interface.mtu);

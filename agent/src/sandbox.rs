@@ -18,7 +18,7 @@ use crate::{
     control::{Create, Instructions, MountSource},
     error::{Error, Result},
     huge_pages::Reservation,
-    names,
+    inherited, names,
     spec::{self, Spec},
     stdio::ChildEnds,
     validate, volume,
@@ -63,6 +63,9 @@ async fn build(
     let id = request.id;
     let stdio = request.stdio.into_option().unwrap_or_default();
     note_ignored(context, &id, &spec);
+    if context.places.owns_machine && may_track_connections(&spec) {
+        inherited::grow_connection_table(&context.logger);
+    }
     let pid_namespace = match request.pid_namespace_of.as_str() {
         "" if wants_shared_pids(&spec) => Some(shared_pid_namespace(context).await?),
         "" => None,
@@ -207,6 +210,12 @@ pub async fn end_all(context: &Context) {
         slog::warn!(context.logger, "cannot kill the containers"; "error" => %error);
     }
     let _ = timeout(DRAIN_TIME, context.outputs.idle()).await;
+}
+
+/// Whether its processes can make rules that track connections.
+fn may_track_connections(spec: &Spec) -> bool {
+    let capabilities = spec.process.as_ref().and_then(|p| p.capabilities.as_ref());
+    capabilities.is_some_and(|own| own.bounding.iter().any(|name| name == "CAP_NET_ADMIN"))
 }
 
 fn wants_shared_pids(spec: &Spec) -> bool {

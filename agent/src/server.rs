@@ -5,10 +5,10 @@ use async_trait::async_trait;
 use brig_agent_protocol::MAX_LISTED;
 use brig_agent_protocol::{
     agent::{
-        AddNetworkRequest, AdjustClockRequest, AdjustClockResponse, ConnectPortRequest,
-        ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited,
-        ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, ShutdownRequest, SignalRequest,
-        StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
+        AddNetworkRequest, AddNetworkResponse, AdjustClockRequest, AdjustClockResponse,
+        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
+        ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, ShutdownRequest,
+        SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
         UpdateVolumeRequest, VolumeRef, update_volume_request,
     },
     agent_ttrpc::Agent,
@@ -337,16 +337,22 @@ impl Agent for Service {
         &self,
         _: &TtrpcContext,
         request: AddNetworkRequest,
-    ) -> ttrpc::Result<Empty> {
+    ) -> ttrpc::Result<AddNetworkResponse> {
         let request = StartSandboxRequest {
             interfaces: request.interfaces,
             routes: request.routes,
             neighbours: request.neighbours,
+            inherited: request.inherited,
+            netfilter: request.netfilter,
             ..StartSandboxRequest::default()
         };
         let context = &self.context;
-        network::apply(&request, context.places.owns_machine, &context.logger).await?;
-        Ok(Empty::new())
+        let owns_machine = context.places.owns_machine;
+        let netfilter_refused = network::apply(&request, owns_machine, &context.logger).await?;
+        Ok(AddNetworkResponse {
+            netfilter_refused,
+            ..AddNetworkResponse::default()
+        })
     }
 
     async fn drop_caches(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

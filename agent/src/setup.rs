@@ -41,7 +41,8 @@ pub async fn sandbox(
         let mounted = tokio::task::spawn_blocking(move || mount_share(&tag, &share)).await;
         mounted.map_err(|e| Error::Internal(e.to_string()))??;
     }
-    network::apply(&request, context.places.owns_machine, &context.logger).await?;
+    let owns_machine = context.places.owns_machine;
+    let netfilter_refused = network::apply(&request, owns_machine, &context.logger).await?;
     for (key, value) in &request.sysctls {
         set_sysctl(key, value)?;
     }
@@ -50,6 +51,7 @@ pub async fn sandbox(
     slog::info!(context.logger, "sandbox started"; "sandbox" => &request.id, "interfaces" => request.interfaces.len());
     Ok(StartSandboxResponse {
         kernel_release: release.trim().to_owned(),
+        netfilter_refused,
         ..Default::default()
     })
 }

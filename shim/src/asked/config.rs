@@ -58,8 +58,23 @@ pub struct Config {
     pub max_files: u64,
     /// File systems whose directories and files a pod may be given.
     pub file_systems: FileSystems,
+    /// What becomes of a pod whose packet filter its guest cannot have.
+    pub netfilter: Netfilter,
     /// Keys that a pod may set for itself, as annotations.
     pub pod_annotations: Vec<Key>,
+}
+
+/// What becomes of a pod whose network namespace has packet filter rules that its guest cannot have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Netfilter {
+    /// It is refused.
+    #[default]
+    Require,
+    /// It starts without them, and that is logged.
+    Warn,
+    /// Rules are not looked at.
+    Ignore,
 }
 
 /// Keys that may be left to pods: none of them reaches outside the pod's own VM.
@@ -93,6 +108,7 @@ struct File {
     state_dir: Option<PathBuf>,
     max_files: Option<u64>,
     file_systems: Option<Vec<String>>,
+    netfilter: Option<Netfilter>,
     pod_annotations: Option<Vec<Key>>,
 }
 
@@ -190,6 +206,7 @@ impl Config {
             state_dir: PathBuf::from("/run/brig"),
             max_files: 524_288,
             file_systems: FileSystems::default(),
+            netfilter: Netfilter::Require,
             pod_annotations: Vec::new(),
         }
     }
@@ -222,6 +239,7 @@ impl Config {
         whole.time_scale = file.time_scale.unwrap_or(whole.time_scale);
         whole.shutdown_grace = file.shutdown_grace.unwrap_or(whole.shutdown_grace);
         whole.max_files = file.max_files.unwrap_or(whole.max_files);
+        whole.netfilter = file.netfilter.unwrap_or(whole.netfilter);
         if let Some(keys) = file.pod_annotations {
             whole.pod_annotations = keys;
         }
@@ -357,6 +375,7 @@ mod tests {
             ("shutdown_grace = -1", "shutdown_grace"),
             ("kernal = \"/x\"", "kernal"),
             ("max_files = 3", "max_files"),
+            ("netfilter = \"some\"", "expected one of"),
             ("pod_annotations = [\"kernel\"]", "kernel"),
             (
                 "file_systems = [\"pxfs\", \"proc\"]",

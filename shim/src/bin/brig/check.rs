@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use brig_shim::asked::config::Config;
+use brig_shim::asked::config::{Config, Netfilter};
 use brig_shim::error::Error;
 use brig_shim::guest::forward;
 use brig_shim::guest::vm::host::{open_kernel, open_kvm};
@@ -85,7 +85,32 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         Finding::of("user namespaces", user_namespaces()),
         cgroups(),
         port_forward(),
+        packet_filter(config.netfilter),
     ]
+}
+
+/// What becomes of rules in a pod's network namespace that its guest cannot have.
+fn packet_filter(policy: Netfilter) -> Finding {
+    let (outcome, detail) = match policy {
+        Netfilter::Require => (
+            Outcome::Good,
+            "a pod whose namespace's rules its guest cannot have is refused",
+        ),
+        Netfilter::Warn => (
+            Outcome::Note,
+            "netfilter = \"warn\": pods start without the rules of their namespace that their guest cannot have; the \
+             shim's log names each",
+        ),
+        Netfilter::Ignore => (
+            Outcome::Note,
+            "netfilter = \"ignore\": rules in a pod's network namespace do not hold for the pod",
+        ),
+    };
+    Finding {
+        outcome,
+        what: "packet filter",
+        detail: detail.to_owned(),
+    }
 }
 
 fn kvm(path: &Path) -> Result<String, String> {

@@ -2,6 +2,7 @@
 //! work such as the root file system needs only the process and runs while the guest boots.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
@@ -27,11 +28,12 @@ use super::lines;
 use super::patience::Patience;
 use super::watch::Watch;
 use super::{Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
+use crate::asked::config::Netfilter;
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
 use crate::node::cgroup::Cgroup;
-use crate::node::network::GuestNetwork;
+use crate::node::network::{self, GuestNetwork, Inherited, Known};
 
 /// Missed signs of life after which the agent counts as silent.
 const MISSES: u32 = 3;
@@ -201,6 +203,7 @@ async fn boot(
     };
     mark("vmm.launch", SystemTime::now());
     let executed = SystemTime::now();
+    let wanted = network::Wanted::of(&plan.config);
     let netns = match &plan.network {
         Network::Path(path) => Some(path.clone()),
         Network::New => None,
@@ -213,14 +216,26 @@ async fn boot(
     for what in &sandbox.network.left_out {
         warn!(logger, "the guest's network is not all of the pod's"; "left_out" => what);
     }
-    let (vm, machine, incoming) = adopt(launched, timeouts, cgroup, logger)?;
+    let parts = Parts {
+        timeouts,
+        cgroup,
+        wanted,
+        filter: sandbox.network.filter.given(),
+    };
+    let (vm, machine, incoming) = adopt(launched, parts, logger)?;
     let _ = news.send(News::Launched(Arc::clone(&vm))).await;
     progress.send_replace(Progress::Launched(Arc::clone(&vm)));
     // Meanwhile the guest boots.
+    let inherited = inherit(netns.clone(), sandbox.network.interface_names());
     let localhost = tokio::task::spawn_blocking(move || {
         netns.map(|path| Localhost::take_over(&path)).transpose()
     });
-    match bring_up(&vm, machine, incoming, &sandbox, &news, executed, logger).await {
+    let sandbox = Wanted {
+        sandbox,
+        inherited,
+        netfilter: wanted.netfilter,
+    };
+    match bring_up(&vm, machine, incoming, sandbox, &news, executed, logger).await {
         Ok(()) => {
             forward_ports(localhost, &vm, logger).await;
             Ok(vm)
@@ -251,19 +266,51 @@ async fn forward_ports(
     warn!(logger, "port-forward will not work for this pod"; "reason" => reason);
 }
 
+/// A sandbox, and what of it is still being found out.
+struct Wanted {
+    sandbox: Sandbox,
+    inherited: JoinHandle<Inherited>,
+    netfilter: Netfilter,
+}
+
+/// Reads the parameters of the node and of the pod's network namespace.
+fn inherit(netns: Option<PathBuf>, interfaces: Vec<String>) -> JoinHandle<Inherited> {
+    tokio::task::spawn_blocking(move || {
+        // A namespace that has just gone ends the pod by itself.
+        let found = netns.and_then(|path| network::inherited(&path, &interfaces).ok());
+        let mut inherited = found.unwrap_or_default();
+        inherited.general.splice(0..0, network::limits_of_node());
+        inherited
+    })
+}
+
 fn worker_ended(error: tokio::task::JoinError) -> Error {
     Error::internal(format!("a worker of the launch ended: {error}"))
 }
 
 type Machine = (RequestBody, Vec<std::os::fd::OwnedFd>);
 
+/// What a VM is told of its pod.
+struct Parts {
+    timeouts: Timeouts,
+    cgroup: Option<Cgroup>,
+    wanted: network::Wanted,
+    /// The state of the packet filter that it gets.
+    filter: Option<u32>,
+}
+
 /// Takes charge of a launched VMM: from here on its end is noticed and it is reaped.
 fn adopt(
     launched: Launched,
-    timeouts: Timeouts,
-    cgroup: Option<Cgroup>,
+    parts: Parts,
     logger: &Logger,
 ) -> Result<(Arc<Vm>, Machine, AgentConnected)> {
+    let Parts {
+        timeouts,
+        cgroup,
+        wanted,
+        filter,
+    } = parts;
     let failed = |error: std::io::Error| Error::io("cannot talk to the VMM", &error);
     let pid = launched.process.pid();
     let (control, incoming) = Control::start(launched.control).map_err(failed)?;
@@ -289,9 +336,12 @@ fn adopt(
     };
     tokio::spawn(watch.run());
     let late = launched.netns.map(|netns| {
-        let config = &launched.machine.0;
-        let known = config.nets.iter().map(|net| net.mac).collect();
-        Late::new(netns, config.vcpus.into(), known)
+        let nets = launched.machine.0.nets.iter();
+        let known = Known {
+            interfaces: nets.map(|net| net.mac).collect(),
+            filter,
+        };
+        Late::new(netns, wanted, known)
     });
     let vm = Arc::new(Vm {
         pid,
@@ -326,7 +376,7 @@ async fn bring_up(
     vm: &Arc<Vm>,
     (body, fds): Machine,
     agent_connected: AgentConnected,
-    sandbox: &Sandbox,
+    wanted: Wanted,
     news: &mpsc::Sender<News>,
     executed: SystemTime,
     logger: &Logger,
@@ -361,7 +411,7 @@ async fn bring_up(
     };
     mark("agent.connected");
     follow_log(vm, logger).await;
-    start_sandbox(vm, sandbox).await?;
+    start_sandbox(vm, wanted, logger).await?;
     mark("sandbox.started");
     subscribe(vm, news.clone(), logger).await?;
     tokio::spawn(report_counters(Arc::clone(vm), news.clone(), executed));
@@ -370,26 +420,38 @@ async fn bring_up(
     Ok(())
 }
 
-async fn start_sandbox(vm: &Vm, sandbox: &Sandbox) -> Result<()> {
+async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> Result<()> {
+    let Wanted {
+        mut sandbox,
+        inherited,
+        netfilter,
+    } = wanted;
+    let inherited = inherited.await.map_err(worker_ended)?;
+    sandbox.network.inherit(inherited);
     let now = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
+    let network = sandbox.network;
     let request = StartSandboxRequest {
-        id: sandbox.id.clone(),
-        hostname: sandbox.hostname.clone(),
-        sysctls: sandbox.sysctls.clone().into_iter().collect(),
+        id: sandbox.id,
+        hostname: sandbox.hostname,
+        sysctls: sandbox.sysctls.into_iter().collect(),
         shm_size: sandbox.shm_size,
         unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         share_tag: SHARE_TAG.to_owned(),
-        interfaces: sandbox.network.interfaces.clone(),
-        routes: sandbox.network.routes.clone(),
-        neighbours: sandbox.network.neighbours.clone(),
+        interfaces: network.interfaces,
+        routes: network.routes,
+        neighbours: network.neighbours,
+        inherited: network.sysctls,
+        netfilter: network.filter.request(netfilter).into(),
         ..StartSandboxRequest::default()
     };
     let answer = vm
         .agent
         .start_sandbox(context::Context::default(), &request);
-    vm.call("StartSandbox", answer).await.map(drop)
+    let answer = vm.call("StartSandbox", answer).await?;
+    let refused = &answer.netfilter_refused;
+    Ok(network.filter.accept(refused, netfilter, logger)?)
 }
 
 /// Forwards the agent's own log.

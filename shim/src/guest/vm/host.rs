@@ -22,7 +22,7 @@ use super::{Host, Launched, Plan, shown};
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
 use crate::node::cgroup::{self, Cgroup};
-use crate::node::network::{self, PodNetwork};
+use crate::node::network::{self, PodNetwork, Wanted};
 
 /// The node this process runs on.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl Host for Node {
         let netns = open_netns(&plan.network)?;
         let network = match &plan.network {
             Network::New => PodNetwork::default(),
-            Network::Path(path) => network::set_up(path, config.vcpus.into())?,
+            Network::Path(path) => network::set_up(path, Wanted::of(config))?,
         };
         let failed = |error: io::Error| Error::io("cannot prepare the VM", &error);
         let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;

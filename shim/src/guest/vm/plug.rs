@@ -11,7 +11,7 @@ use super::Vm;
 use crate::error::Result;
 
 impl Vm {
-    /// Gives the guest the interfaces that its network namespace has got since the launch.
+    /// Gives the guest the interfaces, and the packet filter, that its network namespace has got since the launch.
     ///
     /// # Errors
     /// What the node, the VMM or the agent says. The pod is then without them and should not start.
@@ -19,13 +19,12 @@ impl Vm {
         let Some(late) = &self.late else {
             return Ok(());
         };
-        let found = late.find().await?;
-        if found.interfaces.is_empty() {
-            return Ok(());
-        }
-        let guest = found.guest();
+        let (found, guest) = late.find().await?;
         for what in &guest.left_out {
             warn!(logger, "the guest's network is not all of the pod's"; "left_out" => what);
+        }
+        if found.interfaces.is_empty() && guest.filter.objects.is_empty() {
+            return Ok(());
         }
         for interface in found.interfaces {
             let mut fds = Vec::new();
@@ -38,18 +37,29 @@ impl Vm {
             }
         }
         let count = guest.interfaces.len();
+        let policy = late.wanted.netfilter;
         let request = AddNetworkRequest {
             interfaces: guest.interfaces,
             routes: guest.routes,
             neighbours: guest.neighbours,
+            inherited: guest.sysctls,
+            netfilter: guest.filter.request(policy).into(),
             ..AddNetworkRequest::default()
         };
         let answer = self
             .agent
             .add_network(context::Context::default(), &request);
-        self.call_within(self.timeouts.setup, "AddNetwork", answer)
+        let answer = self
+            .call_within(self.timeouts.setup, "AddNetwork", answer)
             .await?;
-        info!(logger, "interfaces were plugged into the running VM"; "interfaces" => count);
+        guest
+            .filter
+            .accept(&answer.netfilter_refused, policy, logger)?;
+        if let Some(given) = guest.filter.given() {
+            late.filtered(given);
+        }
+        info!(logger, "the network's later parts were given to the running VM"; "interfaces" => count,
+            "netfilter" => guest.filter.objects.len());
         Ok(())
     }
 }

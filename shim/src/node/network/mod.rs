@@ -12,9 +12,11 @@
 mod error;
 mod interface;
 mod namespace;
+mod netfilter;
 mod netlink;
 mod redirect;
 mod scan;
+mod sysctls;
 mod tap;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -25,9 +27,12 @@ use std::path::Path;
 use brig_agent_protocol::agent;
 use brig_hypervisor::control::NetConfig;
 
+use crate::asked::config::{Config, Netfilter};
 use error::failed;
 pub use error::{MAX_INTERFACES, NetworkError};
 pub use interface::Prefix;
+pub use netfilter::Ruleset;
+pub use sysctls::{Inherited, of_node as limits_of_node};
 
 use interface::{Link, mac_text};
 pub(crate) use namespace::Namespace;
@@ -77,6 +82,8 @@ pub struct PodNetwork {
     pub routes: Vec<agent::Route>,
     /// Permanent neighbours.
     pub neighbours: Vec<agent::Neighbour>,
+    /// Its packet filter.
+    pub filter: Ruleset,
     /// One sentence for each thing in the namespace that the guest does not get.
     pub left_out: Vec<String>,
 }
@@ -90,8 +97,30 @@ pub struct GuestNetwork {
     pub routes: Vec<agent::Route>,
     /// Neighbours.
     pub neighbours: Vec<agent::Neighbour>,
+    /// Packet filter.
+    pub filter: Ruleset,
+    /// Kernel parameters that are not an interface's; see [`Self::inherit`].
+    pub sysctls: Vec<agent::Sysctl>,
     /// One sentence for each thing that it does not get, for the log.
     pub left_out: Vec<String>,
+}
+
+impl GuestNetwork {
+    /// Takes over what [`inherited`] has found.
+    pub fn inherit(&mut self, mut inherited: Inherited) {
+        self.sysctls = inherited.general;
+        for interface in &mut self.interfaces {
+            let own = inherited.interfaces.remove(&interface.name);
+            interface.sysctls = own.unwrap_or_default();
+        }
+    }
+
+    /// The names of its interfaces.
+    #[must_use]
+    pub fn interface_names(&self) -> Vec<String> {
+        let names = self.interfaces.iter().map(|interface| &interface.name);
+        names.cloned().collect()
+    }
 }
 
 impl PodNetwork {
@@ -109,6 +138,8 @@ impl PodNetwork {
             interfaces: interfaces.collect(),
             routes: self.routes.clone(),
             neighbours: self.neighbours.clone(),
+            filter: self.filter.clone(),
+            sysctls: Vec::new(),
             left_out: self.left_out.clone(),
         }
     }
@@ -120,14 +151,42 @@ impl PodNetwork {
     }
 }
 
-/// Takes over the interfaces of the namespace at `path` with up to `queues` queue pairs each, normally the
-/// guest's number of CPUs. What an earlier run left behind there is replaced.
+/// What is wanted of a pod's network.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// Queue pairs of each interface, normally the guest's number of CPUs.
+    pub queues: usize,
+    /// What becomes of its packet filter.
+    pub netfilter: Netfilter,
+}
+
+impl Wanted {
+    /// As a handler is configured.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self {
+            queues: config.vcpus.into(),
+            netfilter: config.netfilter,
+        }
+    }
+}
+
+/// Takes over the interfaces of the namespace at `path`. What an earlier run left behind there is replaced.
 ///
 /// # Errors
 /// [`NetworkError`]; nothing is touched when the namespace is the host's or holds what a VM cannot have, and
 /// what was done is undone when it fails later.
-pub fn set_up(path: &Path, queues: usize) -> Result<PodNetwork, NetworkError> {
-    find_new(path, queues, &[])
+pub fn set_up(path: &Path, wanted: Wanted) -> Result<PodNetwork, NetworkError> {
+    find_new(path, wanted, &Known::default())
+}
+
+/// What a guest has already.
+#[derive(Debug, Clone, Default)]
+pub struct Known {
+    /// The Ethernet addresses of its interfaces.
+    pub interfaces: Vec<[u8; 6]>,
+    /// The state of the packet filter that it was given, if it is not to be given another.
+    pub filter: Option<u32>,
 }
 
 /// As [`set_up`], for the interfaces whose Ethernet addresses are not among those `known`, with their routes and
@@ -135,14 +194,16 @@ pub fn set_up(path: &Path, queues: usize) -> Result<PodNetwork, NetworkError> {
 ///
 /// # Errors
 /// As of [`set_up`]; the known interfaces stay as they are.
-pub fn find_new(path: &Path, queues: usize, known: &[[u8; 6]]) -> Result<PodNetwork, NetworkError> {
+pub fn find_new(path: &Path, wanted: Wanted, known: &Known) -> Result<PodNetwork, NetworkError> {
     let namespace = Namespace::open(path)?;
     namespace.run(|| {
         let mut netlink =
             Netlink::open().map_err(|error| failed("open a netlink socket", error))?;
         let mut layout = Layout::read(&mut netlink)?;
-        layout.leave_out_known(known);
-        let queues = queue_pairs(queues, layout.links.len());
+        let mut left_out = std::mem::take(&mut layout.left_out);
+        let filter = filter(&layout, wanted.netfilter, known.filter, &mut left_out)?;
+        layout.leave_out_known(&known.interfaces);
+        let queues = queue_pairs(wanted.queues, layout.links.len());
         let result = take_over(&mut netlink, &layout.links, queues);
         let interfaces = result.inspect_err(|_| {
             for link in &layout.links {
@@ -153,9 +214,53 @@ pub fn find_new(path: &Path, queues: usize, known: &[[u8; 6]]) -> Result<PodNetw
             interfaces,
             routes: layout.routes,
             neighbours: layout.neighbours,
-            left_out: layout.left_out,
+            filter,
+            left_out,
         })
     })
+}
+
+/// The namespace's packet filter, or none when the guest is to keep its own.
+fn filter(
+    layout: &Layout,
+    policy: Netfilter,
+    given: Option<u32>,
+    left_out: &mut Vec<String>,
+) -> Result<Ruleset, NetworkError> {
+    if policy == Netfilter::Ignore {
+        return Ok(Ruleset::default());
+    }
+    if let Some(given) = given {
+        let generation = netfilter::generation();
+        if generation != given {
+            left_out.push(
+                "changes of the packet filter since the pod was started: a guest has the rules that were there \
+                 then"
+                    .to_owned(),
+            );
+        }
+        return Ok(Ruleset {
+            generation,
+            ..Ruleset::default()
+        });
+    }
+    let links = layout.links.iter();
+    let mut interfaces: Vec<_> = links.map(|link| (link.index, link.name.as_str())).collect();
+    // It is the first one of any namespace.
+    interfaces.push((1, "lo"));
+    let mut filter = netfilter::read(&interfaces)?;
+    filter.decide(policy)?;
+    left_out.append(&mut filter.refused);
+    Ok(filter)
+}
+
+/// The kernel parameters of the namespace at `path`, for a guest with these interfaces.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn inherited(path: &Path, interfaces: &[String]) -> Result<Inherited, NetworkError> {
+    let names: Vec<_> = interfaces.iter().map(String::as_str).collect();
+    Namespace::open(path)?.run(|| Ok(sysctls::of_namespace(&names)))
 }
 
 /// Takes the redirection off every interface of the namespace at `path`, so that it is as CNI made it. Nothing

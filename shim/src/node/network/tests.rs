@@ -10,6 +10,15 @@ use crate::error::{Error, Kind};
 use guest::Guest;
 use node::Node;
 
+const ONE: Wanted = wanted(1);
+
+const fn wanted(queues: usize) -> Wanted {
+    Wanted {
+        queues,
+        netfilter: Netfilter::Require,
+    }
+}
+
 /// CI without root or without taps has nothing to test here.
 pub(crate) fn can_run() -> bool {
     nix::unistd::geteuid().is_root() && Path::new("/dev/net/tun").exists()
@@ -56,7 +65,7 @@ fn the_guest_alone_answers_and_reaches_the_node_over_ipv4_and_ipv6() {
     }
     let node = Node::new("both");
     node.add_interface("eth0", 0);
-    let network = set_up(&node.pod, 1).unwrap();
+    let network = set_up(&node.pod, ONE).unwrap();
     let interface = &network.interfaces[0];
     let guest = Guest::new(&interface.taps[0], interface.mac);
     // Nobody answers while the guest is silent, although the namespace has the address.
@@ -76,16 +85,19 @@ fn interfaces_that_come_later_are_found_beside_those_that_are_there() {
         return;
     }
     let node = Node::new("late");
-    let none = find_new(&node.pod, 1, &[]).unwrap();
+    let none = find_new(&node.pod, ONE, &Known::default()).unwrap();
     assert!(none.interfaces.is_empty());
     node.add_interface("eth0", 0);
-    let first = find_new(&node.pod, 1, &[]).unwrap();
-    let known = first.interfaces[0].mac;
-    let nothing = find_new(&node.pod, 1, &[known]).unwrap();
+    let first = find_new(&node.pod, ONE, &Known::default()).unwrap();
+    let known = Known {
+        interfaces: vec![first.interfaces[0].mac],
+        filter: None,
+    };
+    let nothing = find_new(&node.pod, ONE, &known).unwrap();
     assert!(nothing.interfaces.is_empty(), "our own tap is none");
     assert!(nothing.routes.is_empty());
     node.add_interface("net1", 1);
-    let second = find_new(&node.pod, 1, &[known]).unwrap();
+    let second = find_new(&node.pod, ONE, &known).unwrap();
     assert_eq!(second.interfaces.len(), 1);
     assert_eq!(second.interfaces[0].name, "net1");
     assert!(!second.routes.is_empty());
@@ -143,7 +155,7 @@ fn interfaces_addresses_routes_and_neighbours_are_as_cni_made_them() {
         "nud",
         "permanent",
     ]);
-    let network = set_up(&node.pod, 2).unwrap();
+    let network = set_up(&node.pod, wanted(2)).unwrap();
     let names: Vec<_> = network.interfaces.iter().map(|i| i.name.as_str()).collect();
     assert_eq!(names, ["eth0", "net1"]);
     for interface in &network.interfaces {
@@ -203,7 +215,7 @@ fn taps_die_with_their_descriptors_and_undo_leaves_what_cni_made() {
     let node = Node::new("undo");
     node.add_interface("eth0", 0);
     let before = node.in_pod(&["tc", "qdisc", "show"]);
-    let network = set_up(&node.pod, 2).unwrap();
+    let network = set_up(&node.pod, wanted(2)).unwrap();
     let links = node.in_pod(&["ip", "-o", "link"]);
     assert!(
         links.contains("brig0") && links.contains("mtu 1400"),
@@ -227,8 +239,8 @@ fn what_a_killed_run_left_behind_is_replaced() {
     }
     let node = Node::new("again");
     node.add_interface("eth0", 0);
-    drop(set_up(&node.pod, 1).unwrap());
-    let network = set_up(&node.pod, 1).unwrap();
+    drop(set_up(&node.pod, ONE).unwrap());
+    let network = set_up(&node.pod, ONE).unwrap();
     let interface = &network.interfaces[0];
     Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
     let filters = node.in_pod(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
@@ -266,7 +278,7 @@ fn filters_of_the_node_survive_ours() {
         "dev",
         "lo",
     ]);
-    let network = set_up(&node.pod, 1).unwrap();
+    let network = set_up(&node.pod, ONE).unwrap();
     let interface = &network.interfaces[0];
     Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
     undo(&node.pod).unwrap();
@@ -286,7 +298,7 @@ fn the_hosts_network_is_refused_before_anything_is_touched() {
         if std::fs::File::open(path).is_err() {
             continue;
         }
-        let error = set_up(Path::new(path), 1).unwrap_err();
+        let error = set_up(Path::new(path), ONE).unwrap_err();
         assert!(matches!(error, NetworkError::HostNetwork { .. }), "{error}");
         assert_eq!(Error::from(error).kind, Kind::InvalidArgument);
     }
@@ -300,7 +312,7 @@ fn the_hosts_network_is_refused_before_anything_is_touched() {
 
 #[test]
 fn what_is_no_network_namespace_is_refused() {
-    let missing = set_up(Path::new("/nonexistent/netns"), 1).unwrap_err();
+    let missing = set_up(Path::new("/nonexistent/netns"), ONE).unwrap_err();
     assert_eq!(Error::from(missing).kind, Kind::NotFound);
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("fifo");
@@ -311,7 +323,7 @@ fn what_is_no_network_namespace_is_refused() {
         dir.path(),
         &fifo,
     ] {
-        let error = set_up(path, 1).unwrap_err();
+        let error = set_up(path, ONE).unwrap_err();
         assert!(
             matches!(error, NetworkError::NotANamespace { .. }),
             "{error}"
@@ -326,7 +338,7 @@ fn an_empty_namespace_gives_an_empty_network() {
         return;
     }
     let node = Node::new("empty");
-    let network = set_up(&node.pod, 1).unwrap();
+    let network = set_up(&node.pod, ONE).unwrap();
     assert!(network.interfaces.is_empty() && network.routes.is_empty());
 }
 
@@ -341,7 +353,7 @@ fn a_failure_half_way_undoes_what_was_done() {
     // More than a tap takes, so that net1 fails after eth0 is done.
     node.in_pod(&["ip", "link", "set", "net1", "mtu", "65535"]);
     let before = node.in_pod(&["tc", "qdisc", "show"]);
-    let error = set_up(&node.pod, 1).unwrap_err();
+    let error = set_up(&node.pod, ONE).unwrap_err();
     assert!(error.to_string().contains("65535"), "{error}");
     node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains(": brig"));
     assert_eq!(node.in_pod(&["tc", "qdisc", "show"]), before);

@@ -9,12 +9,14 @@ mod file_systems;
 mod forward;
 mod handlers;
 mod huge_pages;
+mod kernel;
 mod life;
 mod mounts;
 mod network;
 mod networks;
 mod process;
 mod resources;
+mod rules;
 mod sandbox;
 mod security;
 mod shutdown;
@@ -33,6 +35,7 @@ pub fn all() -> Vec<Case> {
         process::CASES,
         network::CASES,
         networks::CASES,
+        rules::CASES,
         streams::CASES,
         attach::CASES,
         forward::CASES,
@@ -45,6 +48,7 @@ pub fn all() -> Vec<Case> {
         resources::CASES,
         cgroups::CASES,
         huge_pages::CASES,
+        kernel::CASES,
         stats::CASES,
         life::CASES,
         clock::CASES,

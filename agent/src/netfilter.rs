@@ -1,0 +1,294 @@
+//! The packet filter that the host found in the pod's network namespace, loaded into the guest's.
+//!
+//! One transaction of nf_tables: all of it, or nothing. What it consists of is the host's, which is trusted with
+//! the guest; but the rules in it may be anybody's who may write to that namespace, so they are only passed to the
+//! kernel, after the guest's numbers of its interfaces were put in their places.
+use std::{io, os::fd::AsFd as _};
+
+use brig_agent_protocol::agent::{Netfilter, NetfilterObject, NetfilterRefusal};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use nix::sys::socket::{setsockopt, sockopt::SndBufForce};
+
+use crate::error::{Error, Result};
+
+/// `NFNL_SUBSYS_NFTABLES`.
+const SUBSYSTEM: u16 = 10;
+/// `NFNL_MSG_BATCH_BEGIN` and `_END`.
+const BEGIN: u16 = 0x10;
+const END: u16 = 0x11;
+const REQUEST: u16 = 1;
+const CREATE: u16 = 0x400;
+const APPEND: u16 = 0x800;
+/// `NLMSG_ERROR`.
+const ERROR: u16 = 2;
+const HEADER: usize = 16;
+/// `NFT_MSG_NEW*`: TABLE, CHAIN, RULE, SET, SETELEM, OBJ, FLOWTABLE.
+const KINDS: [u16; 7] = [0, 3, 6, 9, 12, 18, 22];
+const NEW_RULE: u16 = 6;
+/// The most bytes of all attributes together.
+const MAX_BYTES: usize = 4 << 20;
+
+/// Loads it, and returns what the kernel refused. With the best effort that is left out; without it nothing is
+/// loaded if anything was refused. Blocking.
+///
+/// # Errors
+/// `InvalidArgument` for what is no ruleset, `Internal` when the kernel cannot be asked.
+pub fn load(filter: &Netfilter) -> Result<Vec<NetfilterRefusal>> {
+    let mut remaining = prepare(filter)?;
+    let mut refused = Vec::new();
+    loop {
+        if remaining.is_empty() {
+            return Ok(refused);
+        }
+        let failed = transact(&remaining).map_err(|e| Error::io("the packet filter", e))?;
+        if failed.is_empty() {
+            return Ok(refused);
+        }
+        // Each time at least one goes.
+        remaining.retain(|part| {
+            failed
+                .iter()
+                .all(|(position, _)| *position != part.position)
+        });
+        refused.extend(failed.into_iter().map(|(object, errno)| NetfilterRefusal {
+            object,
+            errno,
+            ..NetfilterRefusal::default()
+        }));
+        if !filter.best_effort {
+            return Ok(refused);
+        }
+    }
+}
+
+/// A message of the transaction.
+#[derive(Debug, PartialEq, Eq)]
+struct Part {
+    /// In the request.
+    position: u32,
+    kind: u16,
+    family: u8,
+    attributes: Vec<u8>,
+}
+
+fn prepare(filter: &Netfilter) -> Result<Vec<Part>> {
+    let bytes: usize = filter.objects.iter().map(|o| o.attributes.len()).sum();
+    if bytes > MAX_BYTES {
+        return Err(Error::InvalidArgument(format!(
+            "a packet filter of {bytes} bytes; {MAX_BYTES} are the most"
+        )));
+    }
+    let numbered = (0..).zip(&filter.objects);
+    numbered
+        .map(|(position, object)| part(position, object))
+        .collect()
+}
+
+fn part(position: u32, object: &NetfilterObject) -> Result<Part> {
+    let bad =
+        |what: &str| Error::InvalidArgument(format!("packet filter, object {position}: {what}"));
+    let kind = u16::try_from(object.kind).ok();
+    let kind = kind.filter(|kind| KINDS.contains(kind));
+    let mut attributes = object.attributes.clone();
+    for index in &object.indexes {
+        let number = nix::net::if_::if_nametoindex(index.interface.as_str())
+            .map_err(|_| bad(&format!("the guest has no interface {:?}", index.interface)))?;
+        let start = usize::try_from(index.offset).unwrap_or(usize::MAX);
+        let place = start
+            .checked_add(4)
+            .and_then(|end| attributes.get_mut(start..end));
+        place
+            .ok_or_else(|| bad("an interface's number outside of it"))?
+            .copy_from_slice(&number.to_ne_bytes());
+    }
+    Ok(Part {
+        position,
+        kind: kind.ok_or_else(|| bad("not something that is made"))?,
+        family: u8::try_from(object.family).map_err(|_| bad("no address family"))?,
+        attributes,
+    })
+}
+
+/// Appends a message; `sequence` comes back with the kernel's answer.
+fn message(
+    batch: &mut Vec<u8>,
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    general: [u8; 4],
+    attributes: &[u8],
+) -> io::Result<()> {
+    let length = HEADER + general.len() + attributes.len();
+    let length = u32::try_from(length).map_err(io::Error::other)?;
+    batch.extend_from_slice(&length.to_ne_bytes());
+    batch.extend_from_slice(&kind.to_ne_bytes());
+    batch.extend_from_slice(&(REQUEST | flags).to_ne_bytes());
+    batch.extend_from_slice(&sequence.to_ne_bytes());
+    batch.extend_from_slice(&[0; 4]);
+    batch.extend_from_slice(&general);
+    batch.extend_from_slice(attributes);
+    batch.resize(batch.len().next_multiple_of(4), 0);
+    Ok(())
+}
+
+fn batch(parts: &[Part]) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // The subsystem, in network byte order.
+    let general = [0, 0, 0, 10];
+    message(&mut bytes, BEGIN, 0, 0, general, &[])?;
+    for part in parts {
+        let flags = if part.kind == NEW_RULE {
+            CREATE | APPEND
+        } else {
+            CREATE
+        };
+        let kind = SUBSYSTEM << 8 | part.kind;
+        let sequence = part.position.wrapping_add(1);
+        let general = [part.family, 0, 0, 0];
+        message(&mut bytes, kind, flags, sequence, general, &part.attributes)?;
+    }
+    message(&mut bytes, END, 0, 0, general, &[])?;
+    Ok(bytes)
+}
+
+/// Sends them as one transaction; returns which were refused, with the error numbers.
+fn transact(parts: &[Part]) -> io::Result<Vec<(u32, u32)>> {
+    let bytes = batch(parts)?;
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    // An answer need not repeat what it is the answer to.
+    socket.set_cap_ack(true)?;
+    setsockopt(
+        &socket.as_fd(),
+        SndBufForce,
+        &(2 * bytes.len() + (64 << 10)),
+    )?;
+    socket.send(&bytes, 0)?;
+    // The kernel has done it when it takes it, and says only what it refused.
+    let mut refused = Vec::new();
+    loop {
+        let mut answers = Vec::with_capacity(64 << 10);
+        match socket.recv(&mut answers, libc::MSG_DONTWAIT) {
+            Ok(_) => read_answers(&answers, &mut refused)?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(refused),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn read_answers(mut answers: &[u8], refused: &mut Vec<(u32, u32)>) -> io::Result<()> {
+    let word = |bytes: &[u8], at: usize| {
+        let bytes = bytes.get(at..at + 4).and_then(|b| b.try_into().ok());
+        bytes.map(u32::from_ne_bytes)
+    };
+    let short = || io::Error::other("an answer that is cut short");
+    while !answers.is_empty() {
+        let length =
+            usize::try_from(word(answers, 0).ok_or_else(short)?).map_err(io::Error::other)?;
+        let (kind, sequence) = (word(answers, 4), word(answers, 8));
+        let is_error = kind.is_some_and(|kind| kind & 0xffff == u32::from(ERROR));
+        let code = word(answers, HEADER).map_or(0, u32::cast_signed);
+        if length < HEADER || length > answers.len() {
+            return Err(short());
+        }
+        answers = answers
+            .get(length.next_multiple_of(4)..)
+            .unwrap_or_default();
+        if !is_error || code == 0 {
+            continue;
+        }
+        match sequence.and_then(|sequence| sequence.checked_sub(1)) {
+            Some(position) => refused.push((position, code.unsigned_abs())),
+            // Of the transaction itself.
+            None => return Err(io::Error::from_raw_os_error(-code)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use brig_agent_protocol::agent::InterfaceIndex;
+    use proptest::prelude::*;
+
+    fn object(kind: u32, attributes: Vec<u8>, indexes: Vec<(u32, &str)>) -> NetfilterObject {
+        let index = |(offset, interface): (u32, &str)| InterfaceIndex {
+            offset,
+            interface: interface.to_owned(),
+            ..InterfaceIndex::default()
+        };
+        NetfilterObject {
+            kind,
+            family: 2,
+            attributes,
+            indexes: indexes.into_iter().map(index).collect(),
+            ..NetfilterObject::default()
+        }
+    }
+
+    #[test]
+    fn the_guests_number_of_an_interface_is_put_in_its_place() {
+        let rule = object(6, vec![9; 12], vec![(4, "lo")]);
+        let made = part(0, &rule).unwrap();
+        assert_eq!(made.attributes[..4], [9; 4]);
+        assert_eq!(made.attributes[4..8], 1_u32.to_ne_bytes());
+        assert_eq!(made.attributes[8..], [9; 4]);
+    }
+
+    #[test]
+    fn what_is_no_ruleset_is_refused() {
+        for (bad, expected) in [
+            (object(1, vec![], vec![]), "not something"),
+            (object(70_000, vec![], vec![]), "not something"),
+            (object(6, vec![0; 4], vec![(1, "lo")]), "outside"),
+            (object(6, vec![0; 4], vec![(u32::MAX, "lo")]), "outside"),
+            (object(6, vec![0; 4], vec![(0, "eth9")]), "eth9"),
+        ] {
+            let error = part(3, &bad).unwrap_err().to_string();
+            assert!(
+                error.contains(expected) && error.contains("object 3"),
+                "{error}"
+            );
+        }
+        let large = Netfilter {
+            objects: vec![object(0, vec![0; MAX_BYTES + 1], vec![])],
+            ..Netfilter::default()
+        };
+        assert!(prepare(&large).is_err());
+    }
+
+    #[test]
+    fn a_refusal_names_the_object_and_one_of_the_transaction_is_an_error() {
+        let answer = |sequence: u32, code: i32| {
+            let mut bytes = Vec::new();
+            bytes.extend_from_slice(&36_u32.to_ne_bytes());
+            bytes.extend_from_slice(&ERROR.to_ne_bytes());
+            bytes.extend_from_slice(&[0; 2]);
+            bytes.extend_from_slice(&sequence.to_ne_bytes());
+            bytes.extend_from_slice(&[0; 4]);
+            bytes.extend_from_slice(&code.to_ne_bytes());
+            bytes.extend_from_slice(&[0; 16]);
+            bytes
+        };
+        let mut refused = Vec::new();
+        let answers = [
+            answer(3, -libc::ENOENT),
+            answer(4, 0),
+            answer(9, -libc::EINVAL),
+        ]
+        .concat();
+        read_answers(&answers, &mut refused).unwrap();
+        assert_eq!(refused, [(2, 2), (8, 22)]);
+        let error = read_answers(&answer(0, -libc::EPERM), &mut refused).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+    }
+
+    proptest! {
+        #[test]
+        fn any_answer_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..96)) {
+            let _ = read_answers(&bytes, &mut Vec::new());
+        }
+    }
+}
