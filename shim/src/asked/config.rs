@@ -244,7 +244,7 @@ impl Config {
             whole.pod_annotations = keys;
         }
         if let Some(names) = file.file_systems {
-            self.file_systems = FileSystems::and(&names)
+            whole.file_systems = FileSystems::and(&names)
                 .map_err(|error| invalid(format!("file_systems: {error}")))?;
         }
         for (key, value) in [
