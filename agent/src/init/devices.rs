@@ -5,7 +5,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FileType, Gid, Mode, OFlags, Uid, chownat, mknodat, symlinkat},
+    fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, fstat, makedev, mknodat, symlinkat},
     io::Errno,
 };
 
@@ -14,6 +14,7 @@ use super::{
     failure::{Context as _, Failure, Result},
     guest_devices,
     idmap::Ids,
+    place::Last,
     root::{Missing, Root},
 };
 use crate::{
@@ -47,8 +48,8 @@ pub fn open_null() -> Result<OwnedFd> {
         .custom_flags_path()
         .open("/dev/null")
         .during("/dev/null")?;
-    let stat = rustix::fs::fstat(&null).during("/dev/null")?;
-    if stat.st_rdev != rustix::fs::makedev(1, 3) {
+    let stat = fstat(&null).during("/dev/null")?;
+    if stat.st_rdev != makedev(1, 3) {
         return Err(Failure(
             "the guest's /dev/null is not the null device".into(),
         ));
@@ -90,12 +91,11 @@ pub fn make(agent: &Agent, root: &Root, linux: &Linux, ids: &Ids) -> Result<()> 
         node(root, &own.path, own.kind, own.numbers, own.mode, owner)?;
     }
     for (path, target) in LINKS {
-        let (parent, name) = root.open_parent(path)?;
-        match symlinkat(target, &parent, name) {
-            Ok(()) => root.own(&parent, name).during(path)?,
-            // What the image has there is the image's business, as with runc.
-            Err(Errno::EXIST) => {}
-            Err(error) => return Err(error).during(path),
+        let place = root.place(path, Last::Itself)?;
+        // What the image has there is the image's business, as with runc.
+        if let Some((parent, name)) = root.parent_of(path, &place)? {
+            symlinkat(target, &parent, &name).during(path)?;
+            root.own(&parent, &name).during(path)?;
         }
     }
     Ok(())
@@ -109,39 +109,23 @@ fn node(
     mode: u32,
     owner: (u32, u32),
 ) -> Result<()> {
-    let (parent, name) = root.open_parent(path)?;
+    let place = root.place(path, Last::Followed)?;
+    let Some((parent, name)) = root.parent_of(path, &place)? else {
+        let stat = fstat(&place.found).during(format_args!("device {path}"))?;
+        let same = FileType::from_raw_mode(stat.st_mode) == kind
+            && (kind == FileType::Fifo || stat.st_rdev == makedev(major, minor));
+        return if same { Ok(()) } else { bind_node(root, path) };
+    };
     let mode = Mode::from_raw_mode(mode & 0o7777);
-    match mknodat(&parent, name, kind, mode, rustix::fs::makedev(major, minor)) {
+    match mknodat(&parent, &name, kind, mode, makedev(major, minor)) {
         Ok(()) => {}
-        Err(Errno::EXIST) => return check_existing(root, path, kind, (major, minor)),
         // A file system that takes no device nodes: the guest's own node is shown there instead.
         Err(Errno::PERM) => return bind_node(root, path),
-        Err(error) => return Err(error).during(format_args!("device {path}")),
+        Err(error) => return Err(error).during(format_args!("device {path}{}", place.why())),
     }
     let owner = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
-    chownat(
-        &parent,
-        name,
-        owner.0,
-        owner.1,
-        rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
-    )
-    .during(format_args!("device {path}"))
-}
-
-fn check_existing(
-    root: &Root,
-    path: &str,
-    kind: FileType,
-    (major, minor): (u32, u32),
-) -> Result<()> {
-    let fd = root
-        .open(path, OFlags::PATH | OFlags::NOFOLLOW)
-        .during(format_args!("device {path}"))?;
-    let stat = rustix::fs::fstat(&fd).during(format_args!("device {path}"))?;
-    let same = FileType::from_raw_mode(stat.st_mode) == kind
-        && (kind == FileType::Fifo || stat.st_rdev == rustix::fs::makedev(major, minor));
-    if same { Ok(()) } else { bind_node(root, path) }
+    chownat(&parent, &name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
+        .during(format_args!("device {path}"))
 }
 
 fn bind_node(root: &Root, path: &str) -> Result<()> {
@@ -151,6 +135,6 @@ fn bind_node(root: &Root, path: &str) -> Result<()> {
         .open(path)
         .during(format_args!("the guest's {path}"))?;
     let tree = clone_mount(source.as_fd(), false).during(format_args!("the guest's {path}"))?;
-    let (target, _) = root.open_or_make(path, Missing::File)?;
+    let target = root.open_or_make(path, Missing::File)?;
     attach_on(&tree, target.as_fd()).during(format_args!("device {path}"))
 }

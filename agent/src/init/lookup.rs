@@ -3,9 +3,9 @@
 use std::{
     ffi::{CString, OsString},
     fmt,
-    fs::File,
+    fs::{self, File},
     io::{BufReader, Read as _},
-    os::unix::ffi::OsStringExt as _,
+    os::unix::{ffi::OsStringExt as _, fs::OpenOptionsExt as _},
 };
 
 use nix::{
@@ -45,12 +45,23 @@ pub fn environment(process: &Process) -> Vec<String> {
         .any(|v| v.strip_prefix("HOME=").is_some_and(|home| !home.is_empty()))
     {
         env.retain(|v| !v.starts_with("HOME="));
-        let home = File::open("/etc/passwd")
-            .ok()
+        let home = open_passwd("/etc/passwd")
             .and_then(|f| home_of(BufReader::new(f.take(MAX_PASSWD)), process.user.uid));
         env.push(format!("HOME={}", home.unwrap_or_else(|| "/".into())));
     }
     env
+}
+
+/// The image may have anything there: a FIFO would hold the helper up, and a device is better not opened.
+fn open_passwd(path: &str) -> Option<File> {
+    let is_file = |metadata: fs::Metadata| metadata.file_type().is_file();
+    if !fs::metadata(path).is_ok_and(is_file) {
+        return None;
+    }
+    // Another process of the container may have put something else there meanwhile.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = File::options().read(true).custom_flags(flags).open(path);
+    file.ok().filter(|file| file.metadata().is_ok_and(is_file))
 }
 
 fn home_of(passwd: impl std::io::BufRead, uid: u32) -> Option<String> {
@@ -161,6 +172,19 @@ mod tests {
         assert_eq!(home_of(passwd.as_bytes(), 0).as_deref(), Some("/root"));
         assert_eq!(home_of(passwd.as_bytes(), 7), None);
         assert_eq!(home_of(passwd.as_bytes(), 5), None);
+    }
+
+    #[test]
+    fn a_passwd_that_is_no_file_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("passwd");
+        let path = path.to_str().unwrap();
+        assert!(open_passwd(path).is_none());
+        nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(open_passwd(path).is_none());
+        assert!(open_passwd("/dev/zero").is_none());
+        assert!(open_passwd("/etc").is_none());
+        assert!(open_passwd("/etc/passwd").is_some());
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod mapped;
 mod mounts;
 mod namespaces;
 mod options;
+mod place;
 mod process;
 mod root;
 mod sched;

@@ -23,6 +23,7 @@ use super::{
     idmap::Ids,
     mapped::Maps,
     options::{self, Options},
+    place::Last,
     root::{Missing, Root},
 };
 use crate::{
@@ -32,6 +33,23 @@ use crate::{
     spec::Mount,
     volume,
 };
+
+/// statfs(2) f_type of procfs.
+const PROC_MAGIC: i64 = 0x9fa0;
+/// What of procfs may be replaced, as lxcfs does.
+const IN_PROC: [&str; 11] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/slabinfo",
+    "/proc/net/dev",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/crypto/fips_enabled",
+];
 
 /// Copies of the volumes that the container mounts, by index into `spec.mounts`.
 pub fn clone_volumes(create: &Create) -> Result<BTreeMap<u32, OwnedFd>> {
@@ -110,9 +128,12 @@ fn mount_one(
             } else {
                 Missing::File
             };
-            root.open_or_make(&mount.destination, missing)?.0
+            root.open_or_make(&mount.destination, missing)?
         }
     };
+    if bind {
+        check_place_in_proc(root, &mount.destination, &destination)?;
+    }
     attach_on(&tree, destination.as_fd()).during("attaching")?;
     // After the attachment: it would make a mount shared again under a shared parent.
     for propagation in &options.propagation {
@@ -124,6 +145,23 @@ fn mount_one(
             .during("mount propagation")?;
     }
     Ok(bind)
+}
+
+/// Refuses to hide what programs learn from procfs behind files of a volume, by whatever links the image leads
+/// there; but for those that runc lets through.
+fn check_place_in_proc(root: &Root, path: &str, place: &OwnedFd) -> Result<()> {
+    let file_system = rustix::fs::fstatfs(place).during(path)?;
+    if file_system.f_type != PROC_MAGIC {
+        return Ok(());
+    }
+    let place = root.place(path, Last::Followed)?;
+    if IN_PROC.iter().any(|known| place.path == **known) {
+        return Ok(());
+    }
+    Err(Failure(format!(
+        "{path}: cannot be mounted because it is inside /proc{}",
+        place.why()
+    )))
 }
 
 /// Owners in options are the container's ids; the mount is made with the guest's. A tmpfs belongs to
@@ -259,7 +297,7 @@ pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
     for path in paths {
         let what = format_args!("masking {path}").to_string();
-        let Some(target) = existing(root, path)? else {
+        let Some(target) = root.existing(path)? else {
             continue;
         };
         let is_dir =
@@ -281,7 +319,7 @@ pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
 /// Makes each path read-only by a bind mount of it on itself.
 pub fn readonly_paths(root: &Root, paths: &[String]) -> Result<()> {
     for path in paths {
-        let Some(target) = existing(root, path)? else {
+        let Some(target) = root.existing(path)? else {
             continue;
         };
         let copy = clone_mount(target.as_fd(), true).during(path)?;
@@ -293,14 +331,6 @@ pub fn readonly_paths(root: &Root, paths: &[String]) -> Result<()> {
         attach_on(&copy, target.as_fd()).during(path)?;
     }
     Ok(())
-}
-
-fn existing(root: &Root, path: &str) -> Result<Option<OwnedFd>> {
-    match root.open(path, OFlags::PATH) {
-        Ok(fd) => Ok(Some(fd)),
-        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
-        Err(error) => Err(error).during(path),
-    }
 }
 
 /// `root.readonly`: the root mount alone, not the volumes on it.

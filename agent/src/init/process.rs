@@ -12,6 +12,7 @@ use super::{
     caps,
     failure::{Context as _, Failure, Result, error_text},
     filter, lookup,
+    place::Last,
     root::{Missing, Root},
     seccomp,
 };
@@ -62,12 +63,23 @@ pub fn set_oom_score_adj(value: i32) -> Result<()> {
     fs::write("/proc/self/oom_score_adj", value.to_string()).during("process.oomScoreAdj")
 }
 
-/// Makes the working directory, as other runtimes do.
+/// Makes the working directory, as other runtimes do: through links of the image, but not where a link leads
+/// to nothing.
 pub fn make_cwd(root: &Root, process: &Process) -> Result<()> {
-    if process.cwd != "/" {
-        root.open_or_make(&process.cwd, Missing::Directory)?;
+    if process.cwd == "/" {
+        return Ok(());
     }
-    Ok(())
+    let named = |failure| Failure(format!("process.cwd {failure}"));
+    let place = root.place(&process.cwd, Last::Followed).map_err(named)?;
+    if place.dangling {
+        return Err(named(Failure(format!(
+            "{}: does not exist{}",
+            process.cwd,
+            place.why()
+        ))));
+    }
+    let made = root.open_or_make(&process.cwd, Missing::Directory);
+    made.map(drop).map_err(named)
 }
 
 /// The last part, in the container: checks that the program can be found, waits for the word, and

@@ -1,28 +1,39 @@
 //! The container's root: preparing it, resolving paths inside it, and entering it.
 //!
-//! An image is hostile: every path is resolved by openat2(RESOLVE_IN_ROOT) without magic links, so
-//! that no symlink in it leads outside.
+//! An image is hostile: every path is resolved by openat2(RESOLVE_IN_ROOT) without magic links, or name by
+//! name (`place`) where something of it is missing, so that no symlink in it leads outside.
 use std::{
-    os::fd::{AsFd as _, OwnedFd},
-    path::{Component, Path},
+    ffi::{OsStr, OsString},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::{
-    fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, mkdirat, openat, openat2},
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fstat, mkdirat, openat,
+        openat2, readlinkat,
+    },
     io::Errno,
 };
 
 use super::{
-    failure::{Context as _, Failure, Result, error_text},
+    failure::{Context as _, Failure, Result},
     idmap::Ids,
     mapped, options,
+    place::{self, Last, Place},
 };
 use crate::{
     control::Create,
     detached::{attach_at, clone_from_share, empty_directory},
     mount_attr,
 };
+
+/// How often a resolution is tried that renames of another container race with.
+const RACES: usize = 16;
 
 /// A directory that paths are resolved in.
 pub struct Root {
@@ -87,102 +98,142 @@ impl Root {
     /// Opens what `path` leads to.
     ///
     /// # Errors
-    /// Those of openat2(2).
+    /// Those of openat2(2); `EAGAIN` when renames kept racing with the resolution of "..".
     pub fn open(&self, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-        self.open_with(path, flags, ResolveFlags::empty())
-    }
-
-    fn open_with(
-        &self,
-        path: &str,
-        flags: OFlags,
-        resolve: ResolveFlags,
-    ) -> rustix::io::Result<OwnedFd> {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | resolve;
-        loop {
-            // EAGAIN: a rename raced with the resolution of "..".
-            match openat2(
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let open = || {
+            openat2(
                 &self.dir,
                 path,
                 flags | OFlags::CLOEXEC,
                 Mode::empty(),
                 resolve,
-            ) {
+            )
+        };
+        for _ in 1..RACES {
+            match open() {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return other,
             }
         }
+        open()
     }
 
-    /// Opens `path` for mounting on it (O_PATH), and makes what is missing of it. The flag tells
-    /// whether it was there.
-    pub fn open_or_make(&self, path: &str, missing: Missing) -> Result<(OwnedFd, bool)> {
+    /// Opens what `path` leads to (O_PATH); `None` if that is not there.
+    pub fn existing(&self, path: &str) -> Result<Option<OwnedFd>> {
         match self.open(path, OFlags::PATH) {
-            Ok(fd) => return Ok((fd, true)),
-            Err(Errno::NOENT) => {}
-            Err(error) => return Err(error).during(path),
-        }
-        let names = plain_names(path)?;
-        let Some((last, parents)) = names.split_last() else {
-            return Err(Failure(format!("{path}: names the root itself")));
-        };
-        let parent = self.make_dirs(parents, path)?;
-        let fd = match missing {
-            Missing::Directory => self.make_dir(&parent, last).during(path)?,
-            Missing::File => {
-                let flags = OFlags::CREATE
-                    | OFlags::NOFOLLOW
-                    | OFlags::RDONLY
-                    | OFlags::CLOEXEC
-                    | OFlags::NONBLOCK;
-                let make = || openat(&parent, *last, flags, Mode::from_raw_mode(0o644));
-                let file = self.make(make).during(path)?;
-                self.own(&parent, last).during(path)?;
-                file
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+            // The kernel does not say which link it was.
+            Err(_) => {
+                let place = self.place(path, Last::Followed)?;
+                Ok(place.missing.is_empty().then_some(place.found))
             }
-        };
-        Ok((fd, false))
-    }
-
-    /// Opens the directory that holds the last name of `path`, making what is missing; returns it
-    /// with that name.
-    pub fn open_parent<'a>(&self, path: &'a str) -> Result<(OwnedFd, &'a str)> {
-        let names = plain_names(path)?;
-        let Some((last, parents)) = names.split_last() else {
-            return Err(Failure(format!("{path}: names the root itself")));
-        };
-        Ok((self.make_dirs(parents, path)?, last))
-    }
-
-    /// Walks as far as directories exist (through symlinks, in the root) and makes the rest.
-    fn make_dirs(&self, names: &[&str], whole: &str) -> Result<OwnedFd> {
-        let mut here = self
-            .open("/", OFlags::PATH | OFlags::DIRECTORY)
-            .during(whole)?;
-        for (n, name) in names.iter().enumerate() {
-            // From the root each time: a symlink on the way is resolved as the container would.
-            let prefix = names.get(..=n).unwrap_or_default().join("/");
-            here = match self.open(&prefix, OFlags::PATH | OFlags::DIRECTORY) {
-                Ok(fd) => fd,
-                Err(Errno::NOENT) => self.make_dir(&here, name).during(whole)?,
-                Err(error) => return Err(error).during(whole),
-            };
         }
-        Ok(here)
     }
 
-    fn make_dir(&self, parent: &OwnedFd, name: &str) -> rustix::io::Result<OwnedFd> {
+    /// Where `path` leads, also if that is not there yet.
+    pub fn place(&self, path: &str, last: Last) -> Result<Place> {
+        place::find(self.dir.as_fd(), path, last)
+    }
+
+    /// Opens `path` for mounting on it (O_PATH), and makes what is missing of it. Refuses what is
+    /// there and of the other kind.
+    pub fn open_or_make(&self, path: &str, wanted: Missing) -> Result<OwnedFd> {
+        // One call where everything is there, as it mostly is.
+        if let Ok(fd) = self.open(path, OFlags::PATH) {
+            let kind = FileType::from_raw_mode(fstat(&fd).during(path)?.st_mode);
+            if (kind == FileType::Directory) == (wanted == Missing::Directory) {
+                return Ok(fd);
+            }
+        }
+        let place = self.place(path, Last::Followed)?;
+        match (place.kind().during(path)?, wanted) {
+            (None, _) => self.make_place(path, &place, wanted),
+            (Some(FileType::Directory), Missing::File) => Err(Failure(format!(
+                "{path}: is a directory, and a file is wanted there{}",
+                place.why()
+            ))),
+            (Some(kind), Missing::Directory) if kind != FileType::Directory => {
+                Err(Failure(format!(
+                    "{path}: not a directory: it is a file, and a directory is wanted there{}",
+                    place.why()
+                )))
+            }
+            (Some(_), _) => Ok(place.found),
+        }
+    }
+
+    /// Like [`Root::open_or_make`] for a directory that must be an ordinary one: a link of the image in its
+    /// place is refused.
+    pub fn open_real_dir(&self, path: &str) -> Result<OwnedFd> {
+        let place = self.place(path, Last::Itself)?;
+        let instead = match place.kind().during(path)? {
+            None => return self.make_place(path, &place, Missing::Directory),
+            Some(FileType::Directory) => return Ok(place.found),
+            Some(FileType::Symlink) => {
+                let target = readlinkat(&place.found, "", Vec::new()).during(path)?;
+                format!(
+                    "a link there (-> {})",
+                    place::shown(OsStr::from_bytes(target.as_bytes()))
+                )
+            }
+            Some(_) => "a file there".to_owned(),
+        };
+        Err(Failure(format!(
+            "{path} must be mounted on an ordinary directory, and the image has {instead}{}",
+            place.why()
+        )))
+    }
+
+    /// The directory in which `place` is to be made, with what is missing on the way to it made, and the
+    /// last name. `None` when the place is there.
+    pub fn parent_of(&self, path: &str, place: &Place) -> Result<Option<(OwnedFd, OsString)>> {
+        let Some((last, parents)) = place.missing.split_last() else {
+            return Ok(None);
+        };
+        let mut here = place.found.try_clone().during(path)?;
+        for name in parents {
+            here = self
+                .make_dir(&here, name)
+                .during(format_args!("{path}{}", place.why()))?;
+        }
+        Ok(Some((here, last.clone())))
+    }
+
+    fn make_place(&self, path: &str, place: &Place, wanted: Missing) -> Result<OwnedFd> {
+        let Some((parent, last)) = self.parent_of(path, place)? else {
+            return Err(Failure(format!("{path}: is there already")));
+        };
+        let made = match wanted {
+            Missing::Directory => self.make_dir(&parent, &last),
+            Missing::File => self.make_file(&parent, &last),
+        };
+        made.during(format_args!("{path}{}", place.why()))
+    }
+
+    fn make_dir(&self, parent: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
         match self.make(|| mkdirat(parent, name, Mode::from_raw_mode(0o755))) {
             Ok(()) => self.own(parent, name)?,
             Err(Errno::EXIST) => {}
             Err(error) => return Err(error),
         }
-        openat(
-            parent,
-            name,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(parent, name, flags, Mode::empty())
+    }
+
+    fn make_file(&self, parent: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDONLY | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o644);
+        match self.make(|| openat(parent, name, flags, mode)) {
+            Ok(file) => self.own(parent, name).map(|()| file),
+            // Another container was faster, on a volume of both.
+            Err(Errno::EXIST) => {
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                openat(parent, name, flags, Mode::empty())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Makes something, as the container's root where the guest's is nobody: on a mapped volume.
@@ -197,7 +248,7 @@ impl Root {
     ///
     /// # Errors
     /// Those of chown(2).
-    pub fn own(&self, parent: &OwnedFd, name: &str) -> rustix::io::Result<()> {
+    pub fn own(&self, parent: &OwnedFd, name: &OsStr) -> rustix::io::Result<()> {
         if self.owner == (0, 0) {
             return Ok(());
         }
@@ -209,23 +260,6 @@ impl Root {
             Some(gid),
             AtFlags::SYMLINK_NOFOLLOW,
         )
-    }
-
-    /// Like [`Root::open_or_make`] for a directory, but refuses a symlink on the way: where the
-    /// image chose the place, a later path would not lead where it seems to.
-    pub fn open_real_dir(&self, path: &str) -> Result<OwnedFd> {
-        self.open_or_make(path, Missing::Directory)?;
-        self.open_with(
-            path,
-            OFlags::PATH | OFlags::DIRECTORY,
-            ResolveFlags::NO_SYMLINKS,
-        )
-        .map_err(|error| match error {
-            Errno::LOOP => Failure(format!(
-                "{path}: the image has a symlink there; this mount needs an ordinary directory"
-            )),
-            error => Failure(format!("{path}: {}", error_text(&error.into()))),
-        })
     }
 
     /// Makes this the root of the mount namespace and drops everything else.
@@ -260,21 +294,6 @@ fn make_private() -> Result<()> {
     mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).during("making mounts private")
 }
 
-/// The names of an absolute path, without "." and with ".." taken lexically.
-fn plain_names(path: &str) -> Result<Vec<&str>> {
-    let mut names = Vec::new();
-    for component in Path::new(path).components() {
-        match component {
-            Component::Normal(name) => names.push(name.to_str().unwrap_or_default()),
-            Component::ParentDir => {
-                names.pop();
-            }
-            _ => {}
-        }
-    }
-    Ok(names)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -304,25 +323,64 @@ mod tests {
     }
 
     #[test]
-    fn missing_parents_are_made_and_dots_are_lexical() {
+    fn what_is_missing_is_made_where_links_lead() {
         let image = tempfile::tempdir().unwrap();
+        let at = |path: &str| image.path().join(path);
+        symlink("../run/stub", at("resolv.conf")).unwrap();
+        symlink("/mnt/data", at("data")).unwrap();
+        symlink("not/there", at("srv")).unwrap();
         let root = root(image.path());
-        assert!(
-            !root
-                .open_or_make("/a/b/../c/file", Missing::File)
-                .unwrap()
-                .1
-        );
-        assert!(image.path().join("a/c/file").is_file());
-        assert!(root.open_or_make("/a/c/file", Missing::File).unwrap().1);
+        for (path, wanted, made) in [
+            ("/a/b/../c/file", Missing::File, "a/c/file"),
+            ("/resolv.conf", Missing::File, "run/stub"),
+            ("/data", Missing::Directory, "mnt/data"),
+            ("/srv/x/y", Missing::File, "not/there/x/y"),
+        ] {
+            root.open_or_make(path, wanted).unwrap();
+            let kind = fs::symlink_metadata(at(made)).unwrap().file_type();
+            assert_eq!(kind.is_dir(), wanted == Missing::Directory, "{path}");
+            assert!(kind.is_dir() || kind.is_file(), "{path}");
+            // It is there now.
+            root.open_or_make(path, wanted).unwrap();
+        }
+        assert!(!at("a/b").exists());
     }
 
     #[test]
-    fn a_real_directory_is_required_where_asked() {
+    fn a_file_for_a_directory_is_refused_with_the_link_that_leads_to_it() {
         let image = tempfile::tempdir().unwrap();
-        fs::create_dir(image.path().join("etc")).unwrap();
-        symlink("etc", image.path().join("proc")).unwrap();
-        let failure = root(image.path()).open_real_dir("/proc").unwrap_err();
-        assert!(failure.to_string().contains("symlink"), "{failure}");
+        fs::write(image.path().join("file"), "").unwrap();
+        symlink("/file", image.path().join("data")).unwrap();
+        symlink("data", image.path().join("data2")).unwrap();
+        let root = root(image.path());
+        let text = |path, wanted| root.open_or_make(path, wanted).unwrap_err().to_string();
+        assert_eq!(
+            text("/data2", Missing::Directory),
+            "/data2: not a directory: it is a file, and a directory is wanted there \
+             (the image's link /data -> /file leads to /file)"
+        );
+        assert_eq!(
+            text("/", Missing::File),
+            "/: is a directory, and a file is wanted there"
+        );
+        assert!(text("/data/x", Missing::File).contains("not a directory"));
+    }
+
+    #[test]
+    fn an_ordinary_directory_is_required_where_asked() {
+        let image = tempfile::tempdir().unwrap();
+        let at = |path: &str| image.path().join(path);
+        fs::create_dir(at("etc")).unwrap();
+        symlink("etc", at("proc")).unwrap();
+        fs::write(at("sys"), "").unwrap();
+        symlink("not/there", at("srv")).unwrap();
+        let root = root(image.path());
+        for (path, instead) in [("/proc", "a link there (-> etc)"), ("/sys", "a file there")] {
+            let failure = root.open_real_dir(path).unwrap_err().to_string();
+            assert!(failure.contains("ordinary directory"), "{failure}");
+            assert!(failure.contains(instead), "{failure}");
+        }
+        root.open_real_dir("/srv/proc").unwrap();
+        assert!(at("not/there/proc").is_dir());
     }
 }

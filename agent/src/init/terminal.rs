@@ -4,7 +4,7 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
-use rustix::fs::{OFlags, Uid};
+use rustix::fs::{Mode, OFlags, Uid, fchown, fstat, fstatfs, makedev, openat};
 
 use super::{
     agent::Agent,
@@ -29,14 +29,21 @@ pub struct Terminal {
 /// Opens a pty of the container's /dev/pts.
 pub fn open(root: &Root, size: control::Terminal) -> Result<Terminal> {
     let what = "opening a terminal of the container's /dev/pts";
-    let master = root
-        .open("/dev/pts/ptmx", OFlags::RDWR | OFlags::NOCTTY)
+    // The image decides what is at that path; only the kernel's own file will do, and nothing else is
+    // opened: a device of the image may act on being opened.
+    let pts = root
+        .open("/dev/pts", OFlags::PATH | OFlags::DIRECTORY)
         .during(what)?;
-    // The image decides what is at that path; only the kernel's own file will do.
-    let stat = rustix::fs::fstat(&master).during(what)?;
-    let file_system = rustix::fs::fstatfs(&master).during(what)?;
-    if stat.st_rdev != rustix::fs::makedev(5, 2) || file_system.f_type != DEVPTS_MAGIC {
-        return Err(Failure(format!("{what}: /dev/pts is not a devpts mount")));
+    let is_devpts = |fd: &OwnedFd| fstatfs(fd).map(|found| found.f_type == DEVPTS_MAGIC);
+    let foreign = || Failure(format!("{what}: /dev/pts is not a devpts mount"));
+    if !is_devpts(&pts).during(what)? {
+        return Err(foreign());
+    }
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let master = openat(&pts, "ptmx", flags, Mode::empty()).during(what)?;
+    let stat = fstat(&master).during(what)?;
+    if stat.st_rdev != makedev(5, 2) || !is_devpts(&master).during(what)? {
+        return Err(foreign());
     }
     let unlock: libc::c_int = 0;
     // SAFETY: TIOCSPTLCK reads one int from the pointer given (tty_ioctl(4)).
@@ -67,14 +74,14 @@ impl Terminal {
     /// Shows the terminal as the container's /dev/console.
     pub fn bind_console(&self, root: &Root) -> Result<()> {
         let tree = clone_mount(self.slave.as_fd(), false).during("/dev/console")?;
-        let (target, _) = root.open_or_make("/dev/console", Missing::File)?;
+        let target = root.open_or_make("/dev/console", Missing::File)?;
         attach_on(&tree, target.as_fd()).during("/dev/console")
     }
 
     /// Makes it this session's terminal and stdio, owned by `uid`, and gives the master away.
     pub fn adopt(self, agent: &Agent, uid: u32) -> Result<()> {
         agent.give_terminal(self.master.as_fd())?;
-        rustix::fs::fchown(&self.slave, Some(Uid::from_raw(uid)), None).during("terminal owner")?;
+        fchown(&self.slave, Some(Uid::from_raw(uid)), None).during("terminal owner")?;
         rustix::process::ioctl_tiocsctty(&self.slave).during("controlling terminal")?;
         rustix::stdio::dup2_stdin(&self.slave).during("terminal")?;
         rustix::stdio::dup2_stdout(&self.slave).during("terminal")?;
@@ -91,9 +98,9 @@ pub fn give_stdio_to(uid: u32) -> Result<()> {
         rustix::stdio::stdout(),
         rustix::stdio::stderr(),
     ] {
-        let stat = rustix::fs::fstat(fd).during("stdio")?;
+        let stat = fstat(fd).during("stdio")?;
         if stat.st_mode & libc::S_IFMT == libc::S_IFIFO {
-            rustix::fs::fchown(fd, Some(Uid::from_raw(uid)), None).during("stdio owner")?;
+            fchown(fd, Some(Uid::from_raw(uid)), None).during("stdio owner")?;
         }
     }
     Ok(())

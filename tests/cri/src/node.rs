@@ -23,6 +23,8 @@ pub const BUSYBOX: Image = (
     "docker.io/brig/busybox:test",
     "/host/assets/images/busybox.tar",
 );
+/// The same, with links of all kinds where mounts go.
+pub const LINKS: Image = ("docker.io/brig/links:test", "/host/assets/images/links.tar");
 /// The suite's own probe, one static program.
 pub const PROBE: Image = ("docker.io/brig/probe:test", "/host/bin/probe.tar");
 /// Debian with nginx and Python.

@@ -9,6 +9,7 @@ mod file_systems;
 mod forward;
 mod handlers;
 mod huge_pages;
+mod image_paths;
 mod kernel;
 mod life;
 mod mounts;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Case> {
         volumes::CASES,
         config_volumes::CASES,
         mounts::CASES,
+        image_paths::CASES,
         file_systems::CASES,
         security::CASES,
         user_namespace::CASES,
