@@ -503,6 +503,10 @@ pub async fn prepare(
         .launcher
         .prepare(instructions, ends, on_exit)
         .await?;
+    if let (Instructions::Create(create), Some(directory)) = (instructions, prepared.devices.take())
+    {
+        context.device_nodes.follow(&create.id, directory);
+    }
     let stdio: Running = pumps.start(prepared.terminal.take())?;
     let done = stdio.output_done();
     context.outputs.spawn(done);

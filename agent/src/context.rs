@@ -12,6 +12,7 @@ use tokio::sync::{OnceCell, oneshot};
 use crate::{
     cgroup,
     command::{Command, Mailbox},
+    device_nodes::DeviceNodes,
     error::{Error, Result},
     events::Events,
     huge_pages::HugePages,
@@ -46,6 +47,8 @@ pub struct Context {
     pub volumes: Arc<Volumes>,
     /// Its huge pages.
     pub huge_pages: Arc<HugePages>,
+    /// The /dev of privileged containers.
+    pub device_nodes: DeviceNodes,
     /// The log.
     pub logger: slog::Logger,
     containers: Mutex<HashMap<String, Entry>>,
@@ -78,6 +81,7 @@ impl Context {
             outputs: Outputs::default(),
             volumes: Arc::new(Volumes::new(&places.run, &places.share)),
             huge_pages: Arc::new(HugePages::new(places.owns_machine)),
+            device_nodes: DeviceNodes::new("/dev".into(), logger.clone()),
             logger,
             containers: Mutex::default(),
             pid_holder: OnceCell::new(),
@@ -133,8 +137,9 @@ impl Context {
         self.containers().keys().cloned().collect()
     }
 
-    /// Frees a container's id.
+    /// Frees a container's id and what is held for it.
     pub fn forget(&self, id: &str) {
+        self.device_nodes.forget(id);
         self.containers().remove(id);
     }
 

@@ -89,7 +89,7 @@ pub enum MountSource {
         /// The host has mapped its owners.
         mapped_on_host: bool,
     },
-    /// A node of the guest's /dev.
+    /// A character device of the guest, by its name below /dev.
     Device(String),
 }
 
@@ -133,6 +133,8 @@ pub enum Message {
     Pid(i32),
     /// The pty master comes with this message.
     Terminal,
+    /// The /dev of a privileged container, a tmpfs, comes with this message.
+    Devices,
     /// Something was left out, and why.
     Warning(String),
     /// Everything is set up but what changes the process itself; waits for [`GO`].

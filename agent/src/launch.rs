@@ -54,6 +54,8 @@ pub struct Prepared {
     pub pidfd: OwnedFd,
     /// The pty master, if a terminal was asked for.
     pub terminal: Option<OwnedFd>,
+    /// The /dev of a privileged container, whose nodes are to follow the guest's.
+    pub devices: Option<OwnedFd>,
     control: AsyncFd<OwnedFd>,
 }
 
@@ -87,7 +89,7 @@ impl Launcher {
         let mut process = None;
         let prepared = timeout(SETUP_TIME, async {
             let mut on_exit = Some(on_exit);
-            let mut terminal = None;
+            let (mut terminal, mut devices) = (None, None);
             let mut ready = false;
             let mut messages = 0;
             // The pid and the readiness come from two processes, in either order.
@@ -118,6 +120,7 @@ impl Launcher {
                         ));
                     }
                     (Message::Terminal, fd) => terminal = fd,
+                    (Message::Devices, fd) => devices = fd,
                     (Message::Warning(text), _) => {
                         slog::info!(self.logger, "container helper"; "note" => text)
                     }
@@ -125,15 +128,16 @@ impl Launcher {
                     (Message::Ready, _) => ready = true,
                 }
             }
-            Ok(terminal)
+            Ok((terminal, devices))
         })
         .await;
         let (error, started) = match (prepared, process) {
-            (Ok(Ok(terminal)), Some((pid, pidfd))) => {
+            (Ok(Ok((terminal, devices))), Some((pid, pidfd))) => {
                 return Ok(Prepared {
                     pid,
                     pidfd,
                     terminal,
+                    devices,
                     control,
                 });
             }

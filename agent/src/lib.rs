@@ -11,6 +11,7 @@ mod container;
 mod context;
 mod control;
 mod detached;
+mod device_nodes;
 mod error;
 mod events;
 mod forward;

@@ -42,6 +42,26 @@ pub fn share_path(path: &str) -> Result<()> {
     }
 }
 
+/// The name of a device below /dev, as the kernel has it (`net/tun`).
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn device(name: &str) -> Result<()> {
+    let plain = name
+        .split('/')
+        .all(|part| !part.is_empty() && !part.bytes().all(|b| b == b'.'));
+    let known = name
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"._-/".contains(&b));
+    if plain && known && name.len() <= MAX_ID {
+        Ok(())
+    } else {
+        Err(Error::InvalidArgument(format!(
+            "{name:?} is not the name of a device"
+        )))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +72,18 @@ mod tests {
         assert!(id("c1-a.b_c").is_ok());
         for bad in ["", ".", "..", "-x", "a/b", "a b", "ä", &"x".repeat(129)] {
             assert!(id(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_device_is_a_name_below_dev() {
+        for good in ["null", "net/tun", "vhost-net", "loop-control"] {
+            assert!(device(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "", "/null", "../null", "net/../x", "net//tun", "net/", ".", "a b", "ä",
+        ] {
+            assert!(device(bad).is_err(), "{bad}");
         }
     }
 

@@ -45,7 +45,7 @@ fn mount_source(source: &agent::MountSource) -> Result<MountSource> {
         });
     }
     if !source.device.is_empty() {
-        names::id(&source.device)?;
+        names::device(&source.device)?;
         return Ok(MountSource::Device(source.device.clone()));
     }
     names::share_path(&source.share_path)?;

@@ -83,6 +83,71 @@ async fn a_device_of_the_spec_can_be_used_when_its_rule_allows_it() {
 }
 
 #[tokio::test]
+async fn a_device_that_is_bound_by_name_is_the_guests_and_its_rule_decides() {
+    let mut guest = Guest::start().await;
+    let bound = |spec: &mut Value, name: &str| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        let options = json!(["rbind", "rw"]);
+        mounts.push(json!({"destination": format!("/d/{name}"), "type": "bind", "source": "/x", "options": options}));
+        vec![MountSource {
+            index: u32::try_from(mounts.len() - 1).unwrap(),
+            device: name.into(),
+            ..Default::default()
+        }]
+    };
+    // Tunnels are allowed without a rule, as with runc.
+    for (id, name, opens) in [("tun", "net/tun", true), ("fuse", "fuse", false)] {
+        guest.rootfs(id);
+        let script = format!("test -c /d/{name} && (: < /d/{name}) 2>/dev/null && echo open; true");
+        let mut spec = spec(&script);
+        let sources = bound(&mut spec, name);
+        let outcome = guest.whole_with(id, &spec, sources).await;
+        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+        assert_eq!(
+            outcome.stdout == "open\n",
+            opens,
+            "{name}: {}",
+            outcome.stdout
+        );
+    }
+    for (name, words) in [
+        ("no-such", "VFIO, CDI"),
+        ("ptmx", "of its own"),
+        ("../etc", "not the name"),
+    ] {
+        guest.rootfs("refused");
+        let mut spec = spec("true");
+        let sources = bound(&mut spec, name);
+        let (stdio, _ends) = guest.stdio(false, false).await;
+        let (code, text) = refusal(guest.create_with("refused", &spec, stdio, sources).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        assert!(text.contains(words), "{text}");
+        fs::remove_dir_all(guest.share().join("refused")).unwrap();
+    }
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_privileged_container_has_nodes_for_loop_devices_to_come() {
+    let mut guest = Guest::start().await;
+    let privileged = |spec: &mut Value| {
+        spec["linux"]["resources"]["devices"] = json!([
+            {"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}
+        ]);
+        spec["linux"]["devices"] =
+            json!([{"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}]);
+    };
+    let script = "stat -c '%F %t:%T' /dev/loop0 /dev/loop7";
+    assert_eq!(
+        output(&mut guest, script, privileged).await,
+        "block special file 7:0\nblock special file 7:7\n"
+    );
+    let script = "ls /dev | grep -c '^loop[0-9]'; true";
+    assert_eq!(output(&mut guest, script, |_| {}).await, "0\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
 async fn user_groups_umask_home_and_working_directory() {
     let mut guest = Guest::start().await;
     let script = "id; umask; echo $HOME; pwd; touch /tmp/f; stat -c %a /tmp/f; echo x >/dev/stdout";

@@ -68,8 +68,8 @@ struct Rule {
     minor: Option<i32>,
 }
 
-/// What every container may use, after its own rules (as runc does): making nodes, and the
-/// devices that [`crate::init`] puts into /dev.
+/// What every container may use, after its own rules (as runc does): making nodes, the devices that
+/// [`crate::init`] puts into /dev, and tunnels.
 fn defaults() -> Vec<Rule> {
     let rule = |kind, access, major, minor| Rule {
         allow: true,
@@ -90,6 +90,8 @@ fn defaults() -> Vec<Rule> {
         char_dev(5, Some(0)), // tty
         char_dev(5, Some(2)), // ptmx
         char_dev(136, None),  // pts/*
+        // As with runc: what VPNs use is not always asked for by a rule.
+        char_dev(10, Some(200)), // net/tun
     ]
 }
 
@@ -337,6 +339,7 @@ mod tests {
         let code = built(serde_json::json!([{"allow": false, "access": "rwm"}]));
         assert!(run(&code, DEV_CHAR, ACC_READ | ACC_WRITE, 1, 3));
         assert!(run(&code, DEV_CHAR, ACC_READ, 136, 9));
+        assert!(run(&code, DEV_CHAR, ACC_READ | ACC_WRITE, 10, 200));
         assert!(run(&code, DEV_BLOCK, ACC_MKNOD, 8, 0));
         assert!(!run(&code, DEV_BLOCK, ACC_READ, 8, 0));
         assert!(!run(&code, DEV_CHAR, ACC_READ, 1, 1));

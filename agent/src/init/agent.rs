@@ -31,6 +31,12 @@ impl Agent {
             .during("passing the terminal")
     }
 
+    /// Hands over the directory in which the container has its device nodes.
+    pub fn give_devices(&self, directory: BorrowedFd<'_>) -> Result<()> {
+        control::send(self.socket.as_fd(), &Message::Devices, Some(directory))
+            .during("passing /dev")
+    }
+
     /// Reports readiness and waits for the word to go on; `false` when the agent hung up.
     pub fn wait_for_go(&self) -> bool {
         self.tell(&Message::Ready);

@@ -5,7 +5,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, fstat, makedev, mknodat, symlinkat},
+    fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, fstat, fstatfs, makedev, mknodat, symlinkat},
     io::Errno,
 };
 
@@ -31,6 +31,9 @@ const DEFAULTS: [(&str, u32, u32); 6] = [
     ("/dev/urandom", 1, 9),
     ("/dev/tty", 5, 0),
 ];
+
+/// statfs(2) f_type of tmpfs.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 const LINKS: [(&str, &str); 6] = [
     ("/dev/fd", "/proc/self/fd"),
@@ -89,6 +92,13 @@ pub fn make(agent: &Agent, root: &Root, linux: &Linux, ids: &Ids) -> Result<()> 
     for own in chosen {
         let owner = (ids.uid(own.owner.0)?, ids.gid(own.owner.1)?);
         node(root, &own.path, own.kind, own.numbers, own.mode, owner)?;
+    }
+    if guest_devices::is_privileged(linux) && ids.is_identity() {
+        let directory = root.open_or_make("/dev", Missing::Directory)?;
+        // Nodes that come later are made in a file system of the container alone.
+        if fstatfs(&directory).during("/dev")?.f_type == TMPFS_MAGIC {
+            agent.give_devices(directory.as_fd())?;
+        }
     }
     for (path, target) in LINKS {
         let place = root.place(path, Last::Itself)?;

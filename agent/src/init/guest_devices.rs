@@ -4,11 +4,18 @@
 //! A specification names the devices of the node by path and number. Those numbers mean something else
 //! in the guest, or nothing; a block device of the same number may be another container's disk. Trusts
 //! the guest's devtmpfs.
-use std::{fs, io, os::unix::fs::MetadataExt as _, path::Path};
+use std::{
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    path::Path,
+};
 
-use rustix::fs::{FileType, major, minor};
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags, fstat, major, minor, openat2},
+    io::Errno,
+};
 
-use super::failure::{Failure, Result};
+use super::failure::{Context as _, Failure, Result};
 use crate::spec::{Device, DeviceRule, Linux};
 
 /// Deepest directory below /dev that is looked into.
@@ -82,6 +89,44 @@ fn walk(dir: &Path, depth: usize, nodes: &mut Vec<Node>) -> io::Result<()> {
     Ok(())
 }
 
+/// Opens (O_PATH) the guest's character device of a name below /dev, to be shown in a container.
+///
+/// # Errors
+/// What containers have of their own, and what the guest lacks.
+pub fn open(name: &str) -> Result<OwnedFd> {
+    let top = name.split('/').next().unwrap_or_default();
+    if SKIPPED.contains(&top) {
+        return Err(Failure(format!(
+            "/dev/{name} of the node means nothing in a VM, and each container has a /dev/{top} of its own"
+        )));
+    }
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let dev = rustix::fs::open("/dev", flags | OFlags::DIRECTORY, Mode::empty()).during("/dev")?;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let node = openat2(&dev, name, flags, Mode::empty(), resolve);
+    match node {
+        Ok(node) if is_character_device(&node).during(name)? => Ok(node),
+        Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
+            Err(Failure(format!("/dev/{name}: {}", lacking(name))))
+        }
+        Err(error) => Err(error).during(format_args!("the guest's /dev/{name}")),
+    }
+}
+
+fn is_character_device(node: &OwnedFd) -> rustix::io::Result<bool> {
+    let mode = fstat(node)?.st_mode;
+    Ok(FileType::from_raw_mode(mode) == FileType::CharacterDevice)
+}
+
+/// Why a device of the node is not to be had, and what to do instead.
+fn lacking(name: &str) -> String {
+    let advice = match name {
+        "kvm" => "a pod's VM offers no virtualisation of its own",
+        _ => "hardware is given to a pod as a device (VFIO, CDI), not by its node",
+    };
+    format!("the guest has no such device, and those of the node do not reach into it; {advice}")
+}
+
 /// The nodes to make, of those that the guest has, and the paths of those left out: a privileged
 /// container names every device of the node, and none of them reaches into the guest.
 ///
@@ -105,10 +150,12 @@ pub fn choose(linux: &Linux, guest: &[Node]) -> Result<(Vec<Node>, Vec<String>)>
             left_out.push(node.path);
         } else {
             let (major, minor) = node.numbers;
+            let name = node.path.strip_prefix("/dev/").unwrap_or(&node.path);
             return Err(Failure(format!(
-                "linux.devices {} ({} {major}:{minor}): the guest has no such device, and those of the \
-                 node do not reach into it",
-                node.path, device.kind
+                "linux.devices {} ({} {major}:{minor}): {}",
+                node.path,
+                device.kind,
+                lacking(name)
             )));
         }
     }
@@ -123,7 +170,7 @@ pub fn choose(linux: &Linux, guest: &[Node]) -> Result<(Vec<Node>, Vec<String>)>
 }
 
 /// Everything is allowed: containerd's way to say it.
-fn is_privileged(linux: &Linux) -> bool {
+pub fn is_privileged(linux: &Linux) -> bool {
     let all = |rule: &DeviceRule| {
         rule.allow
             && matches!(rule.kind.as_str(), "" | "a")
@@ -258,6 +305,22 @@ mod tests {
         ] {
             assert!(choose(&linux(bad, true), &guest()).is_err());
         }
+    }
+
+    #[test]
+    fn a_device_is_opened_by_its_name_and_one_that_is_not_there_is_refused_with_advice() {
+        assert!(is_character_device(&open("null").unwrap()).unwrap());
+        for (name, words) in [
+            ("kvm-of-nobody", "VFIO, CDI"),
+            ("null/x", "no such device"),
+            ("../dev/null", "/dev/"),
+            ("pts/0", "of its own"),
+            ("ptmx", "of its own"),
+        ] {
+            let refused = open(name).unwrap_err().to_string();
+            assert!(refused.contains(words), "{refused}");
+        }
+        assert!(lacking("kvm").contains("virtualisation"));
     }
 
     #[test]

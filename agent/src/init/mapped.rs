@@ -16,6 +16,7 @@ use std::{
 use nix::{
     errno::Errno,
     sys::{
+        prctl,
         signal::{Signal, kill},
         wait::{WaitPidFlag, waitpid},
     },
@@ -171,8 +172,9 @@ struct Holder(Pid);
 
 impl Holder {
     fn new() -> io::Result<Self> {
+        let parent = nix::unistd::getpid();
         // SAFETY: without CLONE_VM and with a null stack this is fork; the process has one thread, so
-        // no lock is held by another one in the child, which does nothing but pause(2).
+        // no lock is held by another one in the child, which does nothing but prctl(2) and pause(2).
         let pid = unsafe {
             libc::syscall(
                 libc::SYS_clone,
@@ -184,6 +186,12 @@ impl Holder {
             )
         };
         if pid == 0 {
+            // It must not outlive the helper, however that ends; the helper may have ended just now.
+            let bound = prctl::set_pdeathsig(Signal::SIGKILL);
+            if bound.is_err() || nix::unistd::getppid() != parent {
+                // SAFETY: _exit ends this process at once, without what a copy of the helper would do.
+                unsafe { libc::_exit(1) };
+            }
             loop {
                 pause();
             }
@@ -259,6 +267,45 @@ fn set_bits(bits: libc::c_int) -> bool {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    /// Whether a process runs; a zombie that nobody has waited for does not.
+    fn runs(pid: i32) -> bool {
+        fs::read_to_string(format!("/proc/{pid}/stat"))
+            .is_ok_and(|stat| !stat.rsplit(')').next().unwrap().starts_with(" Z"))
+    }
+
+    #[test]
+    fn the_holder_of_a_map_dies_with_the_helper() {
+        use std::{
+            io::{Read as _, Write as _},
+            os::unix::net::UnixStream,
+            time::{Duration, Instant},
+        };
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        // SAFETY: the child makes only system calls until it is killed.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                let holder = Holder::new().unwrap();
+                theirs.write_all(&holder.0.as_raw().to_ne_bytes()).unwrap();
+                loop {
+                    pause();
+                }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                let mut pid = [0; 4];
+                ours.read_exact(&mut pid).unwrap();
+                let pid = i32::from_ne_bytes(pid);
+                assert!(runs(pid));
+                kill(child, Signal::SIGKILL).unwrap();
+                waitpid(child, None).unwrap();
+                let end = Instant::now() + Duration::from_secs(10);
+                while runs(pid) {
+                    assert!(Instant::now() < end, "the holder has outlived its helper");
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+    }
 
     fn checked(mount: &serde_json::Value, user_namespace: bool) -> std::result::Result<(), String> {
         let map = json!([{"containerID": 0, "hostID": 200_000, "size": 65_536}]);

@@ -20,6 +20,7 @@ use rustix::{
 
 use super::{
     failure::{Context as _, Failure, Result, error_text},
+    guest_devices,
     idmap::Ids,
     mapped::Maps,
     options::{self, Options},
@@ -204,12 +205,7 @@ fn bind_source(
             volume.ok_or_else(|| Failure(format!("the volume {id} was not prepared")))?
         }
         Some(MountSource::Device(name)) => {
-            let node = rustix::fs::open(
-                format!("/dev/{name}"),
-                OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                rustix::fs::Mode::empty(),
-            );
-            let node = node.during(format_args!("the guest's /dev/{name}"))?;
+            let node = guest_devices::open(name)?;
             clone_mount(node.as_fd(), false).during(format_args!("the guest's /dev/{name}"))?
         }
         None if mount.destination.trim_end_matches('/') == "/dev/shm" => {

@@ -174,7 +174,7 @@ impl Root {
             Some(FileType::Symlink) => {
                 let target = readlinkat(&place.found, "", Vec::new()).during(path)?;
                 format!(
-                    "a link there (-> {})",
+                    "a symlink there (-> {})",
                     place::shown(OsStr::from_bytes(target.as_bytes()))
                 )
             }
@@ -375,7 +375,10 @@ mod tests {
         fs::write(at("sys"), "").unwrap();
         symlink("not/there", at("srv")).unwrap();
         let root = root(image.path());
-        for (path, instead) in [("/proc", "a link there (-> etc)"), ("/sys", "a file there")] {
+        for (path, instead) in [
+            ("/proc", "a symlink there (-> etc)"),
+            ("/sys", "a file there"),
+        ] {
             let failure = root.open_real_dir(path).unwrap_err().to_string();
             assert!(failure.contains("ordinary directory"), "{failure}");
             assert!(failure.contains(instead), "{failure}");

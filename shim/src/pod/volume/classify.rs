@@ -21,18 +21,9 @@ const REPLICATED: [&str; 4] = [
     "kubernetes.io~projected",
     "kubernetes.io~downward-api",
 ];
+/// sysfs's character devices, by number.
+const DEVICES: &str = "/sys/dev/char";
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
-
-/// Nodes that the guest has itself and that mean the same there, by major and minor number.
-const GUEST_DEVICES: [((u32, u32), &str); 7] = [
-    ((1, 3), "null"),
-    ((1, 5), "zero"),
-    ((1, 7), "full"),
-    ((1, 8), "random"),
-    ((1, 9), "urandom"),
-    ((5, 0), "tty"),
-    ((10, 229), "fuse"),
-];
 
 /// How the guest gets a mount's source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,8 +53,8 @@ pub enum Class {
         /// What of it is mounted; empty for all.
         inside: PathBuf,
     },
-    /// A node of the guest's own /dev.
-    Device(&'static str),
+    /// The guest's own character device of this name below /dev, if it has one.
+    Device(String),
 }
 
 /// Decides for one mount.
@@ -139,8 +130,8 @@ fn special(bind: &BindMount, metadata: &Metadata) -> Result<Option<Class>> {
     }
     if kind.is_char_device() {
         let number = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
-        return match GUEST_DEVICES.iter().find(|(known, _)| *known == number) {
-            Some((_, name)) => Ok(Some(Class::Device(name))),
+        return match device_name(Path::new(DEVICES), number, &bind.source) {
+            Some(name) => Ok(Some(Class::Device(name))),
             None => refuse(
                 "a device",
                 "a VM has devices of its own; give the pod the device itself (VFIO, CDI) instead of a mount of its node",
@@ -148,6 +139,25 @@ fn special(bind: &BindMount, metadata: &Metadata) -> Result<Option<Class>> {
         };
     }
     Ok(None)
+}
+
+/// The name that the node's kernel has for a character device, below /dev: under it the guest's kernel has the
+/// same kind of device, if it has one. `devices` is sysfs's directory of character devices by number.
+fn device_name(devices: &Path, (major, minor): (u32, u32), source: &Path) -> Option<String> {
+    let event = fs::read_to_string(devices.join(format!("{major}:{minor}/uevent")));
+    let name = match &event {
+        Ok(event) => event
+            .lines()
+            .find_map(|line| line.strip_prefix("DEVNAME="))
+            .map(str::to_owned),
+        // Terminals are in no sysfs.
+        Err(_) => {
+            let path = fs::canonicalize(source).ok()?;
+            path.strip_prefix("/dev").ok()?.to_str().map(str::to_owned)
+        }
+    }?;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
+    (!name.is_empty() && name.bytes().all(plain)).then_some(name)
 }
 
 /// An emptyDir of medium Memory or HugePages, or a directory in one.
@@ -382,19 +392,39 @@ mod tests {
         for (path, reason) in [
             (socket.as_path(), "is a socket of the node"),
             (&fifo, "is a named pipe of the node"),
-            (Path::new("/dev/ptmx"), "is a device of the node"),
         ] {
             let error = class(path, false).unwrap_err();
             assert_eq!(error.kind, Kind::InvalidArgument);
             assert!(error.message.contains(reason), "{error}");
             assert!(error.message.contains("/v"), "{error}");
         }
-        assert_eq!(
-            class(Path::new("/dev/null"), false).unwrap(),
-            Class::Device("null")
-        );
         let error = class(&dir.path().join("missing"), false).unwrap_err();
         assert_eq!(error.kind, Kind::InvalidArgument);
+    }
+
+    #[test]
+    fn a_character_device_is_the_guests_of_the_same_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("link");
+        symlink("/dev/null", &link).unwrap();
+        for path in [Path::new("/dev/null"), &link] {
+            let wanted = Class::Device("null".to_owned());
+            assert_eq!(class(path, false).unwrap(), wanted);
+        }
+        let known = |number: &str, event: &str| {
+            fs::create_dir(dir.path().join(number)).unwrap();
+            fs::write(dir.path().join(number).join("uevent"), event).unwrap();
+        };
+        known("10:200", "MAJOR=10\nMINOR=200\nDEVNAME=net/tun\n");
+        known("7:7", "MAJOR=7\n");
+        known("7:8", "DEVNAME=a b\n");
+        let name = |number, path| device_name(dir.path(), number, Path::new(path));
+        assert_eq!(name((10, 200), "/any/where"), Some("net/tun".to_owned()));
+        // What is in no sysfs goes by its path, if that is in /dev.
+        assert_eq!(name((1, 3), "/dev/null"), Some("null".to_owned()));
+        assert_eq!(name((1, 3), "/etc/passwd"), None);
+        assert_eq!(name((7, 7), "/dev/null"), None);
+        assert_eq!(name((7, 8), "/dev/null"), None);
     }
 
     #[test]

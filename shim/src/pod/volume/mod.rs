@@ -89,7 +89,7 @@ struct InGuest {
 }
 
 enum What {
-    Device(&'static str),
+    Device(String),
     Volume {
         volume: Arc<Volume>,
         /// What of it is mounted.
@@ -385,7 +385,7 @@ impl Planned {
                 ..MountSource::default()
             };
             match &mount.what {
-                What::Device(name) => source.device = (*name).to_owned(),
+                What::Device(name) => source.device = name.clone(),
                 What::Volume {
                     volume,
                     inside,
@@ -444,7 +444,7 @@ type Classified = (BindMount, shared::Key, Found);
 
 enum Found {
     Share,
-    Device(&'static str),
+    Device(String),
     Volume {
         key: Key,
         source: Source,

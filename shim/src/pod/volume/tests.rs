@@ -165,11 +165,10 @@ async fn what_cannot_be_copied_is_shared_and_what_cannot_be_had_is_refused() {
     assert_eq!(shared, [0, 1]);
     assert_eq!(sources.len(), 1);
     assert_eq!((sources[0].index, sources[0].device.as_str()), (2, "null"));
-    let refused = pod
-        .volumes
-        .plan(vec![bind(0, Path::new("/dev/ptmx"))], &pod.boot)
-        .await;
-    assert!(refused.is_err_and(|error| error.message.contains("/dev/ptmx")));
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let refused = pod.volumes.plan(vec![bind(0, &fifo)], &pod.boot).await;
+    assert!(refused.is_err_and(|error| error.message.contains("/fifo")));
 }
 
 #[tokio::test]

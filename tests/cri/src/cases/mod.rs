@@ -5,6 +5,7 @@ mod attach;
 mod cgroups;
 mod clock;
 mod config_volumes;
+mod devices;
 mod file_systems;
 mod forward;
 mod handlers;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Case> {
         config_volumes::CASES,
         mounts::CASES,
         image_paths::CASES,
+        devices::CASES,
         file_systems::CASES,
         security::CASES,
         user_namespace::CASES,
