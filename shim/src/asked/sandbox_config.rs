@@ -2,31 +2,37 @@
 //! (CRI api.proto), the options of CreateSandbox.
 //!
 //! The message is not among the generated ones and few of its fields concern the shim, so they are read from
-//! the wire. Trusted like the rest of what containerd sends, but strings are the users': numbers of entries
-//! are bounded, and the agent judges sysctls.
+//! the wire. Trusted like the rest of what containerd sends, but strings are the users', and the agent judges
+//! sysctls. What containerd's own sandbox controller refuses, [`PodConfig::check`] refuses.
+
+mod security;
+mod user_namespace;
+mod wire;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 use protobuf::well_known_types::any::Any;
-use protobuf::{CodedInputStream, rt::WireType};
 
+use crate::asked::spec::check_hostname;
 use crate::error::{Error, Result};
+use security::Security;
+use wire::{Value, each_field, insert, positive, text};
 
 /// The message's name in a type URL.
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
-/// The most entries of a list or map; CRI has no limit of its own.
-const MAX_ENTRIES: usize = 1024;
-/// `NamespaceMode.NODE`.
-const NODE: u64 = 2;
+/// What containerd 2.x sets for a pod with a network of its own unless its operator or the pod says otherwise
+/// (`enable_unprivileged_ports`, `enable_unprivileged_icmp`): ports below 1024 and ping need no privilege.
+const UNPRIVILEGED_PORTS: (&str, &str) = ("net.ipv4.ip_unprivileged_port_start", "0");
+const UNPRIVILEGED_PING: (&str, &str) = ("net.ipv4.ping_group_range", "0 2147483647");
 
 /// The pod's configuration, as far as the shim acts on it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PodConfig {
     /// The pod's host name.
     pub hostname: String,
-    /// `/etc/resolv.conf` of the pod's containers.
-    pub dns: Dns,
+    /// `/etc/resolv.conf` of the pod's containers; without one they have the node's.
+    pub dns: Option<Dns>,
     /// The parent of the pod's cgroup, as a path or a systemd slice.
     pub cgroup_parent: String,
     /// Kernel parameters, by name.
@@ -37,7 +43,7 @@ pub struct PodConfig {
     pub cpus: Option<u64>,
     /// Of the pod.
     pub annotations: BTreeMap<String, String>,
-    namespaces: Namespaces,
+    security: Security,
 }
 
 /// What a resolver needs to know.
@@ -49,13 +55,6 @@ pub struct Dns {
     pub searches: Vec<String>,
     /// Options such as `ndots:5`.
     pub options: Vec<String>,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Namespaces {
-    network: u64,
-    pid: u64,
-    ipc: u64,
 }
 
 impl PodConfig {
@@ -75,31 +74,27 @@ impl PodConfig {
             .map_err(|error| Error::invalid(format!("the pod's sandbox config: {error}")))
     }
 
-    /// Refuses what a pod with a kernel of its own cannot share with the node.
+    /// Refuses what cannot be had, as containerd's own sandbox controller does and runc for it. Blocking: a
+    /// seccomp profile is read.
     ///
     /// # Errors
-    /// `InvalidArgument` that names the field of the pod.
+    /// `InvalidArgument` that names the field of the pod and the fix.
     pub fn check(&self) -> Result<()> {
-        for (mode, field, what) in [
-            (
-                self.namespaces.network,
-                "hostNetwork",
-                "share the node's network",
-            ),
-            (self.namespaces.pid, "hostPID", "see the node's processes"),
-            (
-                self.namespaces.ipc,
-                "hostIPC",
-                "share the node's IPC objects",
-            ),
-        ] {
-            if mode == NODE {
-                return Err(Error::invalid(format!(
-                    "{field} is not supported: a pod in a VM cannot {what}; drop {field}"
-                )));
-            }
+        check_hostname(&self.hostname)?;
+        self.security.check()
+    }
+
+    /// The pod's kernel parameters with those that containerd sets for every pod.
+    #[must_use]
+    pub fn sysctls(&self) -> BTreeMap<String, String> {
+        let mut all = self.sysctls.clone();
+        // The ids of the range are not the namespace's.
+        let ping = (!self.security.has_user_namespace()).then_some(UNPRIVILEGED_PING);
+        for (name, value) in [UNPRIVILEGED_PORTS].into_iter().chain(ping) {
+            all.entry(name.to_owned())
+                .or_insert_with(|| value.to_owned());
         }
-        Ok(())
+        all
     }
 
     /// Where the pod's own cgroup is, named as CRI names that of a sandbox container.
@@ -111,7 +106,7 @@ impl PodConfig {
         }
         match parent.file_name().and_then(|name| name.to_str()) {
             Some(slice) if slice.ends_with(".slice") => format!("{slice}:cri-containerd:{id}"),
-            _ => parent.join(id).display().to_string(),
+            _ => clean(&parent.join(id)).display().to_string(),
         }
     }
 
@@ -121,19 +116,12 @@ impl PodConfig {
         each_field(bytes, |number, value| {
             match (number, value) {
                 (2, Value::Bytes(hostname)) => config.hostname = text(hostname)?,
-                (4, Value::Bytes(dns)) => config.dns = Dns::read(dns)?,
+                (4, Value::Bytes(dns)) => config.dns = Some(Dns::read(dns)?),
                 (7, Value::Bytes(entry)) => insert(&mut config.annotations, entry)?,
                 (8, Value::Bytes(linux)) => each_field(linux, |number, value| {
                     match (number, value) {
                         (1, Value::Bytes(parent)) => config.cgroup_parent = text(parent)?,
-                        (2, Value::Bytes(context)) => {
-                            each_field(context, |number, value| {
-                                if let (1, Value::Bytes(options)) = (number, value) {
-                                    config.namespaces = Namespaces::read(options)?;
-                                }
-                                Ok(())
-                            })?;
-                        }
+                        (2, Value::Bytes(context)) => config.security = Security::read(context)?,
                         (3, Value::Bytes(entry)) => insert(&mut config.sysctls, entry)?,
                         (5, Value::Bytes(resources)) => each_field(resources, |number, value| {
                             match (number, value) {
@@ -159,12 +147,6 @@ impl PodConfig {
 }
 
 impl Dns {
-    /// Whether there is nothing to know.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-
     fn read(bytes: &[u8]) -> protobuf::Result<Self> {
         let mut dns = Self::default();
         each_field(bytes, |number, value| {
@@ -174,9 +156,7 @@ impl Dns {
                 3 => &mut dns.options,
                 _ => return Ok(()),
             };
-            if let Value::Bytes(entry) = value
-                && list.len() < MAX_ENTRIES
-            {
+            if let Value::Bytes(entry) = value {
                 list.push(text(entry)?);
             }
             Ok(())
@@ -185,76 +165,21 @@ impl Dns {
     }
 }
 
-impl Namespaces {
-    fn read(bytes: &[u8]) -> protobuf::Result<Self> {
-        let mut modes = Self::default();
-        each_field(bytes, |number, value| {
-            match (number, value) {
-                (1, Value::Number(mode)) => modes.network = mode,
-                (2, Value::Number(mode)) => modes.pid = mode,
-                (3, Value::Number(mode)) => modes.ipc = mode,
-                _ => {}
+/// A path without `.`, `..` and doubled slashes, by its text alone: containerd writes cgroups so.
+fn clean(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::new();
+    for part in path.components() {
+        let last = clean.components().next_back();
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir if matches!(last, Some(Component::Normal(_))) => {
+                clean.pop();
             }
-            Ok(())
-        })?;
-        Ok(modes)
-    }
-}
-
-/// A field's value, of the wire types that these messages use.
-enum Value<'a> {
-    Number(u64),
-    Bytes(&'a [u8]),
-}
-
-/// Calls `each` for every field; those of other wire types are left out.
-fn each_field(
-    bytes: &[u8],
-    mut each: impl FnMut(u32, Value<'_>) -> protobuf::Result<()>,
-) -> protobuf::Result<()> {
-    let mut input = CodedInputStream::from_bytes(bytes);
-    while let Some(tag) = input.read_raw_tag_or_eof()? {
-        let number = tag >> 3;
-        match tag & 7 {
-            0 => each(number, Value::Number(input.read_uint64()?))?,
-            2 => each(number, Value::Bytes(&input.read_bytes()?))?,
-            1 => input.skip_field(WireType::Fixed64)?,
-            3 => input.skip_field(WireType::StartGroup)?,
-            4 => input.skip_field(WireType::EndGroup)?,
-            _ => input.skip_field(WireType::Fixed32)?,
+            Component::ParentDir if matches!(last, Some(Component::RootDir)) => {}
+            other => clean.push(other),
         }
     }
-    Ok(())
-}
-
-fn insert(map: &mut BTreeMap<String, String>, entry: &[u8]) -> protobuf::Result<()> {
-    let (mut key, mut value) = (String::new(), String::new());
-    each_field(entry, |number, field| {
-        match (number, field) {
-            (1, Value::Bytes(bytes)) => key = text(bytes)?,
-            (2, Value::Bytes(bytes)) => value = text(bytes)?,
-            _ => {}
-        }
-        Ok(())
-    })?;
-    if map.len() < MAX_ENTRIES {
-        map.insert(key, value);
-    }
-    Ok(())
-}
-
-fn text(bytes: &[u8]) -> protobuf::Result<String> {
-    String::from_utf8(bytes.to_vec())
-        .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error).into())
-}
-
-/// An `int64` field; negative ones mean that there is no limit.
-fn positive(value: u64) -> u64 {
-    if i64::try_from(value).is_ok() {
-        value
-    } else {
-        0
-    }
+    clean
 }
 
 #[cfg(test)]
@@ -322,20 +247,73 @@ pub(crate) mod tests {
         assert_eq!(config.sysctls["kernel.shm_rmid_forced"], "1");
         assert_eq!(config.cgroups_path("k8s.io", "s"), "/kubepods/pod1/s");
         assert_eq!(config.annotations["a"], "1");
-        assert_eq!(config.dns.servers, ["10.0.0.10"]);
-        assert_eq!(config.dns.searches, ["a.b"]);
-        assert_eq!(config.dns.options, ["ndots:5"]);
+        let dns = config.dns.as_ref().unwrap();
+        assert_eq!(dns.servers, ["10.0.0.10"]);
+        assert_eq!(dns.searches, ["a.b"]);
+        assert_eq!(dns.options, ["ndots:5"]);
         config.check().unwrap();
     }
 
     #[test]
-    fn what_belongs_to_the_node_is_refused_by_name() {
-        for (field, name) in [(1, "hostNetwork"), (2, "hostPID"), (3, "hostIPC")] {
-            let linux = bytes(2, &bytes(1, &varint(field, 2)));
-            let error = parse(&[bytes(8, &linux)]).unwrap().check().unwrap_err();
-            assert_eq!(error.kind, Kind::InvalidArgument);
-            assert!(error.message.contains(name), "{error}");
-        }
+    fn a_host_name_is_as_long_as_linux_takes_it() {
+        let named = |length: usize| parse(&[bytes(2, &vec![b'a'; length])]).unwrap();
+        named(64).check().unwrap();
+        let error = named(65).check().unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        assert!(error.message.contains("65 bytes"), "{error}");
+    }
+
+    #[test]
+    fn what_the_security_context_may_not_ask_is_refused() {
+        let linux = bytes(2, &bytes(1, &varint(1, 2)));
+        let error = parse(&[bytes(8, &linux)]).unwrap().check().unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        assert!(error.message.contains("hostNetwork"), "{error}");
+    }
+
+    #[test]
+    fn ports_and_ping_need_no_privilege_unless_the_pod_says_otherwise() {
+        let sysctls = |linux: &[Vec<u8>]| parse(&[bytes(8, &linux.concat())]).unwrap().sysctls();
+        let (ports, ping) = (
+            "net.ipv4.ip_unprivileged_port_start",
+            "net.ipv4.ping_group_range",
+        );
+        let all = sysctls(&[]);
+        assert_eq!(
+            (all[ports].as_str(), all[ping].as_str()),
+            ("0", "0 2147483647")
+        );
+        let own = [(ports, "500"), (ping, "1 1000"), ("net.a", "b")].map(|(key, value)| {
+            bytes(
+                3,
+                &[bytes(1, key.as_bytes()), bytes(2, value.as_bytes())].concat(),
+            )
+        });
+        let all = sysctls(&own);
+        assert_eq!((all[ports].as_str(), all[ping].as_str()), ("500", "1 1000"));
+        assert_eq!(all.len(), 3);
+        let namespace = bytes(2, &bytes(1, &bytes(5, &varint(1, 0))));
+        assert!(!sysctls(&[namespace]).contains_key(ping));
+        let of_node = bytes(2, &bytes(1, &bytes(5, &varint(1, 2))));
+        assert!(sysctls(&[of_node]).contains_key(ping));
+    }
+
+    #[test]
+    fn a_resolver_that_knows_nothing_is_not_the_nodes() {
+        assert_eq!(parse(&[]).unwrap().dns, None);
+        assert_eq!(parse(&[bytes(4, &[])]).unwrap().dns, Some(Dns::default()));
+    }
+
+    #[test]
+    fn none_of_many_entries_is_lost() {
+        let entry = |n: u32| {
+            bytes(
+                7,
+                &[bytes(1, n.to_string().as_bytes()), bytes(2, b"x")].concat(),
+            )
+        };
+        let all: Vec<_> = (0..5000).map(entry).collect();
+        assert_eq!(parse(&all).unwrap().annotations.len(), 5000);
     }
 
     #[test]
@@ -370,6 +348,10 @@ pub(crate) mod tests {
             path("/kubepods.slice/kubepods-pod1.slice"),
             "kubepods-pod1.slice:cri-containerd:s"
         );
+        assert_eq!(path("kubepods//a/./b/../c/"), "kubepods/a/c/s");
+        assert_eq!(path("/kubepods/../../x"), "/x/s");
+        // Which is no cgroup path, and refused as one.
+        assert_eq!(path("../x"), "../x/s");
     }
 
     #[test]

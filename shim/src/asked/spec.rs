@@ -30,6 +30,23 @@ const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 /// In microseconds.
 const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
+/// The longest host name that Linux takes, in bytes (uname(2)).
+const MAX_HOSTNAME: usize = 64;
+
+/// Refuses a host name that Linux would.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn check_hostname(name: &str) -> Result<()> {
+    if name.len() <= MAX_HOSTNAME {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "the host name {name:?} has {} bytes, Linux takes at most {MAX_HOSTNAME}",
+        name.len()
+    )))
+}
+
 /// The shim's view of a `config.json`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -190,8 +207,8 @@ impl Spec {
         }
     }
 
-    /// Refuses what a pod with a kernel of its own cannot share with the node, by the sandbox
-    /// container's spec.
+    /// Refuses what a pod with a kernel of its own cannot share with the node, and what runc would refuse of
+    /// the pause container, which nobody runs here, by the sandbox container's spec.
     ///
     /// # Errors
     /// `InvalidArgument` that names the field of the pod.
@@ -204,6 +221,23 @@ impl Spec {
             if self.namespace(kind).is_none() {
                 return Err(Error::invalid(format!(
                     "{field} is not supported: a pod in a VM cannot {what}; drop {field}"
+                )));
+            }
+        }
+        let linux = self.linux.as_ref();
+        for (field, map) in [
+            (
+                "uidMappings",
+                linux.and_then(|it| it.uid_mappings.as_deref()),
+            ),
+            (
+                "gidMappings",
+                linux.and_then(|it| it.gid_mappings.as_deref()),
+            ),
+        ] {
+            if !id_map::has_root(map.unwrap_or_default()) {
+                return Err(Error::invalid(format!(
+                    "user namespace of the pod: container id 0 must be mapped, and linux.{field} does not map it"
                 )));
             }
         }
@@ -509,6 +543,33 @@ mod tests {
         );
         assert!(role(&format!(r#"{{"{CONTAINER_TYPE}":"container"}}"#)).is_err());
         assert!(role(&format!(r#"{{"{CONTAINER_TYPE}":"pod"}}"#)).is_err());
+    }
+
+    #[test]
+    fn a_pod_whose_user_namespace_has_no_root_is_refused() {
+        let checked = |users: u32, groups: u32| {
+            let map = |id: u32| format!(r#"[{{"containerID":{id},"hostID":9,"size":65536}}]"#);
+            parse(&format!(
+                r#"{{"linux":{{"namespaces":[{{"type":"network"}},{{"type":"pid"}},{{"type":"ipc"}},{{"type":"user"}}],
+                    "uidMappings":{},"gidMappings":{}}}}}"#,
+                map(users),
+                map(groups)
+            ))
+            .check_sandbox()
+        };
+        checked(0, 0).unwrap();
+        for (users, groups, field) in [(1, 0, "uidMappings"), (0, 1, "gidMappings")] {
+            let error = checked(users, groups).unwrap_err();
+            assert_eq!(error.kind, Kind::InvalidArgument);
+            assert!(error.message.contains(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_host_name_is_as_long_as_linux_takes_it() {
+        check_hostname(&"h".repeat(64)).unwrap();
+        let error = check_hostname(&"h".repeat(65)).unwrap_err();
+        assert!(error.message.contains("65 bytes"), "{error}");
     }
 
     #[test]

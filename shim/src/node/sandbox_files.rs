@@ -35,10 +35,9 @@ pub fn write(dir: &Path, config: &PodConfig) -> Result<()> {
         result => result,
     };
     fs::create_dir_all(dir).map_err(failed)?;
-    let resolver = if config.dns.is_empty() {
-        of_node("/etc/resolv.conf").map_err(failed)?
-    } else {
-        resolv_conf(&config.dns).into_bytes()
+    let resolver = match &config.dns {
+        None => of_node("/etc/resolv.conf").map_err(failed)?,
+        Some(dns) => resolv_conf(dns).into_bytes(),
     };
     let hostname = if config.hostname.is_empty() {
         of_node("/proc/sys/kernel/hostname").map_err(failed)?
@@ -147,11 +146,14 @@ mod tests {
         assert_eq!(read("hostname"), "web-0\n");
         let node = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
         assert_eq!(read("resolv.conf"), node);
-        config.dns = Dns {
+        config.dns = Some(Dns::default());
+        write(&files, &config).unwrap();
+        assert_eq!(read("resolv.conf"), "");
+        config.dns = Some(Dns {
             servers: vec!["10.0.0.10".into(), "fd00::a".into()],
             searches: vec!["a.svc".into(), "svc\nnameserver 6.6.6.6".into()],
             options: vec!["ndots:5".into()],
-        };
+        });
         write(&files, &config).unwrap();
         assert_eq!(
             read("resolv.conf"),

@@ -20,6 +20,11 @@ pub(super) struct Mapping {
     size: u32,
 }
 
+/// Whether the map has the container's root; an empty one is that of no user namespace, which has every id.
+pub(super) fn has_root(map: &[Mapping]) -> bool {
+    map.is_empty() || map.iter().any(|line| line.container == 0 && line.size > 0)
+}
+
 fn ranges(map: &[Mapping]) -> Vec<IdRange> {
     let range = |mapping: &Mapping| IdRange {
         stored: mapping.container,
@@ -74,6 +79,17 @@ mod tests {
     ) -> Result<Option<IdMap>> {
         let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
         of_mount("/v", &options, own, (container, container))
+    }
+
+    #[test]
+    fn a_map_without_root_is_told() {
+        let line = |container: u32, size: u32| Mapping {
+            container,
+            host: 1,
+            size,
+        };
+        assert!(has_root(&[]) && has_root(&[line(5, 5), line(0, 1)]));
+        assert!(!has_root(&[line(1, 65_536)]) && !has_root(&[line(0, 0)]));
     }
 
     #[test]

@@ -63,7 +63,7 @@ impl Pod {
         let cgroups_path = pod.cgroups_path(&self.setup.namespace, &self.setup.id);
         let boot = self.boot(Wanted {
             hostname: pod.hostname.clone(),
-            sysctls: pod.sysctls.clone(),
+            sysctls: pod.sysctls(),
             network,
             memory: pod.memory,
             huge_pages: super::wanted::huge_pages_of_pod(Some(&cgroups_path)),

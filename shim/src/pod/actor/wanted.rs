@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::asked::config::{Config, MAX_VCPUS, MIB};
-use crate::asked::spec::{Network, Role, Spec};
+use crate::asked::spec::{Network, Role, Spec, check_hostname};
 use crate::error::Result;
 use crate::guest::vm::Plan;
 use crate::guest::vm::boot::Sandbox;
@@ -45,9 +45,10 @@ impl Wanted {
     /// What the first container of a pod says.
     ///
     /// # Errors
-    /// `InvalidArgument` for the node's own network.
+    /// `InvalidArgument` for the node's own network and for a host name that Linux does not take.
     pub(super) fn of(spec: &Spec, role: &Role, config: Config) -> Result<Self> {
         let sandbox = *role == Role::Sandbox;
+        check_hostname(spec.hostname())?;
         Ok(Self {
             hostname: spec.hostname().to_owned(),
             sysctls: if sandbox {
@@ -82,7 +83,7 @@ impl Wanted {
         config.vcpus = guest_cpus(self.cpus, config.vcpus);
         let sandbox = Sandbox {
             id: id.to_owned(),
-            hostname: self.hostname,
+            hostname: own_or_nodes(self.hostname),
             sysctls: self.sysctls,
             shm_size: self.shm_size,
             ..Sandbox::default()
@@ -119,6 +120,17 @@ fn described(memory: u64) -> u64 {
     memory.saturating_add(memory.div_ceil(PAGE_DESCRIPTORS - 1))
 }
 
+/// A pod that names no host has the node's name, as a new UTS namespace has.
+fn own_or_nodes(hostname: String) -> String {
+    if !hostname.is_empty() {
+        return hostname;
+    }
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
+}
+
 /// Bytes of huge pages that kubelet lets a pod have: containerd does not say it, kubelet's cgroup does.
 pub(super) fn huge_pages_of_pod(cgroups_path: Option<&str>) -> u64 {
     cgroups_path
@@ -150,6 +162,13 @@ fn node_memory() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_without_a_host_name_has_the_nodes() {
+        let node = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        assert_eq!(own_or_nodes(String::new()), node.trim());
+        assert_eq!(own_or_nodes("web-0".into()), "web-0");
+    }
 
     #[test]
     fn a_pods_limits_make_its_vm_larger_but_never_smaller_than_the_handlers() {

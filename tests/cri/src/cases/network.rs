@@ -8,7 +8,7 @@ use std::rc::Rc;
 use anyhow::{Context, Result, ensure};
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::{clock, process};
-use k8s_cri::v1::{DnsConfig, Protocol};
+use k8s_cri::v1::{DnsConfig, Int64Value, Protocol};
 
 use crate::container::{Container, eventually};
 use crate::node::Directory;
@@ -40,6 +40,11 @@ pub const CASES: &[Case] = &[
     case("network", "resolv.conf is the pod's DNS configuration", dns),
     case(
         "network",
+        "ports below 1024 and ping need no privilege since containerd 2.0",
+        unprivileged,
+    ),
+    case(
+        "network",
         "the loopback interfaces of two pods are apart",
         loopback_apart,
     ),
@@ -51,6 +56,28 @@ pub const CASES: &[Case] = &[
 ];
 
 const PORT: u16 = 8080;
+
+/// containerd sets these for every pod unless its operator says otherwise.
+fn unprivileged(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let user = shared
+        .pod
+        .container("user", SLEEP)
+        .security(|security| security.run_as_user = Some(Int64Value { value: 1000 }))
+        .start()?;
+    // One that cannot listen says so at once.
+    let script = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range | xargs
+        if timeout 1 httpd -f -p 127.0.0.1:81 2>&1 | grep -q denied; then echo denied; else echo listens; fi";
+    let expected = match suite.containerd.starts_with("1.") {
+        true => "1024 1 0\ndenied",
+        false => "0 0 2147483647\nlistens",
+    };
+    equal(
+        "limits, and port 81 of an ordinary user",
+        expected,
+        user.sh(script)?,
+    )
+}
 
 /// A web server that gives the pod's host name.
 pub fn server(pod: &Pod) -> Result<Container> {

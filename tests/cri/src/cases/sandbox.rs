@@ -15,6 +15,12 @@ pub const CASES: &[Case] = &[
         "the pod's host name is its containers'",
         hostname,
     ),
+    case(
+        "sandbox",
+        "a pod that names no host has the node's name",
+        no_hostname,
+    ),
+    case("sandbox", "a host name has at most 64 bytes", long_hostname),
     smoke(
         "sandbox",
         "containers share the loopback interface",
@@ -118,6 +124,33 @@ fn hostname(suite: &mut Suite) -> Result<()> {
         "of another",
         "shared",
         other.sh("cat /proc/sys/kernel/hostname")?,
+    )
+}
+
+fn no_hostname(suite: &mut Suite) -> Result<()> {
+    let pod = suite.pod("no-name").edit(|config| config.hostname.clear());
+    let pod = pod.run(&suite.cri)?;
+    let main = pod.container("main", SLEEP).start()?;
+    let node = std::fs::read_to_string("/proc/sys/kernel/hostname")?;
+    equal("hostname", node.trim(), &main.sh("hostname")?)?;
+    equal("/etc/hostname", node.trim(), &main.sh("cat /etc/hostname")?)
+}
+
+fn long_hostname(suite: &mut Suite) -> Result<()> {
+    let name = "h".repeat(64);
+    let pod = suite
+        .pod("long-name")
+        .edit(|config| config.hostname = name.clone());
+    let pod = pod.run(&suite.cri)?;
+    let main = pod.container("main", SLEEP).start()?;
+    equal("hostname of 64 bytes", &name, &main.sh("hostname")?)?;
+    let longer = suite
+        .pod("longer-name")
+        .edit(|config| config.hostname = "h".repeat(65));
+    refused(
+        "a host name of 65 bytes",
+        longer.run(&suite.cri),
+        &["host name", "hostname", "invalid argument"],
     )
 }
 

@@ -12,7 +12,7 @@ use crate::container::{Container, ContainerSpec};
 use crate::mounted::Mounted;
 use crate::node::Directory;
 use crate::pod::Pod;
-use crate::suite::{Case, SLEEP, Suite, case, not_here};
+use crate::suite::{Case, SLEEP, Suite, case, not_here, refused};
 
 pub const CASES: &[Case] = &[
     case(
@@ -29,6 +29,11 @@ pub const CASES: &[Case] = &[
         "security",
         "user namespace: copies and memory have the owners of the node's",
         owners_in_memory,
+    ),
+    case(
+        "security",
+        "user namespace: what no pod can have is refused",
+        impossible,
     ),
 ];
 
@@ -55,6 +60,48 @@ fn pod(suite: &Suite, name: &str) -> Result<Pod> {
         }
         other => other,
     }
+}
+
+fn impossible(suite: &mut Suite) -> Result<()> {
+    if suite.containerd == "1.6" {
+        return not_here("containerd 1.6 does not read the field");
+    }
+    let one = |container_id: u32, length: u32| IdMapping {
+        host_id: 200_000,
+        container_id,
+        length,
+    };
+    for (what, mode, map) in [
+        ("mode CONTAINER", NamespaceMode::Container, vec![]),
+        ("mode TARGET", NamespaceMode::Target, vec![]),
+        ("mode NODE with a map", NamespaceMode::Node, map()),
+        ("mode POD without a map", NamespaceMode::Pod, vec![]),
+        (
+            "a map without root",
+            NamespaceMode::Pod,
+            vec![one(1, 65_536)],
+        ),
+        ("a map of no ids", NamespaceMode::Pod, vec![one(0, 0)]),
+        (
+            "a map of two lines",
+            NamespaceMode::Pod,
+            vec![one(0, 10), one(10, 10)],
+        ),
+    ] {
+        let ask = |namespaces: &mut NamespaceOption| {
+            namespaces.userns_options = Some(UserNamespace {
+                mode: mode.into(),
+                uids: map.clone(),
+                gids: map,
+            });
+        };
+        let name = format!("userns-{}", what.to_lowercase().replace(' ', "-"));
+        let run = suite.pod(&name).namespaces(ask).run(&suite.cri);
+        // By containerd, the shim, or runc: each has its own words.
+        let words = ["user", "mapping", "mapped", "invalid argument"];
+        refused(what, run, &words)?;
+    }
+    Ok(())
 }
 
 fn start(suite: &Suite, container: ContainerSpec<'_>) -> Result<Container> {

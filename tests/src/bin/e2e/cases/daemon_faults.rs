@@ -56,23 +56,18 @@ fn refused_sandbox(suite: &mut Suite) -> Result<()> {
         ttrpc::Code::FAILED_PRECONDITION,
         started,
     )?;
-    let config = PodConfig {
-        host_network: true,
-        ..config()
-    };
-    let create = CreateSandboxRequest {
-        sandbox_id: bundle.id.clone(),
-        bundle_path: bundle.path.display().to_string(),
-        options: MessageField::some(config.options()?),
-        ..CreateSandboxRequest::default()
-    };
-    let created: Result<CreateSandboxResponse> = connection.sandbox("CreateSandbox", &create);
-    let sentence = refused(
-        "CreateSandbox with the node's network",
-        ttrpc::Code::INVALID_ARGUMENT,
-        created,
-    )?;
-    contains("the refusal", "hostNetwork", &sentence)?;
+    for (what, words, config) in unacceptable() {
+        let create = CreateSandboxRequest {
+            sandbox_id: bundle.id.clone(),
+            bundle_path: bundle.path.display().to_string(),
+            options: MessageField::some(config.options()?),
+            ..CreateSandboxRequest::default()
+        };
+        let created: Result<CreateSandboxResponse> = connection.sandbox("CreateSandbox", &create);
+        let what = format!("CreateSandbox with {what}");
+        let sentence = refused(&what, ttrpc::Code::INVALID_ARGUMENT, created)?;
+        contains(&what, words, &sentence)?;
+    }
     let shutdown = ShutdownSandboxRequest {
         sandbox_id: bundle.id.clone(),
         ..ShutdownSandboxRequest::default()
@@ -84,6 +79,102 @@ fn refused_sandbox(suite: &mut Suite) -> Result<()> {
     }
     daemon.delete(&bundle)?;
     before.nothing_left(patience())
+}
+
+/// What containerd's own sandbox controller, or runc for the pause container, refuses of a pod, and how the
+/// refusal says it.
+fn unacceptable() -> Vec<(&'static str, &'static str, PodConfig)> {
+    let (pod, container, node, target) = (0, 1, 2, 3);
+    let whole = vec![[0, 200_000, 65_536]];
+    let users = |mode: u64, map: &[[u32; 3]]| PodConfig {
+        user_namespace: Some((mode, map.to_vec())),
+        ..config()
+    };
+    let with = |change: fn(&mut PodConfig)| {
+        let mut config = config();
+        change(&mut config);
+        config
+    };
+    vec![
+        (
+            "the node's network",
+            "hostNetwork",
+            with(|config| config.host_network = true),
+        ),
+        (
+            "a user namespace of mode CONTAINER",
+            "unsupported mode CONTAINER",
+            users(container, &whole),
+        ),
+        (
+            "a user namespace of mode TARGET",
+            "unsupported mode TARGET",
+            users(target, &[]),
+        ),
+        (
+            "the node's user namespace and a map",
+            "mode NODE cannot be used with mappings",
+            users(node, &whole),
+        ),
+        (
+            "a user namespace without a map",
+            "without UID and GID mappings",
+            users(pod, &[]),
+        ),
+        (
+            "a map without root",
+            "container id 0 must be mapped",
+            users(pod, &[[1, 200_000, 65_536]]),
+        ),
+        (
+            "a map of two lines",
+            "only one mapping line",
+            users(pod, &[[0, 200_000, 10], [10, 300_000, 10]]),
+        ),
+        (
+            "a map of no ids",
+            "invalid mapping length 0",
+            users(pod, &[[0, 200_000, 0]]),
+        ),
+        (
+            "a user that is not mapped",
+            "not mapped",
+            PodConfig {
+                run_as: (Some(65_536), None),
+                ..users(pod, &whole)
+            },
+        ),
+        (
+            "a group without a user",
+            "without user",
+            with(|config| config.run_as = (None, Some(1000))),
+        ),
+        (
+            "a supplemental group that is none",
+            "supplementalGroups",
+            with(|config| config.groups = vec![-1]),
+        ),
+        (
+            "a host name of 65 bytes",
+            "host name",
+            with(|config| config.hostname = "h".repeat(65)),
+        ),
+        (
+            "an SELinux level that is none",
+            "'level'",
+            with(|config| config.selinux_level = "high".to_owned()),
+        ),
+        (
+            "a seccomp profile that is not there",
+            "seccomp profile",
+            with(|config| config.seccomp = Some((2, "/nowhere/profile.json".to_owned()))),
+        ),
+        (
+            "a path for a profile that has none",
+            "localhost_ref",
+            with(|config| config.seccomp = Some((0, "/nowhere/profile.json".to_owned()))),
+        ),
+    ]
 }
 
 fn refused_container(suite: &mut Suite) -> Result<()> {
