@@ -64,7 +64,7 @@ impl Default for Options {
 
 impl Options {
     /// What a suite's usage says of these.
-    pub const USAGE: &str = "[--filter TEXT]... [--smoke] [--shard K/N] [--containerd 1.6|1.7|2.1] [--results DIR] [--list]";
+    pub const USAGE: &str = "[--filter TEXT]... [--smoke] [--shard K/N] [--containerd 1.6|1.7|2.1|DIR] [--results DIR] [--list]";
 
     /// Takes an argument and its value, if it is one that every suite has; false if it is not.
     ///
