@@ -112,6 +112,12 @@ impl FileSystems {
         })
     }
 
+    /// Those that were added to the known ones.
+    #[must_use]
+    pub fn added(&self) -> &[String] {
+        &self.also
+    }
+
     pub(super) fn judge(&self, kind: &str) -> Verdict {
         let name = kind.split('.').next().unwrap_or(kind);
         if KERNEL.contains(&name) {

@@ -4,18 +4,14 @@
 //! is parsed by type and checked as the operator's own. What is not allowed is refused by name, because
 //! a pod that believes it has what it asked for is worse off than one that does not start.
 
-use super::{Config, File, Key, parse_size};
+use super::units::{SIZES, parse_size};
+use super::{Config, File, Key};
 use crate::error::{Error, Result};
 
 /// What Brig's annotations begin with.
 pub const PREFIX: &str = "io.brig.";
 
-const KEYS: [(&str, Key); 4] = [
-    ("vcpus", Key::Vcpus),
-    ("memory", Key::Memory),
-    ("debug_console", Key::DebugConsole),
-    ("max_files", Key::MaxFiles),
-];
+const KEYS: [Key; 4] = [Key::Vcpus, Key::Memory, Key::DebugConsole, Key::MaxFiles];
 
 impl Config {
     /// Applies a pod's annotations; those that are not Brig's are passed over.
@@ -36,8 +32,8 @@ impl Config {
     }
 
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
-        let Some(&(_, key)) = KEYS.iter().find(|(known, _)| *known == name) else {
-            let known = KEYS.map(|(known, _)| known).join(", ");
+        let Some(&key) = KEYS.iter().find(|known| known.name() == name) else {
+            let known = KEYS.map(Key::name).join(", ");
             return Err(Error::invalid(format!(
                 "the annotation {PREFIX}{} is unknown; after {PREFIX} may follow: {known}",
                 shown(name)
@@ -66,8 +62,7 @@ impl Config {
                     Ok(mib) => mib.checked_mul(super::MIB),
                     Err(_) => parse_size(value),
                 };
-                let what = "a size is a number of MiB or text such as \"256MiB\" or \"1GiB\"";
-                file.memory = Some(bytes.ok_or_else(|| invalid(what.to_owned()))?);
+                file.memory = Some(bytes.ok_or_else(|| invalid(SIZES.to_owned()))?);
             }
             Key::DebugConsole => {
                 let what = "the value must be true or false";

@@ -9,6 +9,7 @@ use brig_shim::error::Error;
 use brig_shim::guest::forward;
 use brig_shim::guest::vm::host::{open_kernel, open_kvm};
 use brig_shim::node::cgroup;
+use serde_json::{Value, json};
 
 /// How a check came out.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,6 +32,17 @@ impl Finding {
     #[must_use]
     pub fn is_fatal(&self) -> bool {
         self.outcome == Outcome::Fatal
+    }
+
+    /// For programs.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let outcome = match self.outcome {
+            Outcome::Good => "ok",
+            Outcome::Note => "note",
+            Outcome::Fatal => "fatal",
+        };
+        json!({ "check": self.what, "outcome": outcome, "detail": self.detail })
     }
 
     fn of(what: &'static str, result: Result<String, String>) -> Self {

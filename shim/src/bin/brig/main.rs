@@ -2,7 +2,11 @@
 //! did. Runs as root and trusts the files below the state directory.
 
 mod check;
+mod cli;
+mod configuration;
+mod pods;
 
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,23 +14,14 @@ use std::process::ExitCode;
 use brig_shim::asked::config::Config;
 use brig_shim::containerd::server::{COUNTERS_METHOD, DEBUG_SERVICE};
 use brig_shim::error::{Error, Result};
-use brig_shim::node::journal::{self, StateDir};
 use brig_shim::pod::timeline::Timeline;
+use clap::{CommandFactory as _, Parser as _};
 use ttrpc::asynchronous::Client;
 
-const USAGE: &str = "\
-usage: brig COMMAND
-
-  check [--config FILE]              what a VM needs of this node, and what is missing
-  list                               the pods of this node
-  timeline [-n NAMESPACE] [--json] ID  how a pod booted
-  counters [-n NAMESPACE] ID         boot marks and VM exits of a running pod, as JSON
-  version
-";
+use cli::{Cli, Command, ConfigCommand};
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    match run(&words) {
+    match run(Cli::parse().command) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -36,24 +31,45 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(words: &[String]) -> Result<bool> {
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let Some((command, rest)) = words.split_first() else {
-        return Err(Error::invalid(USAGE));
-    };
-    match *command {
-        "check" => run_check(rest),
-        "list" | "ls" => list(&base()?).map(|()| true),
-        "timeline" => timeline(&base()?, &Selection::parse(rest)?).map(|()| true),
-        "counters" => counters(&base()?, &Selection::parse(rest)?).map(|()| true),
-        "version" | "-v" | "--version" => {
-            print(&format!("brig {}\n", env!("CARGO_PKG_VERSION"))).map(|()| true)
+fn run(command: Command) -> Result<bool> {
+    let text = match command {
+        Command::Check { config, output } => return run_check(config.as_deref(), output.json),
+        Command::List { output } => pods::list(&base()?, output.json),
+        Command::Timeline { pod, output } => timeline(&base()?, &pod, output.json)?,
+        Command::Counters { pod } => counters(&base()?, &pod)?,
+        Command::Config(command) => config(&command)?,
+        Command::Completion { shell } => completion(shell),
+        Command::Man { into } => {
+            man(&into)?;
+            String::new()
         }
-        "help" | "-h" | "--help" => print(USAGE).map(|()| true),
-        _ => Err(Error::invalid(format!(
-            "unknown command {command:?}\n{USAGE}"
-        ))),
+        Command::Version => format!("brig {}\n", env!("CARGO_PKG_VERSION")),
+    };
+    print(&text).map(|()| true)
+}
+
+fn config(command: &ConfigCommand) -> Result<String> {
+    match command {
+        ConfigCommand::Check { source } => configuration::check(source.file.as_deref()),
+        ConfigCommand::Show { source, output } => {
+            configuration::show(source.file.as_deref(), output.json)
+        }
+        ConfigCommand::Default => Ok(configuration::default()),
+        ConfigCommand::Schema => Ok(configuration::schema()),
+        ConfigCommand::Reference => Ok(configuration::reference()),
     }
+}
+
+fn completion(shell: clap_complete::Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "brig", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
+}
+
+fn man(into: &Path) -> Result<()> {
+    let failed = |error| Error::io(format_args!("cannot write to {}", into.display()), &error);
+    fs::create_dir_all(into).map_err(failed)?;
+    clap_mangen::generate_to(Cli::command(), into).map_err(failed)
 }
 
 fn base() -> Result<PathBuf> {
@@ -68,110 +84,27 @@ fn print(text: &str) -> Result<()> {
         .map_err(|error| Error::io("standard output", &error))
 }
 
-fn run_check(words: &[&str]) -> Result<bool> {
-    let path = match words {
-        [] => None,
-        ["--config", path] => Some(Path::new(*path)),
-        _ => return Err(Error::invalid(USAGE)),
+fn run_check(config: Option<&Path>, as_json: bool) -> Result<bool> {
+    let findings = check::node(config);
+    let text = if as_json {
+        let all: Vec<_> = findings.iter().map(check::Finding::json).collect();
+        format!("{}\n", serde_json::Value::from(all))
+    } else {
+        let lines = findings.iter().map(|finding| format!("{finding}\n"));
+        lines.collect()
     };
-    let findings = check::node(path);
-    let mut text = String::new();
-    for finding in &findings {
-        text.push_str(&finding.to_string());
-        text.push('\n');
-    }
     print(&text)?;
     Ok(findings.iter().all(|finding| !finding.is_fatal()))
 }
 
-fn list(base: &Path) -> Result<()> {
-    let mut text = format!(
-        "{:<16} {:<40} {:>8} {:>8}  STATE\n",
-        "NAMESPACE", "ID", "SHIM", "VMM"
-    );
-    for (namespace, id) in journal::list(base) {
-        let Ok(Some(journal)) = StateDir::new(base, &namespace, &id).and_then(|dir| dir.read())
-        else {
-            continue;
-        };
-        let alive = |identity: Option<brig_shim::node::identity::Identity>| {
-            identity.is_some_and(|identity| identity.is_alive())
-        };
-        let state = match (alive(Some(journal.shim)), alive(journal.vmm)) {
-            (true, true) => "running",
-            (true, false) if journal.vmm.is_none() => "starting",
-            (true, false) => "ended",
-            (false, _) => "abandoned",
-        };
-        let vmm = journal
-            .vmm
-            .map_or_else(|| "-".to_owned(), |vmm| vmm.pid.to_string());
-        text.push_str(&format!(
-            "{namespace:<16} {id:<40} {:>8} {vmm:>8}  {state}\n",
-            journal.shim.pid
-        ));
-    }
-    print(&text)
-}
-
-/// A pod as named on the command line.
-struct Selection {
-    namespace: Option<String>,
-    id: String,
-    json: bool,
-}
-
-impl Selection {
-    fn parse(words: &[&str]) -> Result<Self> {
-        let (mut namespace, mut id, mut json) = (None, None, false);
-        let mut words = words.iter();
-        while let Some(word) = words.next() {
-            match *word {
-                "-n" | "--namespace" => {
-                    namespace = Some(words.next().ok_or_else(|| Error::invalid(USAGE))?);
-                }
-                "--json" => json = true,
-                word if !word.starts_with('-') && id.is_none() => id = Some(word.to_owned()),
-                _ => return Err(Error::invalid(USAGE)),
-            }
-        }
-        Ok(Self {
-            namespace: namespace.map(|name| (*name).to_owned()),
-            id: id.ok_or_else(|| Error::invalid(USAGE))?,
-            json,
-        })
-    }
-
-    /// The pod's directory; without a namespace, of the only pod with this id.
-    fn find(&self, base: &Path) -> Result<StateDir> {
-        let mut found = journal::list(base).into_iter().filter(|(namespace, id)| {
-            *id == self.id
-                && self
-                    .namespace
-                    .as_ref()
-                    .is_none_or(|wanted| wanted == namespace)
-        });
-        let missing = || Error::not_found(format!("no pod {} on this node", self.id));
-        let (namespace, id) = found.next().ok_or_else(missing)?;
-        if found.next().is_some() {
-            return Err(Error::invalid(
-                "several namespaces have this id; choose one with -n",
-            ));
-        }
-        StateDir::new(base, &namespace, &id)
-    }
-}
-
-fn timeline(base: &Path, selection: &Selection) -> Result<()> {
-    let bytes = selection.find(base)?.read_timeline()?;
+fn timeline(base: &Path, pod: &cli::Pod, as_json: bool) -> Result<String> {
+    let bytes = pods::find(base, pod)?.read_timeline()?;
     let damaged =
         |error: serde_json::Error| Error::internal(format!("the timeline is damaged: {error}"));
     let timeline: Timeline = serde_json::from_slice(&bytes).map_err(damaged)?;
-    if selection.json {
-        return print(&format!(
-            "{}\n",
-            serde_json::to_string(&timeline).map_err(damaged)?
-        ));
+    if as_json {
+        let timeline = serde_json::to_string(&timeline).map_err(damaged)?;
+        return Ok(format!("{timeline}\n"));
     }
     let mut text = timeline.draw();
     if !timeline.exits.is_empty() {
@@ -184,11 +117,11 @@ fn timeline(base: &Path, selection: &Selection) -> Result<()> {
             exits.collect::<Vec<_>>().join(", ")
         ));
     }
-    print(&text)
+    Ok(text)
 }
 
-fn counters(base: &Path, selection: &Selection) -> Result<()> {
-    let dir = selection.find(base)?;
+fn counters(base: &Path, pod: &cli::Pod) -> Result<String> {
+    let dir = pods::find(base, pod)?;
     let socket = dir.read()?.and_then(|journal| journal.socket);
     let socket = socket.ok_or_else(|| Error::state("the pod has no shim to ask"))?;
     let failed = |error: io::Error| Error::io("cannot ask the shim", &error);
@@ -205,5 +138,30 @@ fn counters(base: &Path, selection: &Selection) -> Result<()> {
         client.request(request).await
     });
     let answer = answer.map_err(Error::from_agent)?;
-    print(&format!("{}\n", String::from_utf8_lossy(&answer.payload)))
+    Ok(format!("{}\n", String::from_utf8_lossy(&answer.payload)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::ValueEnum as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_shell_and_every_command_is_described() {
+        for shell in clap_complete::Shell::value_variants() {
+            let script = completion(*shell);
+            assert!(script.contains("timeline"), "{shell}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        man(dir.path()).unwrap();
+        for page in ["brig.1", "brig-check.1", "brig-config-show.1"] {
+            let page = fs::read_to_string(dir.path().join(page)).unwrap();
+            assert!(page.contains(".SH SYNOPSIS"));
+        }
+    }
 }

@@ -311,7 +311,7 @@ impl Pod {
     fn boot(&mut self, wanted: Wanted) -> Boot {
         self.timeline.mark("create.received", SystemTime::now());
         self.context.drain = wanted.config.timeout(10);
-        self.grace = wanted.config.timeout(wanted.config.shutdown_grace);
+        self.grace = wanted.config.scaled(wanted.config.shutdown_grace);
         if let Network::Path(path) = &wanted.network {
             self.setup.journal.netns = Some(path.clone());
         }

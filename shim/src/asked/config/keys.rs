@@ -1,0 +1,237 @@
+//! Every key of the configuration with what it is: the one source of `brig config default`, of its JSON
+//! schema, of the reference in docs/configuration.md and of the hint that a wrong key gets.
+
+use serde_json::{Value, json};
+
+use super::{Config, MAX_GRACE, MAX_VCPUS, MIB, MIN_MEMORY, units};
+
+/// What a value may be, for the schema.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    Path,
+    Switch,
+    /// Least and most.
+    Count(u64, u64),
+    /// Least and most.
+    Factor(f64, f64),
+    /// Least in bytes.
+    Size(u64),
+    /// Most, in seconds.
+    Time(u32),
+    /// Any names.
+    Names,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// Of these words.
+    Words(&'static [&'static str]),
+}
+
+/// One key.
+#[derive(Debug)]
+pub struct KeyDoc {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is, in one sentence.
+    pub what: &'static str,
+    form: Form,
+    /// Its value in a configuration.
+    value: fn(&Config) -> Value,
+}
+
+fn path(path: &std::path::Path) -> Value {
+    Value::from(path.display().to_string())
+}
+
+/// All keys in the order in which a reader meets them.
+pub const KEYS: &[KeyDoc] = &[
+    KeyDoc {
+        name: "vcpus",
+        what: "CPUs of a VM; a pod whose limits need more gets more",
+        form: Form::Count(1, MAX_VCPUS as u64),
+        value: |c| c.vcpus.into(),
+    },
+    KeyDoc {
+        name: "memory",
+        what: "memory of a VM; a pod whose limits need more gets more",
+        form: Form::Size(MIN_MEMORY),
+        value: |c| units::show_size(c.memory).into(),
+    },
+    KeyDoc {
+        name: "kernel",
+        what: "the guest's vmlinux",
+        form: Form::Path,
+        value: |c| path(&c.kernel),
+    },
+    KeyDoc {
+        name: "initramfs",
+        what: "the guest's initramfs, which holds the agent",
+        form: Form::Path,
+        value: |c| path(&c.initramfs),
+    },
+    KeyDoc {
+        name: "vmm",
+        what: "the binary of brig-vmm",
+        form: Form::Path,
+        value: |c| path(&c.vmm),
+    },
+    KeyDoc {
+        name: "kvm",
+        what: "the KVM device",
+        form: Form::Path,
+        value: |c| path(&c.kvm),
+    },
+    KeyDoc {
+        name: "debug_console",
+        what: "log the guest kernel's messages, not only a panic's",
+        form: Form::Switch,
+        value: |c| c.debug_console.into(),
+    },
+    KeyDoc {
+        name: "allow_slow_kvm",
+        what: "start although /dev/kvm only emulates",
+        form: Form::Switch,
+        value: |c| c.allow_slow_kvm.into(),
+    },
+    KeyDoc {
+        name: "max_files",
+        what: "descriptors a VMM may hold: one for each file its guest knows",
+        form: Form::Count(8192, 1 << 30),
+        value: |c| c.max_files.into(),
+    },
+    KeyDoc {
+        name: "file_systems",
+        what: "further types of file systems, as in /proc/filesystems, whose directories a pod may be given; one that is not known to hold data is refused, or left out below a recursive mount",
+        form: Form::Names,
+        value: |c| c.file_systems.added().into(),
+    },
+    KeyDoc {
+        name: "netfilter",
+        what: "what becomes of a pod with packet filter rules in its network namespace that its guest cannot have: it is refused (require), starts without them and each is logged (warn), or no rule is looked at (ignore)",
+        form: Form::Word(&["require", "warn", "ignore"]),
+        value: |c| c.netfilter.name().into(),
+    },
+    KeyDoc {
+        name: "shutdown_grace",
+        what: "what a pod's processes have between SIGTERM and SIGKILL when the node shuts down",
+        form: Form::Time(MAX_GRACE),
+        value: |c| units::show_time(c.shutdown_grace).into(),
+    },
+    KeyDoc {
+        name: "time_scale",
+        what: "multiplies every time-out, for slow machines",
+        form: Form::Factor(0.1, 100.0),
+        value: |c| c.time_scale.into(),
+    },
+    KeyDoc {
+        name: "pod_annotations",
+        what: "the keys that a pod may set for itself, as annotations io.brig.KEY",
+        form: Form::Words(&["vcpus", "memory", "debug_console", "max_files"]),
+        value: |c| {
+            let names = c.pod_annotations.iter().map(|key| key.name());
+            names.collect::<Vec<_>>().into()
+        },
+    },
+    KeyDoc {
+        name: "state_dir",
+        what: "what `delete` needs to clean up; read from /etc/brig/config.toml alone",
+        form: Form::Path,
+        value: |c| path(&c.state_dir),
+    },
+];
+
+impl KeyDoc {
+    /// Its value in a configuration, as TOML and JSON write it.
+    #[must_use]
+    pub fn value(&self, config: &Config) -> Value {
+        (self.value)(config)
+    }
+
+    /// What its value may be, in words.
+    #[must_use]
+    pub fn form(&self) -> String {
+        match self.form {
+            Form::Path => "an absolute path".to_owned(),
+            Form::Switch => "`true` or `false`".to_owned(),
+            Form::Count(least, most) => format!("a number, {least} to {most}"),
+            Form::Factor(least, most) => format!("a factor, {least} to {most}"),
+            Form::Size(least) => format!(
+                "a size such as `\"256MiB\"` or a number of MiB, at least {}",
+                units::show_size(least)
+            ),
+            Form::Time(most) => {
+                format!("a time such as `\"500ms\"` or a number of seconds, at most {most} s")
+            }
+            Form::Names => "a list of names".to_owned(),
+            Form::Word(words) => format!("`\"{}\"`", words.join("\"`, `\"")),
+            Form::Words(words) => format!("a list of `{}`", words.join("`, `")),
+        }
+    }
+
+    fn schema(&self, default: &Value) -> Value {
+        let mut schema = match self.form {
+            Form::Path => json!({ "type": "string", "pattern": "^/" }),
+            Form::Switch => json!({ "type": "boolean" }),
+            Form::Count(least, most) => {
+                json!({ "type": "integer", "minimum": least, "maximum": most })
+            }
+            Form::Factor(least, most) => {
+                json!({ "type": "number", "minimum": least, "maximum": most })
+            }
+            Form::Size(least) => json!({ "anyOf": [
+                { "type": "integer", "minimum": least / MIB },
+                { "type": "string", "pattern": "^[0-9]+ ?(K|KiB|M|MiB|G|GiB)$" },
+            ] }),
+            Form::Time(most) => json!({ "anyOf": [
+                { "type": "integer", "minimum": 0, "maximum": most },
+                { "type": "string", "pattern": "^[0-9]+ ?(ms|s|m|min)$" },
+            ] }),
+            Form::Names => json!({ "type": "array", "items": { "type": "string" } }),
+            Form::Word(words) => json!({ "enum": words }),
+            Form::Words(words) => json!({ "type": "array", "items": { "enum": words } }),
+        };
+        schema["description"] = self.what.into();
+        schema["default"] = default.clone();
+        schema
+    }
+}
+
+/// The JSON schema (draft 2020-12) of a configuration file, with the values of `defaults`.
+#[must_use]
+pub fn schema(defaults: &Config) -> Value {
+    let properties = KEYS
+        .iter()
+        .map(|key| (key.name.to_owned(), key.schema(&key.value(defaults))));
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Brig's configuration",
+        "type": "object",
+        "additionalProperties": false,
+        "properties": properties.collect::<serde_json::Map<_, _>>(),
+    })
+}
+
+/// A configuration file that sets nothing and says what could be set, with the values of `defaults`.
+#[must_use]
+pub fn documented(defaults: &Config) -> String {
+    let mut text = String::from(
+        "# Brig's configuration. Every line that is commented out has the default.\n\
+         # Drop-ins beside it, config.d/*.toml, are read after it in the order of their names.\n",
+    );
+    for key in KEYS {
+        let form = key.form().replace('`', "");
+        let (name, what, value) = (key.name, key.what, key.value(defaults));
+        text.push_str(&format!("\n# {what}\n# ({form})\n#{name} = {value}\n"));
+    }
+    text
+}
+
+/// The known key that an unknown one was most likely meant to be.
+pub(super) fn nearest(unknown: &str) -> Option<&'static str> {
+    let distance = |name: &str| strsim::damerau_levenshtein(name, unknown);
+    let nearest = KEYS
+        .iter()
+        .map(|key| key.name)
+        .min_by_key(|name| distance(name))?;
+    // A third of the letters may be wrong: more is another word.
+    (distance(nearest) * 3 <= unknown.chars().count().max(3)).then_some(nearest)
+}

@@ -1,0 +1,234 @@
+//! A configuration from its files: the main one, then its drop-ins in the order of their names.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{Config, File, keys};
+use crate::error::{Error, Result};
+
+/// The default file; drop-ins are `*.toml` in the directory of the same name ending in `.d`.
+pub const DEFAULT_PATH: &str = "/etc/brig/config.toml";
+
+/// The file that a key has its value from; keys with their defaults are not in it.
+pub type Origins = BTreeMap<String, PathBuf>;
+
+impl Config {
+    /// Reads the configuration: `path` if the handler names one (it must exist), else the default
+    /// file if there is one; then its drop-ins in the order of their names.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the file and the key.
+    pub fn load(path: Option<&Path>) -> Result<Self> {
+        Self::load_with_origins(path).map(|(config, _)| config)
+    }
+
+    /// As [`Config::load`], with the file that each key which is not a default has its value from.
+    ///
+    /// # Errors
+    /// As of [`Config::load`].
+    pub fn load_with_origins(path: Option<&Path>) -> Result<(Self, Origins)> {
+        let mut config = Self::installed();
+        let mut origins = Origins::new();
+        let main = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let files = std::iter::once(main.to_owned()).chain(drop_ins(main));
+        for (index, file) in files.enumerate() {
+            let text = match fs::read_to_string(&file) {
+                Ok(text) => text,
+                Err(error)
+                    if error.kind() == io::ErrorKind::NotFound && path.is_none() && index == 0 =>
+                {
+                    continue;
+                }
+                Err(error) => {
+                    return Err(Error::invalid(format!(
+                        "configuration {} cannot be read: {error}",
+                        file.display()
+                    )));
+                }
+            };
+            for key in config.apply(&file, &text)? {
+                origins.insert(key, file.clone());
+            }
+        }
+        Ok((config, origins))
+    }
+
+    /// Applies the text of a file, and tells which keys it sets.
+    pub(crate) fn apply(&mut self, path: &Path, text: &str) -> Result<Vec<String>> {
+        let invalid =
+            |what: String| Error::invalid(format!("configuration {}: {what}", path.display()));
+        let one_line = |error: toml::de::Error| error.to_string().trim_end().replace('\n', " ");
+        let table: toml::Table = toml::from_str(text).map_err(|error| invalid(one_line(error)))?;
+        let unknown = |key: &&String| !keys::KEYS.iter().any(|known| known.name == **key);
+        if let Some(key) = table.keys().find(unknown) {
+            let hint = match keys::nearest(key) {
+                Some(nearest) => format!("did you mean {nearest:?}?"),
+                None => "`brig config default` lists the keys".to_owned(),
+            };
+            return Err(invalid(format!("unknown key {key:?}; {hint}")));
+        }
+        // From the text once more, for the line in what it says.
+        let file: File = toml::from_str(text).map_err(|error| invalid(one_line(error)))?;
+        self.merge(file, &invalid)?;
+        Ok(table.keys().cloned().collect())
+    }
+}
+
+fn drop_ins(main: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(main.with_extension("d")) else {
+        return Vec::new();
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "toml")
+        })
+        .collect();
+    paths.sort();
+    paths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::asked::config::MIB;
+    use crate::error::Kind;
+    use std::time::Duration;
+
+    fn applied(text: &str) -> Result<Config> {
+        let mut config = Config::defaults(Path::new("/opt/brig/bin"));
+        config.apply(Path::new("/etc/brig/config.toml"), text)?;
+        Ok(config)
+    }
+
+    #[test]
+    fn an_empty_file_leaves_the_defaults_of_the_prefix() {
+        let config = applied("").unwrap();
+        assert_eq!(config, Config::defaults(Path::new("/opt/brig/bin")));
+        assert_eq!(config.kernel, Path::new("/opt/brig/share/brig/vmlinux"));
+        assert_eq!(config.vmm, Path::new("/opt/brig/libexec/brig/brig-vmm"));
+    }
+
+    #[test]
+    fn files_beside_the_binary_come_first() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("vmlinux"), "").unwrap();
+        let config = Config::defaults(dir.path());
+        assert_eq!(config.kernel, dir.path().join("vmlinux"));
+    }
+
+    #[test]
+    fn sizes_are_read_with_and_without_unit() {
+        assert_eq!(applied("memory = 128").unwrap().memory, 128 * MIB);
+        assert_eq!(applied("memory = \"128MiB\"").unwrap().memory, 128 * MIB);
+        assert_eq!(applied("memory = \"2GiB\"").unwrap().memory, 2048 * MIB);
+    }
+
+    #[test]
+    fn each_wrong_value_is_refused_by_a_sentence_that_names_it() {
+        for (text, expected) in [
+            (
+                "memory = 16",
+                "memory is 16 MiB, but a guest needs at least 64 MiB",
+            ),
+            ("memory = \"lots\"", "a size is a number of MiB"),
+            (
+                "memory = \"99999999999999999999GiB\"",
+                "a size is a number of MiB",
+            ),
+            ("vcpus = 0", "vcpus is 0"),
+            ("vcpus = 65", "vcpus is 65"),
+            ("time_scale = 0.0", "time_scale must be"),
+            ("time_scale = nan", "time_scale must be"),
+            ("kernel = \"vmlinux\"", "kernel must be an absolute path"),
+            ("shutdown_grace = 601", "shutdown_grace is 601s"),
+            ("shutdown_grace = -1", "shutdown_grace"),
+            (
+                "kernal = \"/x\"",
+                "unknown key \"kernal\"; did you mean \"kernel\"?",
+            ),
+            (
+                "colour = 1",
+                "unknown key \"colour\"; `brig config default`",
+            ),
+            ("shutdown_grace = \"soon\"", "a time is a number of seconds"),
+            ("shutdown_grace = 1.5", "a time is a number of seconds"),
+            ("max_files = 3", "max_files"),
+            ("netfilter = \"some\"", "expected one of"),
+            ("pod_annotations = [\"kernel\"]", "kernel"),
+            (
+                "file_systems = [\"pxfs\", \"proc\"]",
+                "file_systems: \"proc\" is a file system of the node's kernel",
+            ),
+            ("file_systems = [\"/proc\"]", "no file system's name"),
+            ("= =", "configuration /etc/brig/config.toml"),
+        ] {
+            let error = applied(text).unwrap_err();
+            assert_eq!(error.kind, Kind::InvalidArgument, "{text}");
+            assert!(error.message.contains(expected), "{text}: {error}");
+            assert!(!error.message.contains('\n'), "{text}");
+        }
+    }
+
+    #[test]
+    fn drop_ins_apply_in_the_order_of_their_names_over_the_handlers_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let main = dir.path().join("gpu.toml");
+        fs::write(&main, "vcpus = 2\nmemory = 128").unwrap();
+        let drop_dir = dir.path().join("gpu.d");
+        fs::create_dir(&drop_dir).unwrap();
+        fs::write(drop_dir.join("20.toml"), "vcpus = 4").unwrap();
+        fs::write(drop_dir.join("10.toml"), "vcpus = 3\ntime_scale = 5.0").unwrap();
+        fs::write(drop_dir.join("30.bak"), "vcpus = 9").unwrap();
+        let config = Config::load(Some(&main)).unwrap();
+        assert_eq!((config.vcpus, config.memory), (4, 128 * MIB));
+        assert_eq!(config.timeout(2), Duration::from_secs(10));
+    }
+
+    #[test]
+    fn each_key_is_known_by_the_file_the_documentation_and_the_schema() {
+        let defaults = Config::defaults(Path::new("/opt/brig/bin"));
+        let documented = keys::documented(&defaults);
+        // Every line of the documented file can be switched on, and is then the default.
+        let all: String = documented
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(set) if !set.starts_with(' ') => format!("{set}\n"),
+                _ => String::new(),
+            })
+            .collect();
+        let mut config = defaults.clone();
+        let set = config.apply(Path::new("all.toml"), &all).unwrap();
+        assert_eq!(config, defaults);
+        assert_eq!(set.len(), keys::KEYS.len(), "{all}");
+        let error = toml::from_str::<File>("no_such_key = 1").unwrap_err();
+        let fields = error.to_string().matches('`').count() / 2 - 1;
+        assert_eq!(fields, keys::KEYS.len(), "{error}");
+        let schema = keys::schema(&defaults);
+        assert_eq!(schema["properties"].as_object().unwrap().len(), fields);
+        assert_eq!(schema["properties"]["memory"]["default"], "256MiB");
+    }
+
+    #[test]
+    fn the_origin_of_a_value_is_the_last_file_that_sets_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let main = dir.path().join("h.toml");
+        fs::write(&main, "vcpus = 2\nmemory = 128").unwrap();
+        fs::create_dir(dir.path().join("h.d")).unwrap();
+        let drop_in = dir.path().join("h.d/a.toml");
+        fs::write(&drop_in, "vcpus = 4").unwrap();
+        let (_, origins) = Config::load_with_origins(Some(&main)).unwrap();
+        assert_eq!(origins.get("vcpus"), Some(&drop_in));
+        assert_eq!(origins.get("memory"), Some(&main));
+        assert_eq!(origins.get("kernel"), None);
+    }
+
+    #[test]
+    fn a_handler_that_names_a_missing_file_is_told_so() {
+        let error = Config::load(Some(Path::new("/nonexistent/brig.toml"))).unwrap_err();
+        assert!(error.message.contains("/nonexistent/brig.toml"), "{error}");
+    }
+}

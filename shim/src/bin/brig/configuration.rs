@@ -1,0 +1,135 @@
+//! `brig config`: the configuration as the operator meets it.
+
+use std::path::Path;
+
+use brig_shim::asked::config::keys::{self, KEYS};
+use brig_shim::asked::config::{Config, DEFAULT_PATH};
+use brig_shim::error::{Error, Result};
+use serde_json::{Map, Value, json};
+
+/// The prefix that the documentation shows.
+const PREFIX: &str = "/opt/brig/bin";
+
+/// Whether the configuration can be used: a sentence.
+///
+/// # Errors
+/// `InvalidArgument` that names the file and the key, or a file it names that is not there.
+pub fn check(file: Option<&Path>) -> Result<String> {
+    let config = Config::load(file)?;
+    for (key, path) in [
+        ("kernel", &config.kernel),
+        ("initramfs", &config.initramfs),
+        ("vmm", &config.vmm),
+    ] {
+        if !path.is_file() {
+            return Err(Error::not_found(format!(
+                "{key}: {} is not there; install Brig or name another file",
+                path.display()
+            )));
+        }
+    }
+    Ok(format!("{} is right\n", name(file)))
+}
+
+/// Every key, its value in force, and where that is from.
+///
+/// # Errors
+/// As of [`check`], but for files that are missing.
+pub fn show(file: Option<&Path>, as_json: bool) -> Result<String> {
+    let (config, origins) = Config::load_with_origins(file)?;
+    let from = |name: &str| {
+        let file = origins.get(name);
+        file.map_or_else(|| "default".to_owned(), |file| file.display().to_string())
+    };
+    if as_json {
+        let all: Map<String, Value> = KEYS
+            .iter()
+            .map(|key| {
+                let shown = json!({ "value": key.value(&config), "from": from(key.name) });
+                (key.name.to_owned(), shown)
+            })
+            .collect();
+        return Ok(format!("{}\n", Value::from(all)));
+    }
+    let line = |key: &keys::KeyDoc| {
+        let value = key.value(&config).to_string();
+        format!("{:<16} = {value:<40} # {}\n", key.name, from(key.name))
+    };
+    Ok(KEYS.iter().map(line).collect())
+}
+
+/// A documented file with the defaults of this installation.
+#[must_use]
+pub fn default() -> String {
+    keys::documented(&Config::installed())
+}
+
+/// The schema with the defaults of this installation.
+#[must_use]
+pub fn schema() -> String {
+    format!("{:#}\n", keys::schema(&Config::installed()))
+}
+
+/// The reference for docs/configuration.md, with the defaults of the ordinary prefix.
+#[must_use]
+pub fn reference() -> String {
+    let defaults = Config::defaults(Path::new(PREFIX));
+    let mut text = String::from("| key | default | what it is | value |\n|---|---|---|---|\n");
+    for key in KEYS {
+        let (name, what, form) = (key.name, key.what, key.form());
+        let default = key.value(&defaults);
+        text.push_str(&format!("| `{name}` | `{default}` | {what} | {form} |\n"));
+    }
+    text
+}
+
+fn name(file: Option<&Path>) -> String {
+    let file = file.unwrap_or(Path::new(DEFAULT_PATH));
+    if file.exists() {
+        format!("the configuration {}", file.display())
+    } else {
+        "the default configuration".to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_in_the_documentation_is_that_of_the_code() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        let reference = reference();
+        assert!(
+            page.contains(&reference),
+            "docs/configuration.md should hold what `brig config reference` prints:\n{reference}"
+        );
+    }
+
+    #[test]
+    fn what_is_shown_names_the_file_of_each_value() {
+        let dir = tempfile::tempdir().unwrap();
+        let main = dir.path().join("handler.toml");
+        std::fs::write(&main, "memory = \"1GiB\"\nshutdown_grace = \"500ms\"").unwrap();
+        let shown: Value = serde_json::from_str(&show(Some(&main), true).unwrap()).unwrap();
+        assert_eq!(shown["memory"]["value"], "1GiB");
+        assert_eq!(shown["memory"]["from"], main.display().to_string());
+        assert_eq!(shown["shutdown_grace"]["value"], "500ms");
+        assert_eq!(shown["vcpus"]["from"], "default");
+        let text = show(Some(&main), false).unwrap();
+        assert_eq!(text.lines().count(), KEYS.len());
+    }
+
+    #[test]
+    fn a_configuration_that_names_what_is_not_there_is_not_right() {
+        let dir = tempfile::tempdir().unwrap();
+        let main = dir.path().join("handler.toml");
+        std::fs::write(&main, "kernel = \"/nonexistent/vmlinux\"").unwrap();
+        let error = check(Some(&main)).unwrap_err();
+        assert!(error.message.contains("/nonexistent/vmlinux"), "{error}");
+        std::fs::write(&main, "kernal = 1").unwrap();
+        let error = check(Some(&main)).unwrap_err();
+        assert!(error.message.contains("did you mean \"kernel\""), "{error}");
+    }
+}
