@@ -19,7 +19,7 @@ use crates::Crate;
 const ROOTS: &[&str] = &[
     "shim/src/lib.rs",
     "shim/src/bin/brig/main.rs",
-    "agent/src/main.rs",
+    "agent/src/lib.rs",
 ];
 
 /// The shim's rooms from the top down. What is fuzzed is of any room, and nothing uses that file.
