@@ -370,7 +370,8 @@ async fn terminal_to_stream(
     mut deleted: watch::Receiver<()>,
 ) {
     let mut buffer = vec![0; CHUNK];
-    loop {
+    let mut left = LAST;
+    while left > 0 {
         let read = master.async_io(Interest::READABLE, |fd| {
             Ok(rustix::io::read(fd, &mut *buffer)?)
         });
@@ -383,6 +384,10 @@ async fn terminal_to_stream(
         match read {
             Ok(0) | Err(_) => break,
             Ok(n) => {
+                // Somebody may go on writing for ever.
+                if deleted.has_changed().is_err() {
+                    left = left.saturating_sub(n);
+                }
                 if stream.write_all(&buffer[..n]).await.is_err() {
                     return;
                 }
