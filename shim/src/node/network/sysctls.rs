@@ -239,9 +239,15 @@ fn select(
     let mut changed = std::collections::HashSet::new();
     for (name, value) in found {
         let interface = interface_of(&name);
-        // What was set for all may have changed each.
+        // What was set for all may have changed each, and so may the default, of those without an address yet.
         let follows = interface.is_some_and(|interface| {
-            interface != "all" && changed.contains(&with_interface(&name, interface, "all"))
+            let general = match interface {
+                "all" => &[][..],
+                "default" => &["all"],
+                _ => &["all", "default"],
+            };
+            let mut general = general.iter();
+            general.any(|other| changed.contains(&with_interface(&name, interface, other)))
         });
         let redirects = name == REDIRECTS && changed.contains(FORWARD);
         if !follows && !redirects && !defaults.differs(&name, &value) {
@@ -342,10 +348,16 @@ mod tests {
                 "net/ipv6/conf/lo/disable_ipv6",
             ]
         );
-        // The same as a guest's, but no longer when all have been changed.
+        // The same as a guest's, but no longer when all have been changed, or the default has.
         let eth0 = &tuned.interfaces["eth0"];
         assert_eq!(names(eth0), ["net/ipv6/conf/eth0/disable_ipv6"]);
         assert_eq!(eth0[0].value, "0");
+        let default = selected(&[
+            ("net/ipv4/conf/eth0/rp_filter", "0"),
+            ("net/ipv4/conf/default/rp_filter", "1"),
+        ]);
+        let eth0 = &default.interfaces["eth0"];
+        assert_eq!(names(eth0), ["net/ipv4/conf/eth0/rp_filter"]);
     }
 
     #[test]

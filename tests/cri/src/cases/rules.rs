@@ -83,7 +83,7 @@ fn rules(suite: &mut Suite) -> Result<()> {
     let _chain = Chain::with(
         &suite.cri,
         "iptables-nft -t nat -A PREROUTING -p tcp -m multiport --dports 81,82 -j REDIRECT --to-ports 8080\n\
-         iptables-nft -A INPUT -p tcp --dport 9090 -j REJECT --reject-with tcp-reset\n\
+         iptables-nft -A INPUT ! -i lo -p tcp --dport 9090 -j REJECT --reject-with tcp-reset\n\
          nft add table inet brig-cri\n\
          nft 'add chain inet brig-cri out { type filter hook output priority 0; }'\n\
          nft add rule inet brig-cri out oif != lo meta skuid 1000 ip daddr 10.88.0.1 reject\n",
