@@ -78,14 +78,17 @@ fn lacking(suite: &mut Suite) -> Result<()> {
         return not_here("a container has the node's own devices");
     }
     let shared = suite.shared()?;
-    for (path, words) in [("/dev/mem", "VFIO, CDI"), ("/dev/ptmx", "of its own")] {
-        let made = shared
+    for (name, path, words) in [
+        ("lacking-mem", "/dev/mem", "VFIO, CDI"),
+        ("lacking-ptmx", "/dev/ptmx", "of its own"),
+    ] {
+        let started = shared
             .pod
-            .container("lacking", SLEEP)
+            .container(name, SLEEP)
             .mount(Path::new(path), "/d")
-            .create();
-        let error = match made {
-            Ok(_) => anyhow::bail!("a container with the node's {path} was made"),
+            .start();
+        let error = match started {
+            Ok(_) => anyhow::bail!("a container with the node's {path} was started"),
             Err(error) => format!("{error:#}"),
         };
         contains("the refusal", path, &error)?;
