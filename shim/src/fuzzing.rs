@@ -85,7 +85,7 @@ pub fn configuration_file(data: &[u8]) {
     let mut config = Config::defaults(Path::new("/opt/brig/bin"));
     let path = Path::new("/etc/brig/config.toml");
     match config.apply(path, text) {
-        Ok(_) => {
+        Ok(()) => {
             within_bounds(&config);
             config.apply(path, text).unwrap();
         }

@@ -21,7 +21,11 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` that names the file and the key.
     pub fn load(path: Option<&Path>) -> Result<Self> {
-        Self::load_with_origins(path).map(|(config, _)| config)
+        let mut config = Self::installed();
+        for (file, text) in files(path)? {
+            config.apply(&file, &text)?;
+        }
+        Ok(config)
     }
 
     /// As [`Config::load`], with the file that each key which is not a default has its value from.
@@ -31,49 +35,64 @@ impl Config {
     pub fn load_with_origins(path: Option<&Path>) -> Result<(Self, Origins)> {
         let mut config = Self::installed();
         let mut origins = Origins::new();
-        let main = path.unwrap_or(Path::new(DEFAULT_PATH));
-        let files = std::iter::once(main.to_owned()).chain(drop_ins(main));
-        for (index, file) in files.enumerate() {
-            let text = match fs::read_to_string(&file) {
-                Ok(text) => text,
-                Err(error)
-                    if error.kind() == io::ErrorKind::NotFound && path.is_none() && index == 0 =>
-                {
-                    continue;
-                }
-                Err(error) => {
-                    return Err(Error::invalid(format!(
-                        "configuration {} cannot be read: {error}",
-                        file.display()
-                    )));
-                }
-            };
-            for key in config.apply(&file, &text)? {
+        for (file, text) in files(path)? {
+            config.apply(&file, &text)?;
+            for key in keys_of(&text) {
                 origins.insert(key, file.clone());
             }
         }
         Ok((config, origins))
     }
 
-    /// Applies the text of a file, and tells which keys it sets.
-    pub(crate) fn apply(&mut self, path: &Path, text: &str) -> Result<Vec<String>> {
+    /// Applies the text of a file.
+    pub(crate) fn apply(&mut self, path: &Path, text: &str) -> Result<()> {
         let invalid =
             |what: String| Error::invalid(format!("configuration {}: {what}", path.display()));
-        let one_line = |error: toml::de::Error| error.to_string().trim_end().replace('\n', " ");
-        let table: toml::Table = toml::from_str(text).map_err(|error| invalid(one_line(error)))?;
-        let unknown = |key: &&String| !keys::KEYS.iter().any(|known| known.name == **key);
-        if let Some(key) = table.keys().find(unknown) {
-            let hint = match keys::nearest(key) {
-                Some(nearest) => format!("did you mean {nearest:?}?"),
-                None => "`brig config default` lists the keys".to_owned(),
-            };
-            return Err(invalid(format!("unknown key {key:?}; {hint}")));
-        }
-        // From the text once more, for the line in what it says.
-        let file: File = toml::from_str(text).map_err(|error| invalid(one_line(error)))?;
-        self.merge(file, &invalid)?;
-        Ok(table.keys().cloned().collect())
+        let file: File = toml::from_str(text).map_err(|error| invalid(explain(text, &error)))?;
+        self.merge(file, &invalid)
     }
+}
+
+/// The texts of the main file and its drop-ins, in the order in which they apply.
+fn files(path: Option<&Path>) -> Result<Vec<(PathBuf, String)>> {
+    let main = path.unwrap_or(Path::new(DEFAULT_PATH));
+    let mut texts = Vec::new();
+    for (index, file) in std::iter::once(main.to_owned())
+        .chain(drop_ins(main))
+        .enumerate()
+    {
+        match fs::read_to_string(&file) {
+            Ok(text) => texts.push((file, text)),
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound && path.is_none() && index == 0 => {}
+            Err(error) => {
+                return Err(Error::invalid(format!(
+                    "configuration {} cannot be read: {error}",
+                    file.display()
+                )));
+            }
+        }
+    }
+    Ok(texts)
+}
+
+/// The keys that a file sets; none of a text that is no TOML.
+fn keys_of(text: &str) -> Vec<String> {
+    let table: toml::Table = toml::from_str(text).unwrap_or_default();
+    table.keys().cloned().collect()
+}
+
+/// Why a file cannot be read, in one line: a key that does not exist comes first, with the nearest that does.
+fn explain(text: &str, error: &toml::de::Error) -> String {
+    let known = |key: &String| keys::KEYS.iter().any(|known| known.name == *key);
+    let Some(key) = keys_of(text).into_iter().find(|key| !known(key)) else {
+        return error.to_string().trim_end().replace('\n', " ");
+    };
+    let hint = match keys::nearest(&key) {
+        Some(nearest) => format!("did you mean {nearest:?}?"),
+        None => "`brig config default` lists the keys".to_owned(),
+    };
+    format!("unknown key {key:?}; {hint}")
 }
 
 fn drop_ins(main: &Path) -> Vec<PathBuf> {
@@ -201,9 +220,9 @@ mod tests {
             })
             .collect();
         let mut config = defaults.clone();
-        let set = config.apply(Path::new("all.toml"), &all).unwrap();
+        config.apply(Path::new("all.toml"), &all).unwrap();
         assert_eq!(config, defaults);
-        assert_eq!(set.len(), keys::KEYS.len(), "{all}");
+        assert_eq!(keys_of(&all).len(), keys::KEYS.len(), "{all}");
         let error = toml::from_str::<File>("no_such_key = 1").unwrap_err();
         let fields = error.to_string().matches('`').count() / 2 - 1;
         assert_eq!(fields, keys::KEYS.len(), "{error}");
