@@ -28,6 +28,7 @@ mod names;
 mod netfilter;
 mod network;
 mod outputs;
+mod pci;
 mod pid1;
 mod places;
 mod process;

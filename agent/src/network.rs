@@ -1,6 +1,6 @@
 //! Links, addresses, routes and neighbours of the sandbox, as the host's network plug-in set them
 //! up for the pod. The network namespace is the guest's own: the VM is the boundary.
-use std::{fs, net::IpAddr, time::Duration};
+use std::{net::IpAddr, time::Duration};
 
 use brig_agent_protocol::agent::{
     Interface, Neighbour, NetfilterRefusal, Route, StartSandboxRequest,
@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     error::{Error, Result},
-    inherited, netfilter,
+    inherited, netfilter, pci,
 };
 
 /// How long a hot-plugged interface may take to appear after the bus was scanned.
@@ -216,9 +216,7 @@ async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u3
         }
         if !scanned {
             scanned = true;
-            let scan = tokio::task::spawn_blocking(|| fs::write("/sys/bus/pci/rescan", "1")).await;
-            scan.map_err(|e| Error::Internal(e.to_string()))?
-                .map_err(|e| Error::io("PCI rescan", e))?;
+            pci::rescan().await?;
         } else {
             // The driver's probe is not awaited by the scan, and a link has no file to watch before
             // it exists.

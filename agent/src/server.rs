@@ -6,10 +6,11 @@ use brig_agent_protocol::MAX_LISTED;
 use brig_agent_protocol::{
     agent::{
         AddNetworkRequest, AddNetworkResponse, AdjustClockRequest, AdjustClockResponse,
-        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
-        ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizePtyRequest, ShutdownRequest,
-        SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
-        UpdateVolumeRequest, VolumeRef, update_volume_request,
+        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, DeviceRef,
+        Empty, Event, FindDeviceRequest, FoundDevice, ProcessExited, ProcessList, ProcessRef,
+        ProcessStarted, ResizePtyRequest, ShutdownRequest, SignalRequest, StartSandboxRequest,
+        StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest, VolumeRef,
+        update_volume_request,
     },
     agent_ttrpc::Agent,
 };
@@ -22,7 +23,7 @@ use crate::{
     context::Context,
     error::{Error, Result},
     forward::Forwarder,
-    names, network,
+    names, network, pci,
     process::Reply,
     sandbox, setup, spec, validate,
 };
@@ -353,6 +354,20 @@ impl Agent for Service {
             netfilter_refused,
             ..AddNetworkResponse::default()
         })
+    }
+
+    async fn find_device(
+        &self,
+        _: &TtrpcContext,
+        request: FindDeviceRequest,
+    ) -> ttrpc::Result<FoundDevice> {
+        let wait = Duration::from_millis(request.wait_ms.into());
+        Ok(pci::find(request.function, wait).await?)
+    }
+
+    async fn remove_device(&self, _: &TtrpcContext, request: DeviceRef) -> ttrpc::Result<Empty> {
+        pci::remove(request.function).await?;
+        Ok(Empty::new())
     }
 
     async fn drop_caches(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -22,7 +22,7 @@ use crate::arch::x86_64::acpi::Platform;
 use crate::arch::x86_64::boot::{self, BootInfo};
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{cpuid, layout};
-use crate::control::{NetConfig, VmConfig, exit};
+use crate::control::{DeviceConfig, VmConfig, exit};
 use crate::exits::ExitCounters;
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kernel;
@@ -69,12 +69,25 @@ impl Vm {
         &self.handles.vsock
     }
 
-    /// Puts one more network interface on the bus.
+    /// Puts one more device on the bus; the number of its function.
     ///
     /// # Errors
     /// [`StartError`]; the machine is as before.
-    pub fn add_net(&mut self, net: &NetConfig, fds: &mut Descriptors) -> Result<(), StartError> {
-        self.board.plug_net(net, fds)
+    pub fn plug(&mut self, device: &DeviceConfig, fds: &mut Descriptors) -> Result<u8, StartError> {
+        self.board.plug(device, fds)
+    }
+
+    /// Takes a device that was plugged from the guest; [`Notice::Removed`] follows when it is gone.
+    ///
+    /// # Errors
+    /// [`StartError::State`] if nothing was plugged there, or it is leaving already.
+    pub fn unplug(&mut self, function: u8) -> Result<(), StartError> {
+        self.board.unplug(function)
+    }
+
+    /// To be called at [`Notice::Removed`]: what the function used is free from now on.
+    pub fn removed(&mut self, function: u8) {
+        self.board.removed(function);
     }
 
     /// Exits by reason, over all CPUs.

@@ -52,9 +52,15 @@ pub enum RequestBody {
         /// Relative to the share's root.
         path: String,
     },
-    /// Adds a network interface to the running machine. The guest sees it once it has scanned the PCI bus
-    /// again.
-    AddNet(NetConfig),
+    /// Adds a device to the running machine. The guest sees it once it has scanned the PCI bus again. The reply is
+    /// [`ReplyBody::Plugged`].
+    Plug(DeviceConfig),
+    /// Takes a device away that was plugged. The guest should have removed it: else its accesses go nowhere from now
+    /// on. The reply comes when I/O in flight has ended and the VMM holds nothing of the device any more.
+    Unplug {
+        /// As [`ReplyBody::Plugged`] told it.
+        function: u8,
+    },
     /// Asks for boot marks and exit counters.
     Counters,
     /// Ends the VM at once. The reply precedes the exit.
@@ -88,6 +94,15 @@ pub struct VmConfig {
     pub debug_console: bool,
     /// Start although `/dev/kvm` emulates instead of virtualising.
     pub allow_slow_kvm: bool,
+}
+
+/// A device that is plugged into the running machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum DeviceConfig {
+    /// A network interface.
+    Net(NetConfig),
+    /// A disk.
+    Disk(DiskConfig),
 }
 
 /// A virtio-net interface on a tap.
@@ -150,6 +165,11 @@ pub struct Reply {
 pub enum ReplyBody {
     /// Nothing to tell.
     Done,
+    /// Answer to [`RequestBody::Plug`].
+    Plugged {
+        /// Where on the guest's bus 0: its device number (five bits) and function number (three).
+        function: u8,
+    },
     /// Answer to [`RequestBody::Counters`].
     Counters(Counters),
 }
@@ -296,7 +316,8 @@ pub fn send<T: Serialize>(
     Ok(())
 }
 
-/// Receives one message with its descriptors (close-on-exec); `None` when the peer has closed.
+/// Receives one message with its descriptors (close-on-exec); `None` when the peer has closed. Descriptors that
+/// the receiver had no room for are missing at the end.
 ///
 /// # Errors
 /// `InvalidData` for a message that is truncated or not of this protocol, else what `recvmsg` says.
@@ -321,9 +342,7 @@ pub fn receive<T: DeserializeOwned>(
             }
         }
     }
-    let truncated = received
-        .flags
-        .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+    let truncated = received.flags.contains(MsgFlags::MSG_TRUNC);
     let length = received.bytes;
     if truncated {
         return Err(io::Error::new(

@@ -119,7 +119,28 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
 pub struct KvmRoutes {
     vm: Arc<VmFd>,
     table: Mutex<Vec<kvm_irq_routing_entry>>,
-    next: Mutex<u32>,
+    sources: Mutex<Sources>,
+}
+
+/// Which GSIs are free.
+#[derive(Debug)]
+struct Sources {
+    /// Never given out yet, from here to [`layout::GSI_END`].
+    next: u32,
+    /// Given back.
+    free: Vec<u32>,
+}
+
+impl Sources {
+    fn take(&mut self) -> Option<u32> {
+        self.free.pop().or_else(|| {
+            let gsi = self.next;
+            (gsi < layout::GSI_END).then(|| {
+                self.next += 1;
+                gsi
+            })
+        })
+    }
 }
 
 impl KvmRoutes {
@@ -129,23 +150,28 @@ impl KvmRoutes {
         Self {
             vm,
             table: Mutex::default(),
-            next: Mutex::new(layout::FIRST_MSI_GSI),
+            sources: Mutex::new(Sources {
+                next: layout::FIRST_MSI_GSI,
+                free: Vec::new(),
+            }),
         }
     }
 }
 
 impl Routes for KvmRoutes {
     fn allocate(&self) -> io::Result<Route> {
-        let mut next = lock(&self.next);
-        if *next >= layout::GSI_END {
-            return Err(io::Error::other("the VM has no interrupt source left"));
-        }
         let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        self.vm
-            .register_irqfd(&trigger, *next)
-            .map_err(io::Error::from)?;
-        let gsi = *next;
-        *next += 1;
+        let mut sources = lock(&self.sources);
+        let Some(gsi) = sources.take() else {
+            let all = layout::GSI_END - layout::FIRST_MSI_GSI;
+            return Err(io::Error::other(format!(
+                "all {all} interrupt sources of the VM are taken"
+            )));
+        };
+        if let Err(error) = self.vm.register_irqfd(&trigger, gsi) {
+            sources.free.push(gsi);
+            return Err(error.into());
+        }
         Ok(Route { gsi, trigger })
     }
 
@@ -164,6 +190,14 @@ impl Routes for KvmRoutes {
         self.vm.set_gsi_routing(&routing).map_err(io::Error::from)?;
         *table = changed;
         Ok(())
+    }
+
+    fn release(&self, route: Route) {
+        // Closing the event would do it as well.
+        let _ = self.vm.unregister_irqfd(&route.trigger, route.gsi);
+        // KVM's own table follows with the next update: a route that nothing signals is inert.
+        lock(&self.table).retain(|entry| entry.gsi != route.gsi);
+        lock(&self.sources).free.push(route.gsi);
     }
 }
 
@@ -207,6 +241,21 @@ mod tests {
             .split_whitespace()
             .any(|flag| flag == "vmx" || flag == "svm");
         assert_eq!(verdict().is_ok(), flagged);
+    }
+
+    #[test]
+    fn sources_that_are_given_back_are_given_out_again_and_no_other_twice() {
+        let mut sources = Sources {
+            next: layout::FIRST_MSI_GSI,
+            free: Vec::new(),
+        };
+        let all: Vec<u32> = std::iter::from_fn(|| sources.take()).collect();
+        assert_eq!(
+            all,
+            (layout::FIRST_MSI_GSI..layout::GSI_END).collect::<Vec<_>>()
+        );
+        sources.free.push(77);
+        assert_eq!((sources.take(), sources.take()), (Some(77), None));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! The shim is trusted; it may be slow, so what is sent waits in a bounded queue and never blocks.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -37,6 +37,8 @@ struct Server {
     control: OwnedFd,
     outbox: VecDeque<FromVmm>,
     marks: Vec<(u16, u64)>,
+    /// Requests that wait for the end of a device, by its function.
+    unplugging: BTreeMap<u8, u64>,
     clock: Clock,
     log: Logger,
 }
@@ -54,6 +56,7 @@ pub fn serve(control: OwnedFd, clock: Clock, marks: Vec<(u16, u64)>, log: Logger
         control,
         outbox: VecDeque::new(),
         marks,
+        unplugging: BTreeMap::new(),
         clock,
         log,
     };
@@ -142,7 +145,7 @@ impl Server {
                 let flow = match event.data() {
                     NOTICES => {
                         let _ = wake.read();
-                        self.take_notices(&notices)
+                        self.take_notices(&notices, &mut vm)
                     }
                     _ => self.take_requests(&mut vm),
                 };
@@ -251,10 +254,18 @@ impl Server {
                 .forget_share(&path)
                 .map(|()| ReplyBody::Done)
                 .map_err(|reason| state(&reason)),
-            RequestBody::AddNet(net) => vm
-                .add_net(&net, &mut Descriptors::new(fds))
-                .map(|()| ReplyBody::Done)
-                .map_err(|error| error.reply("the interface was not added")),
+            RequestBody::Plug(device) => vm
+                .plug(&device, &mut Descriptors::new(fds))
+                .map(|function| ReplyBody::Plugged { function })
+                .map_err(|error| error.reply("the device was not added")),
+            RequestBody::Unplug { function } => match vm.unplug(function) {
+                // Answered when it is gone.
+                Ok(()) => {
+                    self.unplugging.insert(function, request.id);
+                    return Flow::Continue;
+                }
+                Err(error) => Err(error.reply("the device was not removed")),
+            },
             RequestBody::Counters => Ok(self.counters(Some(vm))),
             RequestBody::Stop => {
                 self.reply(request.id, Ok(ReplyBody::Done));
@@ -272,7 +283,7 @@ impl Server {
         })
     }
 
-    fn take_notices(&mut self, notices: &Receiver<Notice>) -> Flow {
+    fn take_notices(&mut self, notices: &Receiver<Notice>, vm: &mut Vm) -> Flow {
         while let Ok(notice) = notices.try_recv() {
             match notice {
                 Notice::Mark { mark, micros } => {
@@ -288,6 +299,12 @@ impl Server {
                 }
                 Notice::Vsock(VsockEvent::StreamClosed { stream, reset }, _) => {
                     self.event(Event::StreamClosed { stream, reset });
+                }
+                Notice::Removed(function) => {
+                    vm.removed(function);
+                    if let Some(id) = self.unplugging.remove(&function) {
+                        self.reply(id, Ok(ReplyBody::Done));
+                    }
                 }
                 Notice::Ended(ended) => return Flow::End(ended),
             }

@@ -1,18 +1,22 @@
-//! Puts the devices of a configuration on the bus, each behind a worker thread, and later the interfaces that
-//! are plugged into the running machine.
+//! Puts the devices of a configuration on the bus, each behind a worker thread. [`plug`] is what comes and goes
+//! while the machine runs.
 //!
 //! Trusts the shim's configuration.
 
+mod plug;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use brig_agent_protocol::GUEST_CID;
 use kvm_ioctls::VmFd;
 use slog::{Logger, o};
 
-use super::descriptors::Descriptors;
+use self::plug::Plugged;
+use super::descriptors::{self, Descriptors};
 use super::error::StartError;
 use crate::arch::x86_64::layout;
-use crate::control::{NetConfig, VmConfig, exit};
+use crate::control::{DiskConfig, NetConfig, VmConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kvm::{KvmIoEventFds, KvmRoutes};
 use crate::notice::{Notice, Notifier};
@@ -20,6 +24,7 @@ use crate::pci::bus::Bus;
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::mirror::KvmMirror;
 use crate::pci::msix::Msix;
+use crate::pci::window::Window;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::fs::{Fs, FsHandle};
@@ -51,8 +56,9 @@ pub struct Handles {
 pub struct Board {
     /// The bus.
     pub bus: Arc<Bus>,
-    functions: u8,
     vectors: u32,
+    /// Places of BARs below 4 GiB.
+    low: Window,
     memory: GuestMemory,
     routes: Arc<KvmRoutes>,
     ioeventfds: Arc<KvmIoEventFds>,
@@ -61,6 +67,10 @@ pub struct Board {
     /// The one that takes interfaces which are plugged later: that of the others, or that of quiet devices.
     net_worker: usize,
     nets: usize,
+    /// What was plugged into the running machine, by function.
+    plugged: BTreeMap<u8, Plugged>,
+    /// Descriptors that the process may have open.
+    max_files: u64,
     vcpus: u8,
     notifier: Notifier,
     log: Logger,
@@ -82,14 +92,16 @@ impl Board {
         bus.add(Arc::new(HostBridge::new()))?;
         Ok(Self {
             bus,
-            functions: 1,
             vectors: 0,
+            low: Window::new(layout::MMIO32),
             memory,
             routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
             ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),
             workers: Vec::new(),
             net_worker: 0,
             nets: 0,
+            plugged: BTreeMap::new(),
+            max_files: descriptors::limit(),
             vcpus: 1,
             notifier: notifier.clone(),
             log: log.clone(),
@@ -101,7 +113,8 @@ impl Board {
     /// # Errors
     /// If the host gives no memory or slot.
     pub fn mirror_configuration(&self, vm: &Arc<VmFd>, slot: u32) -> Result<(), StartError> {
-        let mirror = KvmMirror::new(Arc::clone(vm), slot, self.functions, self.log.clone())?;
+        let functions = self.bus.next()?;
+        let mirror = KvmMirror::new(Arc::clone(vm), slot, functions, self.log.clone())?;
         self.bus.set_mirror(Box::new(mirror));
         Ok(())
     }
@@ -162,32 +175,10 @@ impl Board {
         Ok(())
     }
 
-    /// Adds an interface to the running machine.
-    ///
-    /// # Errors
-    /// See [`StartError`]; also if there are too many, or too few interrupt vectors. The guest sees nothing of it then.
-    pub fn plug_net(&mut self, net: &NetConfig, fds: &mut Descriptors) -> Result<(), StartError> {
-        if self.nets >= MAX_DEVICES {
-            return Err(StartError::Invalid(format!(
-                "at most {MAX_DEVICES} network interfaces are possible"
-            )));
-        }
-        let (slot, part) = self.prepare(Box::new(new_net(net, fds)?));
-        let vectors = self.vectors + u32::from(part.description.vectors());
-        check_vectors(vectors, self.vcpus)?;
-        let handle = self.workers[self.net_worker].add(slot);
-        self.put_on_bus(part, handle)?;
-        self.vectors = vectors;
-        self.nets += 1;
-        Ok(())
-    }
-
     /// Each disk has its own thread: its I/O is synchronous.
     fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
         for disk in &config.disks {
-            let file = fds.take(disk.file, "disk")?;
-            let device =
-                Block::new(file, disk.readonly, &disk.serial).map_err(device_error("block"))?;
+            let device = new_disk(disk, fds)?;
             self.add("block", ThreadKind::Worker, vec![Box::new(device)])?;
         }
         Ok(())
@@ -244,8 +235,10 @@ impl Board {
         (slot, part)
     }
 
-    fn put_on_bus(&mut self, part: Part, handle: DeviceHandle) -> Result<(), StartError> {
-        let base = layout::MMIO32.start + u64::from(self.functions) * BAR_SIZE;
+    /// Puts a device on the bus; its function's number and where its BAR is.
+    fn put_on_bus(&mut self, part: Part, handle: DeviceHandle) -> Result<(u8, u64), StartError> {
+        let multi_function = self.bus.next()?.is_multiple_of(8);
+        let base = self.low.allocate(BAR_SIZE)?;
         let function = VirtioPci::new(
             &part.description,
             handle,
@@ -256,10 +249,9 @@ impl Board {
                 log: self.log.clone(),
             },
             base,
-            self.functions.is_multiple_of(8),
+            multi_function,
         )?;
-        self.functions = self.bus.add(Arc::new(function))? + 1;
-        Ok(())
+        Ok((self.bus.add(Arc::new(function))?, base))
     }
 }
 
@@ -275,6 +267,11 @@ fn new_net(net: &NetConfig, fds: &mut Descriptors) -> Result<Net, StartError> {
     Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))
 }
 
+fn new_disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, StartError> {
+    let file = fds.take(disk.file, "disk")?;
+    Block::new(file, disk.readonly, &disk.serial).map_err(device_error("block"))
+}
+
 fn device_error<E: std::fmt::Display>(device: &'static str) -> impl Fn(E) -> StartError {
     move |error| StartError::Device {
         device,
@@ -288,7 +285,7 @@ fn check_vectors(needed: u32, vcpus: u8) -> Result<(), StartError> {
     if needed <= available {
         return Ok(());
     }
-    Err(StartError::Invalid(format!(
+    Err(StartError::Limit(format!(
         "the devices need {needed} interrupt vectors, but {vcpus} vCPUs have {available}: give the \
          VM more vCPUs or its interfaces fewer queues"
     )))

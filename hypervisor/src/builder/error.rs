@@ -8,6 +8,7 @@ use crate::kernel::KernelError;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;
 use crate::pci::bus::BusFull;
+use crate::pci::window::WindowFull;
 use crate::virtio::pci::TransportError;
 
 /// Why a VM was not started.
@@ -16,6 +17,12 @@ pub enum StartError {
     /// The configuration is wrong.
     #[error("{0}")]
     Invalid(String),
+    /// It does not fit what the machine is or has.
+    #[error("{0}")]
+    State(String),
+    /// Something has run out; the numbers say what.
+    #[error("{0}")]
+    Limit(String),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -34,6 +41,9 @@ pub enum StartError {
     /// The bus is full.
     #[error(transparent)]
     Bus(#[from] BusFull),
+    /// There is no place for a BAR.
+    #[error(transparent)]
+    Window(#[from] WindowFull),
     /// A device could not be made.
     #[error("{device}: {reason}")]
     Device {
@@ -60,7 +70,11 @@ impl StartError {
             Self::Invalid(_)
             | Self::Boot(_)
             | Self::Kernel(KernelError::Format(_) | KernelError::Load(_)) => ErrorKind::Invalid,
-            Self::Kernel(KernelError::NoRoom { .. }) | Self::Bus(_) => ErrorKind::Limit,
+            Self::State(_) => ErrorKind::State,
+            Self::Kernel(KernelError::NoRoom { .. })
+            | Self::Bus(_)
+            | Self::Window(_)
+            | Self::Limit(_) => ErrorKind::Limit,
             Self::Kvm(_) | Self::Memory(_) | Self::Kernel(_) | Self::Thread { .. } => {
                 ErrorKind::Host
             }

@@ -2,7 +2,7 @@
 //! system calls by kind of thread. `tests/jail` compares it with a running process.
 //!
 //! To widen it, add a line here with its reason. Denied by not being here, whatever the arguments:
-//! mounts, `setns`, `unshare`, `clone`, `socket`, `execve`, `io_uring_setup`, `ptrace`, `process_vm_*`,
+//! mounts, `setns`, `unshare`, new processes, `socket`, `execve`, `io_uring_setup`, `ptrace`, `process_vm_*`,
 //! `bpf`, `keyctl`, `open_by_handle_at`, `userfaultfd`, `perf_event_open`, `memfd_create`, and
 //! executable memory.
 
@@ -65,7 +65,7 @@ pub fn descriptor(target: &str) -> bool {
 /// Kinds of threads; each has its own list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ThreadKind {
-    /// The control loop.
+    /// The control loop, which also starts the threads of devices that are plugged later.
     Main,
     /// A CPU of the guest.
     Vcpu,
@@ -202,7 +202,41 @@ const MAIN: &[Allowed] = allow![
     SYS_recvfrom,
     SYS_shutdown,
     SYS_ioctl one_of(1, &MAIN_IOCTL),
+    // A thread for a device that is plugged into the running machine: a thread and nothing else, as the C
+    // libraries start one. It inherits this list and takes its own besides, so all of WORKER is on it too.
+    SYS_clone one_of(0, &NEW_THREAD),
+    // Its arguments cannot be looked at; see `WITHOUT_CLONE3`.
+    SYS_clone3,
+    SYS_epoll_create1,
+    SYS_sched_getaffinity,
+    SYS_prctl one_of(0, &NEW_THREAD_PRCTL),
+    SYS_seccomp one_of(0, &SET_FILTER),
 ];
+
+/// Answered with `ENOSYS` where it is allowed, so that the C library takes `clone`, whose flags are in an argument.
+pub const WITHOUT_CLONE3: libc::c_long = libc::SYS_clone3;
+
+/// The flags of a thread: those of glibc, and those of musl, which adds `CLONE_DETACHED`.
+const NEW_THREAD: [u32; 2] = [THREAD_FLAGS, THREAD_FLAGS | 0x0040_0000];
+
+const THREAD_FLAGS: u32 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID)
+    .cast_unsigned();
+
+/// Its name, and what its own filter asks for.
+const NEW_THREAD_PRCTL: [u32; 2] = [
+    libc::PR_SET_NAME.cast_unsigned(),
+    libc::PR_SET_NO_NEW_PRIVS.cast_unsigned(),
+];
+
+const SET_FILTER: [u32; 1] = [libc::SECCOMP_SET_MODE_FILTER];
 
 /// Function by function, and the tap of an interface that is plugged later.
 const MAIN_IOCTL: [u32; 8] = [
@@ -312,11 +346,11 @@ const FS_IOCTL: [u32; 6] = [
 
 /// What a kind of thread may call.
 pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> {
-    let own: [&'static [Allowed]; 2] = match kind {
-        ThreadKind::Main => [EPOLL, MAIN],
-        ThreadKind::Vcpu => [VCPU, &[]],
-        ThreadKind::Worker => [EPOLL, WORKER],
-        ThreadKind::Fs => [EPOLL, FS],
+    let own: [&'static [Allowed]; 3] = match kind {
+        ThreadKind::Main => [EPOLL, MAIN, WORKER],
+        ThreadKind::Vcpu => [VCPU, &[], &[]],
+        ThreadKind::Worker => [EPOLL, WORKER, &[]],
+        ThreadKind::Fs => [EPOLL, FS, &[]],
     };
     EVERY.iter().chain(own.into_iter().flatten())
 }
@@ -345,8 +379,6 @@ mod tests {
             libc::SYS_chroot,
             libc::SYS_setns,
             libc::SYS_unshare,
-            libc::SYS_clone,
-            libc::SYS_clone3,
             libc::SYS_fork,
             libc::SYS_vfork,
             libc::SYS_execve,
@@ -367,10 +399,8 @@ mod tests {
             libc::SYS_memfd_create,
             libc::SYS_pidfd_open,
             libc::SYS_pidfd_getfd,
-            libc::SYS_prctl,
             libc::SYS_prlimit64,
             libc::SYS_epoll_create,
-            libc::SYS_epoll_create1,
             libc::SYS_setuid,
             libc::SYS_setreuid,
             libc::SYS_kill,
@@ -380,6 +410,50 @@ mod tests {
         for kind in KINDS {
             for call in system_calls(kind) {
                 assert!(!denied.contains(&call.number), "{kind:?}: {}", call.name);
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_control_loop_starts_threads_and_nothing_starts_a_process_or_a_namespace() {
+        let own = [
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_prctl,
+            libc::SYS_seccomp,
+            libc::SYS_epoll_create1,
+        ];
+        for kind in KINDS {
+            let has = system_calls(kind).any(|call| own.contains(&call.number));
+            assert_eq!(has, kind == ThreadKind::Main, "{kind:?}");
+        }
+        let spaces = libc::CLONE_NEWUSER
+            | libc::CLONE_NEWNS
+            | libc::CLONE_NEWPID
+            | libc::CLONE_NEWNET
+            | libc::CLONE_NEWIPC
+            | libc::CLONE_NEWUTS
+            | libc::CLONE_NEWCGROUP;
+        for flags in NEW_THREAD {
+            assert_eq!(flags & spaces.cast_unsigned(), 0);
+            assert_ne!(flags & libc::CLONE_THREAD.cast_unsigned(), 0);
+        }
+        for call in system_calls(ThreadKind::Main).filter(|call| call.number == libc::SYS_prctl) {
+            assert!(matches!(call.when, When::OneOf(0, [15, 38])));
+        }
+    }
+
+    #[test]
+    fn a_call_of_two_lists_is_conditional_in_both_or_in_neither() {
+        for kind in KINDS {
+            for call in system_calls(kind) {
+                let always = |call: &&Allowed| matches!(call.when, When::Always);
+                let same = system_calls(kind).filter(|other| other.number == call.number);
+                let free = same.filter(always).count();
+                let all = system_calls(kind)
+                    .filter(|other| other.number == call.number)
+                    .count();
+                assert!(free == 0 || free == all, "{kind:?}: {}", call.name);
             }
         }
     }

@@ -7,8 +7,8 @@
 //! checked-in list in [`allow`], which a test compares with the living process.
 //!
 //! No thread is started by guest activity: the core starts every worker and CPU thread before the
-//! guest runs, and the filters of all but the main thread have no `clone`. A thread that did start
-//! another would hand its own filter down, never a wider one.
+//! guest runs, and only the control loop, which no guest reaches, may start another, for a device that is
+//! plugged later. Such a thread inherits the loop's filter and takes its own besides, never a wider one.
 //!
 //! Trusted: the shim and the kernel. Assumed hostile after [`enter`]: this very process.
 

@@ -12,7 +12,7 @@ use seccompiler::{
 };
 
 pub use super::allow::ThreadKind;
-use super::allow::{When, system_calls};
+use super::allow::{WITHOUT_CLONE3, When, system_calls};
 
 /// Why a filter is not in force.
 #[derive(Debug, thiserror::Error)]
@@ -27,11 +27,44 @@ pub struct SeccompError {
 /// # Errors
 /// If the kernel refuses the filter; the thread must not go on then.
 pub fn apply(kind: ThreadKind) -> Result<(), SeccompError> {
-    let error = |source: Box<dyn std::error::Error + Send + Sync>| SeccompError { kind, source };
     #[cfg(any(debug_assertions, feature = "seccomp-trap"))]
-    trap::install().map_err(|source| error(source.into()))?;
-    let program = compile(kind, on_mismatch()).map_err(|source| error(source.into()))?;
-    seccompiler::apply_filter(&program).map_err(|source| error(source.into()))
+    trap::install().map_err(|source| SeccompError {
+        kind,
+        source: source.into(),
+    })?;
+    narrow(kind)
+}
+
+/// As [`apply`], for a thread that a confined one has started: the list is beside the filters it was born with.
+///
+/// # Errors
+/// As of [`apply`].
+pub fn narrow(kind: ThreadKind) -> Result<(), SeccompError> {
+    let error = |source: Box<dyn std::error::Error + Send + Sync>| SeccompError { kind, source };
+    for program in chain(kind, on_mismatch()).map_err(|source| error(source.into()))? {
+        seccompiler::apply_filter(&program).map_err(|source| error(source.into()))?;
+    }
+    Ok(())
+}
+
+/// The filters of a kind, in the order in which they are put in force.
+fn chain(
+    kind: ThreadKind,
+    mismatch: SeccompAction,
+) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
+    let list = compile(kind, mismatch)?;
+    Ok(match kind {
+        ThreadKind::Main => vec![without_clone3()?, list],
+        _ => vec![list],
+    })
+}
+
+/// Answers `clone3` as a kernel that does not have it. The other filter allows the call: of two answers the
+/// kernel gives the stricter one.
+fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules = BTreeMap::from([(WITHOUT_CLONE3, Vec::new())]);
+    let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64)?.try_into()
 }
 
 /// Keeps the allocator within the lists, while there is one thread.
@@ -54,12 +87,22 @@ fn on_mismatch() -> SeccompAction {
     }
 }
 
-/// The filters a thread of this kind may have: that of a release and that of a build with a message.
-pub(super) fn programs(kind: ThreadKind) -> Result<[BpfProgram; 2], seccompiler::BackendError> {
-    Ok([
-        compile(kind, SeccompAction::KillProcess)?,
-        compile(kind, SeccompAction::Trap)?,
-    ])
+/// The filters a thread of this kind may have: those of a release and those of a build with a message, each for
+/// a thread of the boot and for one that the control loop has started.
+pub(super) fn programs(
+    kind: ThreadKind,
+) -> Result<Vec<Vec<BpfProgram>>, seccompiler::BackendError> {
+    let mut all = Vec::new();
+    for mismatch in [SeccompAction::KillProcess, SeccompAction::Trap] {
+        let own = chain(kind, mismatch.clone())?;
+        if kind == ThreadKind::Worker {
+            let mut inherited = chain(ThreadKind::Main, mismatch)?;
+            inherited.extend(own.iter().cloned());
+            all.push(inherited);
+        }
+        all.push(own);
+    }
+    Ok(all)
 }
 
 fn compile(
@@ -210,6 +253,44 @@ mod tests {
             libc::SYS_ioctl,
             usize::MAX,
             0xae80,
+            0
+        )));
+    }
+
+    #[test]
+    fn the_control_loop_starts_threads_that_take_a_filter_of_their_own() {
+        assert!(survives(ThreadKind::Main, || {
+            let thread = std::thread::Builder::new().name("late".into()).spawn(|| {
+                narrow(ThreadKind::Worker).unwrap();
+                // Its list is in force: this is one that the control loop may call and a worker may not.
+                bare(libc::SYS_gettid, 0, 0, 0);
+            });
+            thread.unwrap().join().unwrap();
+        }));
+        assert!(!survives(ThreadKind::Main, || {
+            let thread = std::thread::spawn(|| {
+                narrow(ThreadKind::Worker).unwrap();
+                bare(libc::SYS_epoll_create1, 0, 0, 0);
+            });
+            let _ = thread.join();
+        }));
+        // A process, and a thread in a namespace.
+        assert!(!survives(ThreadKind::Main, || bare(
+            libc::SYS_clone,
+            17,
+            0,
+            0
+        )));
+        assert!(!survives(ThreadKind::Main, || bare(
+            libc::SYS_clone,
+            0x003d_0f00 | 0x1000_0000,
+            0,
+            0
+        )));
+        assert!(!survives(ThreadKind::Worker, || bare(
+            libc::SYS_clone3,
+            0,
+            0,
             0
         )));
     }

@@ -17,8 +17,27 @@ pub const FUNCTIONS: usize = 256;
 
 /// The bus has no free function number.
 #[derive(Debug, thiserror::Error)]
-#[error("the PCI bus has no free function number")]
+#[error("all {FUNCTIONS} functions of the VM's PCI bus are taken")]
 pub struct BusFull;
+
+/// A function number.
+#[derive(Clone, Default)]
+enum Place {
+    #[default]
+    Free,
+    Taken(Arc<dyn Function>),
+    /// The guest cannot reach it any more, but what it used is not free yet.
+    Leaving,
+}
+
+impl Place {
+    fn function(&self) -> Option<&Arc<dyn Function>> {
+        match self {
+            Self::Taken(function) => Some(function),
+            Self::Free | Self::Leaving => None,
+        }
+    }
+}
 
 struct Decoded {
     devfn: u8,
@@ -28,7 +47,7 @@ struct Decoded {
 
 /// Bus 0.
 pub struct Bus {
-    functions: RwLock<Vec<Option<Arc<dyn Function>>>>,
+    functions: RwLock<Vec<Place>>,
     decoded: RwLock<Vec<Decoded>>,
     /// Serialises configuration writes: they may move a BAR and change the image.
     moving: Mutex<()>,
@@ -41,7 +60,7 @@ impl Bus {
     #[must_use]
     pub fn new(windows: Vec<Range<u64>>) -> Self {
         Self {
-            functions: RwLock::new(vec![None; FUNCTIONS]),
+            functions: RwLock::new(vec![Place::Free; FUNCTIONS]),
             decoded: RwLock::new(Vec::new()),
             moving: Mutex::new(()),
             windows,
@@ -53,8 +72,8 @@ impl Bus {
     pub fn set_mirror(&self, mirror: Box<dyn Mirror>) {
         let mirror = self.mirror.get_or_init(|| mirror);
         let _moving = lock(&self.moving);
-        for (devfn, function) in (0..=u8::MAX).zip(read(&self.functions).iter()) {
-            if let Some(function) = function {
+        for (devfn, place) in (0..=u8::MAX).zip(read(&self.functions).iter()) {
+            if let Some(function) = place.function() {
                 mirror.store(devfn, &function.config_image());
             }
         }
@@ -69,14 +88,47 @@ impl Bus {
     pub fn add(&self, function: Arc<dyn Function>) -> Result<u8, BusFull> {
         let _moving = lock(&self.moving);
         let mut functions = write(&self.functions);
-        let index = functions.iter().position(Option::is_none).ok_or(BusFull)?;
-        let devfn = u8::try_from(index).map_err(|_| BusFull)?;
+        let devfn = lowest_free(&functions)?;
         let image = function.config_image();
-        functions[index] = Some(function);
+        functions[usize::from(devfn)] = Place::Taken(function);
         if let Some(mirror) = self.mirror.get() {
             mirror.store(devfn, &image);
         }
         Ok(devfn)
+    }
+
+    /// The number that [`Self::add`] gives next. Only what adds functions may rely on it.
+    ///
+    /// # Errors
+    /// [`BusFull`].
+    pub fn next(&self) -> Result<u8, BusFull> {
+        lowest_free(&read(&self.functions))
+    }
+
+    /// Takes a function out of the guest's sight: its registers read as all ones, its BARs are nowhere. The
+    /// number stays taken until [`Self::release`]. None if there is no function.
+    #[must_use]
+    pub fn remove(&self, devfn: u8) -> Option<Arc<dyn Function>> {
+        let _moving = lock(&self.moving);
+        let function = {
+            let mut functions = write(&self.functions);
+            let place = functions.get_mut(usize::from(devfn))?;
+            let function = Arc::clone(place.function()?);
+            *place = Place::Leaving;
+            function
+        };
+        self.announce(devfn, &function, Vec::new());
+        if let Some(mirror) = self.mirror.get() {
+            mirror.store(devfn, &[0xff; SIZE]);
+        }
+        Some(function)
+    }
+
+    /// Frees the number of a function that was removed.
+    pub fn release(&self, devfn: u8) {
+        if let Some(place @ Place::Leaving) = write(&self.functions).get_mut(usize::from(devfn)) {
+            *place = Place::Free;
+        }
     }
 
     /// An access to ECAM at `offset` from its start (PCIe 5.0 §7.2.2).
@@ -96,6 +148,9 @@ impl Bus {
         let touches = |range: Range<u16>| usize::from(range.start) < end && register < range.end;
         // Held over the write and what follows it, so that the last write is the last to be mirrored.
         let _moving = lock(&self.moving);
+        if !self.has(devfn, &function) {
+            return;
+        }
         function.config_write(register, data);
         if touches(COMMAND..COMMAND + 2) || touches(BARS..BARS_END) {
             self.follow(devfn, &function);
@@ -116,12 +171,19 @@ impl Bus {
         if register + length > SIZE {
             return None;
         }
-        let function = read(&self.functions).get(devfn)?.clone()?;
+        let function = Arc::clone(read(&self.functions).get(devfn)?.function()?);
         Some((
             u8::try_from(devfn).ok()?,
             function,
             u16::try_from(register).ok()?,
         ))
+    }
+
+    /// Whether the function is still there, and not another one of its number.
+    fn has(&self, devfn: u8, function: &Arc<dyn Function>) -> bool {
+        let functions = read(&self.functions);
+        let found = functions.get(usize::from(devfn)).and_then(Place::function);
+        found.is_some_and(|found| Arc::ptr_eq(found, function))
     }
 
     /// Brings `decoded` up to date with one function and tells it what moved.
@@ -131,6 +193,11 @@ impl Bus {
             .into_iter()
             .filter(|range| self.inside_a_window(range))
             .collect();
+        self.announce(devfn, function, new);
+    }
+
+    /// The function's BARs are at `new` from now on.
+    fn announce(&self, devfn: u8, function: &Arc<dyn Function>, new: Vec<BarRange>) {
         let mut decoded = write(&self.decoded);
         let old: Vec<BarRange> = decoded
             .iter()
@@ -203,6 +270,12 @@ impl Bus {
                 .then(|| (Arc::clone(&entry.function), entry.range.bar, offset))
         })
     }
+}
+
+fn lowest_free(functions: &[Place]) -> Result<u8, BusFull> {
+    let free = |place: &Place| matches!(place, Place::Free);
+    let index = functions.iter().position(free).ok_or(BusFull)?;
+    u8::try_from(index).map_err(|_| BusFull)
 }
 
 #[cfg(test)]
@@ -364,6 +437,49 @@ mod tests {
         assert_eq!(lock(&seen).0[1][..4], [1, 0, 2, 0]);
         bus.ecam_write(0x1004, &[2, 0]);
         assert!(bus.memory_read(0xc000_1010, &mut [0]));
+    }
+
+    #[test]
+    fn a_removed_function_is_nowhere_and_its_number_is_free_once_it_is_released() {
+        let bus = bus();
+        let fakes = [Fake::new(0xc000_0000), Fake::new(0xc000_1000)];
+        for fake in &fakes {
+            bus.add(Arc::<Fake>::clone(fake)).unwrap();
+        }
+        let image = Image::default();
+        let seen = Arc::clone(&image.0);
+        bus.set_mirror(Box::new(image));
+        bus.ecam_write(0x1004, &[2, 0]);
+        assert!(bus.remove(1).is_some());
+        assert!(bus.remove(1).is_none());
+        assert!(!bus.memory_read(0xc000_1010, &mut [0]));
+        let mut id = [0u8; 4];
+        bus.ecam_read(1 << 12, &mut id);
+        assert_eq!((id, lock(&seen).0[1]), ([0xff; 4], [0xff; SIZE]));
+        // Its address was given back, and no write reaches it any more.
+        bus.ecam_write(0x1004, &[0, 0]);
+        let moves = [(None, Some(0xc000_1000)), (Some(0xc000_1000), None)];
+        assert_eq!(*lock(&fakes[1].moves), moves);
+        assert_eq!(bus.next().unwrap(), 2);
+        bus.release(1);
+        assert_eq!(bus.add(Fake::new(0xc000_2000)).unwrap(), 1);
+        // What was not removed is not released.
+        bus.release(0);
+        assert_eq!(bus.next().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_full_bus_refuses_with_the_number_and_serves_again_after_a_removal() {
+        let bus = bus();
+        for _ in 0..FUNCTIONS {
+            bus.add(Fake::new(0)).unwrap();
+        }
+        let full = bus.add(Fake::new(0)).unwrap_err().to_string();
+        assert!(full.contains("256"), "{full}");
+        assert!(bus.remove(77).is_some());
+        assert!(bus.add(Fake::new(0)).is_err());
+        bus.release(77);
+        assert_eq!(bus.add(Fake::new(0)).unwrap(), 77);
     }
 
     /// All sequences of four writes to two functions that share a window: command, both halves of a BAR, to

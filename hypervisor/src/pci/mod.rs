@@ -11,6 +11,7 @@ mod function;
 pub mod host_bridge;
 pub mod mirror;
 pub mod msix;
+pub mod window;
 
 pub use bar::BarRange;
 pub use function::Function;

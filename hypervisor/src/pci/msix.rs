@@ -47,6 +47,8 @@ pub trait Routes: Send + Sync {
     /// # Errors
     /// If the hypervisor refuses.
     fn update(&self, routes: &[(u32, Message)]) -> io::Result<()>;
+    /// Takes a source back: nothing signals it any more.
+    fn release(&self, route: Route);
 }
 
 #[derive(Default)]
@@ -224,6 +226,16 @@ impl Msix {
     }
 }
 
+impl Drop for Msix {
+    fn drop(&mut self) {
+        for vector in &mut lock(&self.state).vectors {
+            if let Some(route) = vector.route.take() {
+                self.routes.release(route);
+            }
+        }
+    }
+}
+
 impl Vector {
     fn masked(&self) -> bool {
         self.control & MASKED != 0
@@ -267,6 +279,7 @@ pub(crate) mod fake {
     pub(crate) struct FakeRoutes {
         pub(crate) updates: Mutex<Vec<Vec<(u32, Message)>>>,
         pub(crate) triggers: Mutex<Vec<EventFd>>,
+        pub(crate) released: Mutex<Vec<u32>>,
     }
 
     impl Routes for FakeRoutes {
@@ -280,6 +293,9 @@ pub(crate) mod fake {
         fn update(&self, routes: &[(u32, Message)]) -> io::Result<()> {
             lock(&self.updates).push(routes.to_vec());
             Ok(())
+        }
+        fn release(&self, route: Route) {
+            lock(&self.released).push(route.gsi);
         }
     }
 }
@@ -361,6 +377,18 @@ mod tests {
         msix.trigger(0).unwrap();
         msix.trigger(0xffff).unwrap();
         assert!(lock(&routes.triggers).is_empty());
+    }
+
+    #[test]
+    fn a_function_that_leaves_gives_back_the_sources_it_had() {
+        let routes = Arc::new(FakeRoutes::default());
+        let msix = Msix::new(3, Arc::<FakeRoutes>::clone(&routes));
+        write_entry(&msix, 0, ONE, false);
+        write_entry(&msix, 2, TWO, false);
+        msix.control(true, false).unwrap();
+        msix.trigger(0).unwrap();
+        drop(msix);
+        assert_eq!(*lock(&routes.released), [24, 25]);
     }
 
     proptest! {

@@ -4,6 +4,7 @@
 //! Commands are few (activate, deactivate) and acknowledged through channels. A device that fails
 //! is deactivated and its driver told to reset it; the other devices and the VM go on.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
@@ -20,9 +21,10 @@ const WAKE_SLOT: u32 = u32::MAX;
 const BATCH: usize = 32;
 
 enum Command {
-    Add(Slot),
+    Add(u32, Slot),
     Activate(u32, Box<Activation>),
     Deactivate(u32, SyncSender<()>),
+    Remove(u32, OnRemoved),
     Stop,
 }
 
@@ -30,6 +32,8 @@ enum Command {
 pub type OnFailure = Box<dyn Fn() + Send>;
 /// Called first on the worker's thread: seccomp. An error ends the VM.
 pub type Prologue = Box<dyn FnOnce() -> Result<(), String> + Send>;
+/// Called on the worker's thread when a device is gone.
+pub type OnRemoved = Box<dyn FnOnce() + Send>;
 /// Called when the thread itself cannot go on.
 pub type OnFatal = Box<dyn Fn(String) + Send>;
 
@@ -42,6 +46,7 @@ pub struct Slot {
 }
 
 /// The transport's end of one device.
+#[derive(Clone)]
 pub struct DeviceHandle {
     slot: u32,
     commands: Sender<Command>,
@@ -63,6 +68,12 @@ impl DeviceHandle {
         receiver
     }
 
+    /// Takes the device from its worker: in-flight I/O is drained, and when the device has been dropped, with
+    /// all that it holds of the host, `removed` is called. Returns at once.
+    pub fn remove(&self, removed: OnRemoved) {
+        self.send(Command::Remove(self.slot, removed));
+    }
+
     fn send(&self, command: Command) {
         // A worker that is gone has said so; the VM is ending.
         if self.commands.send(command).is_ok() {
@@ -76,7 +87,8 @@ pub struct Worker {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
-    /// Devices it has been given.
+    /// Devices it has ever been given: no number is used twice, so that a late command for a device that is
+    /// gone reaches no other.
     slots: u32,
 }
 
@@ -90,7 +102,7 @@ impl Worker {
             wake: Arc::clone(&self.wake),
         };
         self.slots += 1;
-        handle.send(Command::Add(slot));
+        handle.send(Command::Add(handle.slot, slot));
         handle
     }
 }
@@ -138,13 +150,7 @@ pub fn spawn(
         epoll,
         wake: Arc::clone(&wake),
         commands: receiver,
-        slots: slots
-            .into_iter()
-            .map(|slot| Running {
-                slot,
-                active: false,
-            })
-            .collect(),
+        slots: (0..).zip(slots.into_iter().map(Running::new)).collect(),
         log,
     };
     let thread = std::thread::Builder::new()
@@ -179,7 +185,7 @@ struct Thread {
     epoll: Epoll,
     wake: Arc<EventFd>,
     commands: Receiver<Command>,
-    slots: Vec<Running>,
+    slots: BTreeMap<u32, Running>,
     log: Logger,
 }
 
@@ -213,7 +219,7 @@ impl Thread {
     }
 
     fn process(&mut self, slot: u32, token: u32, events: EventSet) {
-        let Some(running) = index(slot).and_then(|index| self.slots.get_mut(index)) else {
+        let Some(running) = self.slots.get_mut(&slot) else {
             return;
         };
         // Left over from before a deactivation.
@@ -230,18 +236,23 @@ impl Thread {
     fn take_commands(&mut self) -> bool {
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Add(slot)) => self.slots.push(Running {
-                    slot,
-                    active: false,
-                }),
+                Ok(Command::Add(number, slot)) => {
+                    self.slots.insert(number, Running::new(slot));
+                }
                 Ok(Command::Activate(slot, activation)) => self.activate(slot, *activation),
                 Ok(Command::Deactivate(slot, done)) => {
                     self.deactivate(slot);
                     // A transport that stopped waiting has dropped its end.
                     let _ = done.send(());
                 }
+                Ok(Command::Remove(slot, removed)) => {
+                    self.deactivate(slot);
+                    self.slots.remove(&slot);
+                    removed();
+                }
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
-                    for slot in 0..u32::try_from(self.slots.len()).unwrap_or(0) {
+                    let slots: Vec<u32> = self.slots.keys().copied().collect();
+                    for slot in slots {
                         self.deactivate(slot);
                     }
                     return true;
@@ -252,7 +263,7 @@ impl Thread {
     }
 
     fn activate(&mut self, slot: u32, activation: Activation) {
-        let Some(running) = index(slot).and_then(|index| self.slots.get_mut(index)) else {
+        let Some(running) = self.slots.get_mut(&slot) else {
             return;
         };
         let mut sources = Sources::new(&self.epoll, slot);
@@ -267,7 +278,7 @@ impl Thread {
     }
 
     fn deactivate(&mut self, slot: u32) {
-        if let Some(running) = index(slot).and_then(|index| self.slots.get_mut(index))
+        if let Some(running) = self.slots.get_mut(&slot)
             && std::mem::take(&mut running.active)
         {
             running
@@ -279,6 +290,13 @@ impl Thread {
 }
 
 impl Running {
+    fn new(slot: Slot) -> Self {
+        Self {
+            slot,
+            active: false,
+        }
+    }
+
     /// The device gives its queues up at once; the driver sees DEVICE_NEEDS_RESET.
     fn fail(&mut self, error: &super::DeviceError, sources: &mut Sources<'_>, log: &Logger) {
         warn!(log, "device needs reset"; "device" => self.slot.device.name(), "error" => %error);
@@ -286,10 +304,6 @@ impl Running {
         self.slot.device.deactivate(sources);
         (self.slot.on_failure)();
     }
-}
-
-fn index(slot: u32) -> Option<usize> {
-    usize::try_from(slot).ok()
 }
 
 #[cfg(test)]

@@ -22,7 +22,8 @@ use brig_agent_protocol::agent::{
 };
 use brig_agent_protocol::agent_ttrpc::{Agent, create_agent};
 use brig_hypervisor::control::{
-    self, Counters, Event as VmmEvent, FromVmm, Reply, ReplyBody, Request, RequestBody, VmConfig,
+    self, Counters, DeviceConfig, Event as VmmEvent, FromVmm, Reply, ReplyBody, Request,
+    RequestBody, VmConfig,
 };
 use futures::StreamExt as _;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -176,6 +177,7 @@ impl Host for FakeHost {
             agent: Some(vmm_agent),
             streams: Arc::clone(&self.streams),
             power: Arc::clone(&self.power),
+            plugged: 0,
             _stderr: vmm_stderr,
         };
         std::thread::spawn(move || vmm.run(vmm_control));
@@ -265,6 +267,8 @@ struct FakeVmm {
     agent: Option<UnixStream>,
     streams: Streams,
     power: Power,
+    /// Devices it was ever given.
+    plugged: u8,
     _stderr: OwnedFd,
 }
 
@@ -308,8 +312,17 @@ impl FakeVmm {
                     self.record.add(format!("forget {path}"));
                     Ok(ReplyBody::Done)
                 }
-                RequestBody::AddNet(net) => {
-                    self.record.add(format!("plug {} taps", net.taps.len()));
+                RequestBody::Plug(device) => {
+                    self.record.add(match &device {
+                        DeviceConfig::Net(net) => format!("plug {} taps", net.taps.len()),
+                        DeviceConfig::Disk(disk) => format!("plug disk {}", disk.serial),
+                    });
+                    self.plugged += 1;
+                    let function = 0x20 + self.plugged;
+                    Ok(ReplyBody::Plugged { function })
+                }
+                RequestBody::Unplug { function } => {
+                    self.record.add(format!("unplug {function:#x}"));
                     Ok(ReplyBody::Done)
                 }
                 RequestBody::Counters => Ok(ReplyBody::Counters(Counters {

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use brig_hypervisor::control::{
-    self, Counters, DiskConfig, Event, FromVmm, NetConfig, ReplyBody, Request, RequestBody,
-    VmConfig,
+    self, Counters, DeviceConfig, DiskConfig, Event, FromVmm, NetConfig, ReplyBody, Request,
+    RequestBody, VmConfig,
 };
 use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch};
 use brig_hypervisor::share::{Attributes, FileSystems, Share};
@@ -71,7 +71,7 @@ impl Boot {
 pub struct Machine {
     process: VmmProcess,
     control: OwnedFd,
-    _agent: UnixStream,
+    agent: Option<UnixStream>,
     next_request: u64,
     /// When it was launched.
     pub started: Instant,
@@ -124,7 +124,7 @@ impl Machine {
         let mut machine = Self {
             process,
             control,
-            _agent: ours,
+            agent: Some(ours),
             next_request: 1,
             started,
         };
@@ -188,7 +188,7 @@ impl Machine {
         )?;
         match machine.reply(id, super::clock::seconds(6))? {
             ReplyBody::Done => Ok(machine),
-            other @ ReplyBody::Counters(_) => bail!("unexpected reply {other:?}"),
+            other => bail!("unexpected reply {other:?}"),
         }
     }
 
@@ -288,18 +288,51 @@ impl Machine {
     /// # Errors
     /// If the VMM does not answer.
     pub fn counters(&mut self) -> Result<Counters> {
-        let id = self.number();
-        control::send(
-            self.control.as_fd(),
-            &Request {
-                id,
-                body: RequestBody::Counters,
-            },
-            &[],
-        )?;
-        match self.reply(id, super::clock::seconds(3))? {
+        match self.ask(RequestBody::Counters, &[])? {
             ReplyBody::Counters(counters) => Ok(counters),
-            ReplyBody::Done => bail!("no counters in the reply"),
+            other => bail!("no counters in the reply but {other:?}"),
         }
+    }
+
+    /// Puts a disk on the guest's bus; its function.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub fn plug_disk(&mut self, path: &Path, readonly: bool, serial: &str) -> Result<u8> {
+        let file = File::options().read(true).write(!readonly).open(path)?;
+        let disk = DiskConfig {
+            file: 0,
+            readonly,
+            serial: serial.to_owned(),
+        };
+        let body = RequestBody::Plug(DeviceConfig::Disk(disk));
+        match self.ask(body, &[file.as_fd()])? {
+            ReplyBody::Plugged { function } => Ok(function),
+            other => bail!("unexpected reply {other:?}"),
+        }
+    }
+
+    /// Takes what was plugged away, whatever the guest does with it.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub fn unplug(&mut self, function: u8) -> Result<()> {
+        self.ask(RequestBody::Unplug { function }, &[]).map(drop)
+    }
+
+    fn ask(&mut self, body: RequestBody, fds: &[std::os::fd::BorrowedFd<'_>]) -> Result<ReplyBody> {
+        let id = self.number();
+        control::send(self.control.as_fd(), &Request { id, body }, fds)?;
+        self.reply(id, super::clock::seconds(6))
+    }
+
+    /// The agent's stream, which whoever takes it serves from now on.
+    ///
+    /// # Errors
+    /// If it was taken before.
+    pub fn take_agent(&mut self) -> Result<UnixStream> {
+        self.agent
+            .take()
+            .context("the agent's stream was taken before")
     }
 }

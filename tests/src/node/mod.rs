@@ -4,6 +4,7 @@
 //! It trusts the node and containerd; it does not trust what a runtime says of itself where the node
 //! can be asked instead.
 
+pub mod agent;
 pub mod check;
 pub mod clock;
 pub mod containerd;

@@ -62,29 +62,31 @@ fn ptrace(
     Ok(usize::try_from(Errno::result(result)?).unwrap_or_default())
 }
 
-/// What is wrong with a thread's filters if it should be of this kind; `None` if it has the one of its
+/// What is wrong with a thread's filters if it should be of this kind; `None` if it has those of its
 /// list and no other.
 ///
 /// # Errors
 /// What ptrace says: `EINVAL` from a kernel that cannot dump filters.
 pub fn difference(thread: i32, kind: ThreadKind) -> io::Result<Option<String>> {
     let stopped = Stopped::new(Pid::from_raw(thread))?;
-    let filter = match stopped.filter(0) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-            return Ok(Some(format!("thread {thread} has no filter")));
+    let mut filters = Vec::new();
+    loop {
+        match stopped.filter(filters.len()) {
+            Ok(filter) => filters.push(filter),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+            Err(error) => return Err(error),
         }
-        other => other?,
-    };
-    if stopped.filter(1).is_ok() {
-        return Ok(Some(format!("thread {thread} has more than one filter")));
+    }
+    if filters.is_empty() {
+        return Ok(Some(format!("thread {thread} has no filter")));
     }
     let lists = seccomp::programs(kind).map_err(io::Error::other)?;
-    if lists.contains(&filter) {
+    if lists.contains(&filters) {
         return Ok(None);
     }
+    let lengths: Vec<usize> = filters.iter().map(Vec::len).collect();
     Ok(Some(format!(
-        "thread {thread} has a filter of {} instructions that is not the list's for {kind:?}",
-        filter.len()
+        "thread {thread} has filters of {lengths:?} instructions that are not those of the list for {kind:?}"
     )))
 }
 

@@ -213,6 +213,48 @@ fn a_device_can_be_given_to_a_running_worker() {
 }
 
 #[test]
+fn a_removed_device_is_drained_and_dropped_while_its_neighbour_goes_on_and_its_number_is_not_used_again()
+ {
+    let mut setup = setup(&[false, false]);
+    let kicks = [event(), event()];
+    for (handle, kick) in setup.handles.iter().zip(&kicks) {
+        handle.activate(activation(kick));
+    }
+    for seen in &setup.seen {
+        expect(seen, "activate");
+    }
+    let (gone, removed) = mpsc::channel();
+    setup.handles[0].remove(Box::new(move || gone.send(()).unwrap()));
+    removed.recv_timeout(PATIENCE).unwrap();
+    expect(&setup.seen[0], "deactivate");
+    // The device has been dropped by then, and with it all that it held.
+    assert_eq!(
+        setup.seen[0].try_recv(),
+        Err(mpsc::TryRecvError::Disconnected)
+    );
+    kicks[1].write(1).unwrap();
+    expect(&setup.seen[1], "process");
+    // A newcomer does not hear what is still said to the one that left.
+    let (sender, seen) = mpsc::channel();
+    let late = setup.worker.add(Slot {
+        device: Box::new(Fake {
+            seen: sender,
+            kick: None,
+            fails: false,
+        }),
+        on_failure: Box::new(|| ()),
+    });
+    setup.handles[0].activate(activation(&kicks[0]));
+    setup.handles[0]
+        .deactivate()
+        .recv_timeout(PATIENCE)
+        .unwrap();
+    assert!(seen.try_recv().is_err());
+    late.activate(activation(&event()));
+    expect(&seen, "activate");
+}
+
+#[test]
 fn dropping_the_worker_deactivates_what_is_active() {
     let setup = setup(&[false]);
     setup.handles[0].activate(activation(&event()));

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use crate::node::watched::watched;
 use brig_hypervisor::control::{
-    self, Counters, ErrorReply, Event, FromVmm, ReplyBody, Request, RequestBody, StreamConfig,
+    self, Counters, DeviceConfig, ErrorReply, Event, FromVmm, ReplyBody, Request, RequestBody,
+    StreamConfig,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -147,7 +148,18 @@ impl Control {
     pub async fn counters(&self) -> Result<Counters> {
         match self.send(RequestBody::Counters, Vec::new(), None).await? {
             ReplyBody::Counters(counters) => Ok(counters),
-            ReplyBody::Done => Err(ControlError::Confused),
+            ReplyBody::Done | ReplyBody::Plugged { .. } => Err(ControlError::Confused),
+        }
+    }
+
+    /// Plugs a device in; its function.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn plug(&self, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<u8> {
+        match self.send(RequestBody::Plug(device), fds, None).await? {
+            ReplyBody::Plugged { function } => Ok(function),
+            ReplyBody::Done | ReplyBody::Counters(_) => Err(ControlError::Confused),
         }
     }
 }

@@ -1,9 +1,14 @@
-//! Interfaces that come late: `ctr run --cni` and its like set the network up after Create, in the
+//! Devices that come to a running VM and go: one mechanism, whatever the device. The VMM puts it on the guest's
+//! bus, and the agent looks for it there; it leaves the other way round.
+//!
+//! Interfaces come late where `ctr run --cni` and its like set the network up after Create, in the
 //! network namespace of the pid that Create returned. What is there at Start that was not at the VM's
 //! launch is plugged into the running VM.
 
-use brig_agent_protocol::agent::AddNetworkRequest;
-use brig_hypervisor::control::RequestBody;
+use std::os::fd::OwnedFd;
+
+use brig_agent_protocol::agent::{AddNetworkRequest, DeviceRef, FindDeviceRequest, FoundDevice};
+use brig_hypervisor::control::{DeviceConfig, RequestBody};
 use slog::{Logger, info, warn};
 use ttrpc::context;
 
@@ -11,6 +16,68 @@ use super::Vm;
 use crate::error::Result;
 
 impl Vm {
+    /// Puts a device on the guest's bus; the number of its function. The guest has not looked for it yet.
+    ///
+    /// # Errors
+    /// What the VMM says, with the numbers if something has run out.
+    pub async fn plug(&self, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<u8> {
+        match self.control.plug(device, fds).await {
+            Ok(function) => Ok(function),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// As [`Self::plug`], and waits until a driver of the guest has the device; what it found. A device that no
+    /// driver takes is unplugged again.
+    ///
+    /// # Errors
+    /// The VMM's or the agent's: that no driver takes the device, with its name.
+    pub async fn plug_and_find(
+        &self,
+        device: DeviceConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(u8, FoundDevice)> {
+        let function = self.plug(device, fds).await?;
+        let wait = self.timeouts.call;
+        let request = FindDeviceRequest {
+            function: function.into(),
+            wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
+            ..FindDeviceRequest::default()
+        };
+        let answer = self
+            .agent
+            .find_device(context::Context::default(), &request);
+        match self.call_within(wait * 2, "FindDevice", answer).await {
+            Ok(found) => Ok((function, found)),
+            Err(error) => {
+                // The first error is the one to be told.
+                let _ = self.unplug(function).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a plugged device from the guest and from the VMM; when it returns, the VMM holds nothing of it. A
+    /// guest that does not let go of it loses it all the same.
+    ///
+    /// # Errors
+    /// The VMM's: nothing is plugged there.
+    pub async fn unplug(&self, function: u8) -> Result<()> {
+        let request = DeviceRef {
+            function: function.into(),
+            ..DeviceRef::default()
+        };
+        let answer = self
+            .agent
+            .remove_device(context::Context::default(), &request);
+        let _ = self.call("RemoveDevice", answer).await;
+        let body = RequestBody::Unplug { function };
+        match self.control.request(body, Vec::new()).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
     /// Gives the guest the interfaces, and the packet filter, that its network namespace has got since the launch.
     ///
     /// # Errors
@@ -30,11 +97,8 @@ impl Vm {
             let mut fds = Vec::new();
             let mac = interface.mac;
             let device = interface.device(&mut fds);
-            let added = self.control.request(RequestBody::AddNet(device), fds).await;
-            match added {
-                Ok(()) => late.plugged(mac),
-                Err(error) => return Err(self.explain(error).await),
-            }
+            self.plug(DeviceConfig::Net(device), fds).await?;
+            late.plugged(mac);
         }
         let count = guest.interfaces.len();
         let policy = late.wanted.netfilter;

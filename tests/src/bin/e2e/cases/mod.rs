@@ -21,6 +21,7 @@ mod images;
 mod leaks;
 mod mounts;
 mod network;
+mod plug;
 mod resources;
 mod security;
 mod signals;
@@ -46,6 +47,7 @@ const GROUPS: &[&[Case]] = &[
     events::CASES,
     images::CASES,
     devices::CASES,
+    plug::CASES,
     daemon::CASES,
     daemon_pods::CASES,
     daemon_restart::CASES,

@@ -1,0 +1,179 @@
+//! Devices that come to the running machine and go. The guest finds and forgets them by scanning its bus and by
+//! removing them there; nothing tells it.
+//!
+//! A device is refused before the guest can see it: function numbers, interrupt vectors, places for BARs and
+//! descriptors are counted first. It leaves in three steps: the function goes from the bus, so that no access of the
+//! guest reaches it; its worker ends the I/O in flight and drops it ([`Notice::Removed`]); then what it used is free.
+
+use slog::{info, o};
+
+use super::{Board, MAX_DEVICES, check_vectors, new_disk, new_net};
+use crate::builder::descriptors::{self, Descriptors};
+use crate::builder::error::StartError;
+use crate::control::{DeviceConfig, exit};
+use crate::jail::seccomp::{self, ThreadKind};
+use crate::notice::Notice;
+use crate::virtio::VirtioDevice;
+use crate::virtio::pci::Description;
+use crate::virtio::worker::{self, DeviceHandle, Slot, Worker};
+
+/// What a plugged device uses.
+pub(super) struct Plugged {
+    name: &'static str,
+    handle: DeviceHandle,
+    /// Its own thread, if it has one.
+    worker: Option<Worker>,
+    vectors: u32,
+    /// Where its BAR was put.
+    base: u64,
+    leaving: bool,
+}
+
+/// Where a device runs.
+enum Place {
+    /// On the thread of the interfaces, which never blocks.
+    Shared,
+    /// On a thread of its own, because its I/O blocks.
+    Own(&'static str),
+}
+
+impl Board {
+    /// Adds a device to the running machine; the number of its function.
+    ///
+    /// # Errors
+    /// See [`StartError`]: what has run out is told with the numbers. The guest sees nothing of the device then.
+    pub fn plug(&mut self, device: &DeviceConfig, fds: &mut Descriptors) -> Result<u8, StartError> {
+        match device {
+            DeviceConfig::Net(net) => {
+                if self.nets >= MAX_DEVICES {
+                    return Err(StartError::Limit(format!(
+                        "at most {MAX_DEVICES} network interfaces are possible"
+                    )));
+                }
+                let device = new_net(net, fds)?;
+                let function = self.plug_virtio(Box::new(device), Place::Shared)?;
+                self.nets += 1;
+                Ok(function)
+            }
+            DeviceConfig::Disk(disk) => {
+                let device = new_disk(disk, fds)?;
+                self.plug_virtio(Box::new(device), Place::Own("block"))
+            }
+        }
+    }
+
+    fn plug_virtio(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        place: Place,
+    ) -> Result<u8, StartError> {
+        let name = device.name();
+        self.bus.next()?;
+        let (slot, part) = self.prepare(device);
+        let vectors = u32::from(part.description.vectors());
+        check_vectors(self.vectors + vectors, self.vcpus)?;
+        descriptors::room_for(descriptors_of(&part.description), self.max_files, name)?;
+        let (handle, worker) = match place {
+            Place::Shared => (self.workers[self.net_worker].add(slot), None),
+            Place::Own(thread) => {
+                let (handle, worker) = self.start_worker(thread, slot)?;
+                (handle, Some(worker))
+            }
+        };
+        let (function, base) = match self.put_on_bus(part, handle.clone()) {
+            Ok(placed) => placed,
+            Err(error) => {
+                handle.remove(Box::new(|| ()));
+                return Err(error);
+            }
+        };
+        self.vectors += vectors;
+        info!(self.log, "device plugged"; "device" => name, "function" => function);
+        self.plugged.insert(
+            function,
+            Plugged {
+                name,
+                handle,
+                worker,
+                vectors,
+                base,
+                leaving: false,
+            },
+        );
+        Ok(function)
+    }
+
+    /// A thread for one device. It inherits this thread's filter, and takes that of a worker besides.
+    fn start_worker(
+        &self,
+        thread: &'static str,
+        slot: Slot,
+    ) -> Result<(DeviceHandle, Worker), StartError> {
+        let failed = |source| StartError::Thread {
+            name: thread.to_owned(),
+            source,
+        };
+        let notifier = self.notifier.clone();
+        let (worker, mut handles) = worker::spawn(
+            thread,
+            vec![slot],
+            Box::new(move || {
+                seccomp::narrow(ThreadKind::Worker).map_err(|error| error.to_string())
+            }),
+            Box::new(move |reason| notifier.end(exit::INTERNAL, reason)),
+            self.log.new(o!("thread" => thread)),
+        )
+        .map_err(failed)?;
+        let handle = handles
+            .pop()
+            .ok_or_else(|| failed(std::io::Error::other("no handle")))?;
+        Ok((handle, worker))
+    }
+
+    /// Takes a plugged device from the guest. [`Notice::Removed`] follows.
+    ///
+    /// # Errors
+    /// [`StartError::State`].
+    pub fn unplug(&mut self, function: u8) -> Result<(), StartError> {
+        let there = self.plugged.get_mut(&function);
+        let Some(plugged) = there.filter(|plugged| !plugged.leaving) else {
+            return Err(StartError::State(format!(
+                "no device was plugged as function {}, or it is leaving already",
+                show(function)
+            )));
+        };
+        plugged.leaving = true;
+        let _ = self.bus.remove(function);
+        let notifier = self.notifier.clone();
+        let removed = Box::new(move || notifier.send(Notice::Removed(function)));
+        plugged.handle.remove(removed);
+        Ok(())
+    }
+
+    /// What the function used is free. Does nothing for one that was not unplugged.
+    pub fn removed(&mut self, function: u8) {
+        let Some(plugged) = self.plugged.remove(&function) else {
+            return;
+        };
+        // Its thread, if it has one, has nothing left to do: this does not wait.
+        drop(plugged.worker);
+        self.vectors -= plugged.vectors;
+        self.low.free(plugged.base);
+        if plugged.name == "net" {
+            self.nets -= 1;
+        }
+        self.bus.release(function);
+        info!(self.log, "device removed"; "device" => plugged.name, "function" => function);
+    }
+}
+
+/// The most that a device opens: its thread's epoll set and wake-up, each queue's event and the copy of it that is
+/// the device's, an event for each vector.
+fn descriptors_of(description: &Description) -> usize {
+    2 + 2 * description.queues() + usize::from(description.vectors())
+}
+
+/// As Linux names it: `00:04.2`.
+fn show(function: u8) -> String {
+    format!("00:{:02x}.{}", function >> 3, function & 7)
+}
