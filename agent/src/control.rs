@@ -64,6 +64,8 @@ pub struct Create {
     pub cgroup: PathBuf,
     /// A shared pid namespace to join; none: a new one.
     pub pid_namespace: Option<PathBuf>,
+    /// The mount of the cgroup hierarchy.
+    pub cgroup_root: PathBuf,
     /// Terminal size, if there is a terminal.
     pub terminal: Option<Terminal>,
 }
@@ -159,18 +161,26 @@ pub fn send(
     if bytes.len() > MAX_MESSAGE {
         bytes = serde_json::to_vec(&Message::Failed("the helper's message was too long".into()))?;
     }
-    let Some(fd) = fd else {
+    match fd {
         // Not sendmsg: the last message may have to pass a seccomp profile, which allows write.
-        rustix::io::write(socket, &bytes)?;
-        return Ok(());
-    };
+        None => rustix::io::write(socket, &bytes).map(drop)?,
+        Some(fd) => send_fd(socket, &bytes, fd)?,
+    }
+    Ok(())
+}
+
+/// Sends bytes, at least one, and a descriptor.
+///
+/// # Errors
+/// Those of sendmsg(2).
+pub fn send_fd(socket: BorrowedFd<'_>, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
     let fds = [fd];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     control.push(SendAncillaryMessage::ScmRights(&fds));
     sendmsg(
         socket,
-        &[IoSlice::new(&bytes)],
+        &[IoSlice::new(bytes)],
         &mut control,
         SendFlags::NOSIGNAL,
     )?;
@@ -182,6 +192,19 @@ pub fn send(
 /// # Errors
 /// Those of recvmsg(2), and `InvalidData` for what is not a message.
 pub fn receive(socket: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+    let (bytes, fd) = receive_fd(socket)?;
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some((serde_json::from_slice(&bytes)?, fd)))
+}
+
+/// Receives one packet, at most as long as a message, and the descriptor that came with it. Nothing is the end
+/// of the socket.
+///
+/// # Errors
+/// Those of recvmsg(2).
+pub fn receive_fd(socket: impl AsFd) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
     let mut bytes = vec![0; MAX_MESSAGE];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -191,15 +214,12 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd>
         &mut control,
         RecvFlags::CMSG_CLOEXEC,
     )?;
-    if got.bytes == 0 {
-        return Ok(None);
-    }
+    bytes.truncate(got.bytes);
     let mut fd = None;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = message {
             fd = fds.last();
         }
     }
-    let message = serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default())?;
-    Ok(Some((message, fd)))
+    Ok((bytes, fd))
 }

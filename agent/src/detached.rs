@@ -72,6 +72,17 @@ pub fn empty_directory() -> io::Result<OwnedFd> {
     )?)
 }
 
+/// A procfs of this process's pid namespace.
+///
+/// # Errors
+/// Those of fsopen(2) and fsmount(2).
+pub fn procfs() -> io::Result<OwnedFd> {
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    let plain = MountAttrFlags::empty();
+    Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, plain)?)
+}
+
 /// Attaches a detached mount at a path of the agent's own.
 ///
 /// # Errors

@@ -105,6 +105,7 @@ async fn build(
         shm: context.places.run.join("shm"),
         cgroup: parts.cgroup.path().to_owned(),
         pid_namespace,
+        cgroup_root: context.places.cgroup_root.clone(),
         terminal: container::terminal_of(&stdio),
     }));
     let (mailbox, commands) = mpsc::unbounded_channel();

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::symlink};
 
 use brig_agent_protocol::agent::*;
 use guest::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[tokio::test]
 async fn an_image_with_a_symlink_for_proc_is_refused() {
@@ -169,5 +169,107 @@ async fn the_holder_of_the_shared_pid_namespace_leads_nowhere() {
         got,
         "root\n/\nfds\n0000000000000000 1 / ro,nosuid,nodev,noexec,relatime\ncgroup apart\npause\n"
     );
+    guest.stop().await;
+}
+
+/// A file of the machine, in the component test the guest's, that no image here has.
+const OF_THE_GUEST: &str = "usr/bin/env";
+
+/// In a pid namespace shared with others, at the path the shim gives it.
+fn among_others(script: &str) -> Value {
+    let mut spec = spec(script);
+    spec["linux"]["namespaces"][0]["path"] = "/proc/123/ns/pid".into();
+    spec
+}
+
+/// Every process that it can trace leads it nowhere but to roots of containers: while those come and go whose pid
+/// namespace is the sandbox's (with and without options of procfs, with a user namespace), while one joins the
+/// watcher's own, and while programs are run in them.
+#[tokio::test]
+async fn a_tracer_among_the_pids_of_others_never_sees_the_guests_root() {
+    for own_namespace in [false, true] {
+        let mut guest = Guest::start().await;
+        let watch = format!(
+            "echo watching; while [ ! -e /tmp/stop ]; do for p in /proc/[0-9]*; do
+             for way in $p/root $p/cwd $p/fd/*/..; do [ -e $way/{OF_THE_GUEST} ] && echo $way; done; done; done; echo done"
+        );
+        let mut watcher = if own_namespace {
+            spec(&watch)
+        } else {
+            among_others(&watch)
+        };
+        let mut tracer = CAPS.to_vec();
+        tracer.extend(["CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"]);
+        watcher["process"]["capabilities"] =
+            json!({"bounding": tracer, "effective": tracer, "permitted": tracer});
+        let (stdio, mut ends) = guest.stdio(false, false).await;
+        guest.started("watcher", &watcher, stdio).await;
+        ends.said("watching\n").await;
+        for n in 0..12 {
+            let id = format!("beside{n}");
+            let root = guest.rootfs(&id);
+            let mut beside = among_others("sleep 1000");
+            if n % 3 == 1 {
+                beside["mounts"][0]["options"] = json!(["nosuid", "hidepid=invisible"]);
+            }
+            if n % 3 == 2 && !own_namespace {
+                for entry in ["", "tmp", "root"] {
+                    std::os::unix::fs::chown(root.join(entry), Some(100_000), Some(100_000))
+                        .unwrap();
+                }
+                let map = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+                let linux = &mut beside["linux"];
+                linux["namespaces"]
+                    .as_array_mut()
+                    .unwrap()
+                    .push(json!({"type": "user"}));
+                (linux["uidMappings"], linux["gidMappings"]) = (map.clone(), map);
+            }
+            let (stdio, ends) = guest.stdio(false, false).await;
+            let request = CreateContainerRequest {
+                id: id.clone(),
+                spec: serde_json::to_vec(&beside).unwrap(),
+                stdio: Some(stdio).into(),
+                rootfs: format!("{id}/rootfs"),
+                pid_namespace_of: if own_namespace {
+                    "watcher".into()
+                } else {
+                    String::new()
+                },
+                ..Default::default()
+            };
+            guest
+                .client
+                .create_container(ctx(), &request)
+                .await
+                .unwrap();
+            guest.run(&id, "").await.unwrap();
+            let seen = guest
+                .exec(&id, "e", &shell("readlink /proc/self; id -u"))
+                .await;
+            assert!(
+                seen.stdout.ends_with("\n0\n") && !seen.stdout.starts_with('\n'),
+                "{seen:?}"
+            );
+            guest.kill(&id, "", libc::SIGKILL, true).await.unwrap();
+            guest.outcome(&id, "", ends).await;
+        }
+        fs::write(guest.share().join("watcher/rootfs/tmp/stop"), "").unwrap();
+        assert_eq!(guest.outcome("watcher", "", ends).await.stdout, "done\n");
+        guest.stop().await;
+    }
+}
+
+/// As with a pid namespace of its own: the kernel's word on a bad option, and nothing is left behind.
+#[tokio::test]
+async fn a_bad_option_of_procfs_is_named_among_the_pids_of_others() {
+    let mut guest = Guest::start().await;
+    guest.rootfs("c1");
+    for mut bad in [spec("true"), among_others("true")] {
+        bad["mounts"][0]["options"] = json!(["nosuid", "hidepid=maybe"]);
+        let (code, text) = refusal(guest.create("c1", &bad, Stdio::default()).await);
+        assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT);
+        assert!(text.contains("/proc") && text.contains("hidepid"), "{text}");
+    }
     guest.stop().await;
 }

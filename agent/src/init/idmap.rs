@@ -10,9 +10,13 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{Mode, OFlags, openat};
 
 use super::failure::{Context as _, Failure, Result};
-use crate::spec::{IdMapping, Linux};
+use crate::{
+    detached,
+    spec::{IdMapping, Linux},
+};
 
 /// The kernel's limit of lines in a map file.
 const MAX_MAPPINGS: usize = 340;
@@ -133,10 +137,15 @@ impl Entry {
         if outside.read_exact(&mut word).is_err() {
             return Ok(());
         }
-        fs::write(format!("/proc/{pid}/uid_map"), map_file(&ids.uids))
-            .during("linux.uidMappings")?;
-        fs::write(format!("/proc/{pid}/gid_map"), map_file(&ids.gids))
-            .during("linux.gidMappings")?;
+        // Its own: the guest's /proc may be out of sight by now.
+        let procfs = detached::procfs().during("proc for id maps")?;
+        let write = |name: &str, map: &[IdMapping]| {
+            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+            let file = openat(&procfs, format!("{pid}/{name}"), flags, Mode::empty())?;
+            fs::File::from(file).write_all(map_file(map).as_bytes())
+        };
+        write("uid_map", &ids.uids).during("linux.uidMappings")?;
+        write("gid_map", &ids.gids).during("linux.gidMappings")?;
         outside.write_all(&word).during("user namespace")
     }
 

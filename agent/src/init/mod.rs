@@ -21,21 +21,26 @@ mod process;
 mod root;
 mod sched;
 mod seccomp;
+mod shared_pids;
 mod syscalls;
 mod sysctl;
 mod terminal;
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     os::fd::{FromRawFd as _, OwnedFd},
     process::ExitCode,
 };
 
+use nix::sched::CloneFlags;
+
 use self::{
     agent::Agent,
     failure::{Context as _, Failure, Result},
     idmap::Ids,
+    shared_pids::SharedPids,
 };
 use crate::control::{CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
 
@@ -106,23 +111,33 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     let spec = &create.spec;
     let ids = Ids::new(&spec.linux.uid_mappings, &spec.linux.gid_mappings);
     let maps = mapped::Maps::prepare(create)?;
-    let Some(child) = namespaces::fork_container(agent, create, &ids)? else {
-        return Ok(());
-    };
+    let shared_pids = SharedPids::open(create)?;
+    let mut user_namespace = namespaces::prepare(spec)?;
+    let mut prepared = BTreeMap::new();
+    // A pid namespace of others is entered later, when there is nothing of the guest to be seen.
+    match &shared_pids {
+        Some(shared) => prepared = shared.procfs(create)?,
+        None => {
+            let own = CloneFlags::CLONE_NEWPID;
+            if !namespaces::fork_container(agent, &mut user_namespace, &ids, own)? {
+                return Ok(());
+            }
+        }
+    }
     let default_process = crate::spec::Process::default();
     let process = spec.process.as_ref().unwrap_or(&default_process);
-    process::start_session(&create.id)?;
     process::set_oom_score_adj(process.oom_score_adj.unwrap_or(0))?;
     sched::set_initial_affinity(process)?;
-    namespaces::Cgroups::open(std::slice::from_ref(&create.cgroup))?.join()?;
+    let cgroups = namespaces::Cgroups::open(std::slice::from_ref(&create.cgroup))?;
+    cgroups.join()?;
     namespaces::unshare_container(spec)?;
 
     // What is made below must have the modes it was asked for.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     // Before the mounts become private: a copy of a shared one hears of what is mounted below it.
-    let volumes = mounts::clone_volumes(create)?;
+    prepared.append(&mut mounts::clone_volumes(create)?);
     let container_root = root::Root::prepare(create, &ids)?;
-    let needs_devices = mounts::mount_all(create, &container_root, volumes, (&ids, &maps))?;
+    let needs_devices = mounts::mount_all(create, &container_root, prepared, (&ids, &maps))?;
     if needs_devices {
         devices::make(agent, &container_root, &spec.linux, &ids)?;
     }
@@ -147,6 +162,17 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
         mounts::make_root_readonly()?;
     }
     drop(container_root);
+    drop(maps);
+    if let Some(shared) = shared_pids {
+        shared.join()?;
+        let joined = CloneFlags::empty();
+        if !namespaces::fork_container(agent, &mut user_namespace, &ids, joined)? {
+            return Ok(());
+        }
+        cgroups.join()?;
+    }
+    drop(cgroups);
+    process::start_session(&create.id)?;
     if let Some(terminal) = terminal {
         terminal.adopt(agent, ids.uid(process.user.uid)?)?;
     } else {
@@ -158,7 +184,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
         spec.linux.memory_policy.as_ref(),
     )?;
     process::set_rlimits(process)?;
-    if let Some(entry) = child.entry {
+    if let Some(entry) = user_namespace {
         entry.enter()?;
     }
     process::become_program(agent, process, spec.linux.seccomp.as_ref())

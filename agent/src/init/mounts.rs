@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// statfs(2) f_type of procfs.
-const PROC_MAGIC: i64 = 0x9fa0;
+pub const PROC_MAGIC: i64 = 0x9fa0;
 /// What of procfs may be replaced, as lxcfs does.
 const IN_PROC: [&str; 11] = [
     "/proc/cpuinfo",
@@ -65,27 +65,32 @@ pub fn clone_volumes(create: &Create) -> Result<BTreeMap<u32, OwnedFd>> {
     Ok(volumes)
 }
 
-/// Makes every mount of the specification, in order. The answer is whether the helper has to fill
-/// /dev: not when the container brings one of its own.
+/// Makes every mount of the specification, in order; `prepared` are those that were made before, detached, by index.
+/// The answer is whether the helper has to fill /dev: not when the container brings one of its own.
 pub fn mount_all(
     create: &Create,
     root: &Root,
-    mut volumes: BTreeMap<u32, OwnedFd>,
+    mut prepared: BTreeMap<u32, OwnedFd>,
     (ids, maps): (&Ids, &Maps),
 ) -> Result<bool> {
     let mut needs_devices = true;
     for (index, mount) in create.spec.mounts.iter().enumerate() {
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         let source = create.mount_sources.get(&index);
-        let volume = volumes.remove(&index);
-        let bind = mount_one(create, root, (index, mount), (source, volume), (ids, maps)).map_err(
-            |e| {
-                Failure(format!(
-                    "mounting {:?} at {}: {e}",
-                    mount.kind, mount.destination
-                ))
-            },
-        )?;
+        let prepared = prepared.remove(&index);
+        let bind = mount_one(
+            create,
+            root,
+            (index, mount),
+            (source, prepared),
+            (ids, maps),
+        )
+        .map_err(|e| {
+            Failure(format!(
+                "mounting {:?} at {}: {e}",
+                mount.kind, mount.destination
+            ))
+        })?;
         if bind && matches!(mount.destination.trim_end_matches('/'), "/dev") {
             needs_devices = false;
         }
@@ -97,19 +102,24 @@ fn mount_one(
     create: &Create,
     root: &Root,
     (index, mount): (u32, &Mount),
-    (source, volume): (Option<&MountSource>, Option<OwnedFd>),
+    (source, prepared): (Option<&MountSource>, Option<OwnedFd>),
     (ids, maps): (&Ids, &Maps),
 ) -> Result<bool> {
     let mut options = options::parse(&mount.options);
     map_owner(&mount.kind, &mut options, ids)?;
-    let bind = options.bind.is_some() || mount.kind == "bind" || source.is_some();
+    let bind = is_bind(mount, &options, source);
     let (tree, is_dir) = if bind {
         let recursive = options.bind.unwrap_or(true);
-        let (tree, is_dir) = bind_source(create, mount, (source, volume), recursive)?;
+        let (tree, is_dir) = bind_source(create, mount, (source, prepared), recursive)?;
         maps.apply(index, tree.as_fd())?;
         (tree, is_dir)
+    } else if let Some(tree) = prepared {
+        (tree, true)
     } else {
-        (new_file_system(root, mount, &options)?, true)
+        if mount.kind == "tmpfs" {
+            copy_mode(root, &mount.destination, &mut options)?;
+        }
+        (new_file_system(mount, &options)?, true)
     };
     if let Some(MountSource::Share {
         readonly_on_host: true,
@@ -146,6 +156,21 @@ fn mount_one(
             .during("mount propagation")?;
     }
     Ok(bind)
+}
+
+fn is_bind(mount: &Mount, options: &Options, source: Option<&MountSource>) -> bool {
+    options.bind.is_some() || mount.kind == "bind" || source.is_some()
+}
+
+/// Those mounts of the specification that are a procfs, by index, with their options.
+pub fn procfs(create: &Create) -> impl Iterator<Item = (u32, &Mount, Options)> {
+    let mounts = (0..).zip(&create.spec.mounts);
+    mounts.filter_map(|(index, mount)| {
+        let options = options::parse(&mount.options);
+        let source = create.mount_sources.get(&index);
+        let wanted = mount.kind == "proc" && !is_bind(mount, &options, source);
+        wanted.then_some((index, mount, options))
+    })
 }
 
 /// Refuses to hide what programs learn from procfs behind files of a volume, by whatever links the image leads
@@ -225,7 +250,7 @@ fn bind_source(
 }
 
 /// A detached mount of a new file system.
-fn new_file_system(root: &Root, mount: &Mount, options: &Options) -> Result<OwnedFd> {
+pub fn new_file_system(mount: &Mount, options: &Options) -> Result<OwnedFd> {
     // The container's cgroup namespace makes its own cgroup the root of this mount.
     let kind = if mount.kind == "cgroup" {
         "cgroup2"
@@ -250,9 +275,6 @@ fn new_file_system(root: &Root, mount: &Mount, options: &Options) -> Result<Owne
         };
         set.map_err(|error| Failure(format!("option {key}: {}", complaint(&context, error))))?;
     }
-    if kind == "tmpfs" && !options.data.iter().any(|(key, _)| key == "mode") {
-        copy_mode(root, &mount.destination, &context)?;
-    }
     // The super block of the kernel's own file systems is shared with other mounts of them.
     if options.readonly && !kernel_own {
         fsconfig_set_flag(&context, "ro").during("option ro")?;
@@ -267,10 +289,15 @@ fn new_file_system(root: &Root, mount: &Mount, options: &Options) -> Result<Owne
 }
 
 /// A tmpfs over a directory of the image keeps that directory's mode.
-fn copy_mode(root: &Root, path: &str, context: &OwnedFd) -> Result<()> {
+fn copy_mode(root: &Root, path: &str, options: &mut Options) -> Result<()> {
+    if options.data.iter().any(|(key, _)| key == "mode") {
+        return Ok(());
+    }
     if let Ok(dir) = root.open(path, OFlags::PATH | OFlags::DIRECTORY) {
         let mode = rustix::fs::fstat(&dir).during(path)?.st_mode & 0o7777;
-        fsconfig_set_string(context, "mode", format!("{mode:o}")).during("mode")?;
+        options
+            .data
+            .push(("mode".into(), Some(format!("{mode:o}"))));
     }
     Ok(())
 }

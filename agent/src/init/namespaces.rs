@@ -15,7 +15,7 @@ use super::{
     process, sched,
 };
 use crate::{
-    control::{Create, Exec, Message},
+    control::{Exec, Message},
     spec::{Spec, TimeOffset},
 };
 
@@ -62,36 +62,29 @@ fn wants_own(spec: &Spec, kind: &str) -> bool {
         .any(|ns| ns.kind == kind && ns.path.is_empty())
 }
 
-/// Forks the container's init process into its pid (and time) namespace. `None` in the parent, which
-/// has nothing more to do.
-pub fn fork_container(agent: &Agent, create: &Create, ids: &Ids) -> Result<Option<Child>> {
-    let mut flags = CloneFlags::empty();
-    match &create.pid_namespace {
-        Some(path) => {
-            let ns = File::open(path).during("the sandbox's pid namespace")?;
-            setns(ns, CloneFlags::CLONE_NEWPID).during("joining the sandbox's pid namespace")?;
-        }
-        None => flags |= CloneFlags::CLONE_NEWPID,
+/// Before the fork of a container's process: makes its time namespace, if it has one, and prepares the way into its
+/// user namespace.
+pub fn prepare(spec: &Spec) -> Result<Option<idmap::Entry>> {
+    if wants_own(spec, "time") {
+        unshare_time(spec)?;
     }
-    if wants_own(&create.spec, "time") {
-        unshare_time(&create.spec)?;
-    }
-    let entry = if wants_user(&create.spec) {
-        Some(idmap::Entry::new()?)
-    } else {
-        None
-    };
-    match (fork_sibling(agent, flags)?, entry) {
-        (Fork::Child, entry) => Ok(Some(Child { entry })),
-        (Fork::Parent(pid), Some(entry)) => entry.write_maps(pid, ids).map(|()| None),
-        (Fork::Parent(_), None) => Ok(None),
-    }
+    wants_user(spec).then(idmap::Entry::new).transpose()
 }
 
-/// What the forked container process has from before the fork.
-pub struct Child {
-    /// The way into its user namespace.
-    pub entry: Option<idmap::Entry>,
+/// Forks the container's process, which goes on here: `false` in its parent, which has nothing more to do.
+pub fn fork_container(
+    agent: &Agent,
+    entry: &mut Option<idmap::Entry>,
+    ids: &Ids,
+    flags: CloneFlags,
+) -> Result<bool> {
+    match fork_sibling(agent, flags)? {
+        Fork::Child => Ok(true),
+        Fork::Parent(pid) => match entry.take() {
+            Some(entry) => entry.write_maps(pid, ids).map(|()| false),
+            None => Ok(false),
+        },
+    }
 }
 
 /// A user namespace of the pod: each container gets one of its own, with the pod's map.
@@ -136,9 +129,10 @@ impl Cgroups {
 
     /// Moves this process into the first that takes it: one with cgroups below it and controllers
     /// enabled takes none (the "no internal processes" rule).
-    pub fn join(self) -> Result<()> {
+    pub fn join(&self) -> Result<()> {
         let mut outcome = Err(Failure("no cgroup to join".into()));
-        for (path, mut file) in self.0 {
+        for (path, file) in &self.0 {
+            let mut file = file;
             outcome = file
                 .write_all(b"0")
                 .during(format_args!("joining cgroup {}", path.display()));

@@ -1,12 +1,10 @@
 //! `linux.sysctl`: those that belong to a namespace of the sandbox or the container.
 use std::collections::BTreeMap;
 
-use rustix::{
-    fs::{Mode, OFlags, ResolveFlags, openat2},
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
-};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use super::failure::{Context as _, Result};
+use crate::detached;
 
 /// Of the ipc namespace, and the one of the uts namespace (the host name has a field of its own).
 const NAMESPACED: [&str; 9] = [
@@ -48,14 +46,7 @@ pub fn apply(sysctls: &BTreeMap<String, String>) -> Result<()> {
     if sysctls.is_empty() {
         return Ok(());
     }
-    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC).during("proc for sysctl")?;
-    fsconfig_create(&context).during("proc for sysctl")?;
-    let proc = fsmount(
-        &context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::empty(),
-    )
-    .during("proc for sysctl")?;
+    let proc = detached::procfs().during("proc for sysctl")?;
     for (key, value) in sysctls {
         let what = format_args!("linux.sysctl {key}").to_string();
         let path = format!("sys/{}", path_of(key));
