@@ -4,22 +4,6 @@ use std::process::ExitCode;
 
 use brig_hypervisor::jail::audit::{Extent, differences, filters};
 
-/// Every thread's filter against the list of its kind; KVM's own helper has that of its creator.
-fn filters(pid: u32) -> std::io::Result<Vec<String>> {
-    let mut found = Vec::new();
-    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let task = task?;
-        let name = std::fs::read_to_string(task.path().join("comm"))?;
-        if name.starts_with("kvm-") {
-            continue;
-        }
-        let thread = task.file_name().to_string_lossy().parse();
-        let thread = thread.map_err(std::io::Error::other)?;
-        found.extend(filters::difference(thread, filters::kind(name.trim()))?);
-    }
-    Ok(found)
-}
-
 fn main() -> ExitCode {
     let mut code = ExitCode::SUCCESS;
     for argument in std::env::args().skip(1) {
@@ -28,7 +12,7 @@ fn main() -> ExitCode {
             .map_err(std::io::Error::other)
             .and_then(|pid| {
                 let mut found = differences(pid, Extent::Filtered)?;
-                found.extend(filters(pid)?);
+                found.extend(filters::differences(pid)?);
                 Ok(found)
             });
         match found {

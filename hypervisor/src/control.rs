@@ -324,15 +324,41 @@ pub fn send<T: Serialize>(
 pub fn receive<T: DeserializeOwned>(
     socket: BorrowedFd<'_>,
 ) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    receive_with(socket, Some(cmsg_space!([RawFd; MAX_FDS])))
+}
+
+/// Receives one message of the VMM, which is not trusted: no descriptor of it ever becomes one of this process.
+///
+/// # Errors
+/// As [`receive`]; a message with a descriptor is a truncated one.
+pub fn receive_from_vmm(socket: BorrowedFd<'_>) -> io::Result<Option<FromVmm>> {
+    Ok(receive_with(socket, None)?.map(|(message, _)| message))
+}
+
+fn receive_with<T: DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+    mut control: Option<Vec<u8>>,
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut bytes = vec![0u8; MAX_MESSAGE];
-    let mut control = cmsg_space!([RawFd; MAX_FDS]);
     let mut slices = [IoSliceMut::new(&mut bytes)];
+    // Who takes no descriptors has no room for any.
+    let refused = if control.is_some() {
+        MsgFlags::MSG_TRUNC
+    } else {
+        MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC
+    };
     let received = recvmsg::<()>(
         socket.as_raw_fd(),
         &mut slices,
-        Some(&mut control),
+        control.as_deref_mut(),
         MsgFlags::MSG_CMSG_CLOEXEC,
     )?;
+    if received.flags.intersects(refused) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "control message was truncated",
+        ));
+    }
     let mut fds = Vec::new();
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = message {
@@ -342,14 +368,7 @@ pub fn receive<T: DeserializeOwned>(
             }
         }
     }
-    let truncated = received.flags.contains(MsgFlags::MSG_TRUNC);
     let length = received.bytes;
-    if truncated {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "control message was truncated",
-        ));
-    }
     if length == 0 {
         return Ok(None);
     }
@@ -372,6 +391,30 @@ mod tests {
             SockFlag::SOCK_CLOEXEC,
         )
         .unwrap()
+    }
+
+    #[test]
+    fn a_descriptor_of_the_vmm_never_becomes_one_of_the_shims() {
+        let (ours, theirs) = pair();
+        let event = || {
+            FromVmm::Reply(Reply {
+                id: 7,
+                result: Ok(ReplyBody::Done),
+            })
+        };
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        send(theirs.as_fd(), &event(), &[writer.as_fd()]).unwrap();
+        drop(writer);
+        let error = receive_from_vmm(ours.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        // With nobody left to write, the end is there.
+        assert_eq!(nix::unistd::read(&reader, &mut [0]).unwrap(), 0);
+        send(theirs.as_fd(), &event(), &[]).unwrap();
+        let received = receive_from_vmm(ours.as_fd()).unwrap();
+        assert!(matches!(
+            received,
+            Some(FromVmm::Reply(Reply { id: 7, .. }))
+        ));
     }
 
     #[test]

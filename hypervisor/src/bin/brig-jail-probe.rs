@@ -31,14 +31,18 @@ fn main() -> ExitCode {
     let mut held: Vec<File> = Vec::new();
     let mut buffer = vec![0u8; 64 * 1024];
     loop {
-        let (length, given) = match receive(&control, &mut buffer) {
+        let (length, mut given) = match receive(&control, &mut buffer) {
             Ok((0, _)) | Err(_) => return ExitCode::from(14),
             Ok(received) => received,
         };
         debug_assert_eq!(exit::STOPPED, 14);
         let request = String::from_utf8_lossy(&buffer[..length]).into_owned();
         let reply = match request.as_str() {
-            "given" => given::table(&given),
+            "given" => {
+                given.extend(held.drain(..).map(OwnedFd::from));
+                given::table(&given)
+            }
+            "hand back" => given::hand_back(&given),
             request => answer(request, &mut held),
         };
         if nix::unistd::write(&control, reply.as_bytes()).is_err() {
@@ -49,7 +53,7 @@ fn main() -> ExitCode {
 
 /// A request and the descriptors that came with it.
 fn receive(control: &OwnedFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([i32; 32]);
+    let mut space = nix::cmsg_space!([i32; 64]);
     let mut slices = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let received = recvmsg::<()>(control.as_raw_fd(), &mut slices, Some(&mut space), flags)?;

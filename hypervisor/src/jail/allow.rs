@@ -75,6 +75,15 @@ pub enum ThreadKind {
     Fs,
 }
 
+/// All of them.
+#[cfg(any(test, feature = "jail-probe"))]
+pub(super) const KINDS: [ThreadKind; 4] = [
+    ThreadKind::Main,
+    ThreadKind::Vcpu,
+    ThreadKind::Worker,
+    ThreadKind::Fs,
+];
+
 /// When a system call is allowed.
 #[derive(Debug, Clone, Copy)]
 pub enum When {
@@ -358,13 +367,6 @@ pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const KINDS: [ThreadKind; 4] = [
-        ThreadKind::Main,
-        ThreadKind::Vcpu,
-        ThreadKind::Worker,
-        ThreadKind::Fs,
-    ];
 
     #[test]
     fn what_leads_out_of_the_jail_is_on_no_list() {

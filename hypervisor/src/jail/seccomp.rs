@@ -5,6 +5,7 @@
 //! and builds with the feature `seccomp-trap`, say on stderr which call it was.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -12,7 +13,7 @@ use seccompiler::{
 };
 
 pub use super::allow::ThreadKind;
-use super::allow::{WITHOUT_CLONE3, When, system_calls};
+use super::allow::{Allowed, WITHOUT_CLONE3, When, system_calls};
 
 /// Why a filter is not in force.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +53,7 @@ fn chain(
     kind: ThreadKind,
     mismatch: SeccompAction,
 ) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
-    let list = compile(kind, mismatch)?;
+    let list = compile(system_calls(kind), mismatch)?;
     Ok(match kind {
         ThreadKind::Main => vec![without_clone3()?, list],
         _ => vec![list],
@@ -65,6 +66,22 @@ fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
     let rules = BTreeMap::from([(WITHOUT_CLONE3, Vec::new())]);
     let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
     SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64)?.try_into()
+}
+
+/// Confines the calling thread to what any kind of thread may do. Threads share their memory, so who has taken one
+/// over can make the others work for him, and this is what he has: tests of the jail try their escapes under it.
+///
+/// # Errors
+/// If the kernel refuses the filter.
+#[cfg(any(test, feature = "jail-probe"))]
+pub fn apply_union() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    #[cfg(any(debug_assertions, feature = "seccomp-trap"))]
+    trap::install()?;
+    let every = super::allow::KINDS.into_iter().flat_map(system_calls);
+    let union = compile(every, on_mismatch())?;
+    seccompiler::apply_filter(&without_clone3()?)?;
+    seccompiler::apply_filter(&union)?;
+    Ok(())
 }
 
 /// Keeps the allocator within the lists, while there is one thread.
@@ -106,14 +123,19 @@ pub(super) fn programs(
 }
 
 fn compile(
-    kind: ThreadKind,
+    calls: impl Iterator<Item = &'static Allowed>,
     mismatch: SeccompAction,
 ) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for call in system_calls(kind) {
-        // No rule means "with any arguments", and that is the one to win.
-        let entry = rules.entry(call.number).or_default();
-        entry.extend(conditions(call.when)?);
+    for call in calls {
+        let conditions = conditions(call.when)?;
+        match rules.entry(call.number) {
+            Entry::Vacant(entry) => drop(entry.insert(conditions)),
+            // No rule means "with any arguments", and that is the one to win.
+            Entry::Occupied(mut entry) if conditions.is_empty() => entry.get_mut().clear(),
+            Entry::Occupied(entry) if entry.get().is_empty() => {}
+            Entry::Occupied(mut entry) => entry.get_mut().extend(conditions),
+        }
     }
     SeccompFilter::new(rules, mismatch, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
@@ -315,6 +337,26 @@ mod tests {
             4096,
             4
         )));
+    }
+
+    #[test]
+    fn what_one_list_allows_with_any_arguments_no_other_list_cuts() {
+        const ALWAYS: &Allowed = &Allowed {
+            number: libc::SYS_fcntl,
+            name: "fcntl",
+            when: When::Always,
+        };
+        const SOMETIMES: &Allowed = &Allowed {
+            when: When::OneOf(1, &[7]),
+            ..*ALWAYS
+        };
+        let program = |calls: &[&'static Allowed]| {
+            compile(calls.iter().copied(), SeccompAction::KillProcess).unwrap()
+        };
+        let any = program(&[ALWAYS]);
+        assert_eq!(program(&[ALWAYS, SOMETIMES]), any);
+        assert_eq!(program(&[SOMETIMES, ALWAYS]), any);
+        assert_ne!(program(&[SOMETIMES]), any);
     }
 
     #[test]

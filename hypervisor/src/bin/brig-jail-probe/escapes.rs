@@ -1,10 +1,10 @@
 //! The escapes the probe tries: each in two children of its own, without seccomp (what the namespaces,
-//! mounts, capabilities and Landlock hold by themselves) and with the file server's filter, the widest.
+//! mounts, capabilities and Landlock hold by themselves) and under the union of all threads' filters.
 
 use std::ffi::CStr;
 use std::io;
 
-use brig_hypervisor::jail::seccomp::{self, ThreadKind};
+use brig_hypervisor::jail::seccomp;
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
@@ -28,7 +28,7 @@ pub(super) fn outcome(attempt: impl Fn() -> i64, filtered: bool) -> String {
     match unsafe { fork() } {
         Err(errno) => format!("no child: {errno}"),
         Ok(ForkResult::Child) => {
-            let ready = !filtered || seccomp::apply(ThreadKind::Fs).is_ok();
+            let ready = !filtered || seccomp::apply_union().is_ok();
             let result = if ready { attempt() } else { -250 };
             let code = i32::try_from(-result.min(0)).unwrap_or(251);
             // SAFETY: ends the child without the parent's exit handlers.

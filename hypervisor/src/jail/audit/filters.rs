@@ -3,6 +3,7 @@
 //! By ptrace: each thread stops for a moment. Needs the node's root and a kernel that can dump filters
 //! (`CONFIG_CHECKPOINT_RESTORE`, as distributions have it).
 
+use std::fs;
 use std::io;
 
 use nix::errno::Errno;
@@ -88,6 +89,26 @@ pub fn difference(thread: i32, kind: ThreadKind) -> io::Result<Option<String>> {
     Ok(Some(format!(
         "thread {thread} has filters of {lengths:?} instructions that are not those of the list for {kind:?}"
     )))
+}
+
+/// What is wrong with the filters of a VMM's threads, one sentence each. KVM's own helpers have that of their
+/// creator and are left out.
+///
+/// # Errors
+/// As [`difference`], or if the process has ended.
+pub fn differences(pid: u32) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let task = task?;
+        let name = fs::read_to_string(task.path().join("comm"))?;
+        if name.starts_with("kvm-") {
+            continue;
+        }
+        let thread = task.file_name().to_string_lossy().parse();
+        let thread = thread.map_err(io::Error::other)?;
+        found.extend(difference(thread, kind(name.trim()))?);
+    }
+    Ok(found)
 }
 
 /// The kind of a brig-vmm thread by its name.

@@ -224,7 +224,7 @@ impl Task {
     }
 
     fn drain(&mut self) {
-        while let Ok(Some((message, _))) = control::receive(self.socket.get_ref().as_fd()) {
+        while let Ok(Some(message)) = control::receive_from_vmm(self.socket.get_ref().as_fd()) {
             self.take(message);
         }
     }
@@ -254,10 +254,8 @@ impl Task {
 }
 
 async fn receive(socket: &AsyncFd<OwnedFd>) -> io::Result<Option<FromVmm>> {
-    let read = |socket: &OwnedFd| control::receive::<FromVmm>(socket.as_fd());
-    // Descriptors from the VMM are none of the protocol; dropping them closes them.
-    let message = socket.async_io(Interest::READABLE, read).await?;
-    Ok(message.map(|(message, _)| message))
+    let read = |socket: &OwnedFd| control::receive_from_vmm(socket.as_fd());
+    socket.async_io(Interest::READABLE, read).await
 }
 
 #[cfg(test)]

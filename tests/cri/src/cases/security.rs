@@ -1,6 +1,7 @@
 //! The security context: who a process is and what it may do.
 
 use anyhow::{Context, Result};
+use brig_hypervisor::jail::audit::{Extent, differences, filters};
 use brig_tests::node::check::{contains, contains_one, equal, that};
 use k8s_cri::v1::{
     Capability, Int64Value, SecurityProfile, SupplementalGroupsPolicy,
@@ -10,7 +11,10 @@ use k8s_cri::v1::{
 use crate::container::Container;
 use crate::node::Directory;
 use crate::pod::profile;
+use crate::stream::Forwarded;
 use crate::suite::{Case, SLEEP, Suite, case, not_here, refused, smoke};
+
+use super::life::sandbox_pid;
 
 pub const CASES: &[Case] = &[
     smoke(
@@ -44,6 +48,11 @@ pub const CASES: &[Case] = &[
         "security",
         "a privileged pod sees none of the node's disks in Brig",
         node_devices,
+    ),
+    smoke(
+        "security",
+        "the living VMM has what the jail's list allows and no more",
+        audited,
     ),
     case("security", "masked and read-only paths", masked),
     smoke(
@@ -258,6 +267,27 @@ fn node_devices(suite: &mut Suite) -> Result<()> {
         .start()?;
     let disk = container.exec(&["test", "-b", "/dev/vda"])?.code == 0;
     equal("the node's disk is there", !suite.is_brig(), disk)
+}
+
+/// In the middle of its work: a pod with outputs, its files and network, whose port is being forwarded.
+fn audited(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("runc has no VMM");
+    }
+    let shared = suite.shared()?;
+    shared
+        .container
+        .sh("echo served > /tmp/page && httpd -p 127.0.0.1:8111 -h /tmp")?;
+    let mut stream = Forwarded::open(&shared.pod, 8111)?;
+    let vmm = u32::try_from(sandbox_pid(&shared.pod)?)?;
+    let mut found = differences(vmm, Extent::Filtered)?;
+    found.extend(filters::differences(vmm)?);
+    equal("differences", String::new(), found.join("; "))?;
+    stream.send(b"GET /page HTTP/1.0\r\n\r\n")?;
+    let (answer, reason) = stream.finish()?;
+    let answer = String::from_utf8_lossy(&answer);
+    contains("what the stream brought", "served", &answer)
+        .with_context(|| format!("reason given: '{reason}'"))
 }
 
 fn masked(suite: &mut Suite) -> Result<()> {
