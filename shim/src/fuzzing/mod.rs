@@ -7,6 +7,8 @@
     reason = "a broken assumption is a finding, and a target says by its name what it feeds"
 )]
 
+pub mod agent_frames;
+
 use std::path::Path;
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -32,6 +34,7 @@ pub const TARGETS: &[Target] = &[
     ("stream_frames", stream_frames),
     ("stream_uri", stream_uri),
     ("runtime_options", runtime_options),
+    ("agent_frames", agent_frames::agent_frames),
 ];
 
 /// containerd's `config.json`.

@@ -25,13 +25,13 @@ use ttrpc::proto::{
 };
 
 /// Events that may wait for the pod; beyond, nothing more is read of the agent.
-const MAX_AHEAD: usize = 64;
+pub(crate) const MAX_AHEAD: usize = 64;
 /// Calls that an agent may leave unanswered. containerd asks a few at a time, and gives each up in its time.
-const MAX_UNANSWERED: usize = 1024;
+pub(crate) const MAX_UNANSWERED: usize = 1024;
 
 /// How a connection to an agent ended.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Ending {
+pub(crate) enum Ending {
     /// The agent closed it, or its VM is gone.
     Closed,
     /// The agent broke a rule, which is told as the end of a sentence about it.
@@ -40,14 +40,14 @@ pub(super) enum Ending {
 
 /// How many events have been let through that the pod has not taken.
 #[derive(Debug, Default)]
-pub(super) struct Ahead {
+pub(crate) struct Ahead {
     count: AtomicUsize,
     reader: AtomicWaker,
 }
 
 impl Ahead {
     /// The pod has taken an event.
-    pub(super) fn taken(&self) {
+    pub(crate) fn taken(&self) {
         // Atomic, so that no count is lost between the tasks.
         let _ = self
             .count
@@ -99,7 +99,7 @@ fn length(header: &MessageHeader) -> usize {
 
 /// The connection; ttrpc's client is put on top of it.
 #[derive(Debug)]
-pub(super) struct Guarded<S> {
+pub(crate) struct Guarded<S> {
     stream: S,
     incoming: Frame,
     /// Bytes of the incoming header that the client has.
@@ -112,7 +112,7 @@ pub(super) struct Guarded<S> {
 
 impl<S> Guarded<S> {
     /// Guards a connection. The receiver resolves at its end; with an error, when nobody noticed that.
-    pub(super) fn new(stream: S) -> (Self, Arc<Ahead>, oneshot::Receiver<Ending>) {
+    pub(crate) fn new(stream: S) -> (Self, Arc<Ahead>, oneshot::Receiver<Ending>) {
         let (ending, ended) = oneshot::channel();
         let ahead = Arc::new(Ahead::default());
         let guarded = Self {
@@ -125,6 +125,12 @@ impl<S> Guarded<S> {
             ending: Some(ending),
         };
         (guarded, ahead, ended)
+    }
+
+    /// What it guards.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn stream_mut(&mut self) -> &mut S {
+        &mut self.stream
     }
 
     fn end(&mut self, ending: Ending) {

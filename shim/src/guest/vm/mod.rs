@@ -8,7 +8,7 @@ pub mod boot;
 mod clock;
 pub mod control;
 pub mod death;
-mod frames;
+pub(crate) mod frames;
 pub mod host;
 mod kill;
 mod late;
