@@ -1,6 +1,6 @@
 # Each target is one line that calls the real thing. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help build demo node test test-all test-kubernetes bench fuzz install uninstall
+.PHONY: help build demo node test test-all test-kubernetes bench fuzz mutate install uninstall
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -28,6 +28,9 @@ bench: ## tables and JSON: boot, start, memory, exits, against QEMU microvm and 
 
 fuzz: ## property tests (CASES=…), then each fuzz target under coverage guidance (SECONDS=…)
 	tests/fuzz --cases $(or $(CASES),20000) --seconds $(or $(SECONDS),60)
+
+mutate: ## break Brig on purpose, one thing at a time: a test fails for each
+	tests/mutate
 
 install: ## install the binaries and the guest under $(PREFIX), default /opt/brig
 	./install $(PREFIX)
