@@ -11,7 +11,8 @@ use super::{
     agent::Agent,
     caps,
     failure::{Context as _, Failure, Result, error_text},
-    filter, lookup,
+    filter::Filter,
+    lookup,
     place::Last,
     root::{Missing, Root},
     seccomp,
@@ -87,10 +88,10 @@ pub fn make_cwd(root: &Root, process: &Process) -> Result<()> {
 pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp>) -> Result<()> {
     let environment = lookup::environment(process);
     let sets = caps::Sets::resolve(agent, process.capabilities.as_ref());
-    let filters = match profile {
-        Some(profile) => seccomp::compile(agent, profile)?,
-        None => filter::Filters::default(),
-    };
+    let filter = profile
+        .map(|profile| seccomp::compile(agent, profile))
+        .transpose()?;
+    let install = || filter.as_ref().map_or(Ok(()), Filter::install);
     sets.drop_bounding()?;
     // A directory that only the user may enter is entered later, one that only root may, now.
     let entered = enter_cwd(process).is_ok();
@@ -112,12 +113,12 @@ pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp
     if process.no_new_privileges {
         sets.apply()?;
         rustix::thread::set_no_new_privs(true).during("process.noNewPrivileges")?;
-        filters.install()?;
+        install()?;
     } else {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN (seccomp(2)), which is given up after
         // it. So a profile must allow capset and prctl, as with other runtimes.
         caps::raise_effective()?;
-        filters.install()?;
+        install()?;
         sets.apply()?;
     }
     let Err(error) = nix::unistd::execve(&program, &args, &env);

@@ -1,28 +1,24 @@
-//! `linux.seccomp` as a stack of filters.
+//! `linux.seccomp` as one filter, as runc and libseccomp have it.
 //!
-//! seccompiler knows one action for what matches and one for what does not, so a profile becomes a
-//! stack: the first program lets through what any rule names and answers the default to the rest;
-//! each further program carries one other action. The kernel takes the strictest answer of all
-//! (seccomp(2)), and among errno values that of the program installed last.
+//! A name means a call in each ABI that the profile's `architectures` name; calls of other ABIs end the thread. Of rules
+//! without arguments for one call the first counts, and none with arguments beside it; of rules with arguments that hold
+//! at once, the strictest.
+mod abi;
+mod program;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::{SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
-use super::{
-    agent::Agent,
-    failure::Failure,
-    filter::{Filters, refuse_newer},
-    syscalls,
-};
+use super::{agent::Agent, failure::Failure, filter::Filter, syscalls};
 use crate::spec::{Seccomp, Syscall, SyscallArg};
+use abi::{Abi, Call};
+use program::{Answer, Answers, Judged, Verdict};
 
 const FLAG_LOG: libc::c_ulong = 1 << 1;
 const FLAG_SPEC_ALLOW: libc::c_ulong = 1 << 2;
-
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// Refuses a profile that cannot be enforced.
 ///
@@ -32,9 +28,9 @@ pub fn check(profile: &Seccomp) -> Result<(), String> {
     build(profile).map(drop)
 }
 
-/// The filters of `profile`.
-pub fn compile(agent: &Agent, profile: &Seccomp) -> Result<Filters, Failure> {
-    let (filters, unknown) = build(profile).map_err(Failure::from)?;
+/// The filter of `profile`.
+pub fn compile(agent: &Agent, profile: &Seccomp) -> Result<Filter, Failure> {
+    let (filter, unknown) = build(profile).map_err(Failure::from)?;
     if !unknown.is_empty() {
         // Names of other architectures are ordinary in profiles: one line for all.
         agent.warn(format!(
@@ -42,10 +38,10 @@ pub fn compile(agent: &Agent, profile: &Seccomp) -> Result<Filters, Failure> {
             unknown.len()
         ));
     }
-    Ok(filters)
+    Ok(filter)
 }
 
-fn build(profile: &Seccomp) -> Result<(Filters, Vec<String>), String> {
+fn build(profile: &Seccomp) -> Result<(Filter, Vec<String>), String> {
     if !profile.listener_path.is_empty() || !profile.listener_metadata.is_empty() {
         return Err("linux.seccomp.listenerPath (user notification) is not supported".into());
     }
@@ -55,92 +51,87 @@ fn build(profile: &Seccomp) -> Result<(Filters, Vec<String>), String> {
         profile.default_errno_ret,
         "defaultAction",
     )?;
-    let mut named = Rules::new();
-    let mut by_action: Vec<(SeccompAction, Rules)> = Vec::new();
+    let mut abis: Vec<Judged> = Abi::named(&profile.architectures)?
+        .into_iter()
+        .map(|abi| Judged {
+            abi,
+            calls: BTreeMap::new(),
+            newest: None,
+        })
+        .collect();
     let mut unknown = Vec::new();
     for syscall in &profile.syscalls {
         let verdict = action(&syscall.action, syscall.errno_ret, "syscalls.action")?;
-        let rules = rules_of(syscall)?;
+        let alternatives = alternatives(syscall)?;
         for name in &syscall.names {
-            let Some(number) = syscalls::number(name) else {
+            if syscalls::numbers(name).is_none() {
                 unknown.push(name.clone());
-                continue;
-            };
-            // What repeats the default adds nothing.
-            if verdict == default {
-                continue;
             }
-            add(&mut named, number, &rules);
-            if verdict != SeccompAction::Allow {
-                let index = by_action
-                    .iter()
-                    .position(|(a, _)| *a == verdict)
-                    .unwrap_or_else(|| {
-                        by_action.push((verdict.clone(), Rules::new()));
-                        by_action.len() - 1
-                    });
-                if let Some((_, entry)) = by_action.get_mut(index) {
-                    add(entry, number, &rules);
+            for judged in &mut abis {
+                for call in judged.abi.calls(name) {
+                    if call.selector.is_none() {
+                        judged.newest = judged.newest.max(Some(call.number));
+                    }
+                    // What repeats the default adds nothing.
+                    if verdict != default {
+                        let rules = rules(&alternatives, call, judged.abi)?;
+                        add(
+                            &mut judged.calls,
+                            call.number,
+                            rules,
+                            verdict.clone().into(),
+                        );
+                    }
                 }
             }
         }
     }
-    // A program that refuses seccomp itself lets no further one in: it comes last.
-    let last_words = |rules: &Rules| rules.contains_key(&libc::SYS_seccomp);
-    let mut programs = Vec::new();
-    let mut last = Vec::new();
-    if default != SeccompAction::Allow {
-        let refuses_seccomp = !last_words(&named);
-        let newest = named
-            .keys()
-            .next_back()
-            .and_then(|n| u32::try_from(*n).ok());
-        let mut main = program(named, default.clone(), SeccompAction::Allow)?;
-        if let (SeccompAction::Errno(_), Some(newest)) = (&default, newest) {
-            main = refuse_newer(main, newest, libc::ENOSYS.unsigned_abs());
-        }
-        if refuses_seccomp {
-            last.push(main)
+    let answers = Answers {
+        newer: if refuses(&default) {
+            // A profile cannot name what did not exist when it was written; ENOSYS makes a C library fall back where
+            // EPERM makes it fail.
+            SeccompAction::Errno(libc::ENOSYS.unsigned_abs()).into()
         } else {
-            programs.push(main)
-        }
-    }
-    for (verdict, rules) in by_action {
-        let list = if last_words(&rules) {
-            &mut last
-        } else {
-            &mut programs
-        };
-        list.push(program(rules, SeccompAction::Allow, verdict)?);
-    }
-    if last.len() > 1 {
-        return Err("linux.seccomp: two actions for the system call seccomp".into());
-    }
-    programs.extend(last);
-    Ok((Filters { programs, flags }, unknown))
+            default.clone().into()
+        },
+        default: default.into(),
+        foreign: SeccompAction::KillThread.into(),
+    };
+    let program = program::whole(&abis, answers)?;
+    Ok((Filter { program, flags }, unknown))
 }
 
-/// Adds rules for one system call; an empty list is "whatever the arguments", which then stays so.
-fn add(rules: &mut Rules, number: i64, more: &[SeccompRule]) {
-    match rules.get_mut(&number) {
-        None => {
-            rules.insert(number, more.to_vec());
+/// Whether a call that meets `action` does not happen. (A tracer may let it.)
+fn refuses(action: &SeccompAction) -> bool {
+    !matches!(
+        action,
+        SeccompAction::Allow | SeccompAction::Log | SeccompAction::Trace(_)
+    )
+}
+
+/// Adds rules for one call; an empty list is "whatever the arguments".
+fn add(calls: &mut BTreeMap<u32, Verdict>, number: u32, rules: Vec<SeccompRule>, answer: Answer) {
+    let more = rules.into_iter().map(|rule| (rule, answer));
+    match calls.get_mut(&number) {
+        Some(Verdict::Always(_)) => {}
+        Some(Verdict::ByRule(present)) if more.len() > 0 => {
+            present.extend(more);
+            present.sort_by_key(|(_, answer)| lenience(*answer));
         }
-        Some(present) if present.is_empty() || more.is_empty() => present.clear(),
-        Some(present) => present.extend_from_slice(more),
+        _ => {
+            let verdict = if more.len() > 0 {
+                Verdict::ByRule(more.collect())
+            } else {
+                Verdict::Always(answer)
+            };
+            calls.insert(number, verdict);
+        }
     }
 }
 
-fn program(
-    rules: Rules,
-    mismatch: SeccompAction,
-    matched: SeccompAction,
-) -> Result<BpfProgram, String> {
-    let arch =
-        TargetArch::try_from(std::env::consts::ARCH).map_err(|e| format!("linux.seccomp: {e}"))?;
-    SeccompFilter::new(rules, mismatch, matched, arch)
-        .and_then(BpfProgram::try_from)
-        .map_err(|e| format!("linux.seccomp: {e}"))
+/// The kernel's own order among the answers of several filters (seccomp(2)): the strictest is the least.
+fn lenience(answer: Answer) -> i32 {
+    (answer & libc::SECCOMP_RET_ACTION_FULL).cast_signed()
 }
 
 fn flags(names: &[String]) -> Result<libc::c_ulong, String> {
@@ -171,243 +162,99 @@ fn action(name: &str, errno: Option<u32>, field: &str) -> Result<SeccompAction, 
     })
 }
 
+/// A comparison of one argument.
+#[derive(Clone)]
+struct Comparison {
+    index: u8,
+    op: SeccompCmpOp,
+    value: u64,
+}
+
+impl Comparison {
+    fn of(arg: &SyscallArg) -> Result<Self, String> {
+        let (op, value) = match arg.op.as_str() {
+            "SCMP_CMP_NE" => (SeccompCmpOp::Ne, arg.value),
+            "SCMP_CMP_LT" => (SeccompCmpOp::Lt, arg.value),
+            "SCMP_CMP_LE" => (SeccompCmpOp::Le, arg.value),
+            "SCMP_CMP_EQ" => (SeccompCmpOp::Eq, arg.value),
+            "SCMP_CMP_GE" => (SeccompCmpOp::Ge, arg.value),
+            "SCMP_CMP_GT" => (SeccompCmpOp::Gt, arg.value),
+            "SCMP_CMP_MASKED_EQ" => (SeccompCmpOp::MaskedEq(arg.value), arg.value_two),
+            other => {
+                return Err(format!(
+                    "linux.seccomp.syscalls.args.op: {other:?} is not known"
+                ));
+            }
+        };
+        let index = arg.index;
+        let comparison = Self { index, op, value };
+        // An index beyond the last argument is refused whether or not any ABI has the call.
+        comparison.condition(Abi::X86_64)?;
+        Ok(comparison)
+    }
+
+    fn condition(&self, abi: Abi) -> Result<SeccompCondition, String> {
+        let width = if abi.is_narrow() {
+            SeccompCmpArgLen::Dword
+        } else {
+            SeccompCmpArgLen::Qword
+        };
+        SeccompCondition::new(self.index, width, self.op.clone(), self.value)
+            .map_err(|e| format!("linux.seccomp.syscalls.args: {e}"))
+    }
+}
+
 /// The argument conditions of a rule: all must hold, but conditions on the same argument are
-/// alternatives (as in runc, since libseccomp 2.2 cannot join them).
-fn rules_of(syscall: &Syscall) -> Result<Vec<SeccompRule>, String> {
+/// alternatives (as in runc, since libseccomp 2.2 cannot join them). None: whatever the arguments.
+fn alternatives(syscall: &Syscall) -> Result<Vec<Vec<Comparison>>, String> {
     if syscall.args.is_empty() {
         return Ok(Vec::new());
     }
-    let conditions: Vec<(u8, SeccompCondition)> = syscall
+    let comparisons: Vec<Comparison> = syscall
         .args
         .iter()
-        .map(|arg| Ok((arg.index, condition(arg)?)))
+        .map(Comparison::of)
         .collect::<Result<_, String>>()?;
-    let repeated = conditions.iter().enumerate().any(|(n, (index, _))| {
-        conditions
-            .iter()
-            .skip(n + 1)
-            .any(|(other, _)| other == index)
+    let repeated = comparisons.iter().enumerate().any(|(n, one)| {
+        let mut others = comparisons.iter().skip(n + 1);
+        others.any(|other| other.index == one.index)
     });
-    let rule = |conditions| {
-        SeccompRule::new(conditions).map_err(|e| format!("linux.seccomp.syscalls.args: {e}"))
-    };
-    if repeated {
-        conditions
-            .into_iter()
-            .map(|(_, condition)| rule(vec![condition]))
-            .collect()
+    Ok(if repeated {
+        comparisons.into_iter().map(|one| vec![one]).collect()
     } else {
-        Ok(vec![rule(
-            conditions
-                .into_iter()
-                .map(|(_, condition)| condition)
-                .collect(),
-        )?])
-    }
+        vec![comparisons]
+    })
 }
 
-fn condition(arg: &SyscallArg) -> Result<SeccompCondition, String> {
-    let (op, value) = match arg.op.as_str() {
-        "SCMP_CMP_NE" => (SeccompCmpOp::Ne, arg.value),
-        "SCMP_CMP_LT" => (SeccompCmpOp::Lt, arg.value),
-        "SCMP_CMP_LE" => (SeccompCmpOp::Le, arg.value),
-        "SCMP_CMP_EQ" => (SeccompCmpOp::Eq, arg.value),
-        "SCMP_CMP_GE" => (SeccompCmpOp::Ge, arg.value),
-        "SCMP_CMP_GT" => (SeccompCmpOp::Gt, arg.value),
-        "SCMP_CMP_MASKED_EQ" => (SeccompCmpOp::MaskedEq(arg.value), arg.value_two),
-        other => {
-            return Err(format!(
-                "linux.seccomp.syscalls.args.op: {other:?} is not known"
-            ));
-        }
+/// The rules under which a call is meant. Where the first argument says what a call is, it is not what the profile
+/// compares; the others are, as libseccomp has it.
+fn rules(
+    alternatives: &[Vec<Comparison>],
+    call: Call,
+    abi: Abi,
+) -> Result<Vec<SeccompRule>, String> {
+    let selector = call.selector.map(|selector| Comparison {
+        index: 0,
+        op: SeccompCmpOp::Eq,
+        value: selector.into(),
+    });
+    let only_selected = [Vec::new()];
+    let alternatives = if selector.is_some() && alternatives.is_empty() {
+        &only_selected
+    } else {
+        alternatives
     };
-    SeccompCondition::new(arg.index, SeccompCmpArgLen::Qword, op, value)
-        .map_err(|e| format!("linux.seccomp.syscalls.args: {e}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    /// Runs classic BPF as the kernel would on seccomp_data: what seccomp programs use of it.
-    fn run(program: &BpfProgram, data: &[u32; 16]) -> u32 {
-        let (mut a, mut pc) = (0_u32, 0_usize);
-        loop {
-            let op = &program[pc];
-            pc += 1;
-            let jump = |taken: bool| usize::from(if taken { op.jt } else { op.jf });
-            match op.code {
-                0x20 => a = data[usize::try_from(op.k).unwrap() / 4],
-                0x05 => pc += usize::try_from(op.k).unwrap(),
-                0x15 => pc += jump(a == op.k),
-                0x25 => pc += jump(a > op.k),
-                0x35 => pc += jump(a >= op.k),
-                0x54 => a &= op.k,
-                0x06 => return op.k,
-                other => panic!("opcode {other:#x}"),
-            }
-        }
-    }
-
-    /// The kernel's choice among stacked programs: lowest action value as signed wins, and of equal
-    /// ones the last installed.
-    fn verdict(filters: &Filters, nr: i64, arg0: u64) -> u32 {
-        const ARCH_X86_64: u32 = 0xc000_003e;
-        let mut data = [0_u32; 16];
-        data[0] = u32::try_from(nr).unwrap();
-        data[1] = ARCH_X86_64;
-        data[4] = u32::try_from(arg0 & 0xffff_ffff).unwrap();
-        data[5] = u32::try_from(arg0 >> 32).unwrap();
-        let mut best = libc::SECCOMP_RET_ALLOW;
-        for program in filters.programs.iter().rev() {
-            let got = run(program, &data);
-            let key = |v: u32| (v & 0xffff_0000).cast_signed();
-            if key(got) < key(best) {
-                best = got;
-            }
-        }
-        best
-    }
-
-    fn filters(value: serde_json::Value) -> Filters {
-        build(&serde_json::from_value(value).unwrap()).unwrap().0
-    }
-
-    #[test]
-    fn an_allow_list_with_several_errno_values_and_arguments() {
-        let filters = filters(json!({
-            "defaultAction": "SCMP_ACT_ERRNO",
-            "architectures": ["SCMP_ARCH_X86_64"],
-            "syscalls": [
-                {"names": ["read", "write", "from_the_future"], "action": "SCMP_ACT_ALLOW"},
-                {"names": ["personality"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]},
-                {"names": ["personality"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 0xffff_ffff_u32, "op": "SCMP_CMP_EQ"}]},
-                {"names": ["clone"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 2_114_060_288, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]},
-                {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}
-            ]
-        }));
-        let errno = |n| libc::SECCOMP_RET_ERRNO | n;
-        assert_eq!(
-            verdict(&filters, libc::SYS_read, 0),
-            libc::SECCOMP_RET_ALLOW
-        );
-        assert_eq!(verdict(&filters, libc::SYS_mount, 0), errno(1));
-        assert_eq!(
-            verdict(&filters, libc::SYS_personality, 8),
-            libc::SECCOMP_RET_ALLOW
-        );
-        assert_eq!(
-            verdict(&filters, libc::SYS_personality, 0xffff_ffff),
-            libc::SECCOMP_RET_ALLOW
-        );
-        assert_eq!(verdict(&filters, libc::SYS_personality, 9), errno(1));
-        assert_eq!(
-            verdict(&filters, libc::SYS_clone, 0x11),
-            libc::SECCOMP_RET_ALLOW
-        );
-        assert_eq!(verdict(&filters, libc::SYS_clone, 0x1000_0000), errno(1));
-        assert_eq!(verdict(&filters, libc::SYS_clone3, 0), errno(38));
-        // Newer than the newest named: not there, rather than forbidden.
-        assert_eq!(verdict(&filters, 462, 0), errno(38));
-    }
-
-    #[test]
-    fn the_program_that_refuses_seccomp_itself_is_installed_last() {
-        let named = json!([
-            {"names": ["read", "mkdir"], "action": "SCMP_ACT_ALLOW"},
-            {"names": ["rmdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13},
-            {"names": ["seccomp"], "action": "SCMP_ACT_ERRNO", "errnoRet": 14}
-        ]);
-        for syscalls in [named.clone(), json!([named[0], named[1]])] {
-            let filters = filters(json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": syscalls}));
-            let (last, earlier) = filters.programs.split_last().unwrap();
-            let judged = |program: &BpfProgram| {
-                let one = Filters {
-                    programs: vec![program.clone()],
-                    flags: 0,
-                };
-                verdict(&one, libc::SYS_seccomp, 0)
-            };
-            assert_ne!(judged(last), libc::SECCOMP_RET_ALLOW);
-            assert!(earlier.iter().all(|p| judged(p) == libc::SECCOMP_RET_ALLOW));
-            assert_eq!(
-                verdict(&filters, libc::SYS_rmdir, 0),
-                libc::SECCOMP_RET_ERRNO | 13
-            );
-        }
-    }
-
-    #[test]
-    fn a_deny_list_with_several_actions() {
-        let filters = filters(json!({
-            "defaultAction": "SCMP_ACT_ALLOW",
-            "syscalls": [
-                {"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13},
-                {"names": ["rmdir"], "action": "SCMP_ACT_KILL_PROCESS"},
-                {"names": ["sync"], "action": "SCMP_ACT_LOG"}
-            ]
-        }));
-        assert_eq!(
-            verdict(&filters, libc::SYS_read, 0),
-            libc::SECCOMP_RET_ALLOW
-        );
-        assert_eq!(
-            verdict(&filters, libc::SYS_mkdir, 0),
-            libc::SECCOMP_RET_ERRNO | 13
-        );
-        assert_eq!(
-            verdict(&filters, libc::SYS_rmdir, 0),
-            libc::SECCOMP_RET_KILL_PROCESS
-        );
-        assert_eq!(verdict(&filters, libc::SYS_sync, 0), libc::SECCOMP_RET_LOG);
-        assert_eq!(verdict(&filters, 462, 0), libc::SECCOMP_RET_ALLOW);
-    }
-
-    #[test]
-    fn conditions_on_one_argument_are_alternatives() {
-        let filters = filters(json!({
-            "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 5,
-            "syscalls": [{"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [
-                {"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 2, "op": "SCMP_CMP_EQ"}]}]
-        }));
-        assert_eq!(
-            verdict(&filters, libc::SYS_socket, 1),
-            libc::SECCOMP_RET_ALLOW
-        );
-        assert_eq!(
-            verdict(&filters, libc::SYS_socket, 2),
-            libc::SECCOMP_RET_ALLOW
-        );
-        assert_eq!(
-            verdict(&filters, libc::SYS_socket, 40),
-            libc::SECCOMP_RET_ERRNO | 5
-        );
-    }
-
-    #[test]
-    fn what_cannot_be_enforced_is_refused_by_name() {
-        for (value, word) in [
-            (
-                json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
-                "SCMP_ACT_NOTIFY",
-            ),
-            (
-                json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"}),
-                "listenerPath",
-            ),
-            (
-                json!({"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]}),
-                "WAIT_KILLABLE",
-            ),
-            (
-                json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW",
-                "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_X"}]}]}),
-                "SCMP_CMP_X",
-            ),
-        ] {
-            let refused = build(&serde_json::from_value(value).unwrap()).unwrap_err();
-            assert!(refused.contains(word), "{refused}");
-        }
-    }
+    alternatives
+        .iter()
+        .map(|comparisons| {
+            let compared = comparisons
+                .iter()
+                .filter(|comparison| selector.is_none() || comparison.index != 0);
+            let conditions = selector.iter().chain(compared);
+            let conditions = conditions
+                .map(|comparison| comparison.condition(abi))
+                .collect::<Result<_, _>>()?;
+            SeccompRule::new(conditions).map_err(|e| format!("linux.seccomp.syscalls.args: {e}"))
+        })
+        .collect()
 }

@@ -8,6 +8,7 @@ mod cases;
 mod churn;
 mod client;
 mod container;
+mod elf;
 mod events;
 mod log;
 mod mounted;

@@ -4,8 +4,10 @@ use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result};
 use brig_tests::node::check::{equal, that};
-use k8s_cri::v1::security_profile::ProfileType;
+use k8s_cri::v1::{SecurityProfile, security_profile::ProfileType};
+use nix::libc;
 
+use crate::elf::{self, Abi};
 use crate::node::Directory;
 use crate::pod::profile;
 use crate::suite::{Case, SLEEP, Suite, case};
@@ -14,7 +16,17 @@ pub const CASES: &[Case] = &[
     case(
         "resources",
         "a 32-bit program runs without a seccomp profile",
-        i386,
+        unconfined,
+    ),
+    case(
+        "security",
+        "seccomp RuntimeDefault holds for 32-bit and x32 programs, which run",
+        filtered,
+    ),
+    case(
+        "security",
+        "seccomp of x86_64 alone ends programs of other ABIs",
+        one_architecture,
     ),
     case(
         "resources",
@@ -28,47 +40,87 @@ pub const CASES: &[Case] = &[
     ),
 ];
 
-/// A static i386 executable that ends with this status.
-fn program(status: u8) -> Vec<u8> {
-    const BASE: u32 = 0x0804_8000;
-    const HEADERS: u32 = 52 + 32;
-    // mov eax, 1 (exit); mov ebx, status; int 0x80
-    let code = [0xb8, 1, 0, 0, 0, 0xbb, status, 0, 0, 0, 0xcd, 0x80];
-    let mut file = b"\x7fELF\x01\x01\x01".to_vec();
-    file.resize(16, 0);
-    for half in [2_u16, 3] {
-        file.extend_from_slice(&half.to_le_bytes());
+/// A call, how it is made, and the status its program must end with.
+type Expected = (&'static str, Abi, u32, [u32; 2], i32);
+
+/// `CLONE_NEWUSER`: needs no capability, so only a filter refuses it.
+const NEW_USER: u32 = 0x1000_0000;
+/// A shell's status for SIGSYS.
+const KILLED: i32 = 128 + libc::SIGSYS;
+
+fn ends_as_expected(
+    suite: &mut Suite,
+    name: &str,
+    seccomp: SecurityProfile,
+    expected: &[Expected],
+) -> Result<()> {
+    let directory = Directory::new(name)?;
+    for (name, abi, number, arguments, _) in expected {
+        let path = directory.path.join(name);
+        std::fs::write(&path, elf::program(*abi, *number, *arguments))?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
     }
-    // Version, entry, program headers, section headers, flags.
-    for word in [1, BASE + HEADERS, 52, 0, 0] {
-        file.extend_from_slice(&word.to_le_bytes());
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container(name, SLEEP)
+        .mount(&directory.path, "/programs")
+        .security(|security| security.seccomp = Some(seccomp))
+        .start()?;
+    for (name, .., status) in expected {
+        // By a shell, so that a signal has a status.
+        let script = format!("/programs/{name} 2>/dev/null; echo $?");
+        let got = container.sh(&script)?;
+        equal(name, status.to_string().as_str(), got.trim())?;
     }
-    for half in [52_u16, 32, 1, 0, 0, 0] {
-        file.extend_from_slice(&half.to_le_bytes());
-    }
-    let length = HEADERS + 12;
-    // One segment: load all of the file, readable and executable.
-    for word in [1, 0, BASE, BASE, length, length, 5, 0x1000] {
-        file.extend_from_slice(&word.to_le_bytes());
-    }
-    file.extend_from_slice(&code);
-    file
+    Ok(())
 }
 
-fn i386(suite: &mut Suite) -> Result<()> {
-    let directory = Directory::new("i386")?;
-    let path = directory.path.join("program");
-    std::fs::write(&path, program(42))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
-    let pod = suite.run("i386")?;
-    // Brig's filters know no calls of i386 (docs/guest-kernel.md).
-    let container = pod
-        .container("main", SLEEP)
-        .mount(&directory.path, "/programs")
-        .security(|security| security.seccomp = Some(profile(ProfileType::Unconfined)))
-        .start()?;
-    let status = container.exec(&["/programs/program"])?.code;
-    equal("its exit status", 42, status)
+fn unconfined(suite: &mut Suite) -> Result<()> {
+    let none = profile(ProfileType::Unconfined);
+    let expected: [Expected; 3] = [
+        ("exit", Abi::I386, 1, [42, 0], 42),
+        ("unshare", Abi::I386, 310, [NEW_USER, 0], 0),
+        // The kernels of node and guest have no x32.
+        ("getpid-x32", Abi::X32, 39, [0, 0], libc::ENOSYS),
+    ];
+    ends_as_expected(suite, "i386-unconfined", none, &expected)
+}
+
+fn filtered(suite: &mut Suite) -> Result<()> {
+    let default = profile(ProfileType::RuntimeDefault);
+    let expected: [Expected; 9] = [
+        ("exit", Abi::I386, 1, [42, 0], 42),
+        ("close", Abi::I386, 6, [1000, 0], libc::EBADF),
+        ("unshare", Abi::I386, 310, [NEW_USER, 0], libc::EPERM),
+        // Nobody's call.
+        ("from-the-future", Abi::I386, 1000, [0, 0], libc::ENOSYS),
+        // accept, which i386 has no other way: let through, to arguments that are nowhere.
+        ("accept", Abi::I386, 102, [5, 0], libc::EFAULT),
+        ("ipc", Abi::I386, 117, [21, 1000], libc::EINVAL),
+        ("unshare-64", Abi::X86_64, 272, [NEW_USER, 0], libc::EPERM),
+        ("getpid-x32", Abi::X32, 39, [0, 0], libc::ENOSYS),
+        ("unshare-x32", Abi::X32, 272, [NEW_USER, 0], libc::EPERM),
+    ];
+    ends_as_expected(suite, "i386-default", default, &expected)
+}
+
+fn one_architecture(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("seccomp-x86-64")?;
+    let rule = r#"{"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}]}"#;
+    let file = directory.file("profile.json", rule)?;
+    let seccomp = SecurityProfile {
+        profile_type: ProfileType::Localhost.into(),
+        localhost_ref: file.display().to_string(),
+    };
+    let expected: [Expected; 4] = [
+        ("mkdir", Abi::X86_64, 83, [0, 0], libc::EOPNOTSUPP),
+        ("close", Abi::X86_64, 3, [1000, 0], libc::EBADF),
+        ("close-i386", Abi::I386, 6, [1000, 0], KILLED),
+        ("close-x32", Abi::X32, 3, [1000, 0], KILLED),
+    ];
+    ends_as_expected(suite, "x86-64-alone", seccomp, &expected)
 }
 
 const LIMITS: &str = "fs/aio-max-nr fs/file-max fs/inotify/max_user_instances fs/inotify/max_user_watches fs/nr_open \
