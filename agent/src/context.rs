@@ -18,6 +18,7 @@ use crate::{
     huge_pages::HugePages,
     launch::Launcher,
     outputs::Outputs,
+    page_reporting::PageReporting,
     places::Places,
     process::Reply,
     reaper::Reaper,
@@ -43,6 +44,8 @@ pub struct Context {
     pub events: Events,
     /// Copies under way.
     pub outputs: Outputs,
+    /// Told what is started and ends.
+    pub page_reporting: PageReporting,
     /// Volumes in the guest's memory.
     pub volumes: Arc<Volumes>,
     /// Its huge pages.
@@ -79,6 +82,7 @@ impl Context {
             launcher: Launcher::new(binary, reaper, logger.clone()),
             events: Events::default(),
             outputs: Outputs::default(),
+            page_reporting: PageReporting::default(),
             volumes: Arc::new(Volumes::new(&places.run, &places.share)),
             huge_pages: Arc::new(HugePages::new(places.owns_machine)),
             device_nodes: DeviceNodes::new("/dev".into(), logger.clone()),

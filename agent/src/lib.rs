@@ -28,6 +28,7 @@ mod names;
 mod netfilter;
 mod network;
 mod outputs;
+mod page_reporting;
 mod pci;
 mod pid1;
 mod places;

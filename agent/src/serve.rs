@@ -17,8 +17,8 @@ use tokio::{
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
-    context::Context, log::LogRing, places::Places, reaper::Reaper, sandbox, server::Service,
-    streams::Streams,
+    context::Context, log::LogRing, page_reporting, places::Places, reaper::Reaper, sandbox,
+    server::Service, streams::Streams,
 };
 
 /// How long the connection may take to send what it holds at the end.
@@ -51,6 +51,11 @@ impl Parts {
             streams.clone(),
             logger.clone(),
         )?);
+        if context.places.owns_machine {
+            let (order, busy) = (page_reporting::ORDER.into(), page_reporting::busy());
+            let reporting = context.page_reporting.clone();
+            tokio::spawn(reporting.run(order, busy, logger.clone()));
+        }
         Ok(Self {
             streams,
             logger,

@@ -112,6 +112,7 @@ impl Agent for Service {
         if !self.started.initialized() {
             return Err(Error::FailedPrecondition("start the sandbox first".into()).into());
         }
+        self.context.page_reporting.stirred();
         let context = Arc::clone(&self.context);
         to_the_end(async move { sandbox::create(&context, request).await })
             .await
@@ -148,6 +149,7 @@ impl Agent for Service {
         request: ProcessRef,
     ) -> ttrpc::Result<ProcessStarted> {
         let exec_id = request.exec_id;
+        self.context.page_reporting.stirred();
         self.ask(&request.id, |reply| Command::Start { exec_id, reply })
             .await
             .map(started)
@@ -214,6 +216,7 @@ impl Agent for Service {
         request: ProcessRef,
     ) -> ttrpc::Result<ProcessExited> {
         let exec_id = request.exec_id;
+        self.context.page_reporting.stirred();
         self.ask(&request.id, |reply| Command::Delete { exec_id, reply })
             .await
     }

@@ -16,6 +16,8 @@ const IMAGE: &str = "docker.io/brig/probe:test";
 const PROBE: &str = "/bin/brig-probe";
 /// A pod is idle once its start has had time to settle.
 const SETTLE: Duration = Duration::from_secs(5);
+/// And a guest once it has reported what it does not use, which the agent lets it do when it rests.
+const REPORTED: Duration = Duration::from_secs(26);
 
 /// Samples of one runtime.
 #[derive(Default)]
@@ -86,13 +88,14 @@ fn one(ctr: &Ctr, samples: &mut Samples) -> Result<()> {
     equal("exit status of the exec", 0, outcome.code).context(outcome.stderr)?;
     samples.exec.push(millis(start));
 
-    std::thread::sleep(SETTLE);
+    let is_brig = ctr.runtime.contains("brig");
+    std::thread::sleep(if is_brig { REPORTED } else { SETTLE });
     let (_, pid) = ctr.status(&run.id)?.context("no task")?;
     let pid = i32::try_from(pid)?;
     let shim = shim_of(ctr, &run.id, pid)?;
     let shim_share = memory::of(shim, 0)?;
     samples.shim.push(shim_share.total);
-    if ctr.runtime.contains("brig") {
+    if is_brig {
         let vmm = memory::of(pid, guest_kib(pid)?)?;
         samples.guest.push(vmm.guest);
         samples.vmm.push(vmm.own());

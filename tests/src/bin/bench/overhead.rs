@@ -13,7 +13,8 @@ use brig_tests::node::memory;
 use crate::containers::{guest_kib, shim_of};
 
 const IMAGE: &str = "docker.io/brig/busybox:test";
-const SETTLE: Duration = Duration::from_secs(8);
+/// The guest has reported what it does not use by then.
+const SETTLE: Duration = Duration::from_secs(26);
 const MEMORY_MIB: [u32; 4] = [128, 256, 512, 1024];
 const VCPUS: [u32; 2] = [1, 2];
 const FILES: u32 = 10_000;

@@ -4,16 +4,17 @@
 //! The guest names the pages; only whole host pages inside its own RAM are ever given up, so all
 //! it can lose is its own data. Not to be offered together with devices that pin guest memory.
 
+mod discard;
+
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory as _, GuestMemoryMmap, VolatileSlice,
-};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use self::discard::Discarded;
 use super::chain::Buffers;
 use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
@@ -50,6 +51,7 @@ struct Active {
 #[derive(Default)]
 pub struct Balloon {
     active: Option<Active>,
+    discarded: Discarded,
 }
 
 impl Balloon {
@@ -68,13 +70,17 @@ impl Balloon {
             return Ok(());
         };
         let memory = active.memory.memory();
+        let discarded = &mut self.discarded;
         ring.drain(&memory, &*active.interrupt, BUDGET, |chain| {
             match token {
-                INFLATE => inflate(&memory, chain.readable),
+                INFLATE => inflate(&memory, discarded, chain.readable),
                 // A page that left the balloon is filled when the guest touches it.
                 DEFLATE => {}
                 // Neither statistics nor hinting is offered: it is reporting.
-                _ => chain.writable.slices().for_each(discard),
+                _ => chain
+                    .writable
+                    .slices()
+                    .for_each(|slice| discarded.discard(slice)),
             }
             Ok((chain.head, 0))
         })
@@ -87,7 +93,7 @@ const MAX_PAGES: usize = 4096;
 
 /// Gives up the pages that a request names by number, runs of neighbours in one call. Numbers past
 /// [`MAX_PAGES`] are left in place: a chain can name the same memory often enough to take hours.
-fn inflate(memory: &GuestMemoryMmap, mut pages: Buffers<'_>) {
+fn inflate(memory: &GuestMemoryMmap, discarded: &mut Discarded, mut pages: Buffers<'_>) {
     let mut pages = pages.split_to(4 * MAX_PAGES);
     let mut run: Option<(u64, u64)> = None;
     while let Some(number) = pages.copy_array::<4>() {
@@ -96,52 +102,26 @@ fn inflate(memory: &GuestMemoryMmap, mut pages: Buffers<'_>) {
             Some((_, end)) if *end == page => *end += 1,
             _ => {
                 if let Some(run) = run.replace((page, page + 1)) {
-                    discard_pages(memory, run);
+                    discard_pages(memory, discarded, run);
                 }
             }
         }
     }
     if let Some(run) = run {
-        discard_pages(memory, run);
+        discard_pages(memory, discarded, run);
     }
 }
 
-fn discard_pages(memory: &GuestMemoryMmap, (start, end): (u64, u64)) {
+fn discard_pages(memory: &GuestMemoryMmap, discarded: &mut Discarded, (start, end): (u64, u64)) {
     // A page number has 32 bits, so neither can overflow.
     let length = usize::try_from((end - start) << PAGE_SHIFT).unwrap_or(0);
     for slice in memory.get_slices(GuestAddress(start << PAGE_SHIFT), length) {
         match slice {
-            Ok(slice) => discard(&slice),
+            Ok(slice) => discarded.discard(&slice),
             // Outside RAM; what was inside has been given up.
             Err(_) => return,
         }
     }
-}
-
-/// Gives the whole host pages of a piece of guest memory back to the host. They read as zero, or
-/// as the file that was mapped there, when the guest touches them again.
-fn discard(slice: &VolatileSlice<'_>) {
-    let page = host_page();
-    let guard = slice.ptr_guard_mut();
-    let start = guard.as_ptr().addr();
-    let lead = start.next_multiple_of(page) - start;
-    let Some(length) = slice.len().checked_sub(lead) else {
-        return;
-    };
-    let length = length - length % page;
-    if length == 0 {
-        return;
-    }
-    // SAFETY: [lead, lead + length) lies inside the slice, that is, inside mapped guest memory of
-    // which Rust holds no reference; its contents belong to the guest, which has given them up.
-    // It fails for memory that is locked or of huge pages only: then the memory stays, no more.
-    let _ = unsafe { libc::madvise(guard.as_ptr().add(lead).cast(), length, libc::MADV_DONTNEED) };
-}
-
-fn host_page() -> usize {
-    // SAFETY: no pointers; the C library knows the answer from the start of the process.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(size).unwrap_or(1 << PAGE_SHIFT)
 }
 
 impl VirtioDevice for Balloon {

@@ -1,0 +1,210 @@
+//! Gives the host what is free in small pieces, once the guest has come to rest.
+//!
+//! The kernel reports free memory to the host in blocks of 2 MiB, which costs a running guest next to
+//! nothing and leaves the host several MiB in pieces that starting up has left behind. For a short while
+//! after containers have started, and seldom after that, pieces of every size are reported.
+//! Nothing here wakes a guest in which nothing is started.
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
+
+/// The smallest block that is reported, as a power of two of pages.
+pub const ORDER: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
+/// Nothing has been started or has ended for this long.
+const REST: Duration = Duration::from_secs(5);
+/// The kernel looks every two seconds and takes a sixteenth of what it finds of a size.
+const WINDOW: Duration = Duration::from_secs(16);
+/// A probe every ten seconds is not to have its pages taken away each time.
+const APART: Duration = Duration::from_secs(600);
+/// A guest that computes more than this part of the time is not at rest.
+const BUSY: f64 = 0.2;
+/// Enough pages to go past the kernel's list of pages a CPU keeps, whose next page freed starts a report.
+const NUDGE: usize = 1 << 20;
+
+/// Told when something happens in the guest.
+#[derive(Clone, Default)]
+pub struct PageReporting(Arc<Notify>);
+
+impl PageReporting {
+    /// Something was started, or ended.
+    pub fn stirred(&self) {
+        self.0.notify_one();
+    }
+
+    /// Waits for stirring and rest, for ever; returns only where the kernel has no page reporting.
+    /// `order` is the kernel's parameter, [`ORDER`]; `busy` tells the part of the CPUs' time that was
+    /// not idle since it was asked last.
+    pub async fn run(self, order: PathBuf, mut busy: impl FnMut() -> f64, logger: slog::Logger) {
+        let usual = match fs::read_to_string(&order) {
+            Ok(order) => order,
+            Err(error) => {
+                slog::debug!(logger, "free pages are not reported"; "error" => %error);
+                return;
+            }
+        };
+        loop {
+            self.0.notified().await;
+            self.rest(&mut busy).await;
+            let done = self.report_all(&order, usual.trim()).await;
+            if let Err(error) = done {
+                slog::warn!(logger, "free pages cannot be reported"; "error" => %error);
+                return;
+            }
+            sleep(APART).await;
+        }
+    }
+
+    /// Until nothing has stirred for a while and the CPUs have had little to do.
+    async fn rest(&self, busy: &mut impl FnMut() -> f64) {
+        loop {
+            busy();
+            if timeout(REST, self.0.notified()).await.is_ok() {
+                continue;
+            }
+            if busy() <= BUSY {
+                return;
+            }
+            sleep(APART / 10).await;
+        }
+    }
+
+    /// Lets the kernel report everything for a while, or until something stirs.
+    async fn report_all(&self, order: &Path, usual: &str) -> io::Result<()> {
+        fs::write(order, "0")?;
+        nudge();
+        let stirred = timeout(WINDOW, self.0.notified()).await.is_ok();
+        fs::write(order, usual)?;
+        if stirred {
+            self.0.notify_one();
+        }
+        Ok(())
+    }
+}
+
+/// The kernel looks for what to report when a page is freed into its lists: so many are.
+fn nudge() {
+    drop(std::hint::black_box(vec![1_u8; NUDGE]));
+}
+
+/// The part of the CPUs' time that was not idle since it was asked last, by `/proc/uptime`.
+pub fn busy() -> impl FnMut() -> f64 {
+    let cpus = std::thread::available_parallelism()
+        .map_or(1.0, |n| f64::from(u32::try_from(n.get()).unwrap_or(1)));
+    let mut last = None;
+    move || {
+        let now = Uptime::now();
+        let before = std::mem::replace(&mut last, now);
+        match (before, now) {
+            (Some(before), Some(now)) => now.busy_since(&before, cpus),
+            _ => 0.0,
+        }
+    }
+}
+
+/// The two figures of `/proc/uptime`, seconds.
+#[derive(Clone, Copy)]
+struct Uptime {
+    up: f64,
+    /// Of all CPUs together.
+    idle: f64,
+}
+
+impl Uptime {
+    fn now() -> Option<Self> {
+        Self::parse(&fs::read_to_string("/proc/uptime").ok()?)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut figures = text.split_whitespace().map(str::parse);
+        let (up, idle) = (figures.next()?.ok()?, figures.next()?.ok()?);
+        Some(Self { up, idle })
+    }
+
+    /// The part of `cpus` CPUs' time since then that was not idle: 0 to 1.
+    fn busy_since(&self, before: &Self, cpus: f64) -> f64 {
+        let passed = (self.up - before.up) * cpus;
+        if passed <= 0.0 {
+            return 0.0;
+        }
+        (1.0 - (self.idle - before.idle) / passed).clamp(0.0, 1.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+    use tokio::time::advance;
+
+    fn order(dir: &Path) -> String {
+        fs::read_to_string(dir.join("order")).unwrap()
+    }
+
+    /// A reporter over a file, and the directory it is in.
+    fn reporter() -> (PageReporting, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("order");
+        fs::write(&path, "9\n").unwrap();
+        let reporting = PageReporting::default();
+        let logger = slog::Logger::root(slog::Discard, slog::o!());
+        tokio::spawn(reporting.clone().run(path, || 0.0, logger));
+        (reporting, dir)
+    }
+
+    /// Lets time pass in steps that every sleeper notices.
+    async fn pass(time: Duration) {
+        for _ in 0..time.as_millis() / 500 {
+            advance(Duration::from_millis(500)).await;
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn small_pieces_are_reported_for_a_while_once_the_guest_rests() {
+        let (reporting, dir) = reporter();
+        pass(REST * 4).await;
+        assert_eq!(order(dir.path()), "9\n", "nothing was started");
+        reporting.stirred();
+        pass(REST / 2).await;
+        reporting.stirred();
+        pass(REST / 2 + Duration::from_secs(1)).await;
+        assert_eq!(order(dir.path()), "9\n", "not at rest yet");
+        pass(REST).await;
+        assert_eq!(order(dir.path()), "0");
+        pass(WINDOW).await;
+        assert_eq!(order(dir.path()), "9");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_ends_the_reporting_and_it_is_made_up_for_later() {
+        let (reporting, dir) = reporter();
+        reporting.stirred();
+        pass(REST + WINDOW / 4).await;
+        assert_eq!(order(dir.path()), "0");
+        reporting.stirred();
+        pass(Duration::from_secs(1)).await;
+        assert_eq!(order(dir.path()), "9");
+        pass(APART / 2).await;
+        assert_eq!(order(dir.path()), "9", "too soon");
+        pass(APART / 2 + REST).await;
+        assert_eq!(order(dir.path()), "0");
+    }
+
+    #[test]
+    fn busy_is_what_was_not_idle_on_any_cpu() {
+        let before = Uptime::parse("100.50 150.00\n").unwrap();
+        let now = Uptime::parse("110.50 155.00\n").unwrap();
+        assert!((now.busy_since(&before, 2.0) - 0.75).abs() < 1e-9);
+        assert!(before.busy_since(&before, 2.0).abs() < 1e-9);
+        assert!(Uptime::parse("1.0").is_none());
+        assert!(Uptime::parse("").is_none());
+    }
+}
