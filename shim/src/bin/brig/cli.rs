@@ -45,6 +45,30 @@ pub enum Command {
     /// The configuration: whether it is right, what is in force, what there is to set
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// The installed versions, the one that new pods get, and how many pods run each
+    Versions {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Give another installed version to the pods that start from now on
+    Use {
+        /// As 'brig versions' has it
+        version: String,
+    },
+    /// Remove an installed version that no pod uses
+    Remove {
+        /// As 'brig versions' has it
+        version: String,
+    },
+    /// Remove all of Brig from this node, if no pod runs
+    Uninstall {
+        /// Its configuration in /etc/brig too
+        #[arg(long)]
+        purge: bool,
+        /// Where ./install put its links
+        #[arg(long, value_name = "DIR", default_value = "/usr/local")]
+        links: PathBuf,
+    },
     /// A script that completes brig's command line, for a shell to read
     Completion {
         /// The shell

@@ -4,6 +4,7 @@
 mod check;
 mod cli;
 mod configuration;
+mod installed;
 mod pods;
 
 use std::fs;
@@ -38,6 +39,13 @@ fn run(command: Command) -> Result<bool> {
         Command::Timeline { pod, output } => timeline(&base()?, &pod, output.json)?,
         Command::Counters { pod } => counters(&base()?, &pod)?,
         Command::Config(command) => config(&command)?,
+        Command::Versions { output } => installation()?.list(output.json)?,
+        Command::Use { version } => installation()?.switch(&version)?,
+        Command::Remove { version } => installation()?.remove(&version)?,
+        Command::Uninstall { purge, links } => {
+            let configuration = purge.then_some(Path::new("/etc/brig"));
+            installation()?.uninstall(&links, configuration)?
+        }
         Command::Completion { shell } => completion(shell),
         Command::Man { into } => {
             man(&into)?;
@@ -70,6 +78,10 @@ fn man(into: &Path) -> Result<()> {
     let failed = |error| Error::io(format_args!("cannot write to {}", into.display()), &error);
     fs::create_dir_all(into).map_err(failed)?;
     clap_mangen::generate_to(Cli::command(), into).map_err(failed)
+}
+
+fn installation() -> Result<installed::Installation> {
+    installed::Installation::own(base()?)
 }
 
 fn base() -> Result<PathBuf> {

@@ -18,6 +18,7 @@ mod hooks;
 mod hostile;
 mod hostile_agent;
 mod images;
+mod install;
 mod leaks;
 mod mounts;
 mod network;
@@ -46,6 +47,7 @@ const GROUPS: &[&[Case]] = &[
     hooks::CASES,
     events::CASES,
     images::CASES,
+    install::CASES,
     devices::CASES,
     plug::CASES,
     daemon::CASES,

@@ -1,0 +1,337 @@
+//! The installed versions of Brig on this node: which there are, which one new pods get, which are in use.
+//!
+//! `./install` makes PREFIX/VERSION with everything a version consists of, and PREFIX/current, a link to
+//! one of them through which containerd finds the shim. A shim resolves the link when it starts, so a pod
+//! keeps the binaries, kernel and initramfs it began with. Trusts the files below PREFIX, which are root's.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use brig_shim::error::{Error, Result};
+use brig_shim::node::journal::{self, StateDir};
+use serde_json::{Value, json};
+
+/// The link to the version that new pods get.
+const CURRENT: &str = "current";
+/// What a version must have to be used.
+const PARTS: [&str; 5] = [
+    "bin/containerd-shim-brig-v2",
+    "bin/brig",
+    "bin/brig-vmm",
+    "share/brig/vmlinux",
+    "share/brig/brig-initramfs.cpio",
+];
+/// Directories in which `./install` makes links into PREFIX.
+const LINKED: [&str; 3] = ["bin", "share/man/man1", "share/bash-completion/completions"];
+
+/// An installation.
+#[derive(Debug)]
+pub struct Installation {
+    prefix: PathBuf,
+    /// Where pods keep their journals.
+    state: PathBuf,
+}
+
+impl Installation {
+    /// The one that this program is part of.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` for a program that `./install` has not put where it is.
+    pub fn own(state: PathBuf) -> Result<Self> {
+        let binary = std::env::current_exe().and_then(fs::canonicalize);
+        let prefix = binary
+            .ok()
+            .and_then(|binary| Some(binary.ancestors().nth(3)?.to_owned()))
+            .filter(|prefix| prefix.join(CURRENT).is_symlink());
+        let prefix = prefix.ok_or_else(|| {
+            Error::state("this brig was not put here by ./install, so it knows of no versions: run /usr/local/bin/brig")
+        })?;
+        Ok(Self { prefix, state })
+    }
+
+    fn versions(&self) -> Result<Vec<String>> {
+        let entries = fs::read_dir(&self.prefix).map_err(|error| failed(&self.prefix, &error))?;
+        let mut versions: Vec<String> = entries
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter(|entry| entry.path().join(PARTS[0]).exists())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        versions.sort_unstable();
+        Ok(versions)
+    }
+
+    fn current(&self) -> Option<String> {
+        let target = fs::read_link(self.prefix.join(CURRENT)).ok()?;
+        Some(target.file_name()?.to_str()?.to_owned())
+    }
+
+    /// The directory of a version.
+    fn version(&self, name: &str) -> Result<PathBuf> {
+        let versions = self.versions()?;
+        if versions.iter().any(|version| version == name) {
+            return Ok(self.prefix.join(name));
+        }
+        Err(Error::not_found(format!(
+            "there is no version {name} in {}; there are: {}",
+            self.prefix.display(),
+            versions.join(", ")
+        )))
+    }
+
+    /// The pods of which a process runs from `dir`.
+    fn users(&self, dir: &Path) -> Vec<String> {
+        let uses = |pid: u32| {
+            let binary = fs::read_link(format!("/proc/{pid}/exe"));
+            binary.is_ok_and(|binary| binary.starts_with(dir))
+        };
+        let pods = journal::list(&self.state).into_iter();
+        pods.filter(|(namespace, id)| {
+            let dir = StateDir::new(&self.state, namespace, id);
+            let journal = dir.and_then(|dir| dir.read()).ok().flatten();
+            let processes = journal.map(|journal| [Some(journal.shim), journal.vmm]);
+            let mut processes = processes.into_iter().flatten().flatten();
+            processes.any(|process| process.is_alive() && uses(process.pid))
+        })
+        .map(|(namespace, id)| format!("{namespace}/{id}"))
+        .collect()
+    }
+
+    /// The versions, the one in use for new pods marked, with the pods of each.
+    ///
+    /// # Errors
+    /// `Internal` when the directory cannot be read.
+    pub fn list(&self, as_json: bool) -> Result<String> {
+        let current = self.current();
+        let rows = self.versions()?.into_iter().map(|version| {
+            let pods = self.users(&self.prefix.join(&version));
+            let is_current = current.as_ref() == Some(&version);
+            (version, is_current, pods)
+        });
+        if as_json {
+            let rows = rows.map(|(version, current, pods)| {
+                json!({ "version": version, "current": current, "pods": pods })
+            });
+            return Ok(format!("{}\n", rows.collect::<Value>()));
+        }
+        let mut text = format!("{:<32} {:<8} PODS\n", "VERSION", "CURRENT");
+        for (version, is_current, pods) in rows {
+            let mark = if is_current { "*" } else { "" };
+            text.push_str(&format!("{version:<32} {mark:<8} {}\n", pods.len()));
+        }
+        Ok(text)
+    }
+
+    /// Gives `version` to the pods that start from now on. Those that run keep theirs.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` for a version of which a part is missing.
+    pub fn switch(&self, version: &str) -> Result<String> {
+        let dir = self.version(version)?;
+        if let Some(part) = PARTS.iter().find(|part| !dir.join(part).is_file()) {
+            return Err(Error::state(format!(
+                "{} has no {part}: install that version again",
+                dir.display()
+            )));
+        }
+        let (link, new) = (self.prefix.join(CURRENT), self.prefix.join(".current.new"));
+        let switched = ignore_absent(fs::remove_file(&new))
+            .and_then(|()| symlink(version, &new))
+            .and_then(|()| fs::rename(&new, &link));
+        switched.map_err(|error| failed(&link, &error))?;
+        Ok(format!("pods that start now get {version}\n"))
+    }
+
+    /// Removes a version that nothing uses.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` that says who uses it.
+    pub fn remove(&self, version: &str) -> Result<String> {
+        let dir = self.version(version)?;
+        if self.current().as_deref() == Some(version) {
+            return Err(Error::state(format!(
+                "{version} is what new pods get: switch to another with 'brig use VERSION', or remove all with 'brig uninstall'"
+            )));
+        }
+        self.refuse_users(&dir, version)?;
+        fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))?;
+        Ok(format!("removed {version}\n"))
+    }
+
+    fn refuse_users(&self, dir: &Path, what: &str) -> Result<()> {
+        let users = self.users(dir);
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(Error::state(format!(
+            "{what} is used by {} pods, which need it until they end: {}",
+            users.len(),
+            users.join(", ")
+        )))
+    }
+
+    /// Removes all versions and the links to them in `links`, and the operator's `configuration` if given.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` that says which pods run; `Internal` with what could not be removed.
+    pub fn uninstall(&self, links: &Path, configuration: Option<&Path>) -> Result<String> {
+        self.refuse_users(&self.prefix, "Brig")?;
+        for dir in LINKED {
+            let dir = links.join(dir);
+            for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+                let is_ours =
+                    fs::read_link(entry.path()).is_ok_and(|to| to.starts_with(&self.prefix));
+                if is_ours {
+                    let path = entry.path();
+                    fs::remove_file(&path).map_err(|error| failed(&path, &error))?;
+                }
+            }
+        }
+        for version in self.versions()? {
+            let dir = self.prefix.join(version);
+            fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))?;
+        }
+        for link in [CURRENT, "bin", "share"].map(|name| self.prefix.join(name)) {
+            if link.is_symlink() {
+                fs::remove_file(&link).map_err(|error| failed(&link, &error))?;
+            }
+        }
+        if let Some(dir) = configuration {
+            ignore_absent(fs::remove_dir_all(dir)).map_err(|error| failed(dir, &error))?;
+        }
+        // What somebody else keeps in these stays.
+        let _ = fs::remove_dir(&self.prefix);
+        let _ = fs::remove_dir(&self.state);
+        Ok(format!("removed {}\n", self.prefix.display()))
+    }
+}
+
+fn ignore_absent(outcome: io::Result<()>) -> io::Result<()> {
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        outcome => outcome,
+    }
+}
+
+fn failed(path: &Path, error: &io::Error) -> Error {
+    Error::io(format_args!("cannot change {}", path.display()), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use brig_shim::node::identity::Identity;
+    use brig_shim::node::journal::Journal;
+    use std::process::{Child, Command};
+
+    /// Two versions, of which the second is current.
+    fn two() -> (Installation, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let prefix = dir.path().join("opt");
+        for version in ["1.0-a", "1.1-b"] {
+            for part in PARTS {
+                let part = prefix.join(version).join(part);
+                fs::create_dir_all(part.parent().unwrap()).unwrap();
+                fs::write(part, version).unwrap();
+            }
+        }
+        symlink("1.1-b", prefix.join(CURRENT)).unwrap();
+        symlink("current/bin", prefix.join("bin")).unwrap();
+        let state = dir.path().join("run");
+        (Installation { prefix, state }, dir)
+    }
+
+    struct Running(Child);
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
+    /// A pod whose shim is a program of `version`.
+    fn pod(installation: &Installation, version: &str) -> Running {
+        let binary = installation.prefix.join(version).join(PARTS[0]);
+        fs::copy("/bin/sleep", &binary).unwrap();
+        let child = Command::new(&binary).arg("100").spawn().unwrap();
+        let dir = StateDir::new(&installation.state, "k8s.io", "web").unwrap();
+        dir.create().unwrap();
+        let shim = Identity::of(child.id()).unwrap();
+        let running = Running(child);
+        let journal = Journal {
+            shim,
+            vmm: None,
+            cgroup: None,
+            socket: None,
+            netns: None,
+        };
+        dir.write(&journal).unwrap();
+        running
+    }
+
+    #[test]
+    fn a_version_goes_only_when_no_pod_and_no_new_pod_uses_it() {
+        let (installation, _dir) = two();
+        let error = installation.remove("1.1-b").unwrap_err();
+        assert!(error.message.contains("brig use"), "{error}");
+        let error = installation.remove("../x").unwrap_err();
+        assert!(error.message.contains("1.0-a, 1.1-b"), "{error}");
+        let running = pod(&installation, "1.0-a");
+        let error = installation.remove("1.0-a").unwrap_err();
+        assert!(error.message.contains("k8s.io/web"), "{error}");
+        drop(running);
+        installation.remove("1.0-a").unwrap();
+        assert_eq!(installation.versions().unwrap(), ["1.1-b"]);
+    }
+
+    #[test]
+    fn new_pods_get_the_version_switched_to_and_old_ones_keep_theirs() {
+        let (installation, _dir) = two();
+        let _running = pod(&installation, "1.1-b");
+        installation.switch("1.0-a").unwrap();
+        assert_eq!(installation.current().as_deref(), Some("1.0-a"));
+        let rows: Value = serde_json::from_str(&installation.list(true).unwrap()).unwrap();
+        assert_eq!(
+            rows[0],
+            json!({"version": "1.0-a", "current": true, "pods": []})
+        );
+        assert_eq!(rows[1]["pods"][0], "k8s.io/web");
+        let text = installation.list(false).unwrap();
+        assert!(text.lines().nth(1).unwrap().contains('*'), "{text}");
+    }
+
+    #[test]
+    fn half_a_version_is_not_switched_to() {
+        let (installation, _dir) = two();
+        fs::remove_file(installation.prefix.join("1.0-a/share/brig/vmlinux")).unwrap();
+        let error = installation.switch("1.0-a").unwrap_err();
+        assert!(error.message.contains("vmlinux"), "{error}");
+        assert_eq!(installation.current().as_deref(), Some("1.1-b"));
+    }
+
+    #[test]
+    fn uninstalling_leaves_only_what_is_not_ours() {
+        let (installation, dir) = two();
+        let links = dir.path().join("local");
+        fs::create_dir_all(links.join("bin")).unwrap();
+        symlink(
+            installation.prefix.join("current/bin/brig"),
+            links.join("bin/brig"),
+        )
+        .unwrap();
+        symlink("/bin/true", links.join("bin/other")).unwrap();
+        let configuration = dir.path().join("etc");
+        fs::create_dir(&configuration).unwrap();
+        let running = pod(&installation, "1.1-b");
+        let error = installation.uninstall(&links, None).unwrap_err();
+        assert!(error.message.contains("k8s.io/web"), "{error}");
+        assert!(links.join("bin/brig").is_symlink());
+        drop(running);
+        installation.uninstall(&links, None).unwrap();
+        assert!(!installation.prefix.exists() && !links.join("bin/brig").is_symlink());
+        assert!(links.join("bin/other").is_symlink() && configuration.exists());
+    }
+}
