@@ -18,6 +18,7 @@ mod forward;
 mod freezer;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod given;
 mod huge_pages;
 mod inherited;
 mod init;

@@ -63,6 +63,21 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
     }
 }
 
+/// The nodes that there are of the device of a function now.
+///
+/// # Errors
+/// `NotFound` if there is none.
+pub async fn nodes(function: u32) -> Result<Vec<DeviceNode>> {
+    let (name, directory) = place(function)?;
+    let looked = tokio::task::spawn_blocking(move || look(&directory)).await;
+    match looked.map_err(|e| Error::Internal(e.to_string()))? {
+        Ok(found) => Ok(found.nodes),
+        Err(error) => Err(Error::NotFound(format!(
+            "the guest's device at {name} has gone: {error}"
+        ))),
+    }
+}
+
 /// Takes the device of a function from its driver and off the bus.
 ///
 /// # Errors

@@ -17,6 +17,7 @@ use crate::{
     context::Context,
     control::{Create, Instructions, MountSource},
     error::{Error, Result},
+    given,
     huge_pages::Reservation,
     inherited, names,
     spec::{self, Spec},
@@ -34,9 +35,10 @@ const DRAIN_TIME: Duration = Duration::from_secs(2);
 pub async fn create(context: &Arc<Context>, request: agent::CreateContainerRequest) -> Result<u32> {
     names::id(&request.id)?;
     names::share_path(&request.rootfs)?;
-    let spec: Spec = spec::parse(&request.spec).map_err(|e| {
+    let mut spec: Spec = spec::parse(&request.spec).map_err(|e| {
         Error::InvalidArgument(format!("the spec of container {}: {e}", request.id))
     })?;
+    given::apply(&mut spec.linux, &request.devices).await?;
     validate::spec(&spec)?;
     let mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
     context.claim(&request.id)?;

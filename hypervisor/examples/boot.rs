@@ -203,6 +203,7 @@ fn main() {
             share_tag: options.share.then(|| "brig".into()),
             debug_console: options.debug,
             allow_slow_kvm: false,
+            passthrough: false,
         })),
         &fds,
     );

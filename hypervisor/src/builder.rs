@@ -15,6 +15,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use slog::{Logger, debug};
 use vm_memory::{GuestMemory, GuestMemoryAtomic};
 
+pub use self::board::plug::Plugging;
 use self::board::{Board, Handles, MAX_DEVICES};
 pub use self::descriptors::Descriptors;
 pub use self::error::StartError;
@@ -69,12 +70,30 @@ impl Vm {
         &self.handles.vsock
     }
 
-    /// Puts one more device on the bus; the number of its function.
+    /// Puts one more device on the bus, now or later.
     ///
     /// # Errors
     /// [`StartError`]; the machine is as before.
-    pub fn plug(&mut self, device: &DeviceConfig, fds: &mut Descriptors) -> Result<u8, StartError> {
+    pub fn plug(
+        &mut self,
+        device: &DeviceConfig,
+        fds: &mut Descriptors,
+    ) -> Result<Plugging, StartError> {
         self.board.plug(device, fds)
+    }
+
+    /// Whether devices of the node may be plugged.
+    #[must_use]
+    pub fn takes_devices(&self) -> bool {
+        self.board.takes_devices()
+    }
+
+    /// To be called at [`Notice::Prepared`]: puts the device on the bus.
+    ///
+    /// # Errors
+    /// As of [`Self::plug`].
+    pub fn prepared(&mut self, function: u8) -> Result<(), StartError> {
+        self.board.prepared(function)
     }
 
     /// Takes a device that was plugged from the guest; [`Notice::Removed`] follows when it is gone.
@@ -142,7 +161,14 @@ pub fn build(
     debug!(log, "guest memory ready"; "ram_bytes" => ram_bytes, "initramfs_bytes" => length);
 
     let ram_regions = u32::try_from(ram.num_regions()).unwrap_or(u32::MAX);
-    let mut board = Board::new(&vm, GuestMemoryAtomic::new(ram), mmio64, notifier, log)?;
+    let mut board = Board::new(
+        &vm,
+        GuestMemoryAtomic::new(ram),
+        mmio64,
+        ram_regions,
+        notifier,
+        log,
+    )?;
     let handles = board.add_devices(config, &mut fds)?;
     board.mirror_configuration(&vm, ram_regions)?;
     let vcpus = create_vcpus(&vm, &supported, config.vcpus, kernel.entry, start_info)?;
@@ -262,6 +288,7 @@ mod tests {
             share_tag: None,
             debug_console: false,
             allow_slow_kvm: false,
+            passthrough: false,
         }
     }
 

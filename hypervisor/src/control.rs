@@ -94,6 +94,9 @@ pub struct VmConfig {
     pub debug_console: bool,
     /// Start although `/dev/kvm` emulates instead of virtualising.
     pub allow_slow_kvm: bool,
+    /// The VM may be given devices of the node while it runs: the control loop may start a thread that makes VFIO's
+    /// calls.
+    pub passthrough: bool,
 }
 
 /// A device that is plugged into the running machine.
@@ -103,6 +106,19 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A disk.
     Disk(DiskConfig),
+    /// A device of the node.
+    Vfio(VfioConfig),
+}
+
+/// A PCI function of the node, opened by way of VFIO.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VfioConfig {
+    /// The device, of a group in the container.
+    pub device: FdIndex,
+    /// With the first device that the VM has: the container, its IOMMU set to type 1. The later ones are in it too.
+    pub container: Option<FdIndex>,
+    /// Where it is on the node, for messages: `0000:3b:00.0`.
+    pub name: String,
 }
 
 /// A virtio-net interface on a tap.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
-    kvm_irq_routing_entry,
+    kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::{cpuid, layout};
 use crate::pci::msix::{Message, Route, Routes};
 use crate::sync::lock;
+use crate::vfio::bars::MemorySlots;
 use crate::virtio::pci::IoEventFds;
 
 /// KVM is not usable.
@@ -211,6 +212,61 @@ fn msi_entry(gsi: u32, message: Message) -> kvm_irq_routing_entry {
     entry.u.msi.address_hi = u32::try_from(message.address >> 32).unwrap_or(0);
     entry.u.msi.data = message.data;
     entry
+}
+
+/// Memory slots of the VM for what is mapped beside RAM.
+pub struct KvmMemorySlots {
+    vm: Arc<VmFd>,
+    /// The first number that was never used, and those given back.
+    numbers: Mutex<(u32, Vec<u32>)>,
+}
+
+impl KvmMemorySlots {
+    /// Slots from `first` on.
+    #[must_use]
+    pub fn new(vm: Arc<VmFd>, first: u32) -> Self {
+        Self {
+            vm,
+            numbers: Mutex::new((first, Vec::new())),
+        }
+    }
+
+    /// A slot of no size is none.
+    fn put(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
+        // SAFETY: whoever sets a slot keeps its memory mapped (`MemorySlots::set`); KVM refuses one over another.
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)
+    }
+}
+
+impl MemorySlots for KvmMemorySlots {
+    unsafe fn set(&self, guest: u64, size: u64, host: u64) -> io::Result<u32> {
+        let mut numbers = lock(&self.numbers);
+        let slot = numbers.1.pop().unwrap_or_else(|| {
+            numbers.0 += 1;
+            numbers.0 - 1
+        });
+        let set = self.put(kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: guest,
+            memory_size: size,
+            userspace_addr: host,
+        });
+        if set.is_err() {
+            numbers.1.push(slot);
+        }
+        set.map(|()| slot)
+    }
+
+    fn clear(&self, slot: u32) {
+        let none = kvm_userspace_memory_region {
+            slot,
+            ..kvm_userspace_memory_region::default()
+        };
+        if self.put(none).is_ok() {
+            lock(&self.numbers).1.push(slot);
+        }
+    }
 }
 
 /// ioeventfds of the VM.

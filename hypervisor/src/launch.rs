@@ -278,6 +278,9 @@ fn set_limits(process: &VmmProcess, max_files: u64) -> Result<(), LaunchError> {
             .limit(resource, value as rlim_t)
             .map_err(|source| LaunchError::Setup { what, source })?;
     }
+    // What it locks is its guest's memory, for devices of the node, and nothing else: no other way to lock memory is on
+    // its lists. The cgroup bounds it. Whoever may not raise it has an inherited one, which a refusal then names.
+    let _ = process.limit(Resource::RLIMIT_MEMLOCK, rlim_t::MAX);
     // It gets a user id of its own, which this limit counts for, unlike root's. Whoever may not raise it
     // has an inherited one, which is seldom low.
     let _ = process.limit(Resource::RLIMIT_NPROC, rlim_t::MAX);

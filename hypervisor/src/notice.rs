@@ -41,6 +41,8 @@ pub enum Notice {
     Console(String),
     /// The file server's descriptors run short.
     SharePressure,
+    /// The device for a function has been made ready, or cannot be.
+    Prepared(u8),
     /// The device of a function that was unplugged has let go of all that it had.
     Removed(u8),
     /// The VM is at its end.

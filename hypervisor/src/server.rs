@@ -15,7 +15,7 @@ use slog::{Logger, info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::builder::{self, Descriptors, Vm};
+use crate::builder::{self, Descriptors, Plugging, Vm};
 use crate::control::{
     self, Counters, ErrorKind, ErrorReply, Event, FromVmm, Reply, ReplyBody, Request, RequestBody,
     StreamConfig, VmConfig, exit, mark,
@@ -37,6 +37,8 @@ struct Server {
     control: OwnedFd,
     outbox: VecDeque<FromVmm>,
     marks: Vec<(u16, u64)>,
+    /// Requests that wait for a device, by its function.
+    plugging: BTreeMap<u8, u64>,
     /// Requests that wait for the end of a device, by its function.
     unplugging: BTreeMap<u8, u64>,
     clock: Clock,
@@ -56,6 +58,7 @@ pub fn serve(control: OwnedFd, clock: Clock, marks: Vec<(u16, u64)>, log: Logger
         control,
         outbox: VecDeque::new(),
         marks,
+        plugging: BTreeMap::new(),
         unplugging: BTreeMap::new(),
         clock,
         log,
@@ -114,7 +117,12 @@ impl Server {
             &self.control,
             FcntlArg::F_SETFL(OFlag::O_NONBLOCK | OFlag::O_RDWR),
         )?;
-        if let Err(error) = seccomp::apply(ThreadKind::Main) {
+        let kind = if vm.takes_devices() {
+            ThreadKind::MainWithDevices
+        } else {
+            ThreadKind::Main
+        };
+        if let Err(error) = seccomp::apply(kind) {
             return Ok(Ended {
                 code: exit::INTERNAL,
                 reason: error.to_string(),
@@ -254,10 +262,15 @@ impl Server {
                 .forget_share(&path)
                 .map(|()| ReplyBody::Done)
                 .map_err(|reason| state(&reason)),
-            RequestBody::Plug(device) => vm
-                .plug(&device, &mut Descriptors::new(fds))
-                .map(|function| ReplyBody::Plugged { function })
-                .map_err(|error| error.reply("the device was not added")),
+            RequestBody::Plug(device) => match vm.plug(&device, &mut Descriptors::new(fds)) {
+                Ok(Plugging::Done(function)) => Ok(ReplyBody::Plugged { function }),
+                // Answered when it is there.
+                Ok(Plugging::Later(function)) => {
+                    self.plugging.insert(function, request.id);
+                    return Flow::Continue;
+                }
+                Err(error) => Err(error.reply("the device was not added")),
+            },
             RequestBody::Unplug { function } => match vm.unplug(function) {
                 // Answered when it is gone.
                 Ok(()) => {
@@ -299,6 +312,15 @@ impl Server {
                 }
                 Notice::Vsock(VsockEvent::StreamClosed { stream, reset }, _) => {
                     self.event(Event::StreamClosed { stream, reset });
+                }
+                Notice::Prepared(function) => {
+                    let result = vm
+                        .prepared(function)
+                        .map(|()| ReplyBody::Plugged { function })
+                        .map_err(|error| error.reply("the device was not added"));
+                    if let Some(id) = self.plugging.remove(&function) {
+                        self.reply(id, result);
+                    }
                 }
                 Notice::Removed(function) => {
                     vm.removed(function);

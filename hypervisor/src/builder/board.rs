@@ -3,7 +3,8 @@
 //!
 //! Trusts the shim's configuration.
 
-mod plug;
+mod passthrough;
+pub mod plug;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,19 +13,21 @@ use brig_agent_protocol::GUEST_CID;
 use kvm_ioctls::VmFd;
 use slog::{Logger, o};
 
+use self::passthrough::Passthrough;
 use self::plug::Plugged;
 use super::descriptors::{self, Descriptors};
 use super::error::StartError;
 use crate::arch::x86_64::layout;
 use crate::control::{DiskConfig, NetConfig, VmConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
-use crate::kvm::{KvmIoEventFds, KvmRoutes};
+use crate::kvm::{KvmIoEventFds, KvmMemorySlots, KvmRoutes};
 use crate::notice::{Notice, Notifier};
 use crate::pci::bus::Bus;
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::mirror::KvmMirror;
 use crate::pci::msix::Msix;
 use crate::pci::window::Window;
+use crate::reclaim::Reclaim;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::fs::{Fs, FsHandle};
@@ -59,6 +62,11 @@ pub struct Board {
     vectors: u32,
     /// Places of BARs below 4 GiB.
     low: Window,
+    /// Those above RAM.
+    high: Window,
+    slots: Arc<KvmMemorySlots>,
+    reclaim: Arc<Reclaim>,
+    passthrough: Passthrough,
     memory: GuestMemory,
     routes: Arc<KvmRoutes>,
     ioeventfds: Arc<KvmIoEventFds>,
@@ -85,15 +93,21 @@ impl Board {
         vm: &Arc<VmFd>,
         memory: GuestMemory,
         mmio64: std::ops::Range<u64>,
+        ram_slots: u32,
         notifier: &Notifier,
         log: &Logger,
     ) -> Result<Self, StartError> {
-        let bus = Arc::new(Bus::new(vec![layout::MMIO32, mmio64]));
+        let bus = Arc::new(Bus::new(vec![layout::MMIO32, mmio64.clone()]));
         bus.add(Arc::new(HostBridge::new()))?;
         Ok(Self {
             bus,
             vectors: 0,
             low: Window::new(layout::MMIO32),
+            high: Window::new(mmio64),
+            // After RAM and the mirror of configuration space.
+            slots: Arc::new(KvmMemorySlots::new(Arc::clone(vm), ram_slots + 1)),
+            reclaim: Arc::default(),
+            passthrough: Passthrough::default(),
             memory,
             routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
             ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),
@@ -142,12 +156,16 @@ impl Board {
         self.add(
             "memory",
             ThreadKind::Worker,
-            vec![Box::new(Rng::new()), Box::new(Balloon::new())],
+            vec![
+                Box::new(Rng::new()),
+                Box::new(Balloon::new(Arc::clone(&self.reclaim))),
+            ],
         )?;
         self.net_worker = self.workers.len() - 1;
         self.add_nets(config, fds)?;
         self.add_disks(config, fds)?;
         self.vcpus = config.vcpus;
+        self.passthrough.allowed = config.passthrough;
         check_vectors(self.vectors, self.vcpus)?;
         Ok(Handles { vsock, share })
     }

@@ -126,7 +126,7 @@ pub fn rng_queue(data: &[u8]) {
 }
 
 pub fn balloon_queue(data: &[u8]) {
-    let mut harness = Harness::new(Balloon::new());
+    let mut harness = Harness::new(Balloon::default());
     drive(&mut harness, &mut Input::new(data), |_| {});
     let page = fresh(&mut harness);
     harness.write(page, &[7; 0x2000]);

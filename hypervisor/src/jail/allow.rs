@@ -8,6 +8,8 @@
 
 use caps::Capability;
 
+use crate::vfio::kernel::REQUESTS;
+
 /// Capabilities in the VMM's user namespace, for the file server alone: what a container's root may do
 /// to the files of its volumes. Never `SYS_ADMIN`: with it a read-only mount could be made writable.
 pub const CAPABILITIES: &[Capability] = &[
@@ -46,6 +48,8 @@ pub const DESCRIPTORS: &[&str] = &[
     "anon_inode:kvm-vcpu:*",
     "anon_inode:kvm-vcpu-stats:*",
     "anon_inode:kvm-vm-stats",
+    // A device of the node. Its container is one file by itself, as above.
+    "anon_inode:[vfio-device]",
     // The file server's, of the jail's own procfs and of the share.
     "/proc/1/fd",
     "/shared*",
@@ -67,18 +71,24 @@ pub fn descriptor(target: &str) -> bool {
 pub enum ThreadKind {
     /// The control loop, which also starts the threads of devices that are plugged later.
     Main,
+    /// The same in a VM that may be given devices of the node.
+    MainWithDevices,
     /// A CPU of the guest.
     Vcpu,
     /// Queues of vsock, net, blk, rng, balloon, console.
     Worker,
     /// The file server's thread.
     Fs,
+    /// The thread of a device of the node.
+    Vfio,
 }
 
 /// All of them.
 #[cfg(any(test, feature = "jail-probe"))]
-pub(super) const KINDS: [ThreadKind; 4] = [
+pub(super) const KINDS: [ThreadKind; 6] = [
     ThreadKind::Main,
+    ThreadKind::MainWithDevices,
+    ThreadKind::Vfio,
     ThreadKind::Vcpu,
     ThreadKind::Worker,
     ThreadKind::Fs,
@@ -301,6 +311,26 @@ const WORKER_IOCTL: [u32; 8] = [
     0x0000_127f, // BLKZEROOUT
 ];
 
+/// A device of the node, and guest memory for it. Its interrupts' events and its BARs' memory slots are made and
+/// taken by whichever thread the guest's write came to.
+const VFIO: &[Allowed] = allow![
+    SYS_pread64,
+    SYS_pwrite64,
+    SYS_ioctl one_of(1, &VFIO_IOCTL),
+];
+
+const VFIO_IOCTL: [u32; 9] = [
+    REQUESTS[0],
+    REQUESTS[1],
+    REQUESTS[2],
+    REQUESTS[3],
+    REQUESTS[4],
+    REQUESTS[5],
+    KVM_VM[0],
+    KVM_VM[1],
+    KVM_VM[2],
+];
+
 /// Files below `/shared`. Landlock and the empty root decide which; this decides what.
 const FS: &[Allowed] = allow![
     SYS_openat,
@@ -355,11 +385,13 @@ const FS_IOCTL: [u32; 6] = [
 
 /// What a kind of thread may call.
 pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> {
-    let own: [&'static [Allowed]; 3] = match kind {
-        ThreadKind::Main => [EPOLL, MAIN, WORKER],
-        ThreadKind::Vcpu => [VCPU, &[], &[]],
-        ThreadKind::Worker => [EPOLL, WORKER, &[]],
-        ThreadKind::Fs => [EPOLL, FS, &[]],
+    let own: [&'static [Allowed]; 4] = match kind {
+        ThreadKind::Main => [EPOLL, MAIN, WORKER, &[]],
+        ThreadKind::MainWithDevices => [EPOLL, MAIN, WORKER, VFIO],
+        ThreadKind::Vfio => [VFIO, &[], &[], &[]],
+        ThreadKind::Vcpu => [VCPU, &[], &[], &[]],
+        ThreadKind::Worker => [EPOLL, WORKER, &[], &[]],
+        ThreadKind::Fs => [EPOLL, FS, &[], &[]],
     };
     EVERY.iter().chain(own.into_iter().flatten())
 }
@@ -427,7 +459,8 @@ mod tests {
         ];
         for kind in KINDS {
             let has = system_calls(kind).any(|call| own.contains(&call.number));
-            assert_eq!(has, kind == ThreadKind::Main, "{kind:?}");
+            let main = matches!(kind, ThreadKind::Main | ThreadKind::MainWithDevices);
+            assert_eq!(has, main, "{kind:?}");
         }
         let spaces = libc::CLONE_NEWUSER
             | libc::CLONE_NEWNS
@@ -474,6 +507,10 @@ mod tests {
         for kind in KINDS {
             assert_eq!(can(kind, libc::SYS_ioctl, 0xae80), kind == ThreadKind::Vcpu);
             assert_eq!(can(kind, libc::SYS_openat, 0), kind == ThreadKind::Fs);
+            let devices = matches!(kind, ThreadKind::MainWithDevices | ThreadKind::Vfio);
+            for request in REQUESTS {
+                assert_eq!(can(kind, libc::SYS_ioctl, request), devices, "{kind:?}");
+            }
             assert_eq!(can(kind, libc::SYS_setresuid, 0), kind == ThreadKind::Fs);
             for call in system_calls(kind).filter(|call| call.number == libc::SYS_setresuid) {
                 assert!(matches!(call.when, When::OneOf(0, [u32::MAX])));

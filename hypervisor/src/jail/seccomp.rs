@@ -55,7 +55,7 @@ fn chain(
 ) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
     let list = compile(system_calls(kind), mismatch)?;
     Ok(match kind {
-        ThreadKind::Main => vec![without_clone3()?, list],
+        ThreadKind::Main | ThreadKind::MainWithDevices => vec![without_clone3()?, list],
         _ => vec![list],
     })
 }
@@ -112,12 +112,24 @@ pub(super) fn programs(
     let mut all = Vec::new();
     for mismatch in [SeccompAction::KillProcess, SeccompAction::Trap] {
         let own = chain(kind, mismatch.clone())?;
-        if kind == ThreadKind::Worker {
-            let mut inherited = chain(ThreadKind::Main, mismatch)?;
+        let starters: &[ThreadKind] = match kind {
+            ThreadKind::Worker => &[ThreadKind::Main, ThreadKind::MainWithDevices],
+            ThreadKind::Vfio => &[ThreadKind::MainWithDevices],
+            // A VM's control loop has one of two lists.
+            ThreadKind::Main => {
+                all.push(chain(ThreadKind::MainWithDevices, mismatch.clone())?);
+                &[]
+            }
+            _ => &[],
+        };
+        for starter in starters {
+            let mut inherited = chain(*starter, mismatch.clone())?;
             inherited.extend(own.iter().cloned());
             all.push(inherited);
         }
-        all.push(own);
+        if kind != ThreadKind::Vfio {
+            all.push(own);
+        }
     }
     Ok(all)
 }
@@ -275,6 +287,23 @@ mod tests {
             libc::SYS_ioctl,
             usize::MAX,
             0xae80,
+            0
+        )));
+    }
+
+    #[test]
+    fn the_thread_of_a_device_takes_its_filter_beside_the_loops() {
+        assert!(survives(ThreadKind::MainWithDevices, || {
+            let thread = std::thread::Builder::new().name("vfio".into()).spawn(|| {
+                narrow(ThreadKind::Vfio).unwrap();
+                bare(libc::SYS_ioctl, usize::MAX, 0x3b6e, 0);
+            });
+            thread.unwrap().join().unwrap();
+        }));
+        assert!(!survives(ThreadKind::Main, || bare(
+            libc::SYS_ioctl,
+            usize::MAX,
+            0x3b6e,
             0
         )));
     }

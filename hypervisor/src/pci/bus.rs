@@ -15,6 +15,9 @@ use crate::sync::{lock, read, write};
 /// Device and function numbers of bus 0: 32 slots of 8 functions.
 pub const FUNCTIONS: usize = 256;
 
+/// The lowest slot that a function may have alone: far above those of a VM's own devices.
+const FIRST_ALONE: usize = 8;
+
 /// The bus has no free function number.
 #[derive(Debug, thiserror::Error)]
 #[error("all {FUNCTIONS} functions of the VM's PCI bus are taken")]
@@ -26,15 +29,17 @@ enum Place {
     #[default]
     Free,
     Taken(Arc<dyn Function>),
-    /// The guest cannot reach it any more, but what it used is not free yet.
-    Leaving,
+    /// The guest cannot reach it: it is about to come, or what it used is not free yet.
+    Reserved,
+    /// Of a slot whose function 0 has it alone.
+    Beside,
 }
 
 impl Place {
     fn function(&self) -> Option<&Arc<dyn Function>> {
         match self {
             Self::Taken(function) => Some(function),
-            Self::Free | Self::Leaving => None,
+            Self::Free | Self::Reserved | Self::Beside => None,
         }
     }
 }
@@ -42,7 +47,20 @@ impl Place {
 struct Decoded {
     devfn: u8,
     range: BarRange,
-    function: Arc<dyn Function>,
+    answer: Answer,
+}
+
+/// What answers in a BAR's range.
+enum Answer {
+    Function(Arc<dyn Function>),
+    /// One that was removed reads as this there, until something else is.
+    Gone(u8),
+}
+
+impl Decoded {
+    fn overlaps(&self, other: &BarRange) -> bool {
+        self.range.base < other.base + other.size && other.base < self.range.base + self.range.size
+    }
 }
 
 /// Bus 0.
@@ -105,8 +123,8 @@ impl Bus {
         lowest_free(&read(&self.functions))
     }
 
-    /// Takes a function out of the guest's sight: its registers read as all ones, its BARs are nowhere. The
-    /// number stays taken until [`Self::release`]. None if there is no function.
+    /// Takes a function out of the guest's sight: its registers read as all ones, and its BARs as it says
+    /// ([`Function::reads_when_gone`]). The number stays taken until [`Self::release`]. None if there is no function.
     #[must_use]
     pub fn remove(&self, devfn: u8) -> Option<Arc<dyn Function>> {
         let _moving = lock(&self.moving);
@@ -114,20 +132,58 @@ impl Bus {
             let mut functions = write(&self.functions);
             let place = functions.get_mut(usize::from(devfn))?;
             let function = Arc::clone(place.function()?);
-            *place = Place::Leaving;
+            *place = Place::Reserved;
             function
         };
+        let ranges = self.ranges_of(devfn);
         self.announce(devfn, &function, Vec::new());
+        let value = function.reads_when_gone();
+        write(&self.decoded).extend(ranges.into_iter().map(|range| Decoded {
+            devfn,
+            range,
+            answer: Answer::Gone(value),
+        }));
         if let Some(mirror) = self.mirror.get() {
             mirror.store(devfn, &[0xff; SIZE]);
         }
         Some(function)
     }
 
-    /// Frees the number of a function that was removed.
+    /// Frees the number of a function that was removed, or that was reserved and did not come.
     pub fn release(&self, devfn: u8) {
-        if let Some(place @ Place::Leaving) = write(&self.functions).get_mut(usize::from(devfn)) {
+        let mut functions = write(&self.functions);
+        let first = usize::from(devfn);
+        if let Some(place @ Place::Reserved) = functions.get_mut(first) {
             *place = Place::Free;
+            for place in functions.iter_mut().skip(first + 1).take(7) {
+                if !matches!(place, Place::Beside) {
+                    break;
+                }
+                *place = Place::Free;
+            }
+        }
+    }
+
+    /// Sets a whole slot aside for a function that has it alone; the function's number. Slots are taken from the
+    /// end: configuration space there is not mirrored, and such a function has registers that change by themselves.
+    ///
+    /// # Errors
+    /// [`BusFull`].
+    pub fn reserve(&self) -> Result<u8, BusFull> {
+        let mut functions = write(&self.functions);
+        let slots = functions.chunks_exact_mut(8).enumerate().skip(FIRST_ALONE);
+        let free = |slot: &[Place]| slot.iter().all(|place| matches!(place, Place::Free));
+        let (number, slot) = slots.rev().find(|(_, slot)| free(slot)).ok_or(BusFull)?;
+        slot.fill(Place::Beside);
+        slot[0] = Place::Reserved;
+        u8::try_from(number * 8).map_err(|_| BusFull)
+    }
+
+    /// Puts a function where a place was reserved.
+    pub fn fill(&self, devfn: u8, function: Arc<dyn Function>) {
+        let _moving = lock(&self.moving);
+        if let Some(place @ Place::Reserved) = write(&self.functions).get_mut(usize::from(devfn)) {
+            *place = Place::Taken(function);
         }
     }
 
@@ -198,20 +254,19 @@ impl Bus {
 
     /// The function's BARs are at `new` from now on.
     fn announce(&self, devfn: u8, function: &Arc<dyn Function>, new: Vec<BarRange>) {
-        let mut decoded = write(&self.decoded);
-        let old: Vec<BarRange> = decoded
-            .iter()
-            .filter(|entry| entry.devfn == devfn)
-            .map(|entry| entry.range)
-            .collect();
+        let old = self.ranges_of(devfn);
         if old == new {
             return;
         }
-        decoded.retain(|entry| entry.devfn != devfn);
+        let mut decoded = write(&self.decoded);
+        let gone = |entry: &Decoded| matches!(entry.answer, Answer::Gone(_));
+        decoded.retain(|entry| {
+            entry.devfn != devfn && !(gone(entry) && new.iter().any(|range| entry.overlaps(range)))
+        });
         decoded.extend(new.iter().map(|range| Decoded {
             devfn,
             range: *range,
-            function: Arc::clone(function),
+            answer: Answer::Function(Arc::clone(function)),
         }));
         drop(decoded);
         let base = |ranges: &[BarRange], bar| {
@@ -228,6 +283,15 @@ impl Bus {
         }
     }
 
+    /// Where a function's BARs are.
+    fn ranges_of(&self, devfn: u8) -> Vec<BarRange> {
+        read(&self.decoded)
+            .iter()
+            .filter(|entry| entry.devfn == devfn && matches!(entry.answer, Answer::Function(_)))
+            .map(|entry| entry.range)
+            .collect()
+    }
+
     fn inside_a_window(&self, range: &BarRange) -> bool {
         range.base.checked_add(range.size).is_some_and(|end| {
             self.windows
@@ -239,8 +303,12 @@ impl Bus {
     /// A read in an MMIO window. Returns false if nothing answers.
     pub fn memory_read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
-            Some((function, bar, offset)) => {
+            Some(Found::Function(function, bar, offset)) => {
                 function.bar_read(bar, offset, data);
+                true
+            }
+            Some(Found::Gone(value)) => {
+                data.fill(value);
                 true
             }
             None => {
@@ -253,23 +321,34 @@ impl Bus {
     /// A write in an MMIO window. Returns false if nothing answers.
     pub fn memory_write(&self, address: u64, data: &[u8]) -> bool {
         match self.find(address, data.len()) {
-            Some((function, bar, offset)) => {
+            Some(Found::Function(function, bar, offset)) => {
                 function.bar_write(bar, offset, data);
                 true
             }
+            Some(Found::Gone(_)) => true,
             None => false,
         }
     }
 
-    fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Function>, u8, u64)> {
+    fn find(&self, address: u64, length: usize) -> Option<Found> {
         let length = u64::try_from(length).ok()?;
         read(&self.decoded).iter().find_map(|entry| {
             let offset = address.checked_sub(entry.range.base)?;
             let end = offset.checked_add(length)?;
-            (end <= entry.range.size)
-                .then(|| (Arc::clone(&entry.function), entry.range.bar, offset))
+            (end <= entry.range.size).then(|| match &entry.answer {
+                Answer::Function(function) => {
+                    Found::Function(Arc::clone(function), entry.range.bar, offset)
+                }
+                Answer::Gone(value) => Found::Gone(*value),
+            })
         })
     }
+}
+
+/// What is at an address: a function's BAR and where in it, or what is left of one.
+enum Found {
+    Function(Arc<dyn Function>, u8, u64),
+    Gone(u8),
 }
 
 fn lowest_free(functions: &[Place]) -> Result<u8, BusFull> {
@@ -329,6 +408,9 @@ mod tests {
             data.fill(u8::try_from(offset & 0xff).unwrap());
         }
         fn bar_write(&self, _: u8, _: u64, _: &[u8]) {}
+        fn reads_when_gone(&self) -> u8 {
+            0x5a
+        }
         fn bar_moved(&self, _: u8, old: Option<u64>, new: Option<u64>) {
             lock(&self.moves).push((old, new));
         }
@@ -452,7 +534,16 @@ mod tests {
         bus.ecam_write(0x1004, &[2, 0]);
         assert!(bus.remove(1).is_some());
         assert!(bus.remove(1).is_none());
-        assert!(!bus.memory_read(0xc000_1010, &mut [0]));
+        // Where it was it reads as it says, until another one is there.
+        let mut byte = [7];
+        assert!(bus.memory_read(0xc000_1010, &mut byte));
+        assert_eq!(byte, [0x5a]);
+        bus.ecam_write(4, &[2, 0]);
+        bus.ecam_write(0x10, &0xc000_1000u32.to_le_bytes());
+        assert!(bus.memory_read(0xc000_1010, &mut byte));
+        assert_eq!(byte, [0x10]);
+        bus.ecam_write(0x10, &0xc000_0000u32.to_le_bytes());
+        assert!(!bus.memory_read(0xc000_1010, &mut byte));
         let mut id = [0u8; 4];
         bus.ecam_read(1 << 12, &mut id);
         assert_eq!((id, lock(&seen).0[1]), ([0xff; 4], [0xff; SIZE]));
@@ -466,6 +557,27 @@ mod tests {
         // What was not removed is not released.
         bus.release(0);
         assert_eq!(bus.next().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_function_alone_in_its_slot_has_nothing_beside_it_until_it_is_released() {
+        let bus = bus();
+        assert_eq!(bus.reserve().unwrap(), 31 << 3);
+        assert_eq!(bus.reserve().unwrap(), 30 << 3);
+        bus.fill(30 << 3, Fake::new(0xc000_0000));
+        let mut id = [0u8; 4];
+        bus.ecam_read(30 << 15, &mut id);
+        assert_eq!(id, [1, 0, 2, 0]);
+        for _ in 0..30 * 8 {
+            bus.add(Fake::new(0)).unwrap();
+        }
+        assert!(bus.add(Fake::new(0)).is_err() && bus.reserve().is_err());
+        // The one that never came.
+        bus.release(31 << 3);
+        assert_eq!(bus.add(Fake::new(0)).unwrap(), 31 << 3);
+        assert!(bus.remove(30 << 3).is_some());
+        bus.release(30 << 3);
+        assert_eq!(bus.reserve().unwrap(), 30 << 3);
     }
 
     #[test]

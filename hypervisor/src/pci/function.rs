@@ -22,6 +22,10 @@ pub trait Function: Send + Sync {
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]);
     /// Writes `data.len()` (1 to 8) bytes of a BAR.
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
+    /// What each byte of its BARs reads as after it was taken from the bus without the guest's consent.
+    fn reads_when_gone(&self) -> u8 {
+        0xff
+    }
     /// A BAR became visible (`Some`) at an address or ceased to be.
     fn bar_moved(&self, bar: u8, old: Option<u64>, new: Option<u64>);
 }

@@ -57,6 +57,7 @@ fn start(vcpus: u8) -> RequestBody {
         share_tag: None,
         debug_console: false,
         allow_slow_kvm: true,
+        passthrough: false,
     }))
 }
 

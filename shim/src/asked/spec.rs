@@ -98,6 +98,31 @@ struct Linux {
     sysctl: Option<BTreeMap<String, String>>,
     uid_mappings: Option<Vec<id_map::Mapping>>,
     gid_mappings: Option<Vec<id_map::Mapping>>,
+    devices: Option<Vec<Device>>,
+}
+
+/// A device node that a container asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Device {
+    /// Where, in the container.
+    pub path: String,
+    #[serde(rename = "type")]
+    kind: String,
+    major: i64,
+    minor: i64,
+}
+
+impl Device {
+    /// The numbers of a character device.
+    #[must_use]
+    pub fn character(&self) -> Option<(u32, u32)> {
+        let numbers = (
+            u32::try_from(self.major).ok()?,
+            u32::try_from(self.minor).ok()?,
+        );
+        matches!(self.kind.as_str(), "c" | "u").then_some(numbers)
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -185,6 +210,20 @@ impl Spec {
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         serde_json::from_slice(bytes)
             .map_err(|error| Error::invalid(format!("config.json is not an OCI spec: {error}")))
+    }
+
+    /// The device nodes that the container asks for by name. A privileged one asks for none: its specification names
+    /// every device of the node.
+    #[must_use]
+    pub fn devices(&self) -> &[Device] {
+        let linux = self.linux.as_ref();
+        let resources = linux.and_then(|linux| linux.resources.as_ref());
+        if resources.is_some_and(Resources::allow_all_devices) {
+            return &[];
+        }
+        linux
+            .and_then(|linux| linux.devices.as_deref())
+            .unwrap_or_default()
     }
 
     /// What the container is to its pod.

@@ -194,6 +194,7 @@ impl Host for FakeHost {
             share_tag: None,
             debug_console: false,
             allow_slow_kvm: false,
+            passthrough: false,
         };
         Ok(Launched {
             process: Box::new(process),
@@ -316,6 +317,7 @@ impl FakeVmm {
                     self.record.add(match &device {
                         DeviceConfig::Net(net) => format!("plug {} taps", net.taps.len()),
                         DeviceConfig::Disk(disk) => format!("plug disk {}", disk.serial),
+                        DeviceConfig::Vfio(vfio) => format!("plug {}", vfio.name),
                     });
                     self.plugged += 1;
                     let function = 0x20 + self.plugged;

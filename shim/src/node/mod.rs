@@ -8,4 +8,5 @@ pub mod journal;
 pub mod network;
 pub mod sandbox_files;
 pub mod stand_in;
+pub mod vfio;
 pub(crate) mod watched;

@@ -176,6 +176,7 @@ impl Machine {
             share_tag: boot.share.then(|| "brig".to_owned()),
             debug_console: boot.debug_console,
             allow_slow_kvm: false,
+            passthrough: false,
         };
         let id = machine.number();
         control::send(

@@ -13,20 +13,44 @@ use crate::builder::error::StartError;
 use crate::control::{DeviceConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::notice::Notice;
+use crate::vfio::owner::Owner;
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::Description;
 use crate::virtio::worker::{self, DeviceHandle, Slot, Worker};
 
 /// What a plugged device uses.
 pub(super) struct Plugged {
-    name: &'static str,
-    handle: DeviceHandle,
-    /// Its own thread, if it has one.
-    worker: Option<Worker>,
-    vectors: u32,
-    /// Where its BAR was put.
-    base: u64,
-    leaving: bool,
+    pub(super) name: String,
+    pub(super) behind: Behind,
+    pub(super) vectors: u32,
+    /// Where its BARs were put.
+    pub(super) bases: Vec<Base>,
+    pub(super) leaving: bool,
+}
+
+/// A place in one of the windows.
+pub(super) enum Base {
+    Low(u64),
+    High(u64),
+}
+
+/// What is behind the function.
+pub(super) enum Behind {
+    /// A virtio device, and its thread if it has one of its own.
+    Virtio(DeviceHandle, Option<Worker>),
+    /// As that, an interface.
+    Net(DeviceHandle),
+    /// A device of the node.
+    Device(Owner),
+}
+
+/// What becomes of a device that is plugged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plugging {
+    /// It is on the bus, as this function.
+    Done(u8),
+    /// It will be this function; [`Notice::Prepared`] says when.
+    Later(u8),
 }
 
 /// Where a device runs.
@@ -42,7 +66,11 @@ impl Board {
     ///
     /// # Errors
     /// See [`StartError`]: what has run out is told with the numbers. The guest sees nothing of the device then.
-    pub fn plug(&mut self, device: &DeviceConfig, fds: &mut Descriptors) -> Result<u8, StartError> {
+    pub fn plug(
+        &mut self,
+        device: &DeviceConfig,
+        fds: &mut Descriptors,
+    ) -> Result<Plugging, StartError> {
         match device {
             DeviceConfig::Net(net) => {
                 if self.nets >= MAX_DEVICES {
@@ -53,12 +81,14 @@ impl Board {
                 let device = new_net(net, fds)?;
                 let function = self.plug_virtio(Box::new(device), Place::Shared)?;
                 self.nets += 1;
-                Ok(function)
+                Ok(Plugging::Done(function))
             }
             DeviceConfig::Disk(disk) => {
                 let device = new_disk(disk, fds)?;
-                self.plug_virtio(Box::new(device), Place::Own("block"))
+                let function = self.plug_virtio(Box::new(device), Place::Own("block"))?;
+                Ok(Plugging::Done(function))
             }
+            DeviceConfig::Vfio(vfio) => Ok(Plugging::Later(self.prepare_passthrough(vfio, fds)?)),
         }
     }
 
@@ -73,11 +103,14 @@ impl Board {
         let vectors = u32::from(part.description.vectors());
         check_vectors(self.vectors + vectors, self.vcpus)?;
         descriptors::room_for(descriptors_of(&part.description), self.max_files, name)?;
-        let (handle, worker) = match place {
-            Place::Shared => (self.workers[self.net_worker].add(slot), None),
+        let (handle, behind) = match place {
+            Place::Shared => {
+                let handle = self.workers[self.net_worker].add(slot);
+                (handle.clone(), Behind::Net(handle))
+            }
             Place::Own(thread) => {
                 let (handle, worker) = self.start_worker(thread, slot)?;
-                (handle, Some(worker))
+                (handle.clone(), Behind::Virtio(handle, Some(worker)))
             }
         };
         let (function, base) = match self.put_on_bus(part, handle.clone()) {
@@ -92,11 +125,10 @@ impl Board {
         self.plugged.insert(
             function,
             Plugged {
-                name,
-                handle,
-                worker,
+                name: name.to_owned(),
+                behind,
                 vectors,
-                base,
+                bases: vec![Base::Low(base)],
                 leaving: false,
             },
         );
@@ -143,10 +175,14 @@ impl Board {
             )));
         };
         plugged.leaving = true;
-        let _ = self.bus.remove(function);
+        // With it go its mapped BARs.
+        drop(self.bus.remove(function));
         let notifier = self.notifier.clone();
         let removed = Box::new(move || notifier.send(Notice::Removed(function)));
-        plugged.handle.remove(removed);
+        match &plugged.behind {
+            Behind::Virtio(handle, _) | Behind::Net(handle) => handle.remove(removed),
+            Behind::Device(owner) => owner.retire(removed),
+        }
         Ok(())
     }
 
@@ -155,15 +191,25 @@ impl Board {
         let Some(plugged) = self.plugged.remove(&function) else {
             return;
         };
-        // Its thread, if it has one, has nothing left to do: this does not wait.
-        drop(plugged.worker);
         self.vectors -= plugged.vectors;
-        self.low.free(plugged.base);
-        if plugged.name == "net" {
-            self.nets -= 1;
+        self.free(&plugged.bases);
+        match plugged.behind {
+            // Its thread, if it has one, has nothing left to do: this does not wait.
+            Behind::Virtio(_, worker) => drop(worker),
+            Behind::Net(_) => self.nets -= 1,
+            Behind::Device(_) => {}
         }
         self.bus.release(function);
         info!(self.log, "device removed"; "device" => plugged.name, "function" => function);
+    }
+
+    pub(super) fn free(&mut self, bases: &[Base]) {
+        for base in bases {
+            match base {
+                Base::Low(base) => self.low.free(*base),
+                Base::High(base) => self.high.free(*base),
+            }
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! has freed goes back to the host.
 //!
 //! The guest names the pages; only whole host pages inside its own RAM are ever given up, so all
-//! it can lose is its own data. Not to be offered together with devices that pin guest memory.
+//! it can lose is its own data. While a device pins guest memory, nothing is given up ([`Reclaim`]).
 
 mod discard;
 
@@ -18,6 +18,7 @@ use self::discard::Discarded;
 use super::chain::Buffers;
 use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
+use crate::reclaim::Reclaim;
 
 const NAME: &str = "balloon";
 /// Device id (§5.5.1).
@@ -52,14 +53,18 @@ struct Active {
 pub struct Balloon {
     active: Option<Active>,
     discarded: Discarded,
+    reclaim: Arc<Reclaim>,
 }
 
 impl Balloon {
     /// A balloon whose target is to stay empty: the guest inflates nothing unasked, and reports
     /// free pages.
     #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(reclaim: Arc<Reclaim>) -> Self {
+        Self {
+            reclaim,
+            ..Self::default()
+        }
     }
 
     fn serve(&mut self, token: u32) -> Result<(), DeviceError> {
@@ -70,9 +75,9 @@ impl Balloon {
             return Ok(());
         };
         let memory = active.memory.memory();
-        let discarded = &mut self.discarded;
+        let (reclaim, discarded) = (&self.reclaim, &mut self.discarded);
         ring.drain(&memory, &*active.interrupt, BUDGET, |chain| {
-            match token {
+            reclaim.give_up(|| match token {
                 INFLATE => inflate(&memory, discarded, chain.readable),
                 // A page that left the balloon is filled when the guest touches it.
                 DEFLATE => {}
@@ -81,7 +86,7 @@ impl Balloon {
                     .writable
                     .slices()
                     .for_each(|slice| discarded.discard(slice)),
-            }
+            });
             Ok((chain.head, 0))
         })
         .map(drop)
@@ -198,7 +203,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn active() -> Harness<Balloon> {
-        let mut harness = Harness::new(Balloon::new());
+        let mut harness = Harness::new(Balloon::default());
         let features = harness.device.features();
         harness.activate(features);
         harness

@@ -370,6 +370,11 @@ impl Function for VirtioPci {
         }
     }
 
+    /// Linux resets a device that it removes, and waits without end for a status of zero.
+    fn reads_when_gone(&self) -> u8 {
+        0
+    }
+
     fn bar_moved(&self, _bar: u8, old: Option<u64>, new: Option<u64>) {
         let address = |base: u64, stride: u64| base + capability::NOTIFY + stride;
         for (kick, index) in self.kicks.iter().zip(0u64..) {

@@ -13,6 +13,18 @@ const UNLIMITED: u64 = 1 << 62;
 pub(super) struct Resources {
     memory: Option<Memory>,
     hugepage_limits: Option<Vec<HugePageLimit>>,
+    devices: Option<Vec<DeviceRule>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct DeviceRule {
+    allow: bool,
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    major: Option<i64>,
+    minor: Option<i64>,
+    access: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -29,6 +41,20 @@ struct HugePageLimit {
 }
 
 impl Resources {
+    /// The last rule allows everything: containerd's way to say that a container is privileged.
+    pub(super) fn allow_all_devices(&self) -> bool {
+        let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
+        let last = self.devices.as_ref().and_then(|rules| rules.last());
+        last.is_some_and(|rule| {
+            let access = rule.access.as_deref().unwrap_or_default();
+            rule.allow
+                && matches!(rule.kind.as_deref(), None | Some("" | "a"))
+                && any(rule.major)
+                && any(rule.minor)
+                && "rwm".chars().all(|one| access.contains(one))
+        })
+    }
+
     /// In bytes, if there is one.
     pub(super) fn memory_limit(&self) -> Option<u64> {
         let limit = self.memory.as_ref()?.limit?;

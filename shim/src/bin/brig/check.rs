@@ -8,7 +8,7 @@ use brig_shim::asked::config::{Config, Netfilter};
 use brig_shim::error::Error;
 use brig_shim::guest::forward;
 use brig_shim::guest::vm::host::{open_kernel, open_kvm};
-use brig_shim::node::cgroup;
+use brig_shim::node::{cgroup, vfio};
 use serde_json::{Value, json};
 
 /// How a check came out.
@@ -81,7 +81,7 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
     };
     let message = |error: Error| error.message;
     let kernel = open_kernel(&config.kernel).map(|_| config.kernel.display().to_string());
-    vec![
+    let mut findings = vec![
         Finding::of(
             "configuration",
             Ok(format!(
@@ -98,7 +98,27 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         cgroups(),
         port_forward(),
         packet_filter(config.netfilter),
-    ]
+    ];
+    findings.extend(devices());
+    findings
+}
+
+/// Each PCI device: whether a pod can have it. Pods run without.
+fn devices() -> impl Iterator<Item = Finding> {
+    vfio::Node::new()
+        .survey()
+        .into_iter()
+        .map(|(what, verdict)| {
+            let (outcome, said) = match verdict {
+                Ok(said) => (Outcome::Good, said),
+                Err(said) => (Outcome::Note, said),
+            };
+            Finding {
+                outcome,
+                what: "pci device",
+                detail: format!("{what}: {said}"),
+            }
+        })
 }
 
 /// What becomes of rules in a pod's network namespace that its guest cannot have.

@@ -358,6 +358,7 @@ fn adopt(
         signals: Patience::new(timeouts.word),
         sending: Arc::new(Semaphore::new(MAX_SIGNALS)),
         deaf: AtomicBool::new(false),
+        passthrough: Arc::default(),
     });
     tokio::spawn(watch_connection(
         Arc::downgrade(&vm),

@@ -23,6 +23,7 @@ use crate::asked::spec::Network;
 use crate::error::{Error, Result};
 use crate::node::cgroup::{self, Cgroup};
 use crate::node::network::{self, PodNetwork, Wanted};
+use crate::node::vfio;
 
 /// The node this process runs on.
 #[derive(Debug)]
@@ -91,6 +92,7 @@ impl Host for Node {
             share_tag: Some(SHARE_TAG.to_owned()),
             debug_console: config.debug_console,
             allow_slow_kvm: config.allow_slow_kvm,
+            passthrough: vfio::Node::new().has_devices(),
         };
         Ok(Launched {
             process: Box::new(process),

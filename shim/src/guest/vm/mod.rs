@@ -9,10 +9,12 @@ mod clock;
 pub mod control;
 pub mod death;
 pub(crate) mod frames;
+mod groups;
 pub mod host;
 mod kill;
 mod late;
 mod lines;
+mod passthrough;
 pub mod patience;
 mod plug;
 mod share;
@@ -236,6 +238,8 @@ pub struct Vm {
     sending: Arc<Semaphore>,
     /// The agent has let the last call of a process's removal go without an answer.
     deaf: AtomicBool,
+    /// Devices of the node. Held across calls: they come and go one after another.
+    passthrough: Arc<tokio::sync::Mutex<groups::Groups>>,
 }
 
 impl fmt::Debug for Vm {

@@ -11,7 +11,7 @@ use ttrpc::context;
 
 use super::context::Context;
 use super::creation::{Creation, Made};
-use super::work;
+use super::{devices, work};
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Attributes, Mounts, RootfsMount, Vm, rootfs_path};
@@ -91,6 +91,7 @@ impl Progress {
         if self.hooked {
             work::hooks(context, id, self.hooks, Stage::Stopped, vm.pid()).await;
         }
+        vm.take_groups(id, &context.logger).await;
         work::detach(context, &vm, id, &self.attached).await;
         context.volumes.release(self.leases).await;
     }
@@ -157,6 +158,7 @@ async fn steps(
         progress.hooking = Some(tokio::task::spawn_blocking(run));
         step(&mut progress.hooking).await?;
     }
+    let devices = devices::give(context, &vm, &creation).await?;
     let stdio = ends.connect(&vm).await?;
     let request = CreateContainerRequest {
         id: creation.id.clone(),
@@ -165,6 +167,7 @@ async fn steps(
         rootfs: rootfs_path(&creation.id),
         mount_sources: sources,
         pid_namespace_of: creation.pid_namespace_of.unwrap_or_default(),
+        devices,
         ..CreateContainerRequest::default()
     };
     progress.stdio = Some(stdio);

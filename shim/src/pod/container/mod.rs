@@ -7,6 +7,7 @@
 mod context;
 mod create;
 mod creation;
+mod devices;
 mod exit;
 mod messages;
 mod requests;

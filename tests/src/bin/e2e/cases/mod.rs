@@ -22,6 +22,7 @@ mod install;
 mod leaks;
 mod mounts;
 mod network;
+mod passthrough;
 mod plug;
 mod resources;
 mod security;
@@ -50,6 +51,7 @@ const GROUPS: &[&[Case]] = &[
     install::CASES,
     devices::CASES,
     plug::CASES,
+    passthrough::CASES,
     daemon::CASES,
     daemon_pods::CASES,
     daemon_restart::CASES,

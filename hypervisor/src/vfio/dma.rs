@@ -1,0 +1,185 @@
+//! Guest memory as the devices of a VM see it: all of it, at its guest-physical addresses, pinned.
+//!
+//! It is pinned before a device is on the bus. From then on no page may leave ([`crate::reclaim`]).
+
+use std::io;
+use std::sync::Arc;
+
+use vm_memory::{Address, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::reclaim::{Pinned, Reclaim};
+
+/// The address space of devices. Implemented over VFIO, and by tests.
+pub trait Dma: Send + Sync {
+    /// Lets devices reach `size` bytes at `host` of this process by `iova`, and pins them.
+    ///
+    /// # Errors
+    /// What the kernel says; `ENOMEM` at a limit.
+    fn map(&self, iova: u64, host: u64, size: u64) -> io::Result<()>;
+    /// Takes that back.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn unmap(&self, iova: u64, size: u64) -> io::Result<()>;
+}
+
+/// Guest memory could not be given to a device.
+#[derive(Debug, thiserror::Error)]
+pub enum DmaError {
+    /// A limit.
+    #[error(
+        "a device needs all {needed} bytes of the VM's memory pinned, and the node let only {pinned} be: raise \
+         RLIMIT_MEMLOCK of containerd (LimitMEMLOCK=infinity) or the pod's memory limit ({source})"
+    )]
+    Limit {
+        /// Bytes that have to be.
+        needed: u64,
+        /// Bytes that were.
+        pinned: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Something else.
+    #[error(
+        "the node's IOMMU takes no mapping of the VM's memory at {iova:#x} ({size} bytes): {source}"
+    )]
+    Map {
+        /// Guest-physical address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// The memory of a VM, mapped for devices. Dropping it takes it from them.
+pub struct GuestDma {
+    dma: Box<dyn Dma>,
+    mapped: Vec<(u64, u64)>,
+    /// No page leaves while this is there.
+    _pinned: Pinned,
+}
+
+impl GuestDma {
+    /// Maps all of guest memory. Takes its time: every page is made and pinned.
+    ///
+    /// # Errors
+    /// [`DmaError`]; nothing is mapped then.
+    pub fn new(
+        dma: Box<dyn Dma>,
+        memory: &GuestMemoryMmap,
+        reclaim: &Arc<Reclaim>,
+    ) -> Result<Self, DmaError> {
+        let mut guest = Self {
+            dma,
+            mapped: Vec::new(),
+            // First, so that nothing is given up between.
+            _pinned: reclaim.pin(),
+        };
+        let needed = memory.iter().map(GuestMemoryRegion::len).sum();
+        for region in memory.iter() {
+            let (iova, size) = (region.start_addr().raw_value(), region.len());
+            let host = region.as_ptr() as u64;
+            if let Err(source) = guest.dma.map(iova, host, size) {
+                let pinned = guest.mapped.iter().map(|(_, size)| size).sum();
+                return Err(match source.raw_os_error() {
+                    Some(libc::ENOMEM) => DmaError::Limit {
+                        needed,
+                        pinned,
+                        source,
+                    },
+                    _ => DmaError::Map { iova, size, source },
+                });
+            }
+            guest.mapped.push((iova, size));
+        }
+        Ok(guest)
+    }
+}
+
+impl Drop for GuestDma {
+    fn drop(&mut self) {
+        for (iova, size) in &self.mapped {
+            // The end of the descriptor does the same.
+            let _ = self.dma.unmap(*iova, *size);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::sync::lock;
+
+    #[derive(Default)]
+    struct Seen {
+        mapped: Mutex<Vec<(u64, u64)>>,
+        limit: u64,
+    }
+
+    struct Fake(Arc<Seen>);
+
+    impl Dma for Fake {
+        fn map(&self, iova: u64, host: u64, size: u64) -> io::Result<()> {
+            assert_eq!(host % 4096, 0);
+            let mut mapped = lock(&self.0.mapped);
+            let all: u64 = mapped.iter().map(|(_, size)| size).sum();
+            if all + size > self.0.limit {
+                return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+            }
+            mapped.push((iova, size));
+            Ok(())
+        }
+        fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {
+            lock(&self.0.mapped).retain(|other| *other != (iova, size));
+            Ok(())
+        }
+    }
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[
+            (GuestAddress(0), 1 << 20),
+            (GuestAddress(1 << 32), 2 << 20),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn all_of_memory_is_mapped_at_its_address_and_unmapped_at_the_end() {
+        let seen = Arc::new(Seen {
+            limit: 4 << 20,
+            ..Seen::default()
+        });
+        let reclaim = Arc::new(Reclaim::default());
+        let guest = GuestDma::new(Box::new(Fake(Arc::clone(&seen))), &memory(), &reclaim).unwrap();
+        assert_eq!(*lock(&seen.mapped), [(0, 1 << 20), (1 << 32, 2 << 20)]);
+        assert!(!reclaim.is_allowed());
+        drop(guest);
+        assert!(lock(&seen.mapped).is_empty());
+        assert!(reclaim.is_allowed());
+    }
+
+    #[test]
+    fn a_limit_is_told_with_what_is_needed_and_what_there_was_and_nothing_stays_mapped() {
+        let seen = Arc::new(Seen {
+            limit: 2 << 20,
+            ..Seen::default()
+        });
+        let reclaim = Arc::new(Reclaim::default());
+        let error = GuestDma::new(Box::new(Fake(Arc::clone(&seen))), &memory(), &reclaim)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            error.contains("3145728") && error.contains("1048576"),
+            "{error}"
+        );
+        assert!(error.contains("MEMLOCK"), "{error}");
+        assert!(lock(&seen.mapped).is_empty() && reclaim.is_allowed());
+    }
+}

@@ -1,0 +1,21 @@
+//! Devices of the node in a guest (VFIO): their registers, their interrupts, their DMA.
+//!
+//! The shim opens everything: the container with its IOMMU set, and the device. Here the device is read, filtered and
+//! put on the guest's bus. [`device::Device`] is the device as its kernel interface shows it, so that everything above
+//! it also runs against a stand-in. Its descriptors belong to one thread ([`owner`]) whose filter alone has VFIO's
+//! calls; CPU threads ask it for what reaches the device, which is no part of a data path: BARs are mapped, and
+//! interrupts go from the kernel to the guest.
+//!
+//! What the guest writes is hostile. What the device answers is not trusted with more than itself: its lists are
+//! walked with bounds.
+
+pub mod bars;
+pub mod config;
+pub mod device;
+pub mod dma;
+pub mod function;
+pub mod interrupts;
+pub mod kernel;
+pub mod owner;
+#[cfg(test)]
+pub(crate) mod testing;

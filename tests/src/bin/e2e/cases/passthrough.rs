@@ -1,0 +1,170 @@
+//! Devices of the node in a pod, as a device plugin gives them: by their group's node. The node needs an IOMMU
+//! (`BRIG_NODE_VFIO=1`); its disk to give away is a virtio disk, whose driver every guest has.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use brig_suite::case::not_here;
+use brig_tests::node::check::{equal, that};
+use brig_tests::node::ctr::Run;
+
+use crate::suite::{Case, Suite, brig};
+
+pub const CASES: &[Case] = &[
+    brig(
+        "passthrough",
+        "a disk of the node is written in one pod and read in the next, also after the VMM was killed",
+        disk,
+    ),
+    brig(
+        "passthrough",
+        "a device that cannot be given is refused with the fix",
+        refusals,
+    ),
+];
+
+const BUSYBOX: &str = "docker.io/brig/busybox:test";
+
+const DEVICES: &str = "/sys/bus/pci/devices";
+
+/// A disk of the node that is with vfio-pci for as long as this lives.
+struct Given {
+    address: String,
+    group: u32,
+}
+
+impl Given {
+    fn take() -> Result<Self> {
+        let address = find()?;
+        load()?;
+        let device = Path::new(DEVICES).join(&address);
+        fs::write(device.join("driver_override"), "vfio-pci")?;
+        rebind(&device, &address)?;
+        let group = fs::canonicalize(device.join("iommu_group"))?;
+        let name = group.file_name().and_then(|name| name.to_str());
+        let group = name
+            .and_then(|name| name.parse().ok())
+            .context("no group")?;
+        let given = Self { address, group };
+        given.is_with("vfio-pci")?;
+        Ok(given)
+    }
+
+    fn node(&self) -> String {
+        format!("/dev/vfio/{}", self.group)
+    }
+
+    fn is_with(&self, wanted: &str) -> Result<()> {
+        let driver = fs::read_link(Path::new(DEVICES).join(&self.address).join("driver"))?;
+        let name = driver.file_name().and_then(|name| name.to_str());
+        equal("the device's driver", Some(wanted), name)
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        let device = Path::new(DEVICES).join(&self.address);
+        let _ = fs::write(device.join("driver_override"), "\n");
+        let _ = rebind(&device, &self.address);
+    }
+}
+
+fn load() -> Result<()> {
+    let loaded = Command::new("modprobe").arg("vfio-pci").status()?;
+    ensure!(loaded.success(), "vfio-pci cannot be loaded");
+    Ok(())
+}
+
+fn rebind(device: &Path, address: &str) -> Result<()> {
+    if device.join("driver").exists() {
+        fs::write(device.join("driver/unbind"), address)?;
+    }
+    Ok(fs::write("/sys/bus/pci/drivers_probe", address)?)
+}
+
+/// The virtio disk that is not the node's own: a modern one in an IOMMU group.
+fn find() -> Result<String> {
+    for entry in fs::read_dir(DEVICES)?.flatten() {
+        let id = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+        let modern = id("vendor").trim() == "0x1af4" && id("device").trim() == "0x1042";
+        if modern && entry.path().join("iommu_group").exists() {
+            return Ok(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    not_here("the node has no IOMMU and disk to give away (BRIG_NODE_VFIO=1)")
+}
+
+fn run(node: &str, args: &[&str]) -> Run {
+    Run::new("given", BUSYBOX, args)
+        .with("--device", node)
+        .with("--device", "/dev/vfio/vfio")
+}
+
+const MARK: &str = "written by the first pod";
+
+fn disk(suite: &mut Suite) -> Result<()> {
+    let given = Given::take()?;
+    suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
+    let ctr = suite.ctr.clone();
+    let node = given.node();
+    let shell = |script: String| run(&node, &["sh", "-c", &script]);
+
+    let write = format!(
+        "ls /dev/vfio && exit 9; disk=$(ls /dev/vd?) && echo $disk && printf '{MARK}' > $disk && sync && cat $disk > /dev/null"
+    );
+    let outcome = ctr.run(&shell(write))?.success().context("the first pod")?;
+    ensure!(
+        outcome.text().contains("/dev/vd"),
+        "no disk: {}",
+        outcome.text()
+    );
+    given.is_with("vfio-pci")?;
+
+    // Its owner dies while it reads.
+    let reader = ctr.start(&shell("while :; do cat /dev/vd? > /dev/null; done".into()))?;
+    let vmm = super::devices::vmm_of(suite, &reader.id)?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(vmm),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    suite.ctr.remove(&reader.id);
+    drop(reader);
+
+    for round in 0..3 {
+        let read = format!("head -c {} /dev/vd?", MARK.len());
+        let outcome = suite
+            .ctr
+            .run(&shell(read))?
+            .success()
+            .with_context(|| format!("pod {round} after the death"))?;
+        equal("what is on the disk", MARK, outcome.text().trim())?;
+    }
+    let other = Run::new("other", BUSYBOX, &["sh", "-c", "! ls /dev/vd?"]);
+    that(
+        "another pod has no such disk",
+        suite.ctr.run(&other)?.code == 0,
+    )?;
+    given.is_with("vfio-pci")
+}
+
+fn refusals(suite: &mut Suite) -> Result<()> {
+    let given = Given::take()?;
+    suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
+    let ctr = suite.ctr.clone();
+    let holder = ctr.start(&run(&given.node(), &["sleep", "1000"]))?;
+    let refused = ctr.run(&run(&given.node(), &["true"]))?;
+    let said = &refused.stderr;
+    that(
+        &format!("a device in another pod is refused so, not: {said}"),
+        refused.code != 0 && said.contains("in use by another pod"),
+    )?;
+    drop(holder);
+    let again = ctr.run(&run(&given.node(), &["true"]))?;
+    that(
+        &format!("it is free again, not: {}", again.stderr),
+        again.code == 0,
+    )?;
+    Ok(())
+}
