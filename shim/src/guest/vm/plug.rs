@@ -38,7 +38,7 @@ impl Vm {
         fds: Vec<OwnedFd>,
     ) -> Result<(u8, FoundDevice)> {
         let function = self.plug(device, fds).await?;
-        let wait = self.timeouts.call;
+        let wait = self.timeouts.boot;
         let request = FindDeviceRequest {
             function: function.into(),
             wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
