@@ -1,7 +1,7 @@
 //! brig-agent: PID 1 of a pod's microVM, which runs the pod's OCI containers (DESIGN section 7).
 //!
-//! One program, three lives: PID 1 in the guest (no arguments), the `container-init` helper that
-//! becomes a container's process, and a server over Unix sockets for component tests. It trusts the
+//! One program, four lives: PID 1 in the guest (no arguments), the `container-init` helper that
+//! becomes a container's process, the kernel's `/sbin/modprobe`, and a server over Unix sockets for component tests. It trusts the
 //! host, and nothing that a container or an image says.
 mod cgroup;
 mod clock;
@@ -24,6 +24,7 @@ mod inherited;
 mod init;
 mod launch;
 mod log;
+mod modules;
 mod mount_attr;
 mod names;
 mod netfilter;
@@ -51,9 +52,14 @@ use std::{path::Path, process::ExitCode};
 
 /// The program.
 pub fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    // A module's name may be of any bytes.
+    let lossy = |arg: std::ffi::OsString| arg.to_string_lossy().into_owned();
+    let mut args = std::env::args_os().map(lossy);
+    let name = args.next();
+    let args: Vec<String> = args.collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
+        args if name.as_deref() == Some(modules::MODPROBE) => modules::main(args),
         ["container-init"] => init::main(),
         ["--serve-unix", socket, "--state", state] => {
             component::main(Path::new(socket), Path::new(state))

@@ -12,7 +12,10 @@ use std::{
 use brig_agent_protocol::agent::{DeviceNode, FoundDevice};
 use tokio::time::{Instant, sleep};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    modules,
+};
 
 /// The longest wait for a driver: loading its module and its firmware.
 const MAX_WAIT: Duration = Duration::from_secs(600);
@@ -43,6 +46,7 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
     let (name, directory) = place(function)?;
     rescan().await?;
     let deadline = Instant::now() + wait.min(MAX_WAIT);
+    let mut wanted = None;
     loop {
         let here = directory.clone();
         let looked = tokio::task::spawn_blocking(move || look(&here)).await;
@@ -56,8 +60,16 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
         if is_ready(&found) {
             return Ok(found);
         }
+        if found.driver.is_empty() && wanted.is_none() {
+            wanted = Some(load_driver(directory.clone()).await);
+            continue;
+        }
         if Instant::now() >= deadline {
-            return Err(Error::FailedPrecondition(lacking(&name, &found)));
+            let mut sentence = lacking(&name, &found);
+            if let Some(Err(reason)) = wanted {
+                sentence = format!("{sentence}: {reason}");
+            }
+            return Err(Error::FailedPrecondition(sentence));
         }
         sleep(LOOK).await;
     }
@@ -76,6 +88,19 @@ pub async fn nodes(function: u32) -> Result<Vec<DeviceNode>> {
             "the guest's device at {name} has gone: {error}"
         ))),
     }
+}
+
+/// Loads the modules that say they drive the device; nobody else in the guest does.
+async fn load_driver(directory: PathBuf) -> std::result::Result<(), String> {
+    let loaded = tokio::task::spawn_blocking(move || {
+        let alias = fs::read_to_string(directory.join("modalias")).map_err(|e| e.to_string())?;
+        match modules::load(alias.trim()) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("no module is for it".to_owned()),
+            Err(failure) => Err(failure.to_string()),
+        }
+    });
+    loaded.await.map_err(|e| e.to_string())?
 }
 
 /// Takes the device of a function from its driver and off the bus.

@@ -18,7 +18,7 @@ use nix::{
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use crate::{launch, log::LogRing, network, places::Places, serve, streams};
+use crate::{launch, log::LogRing, modules, network, places::Places, serve, streams};
 
 /// Everything from the first instruction to power-off.
 pub fn main() -> ExitCode {
@@ -131,6 +131,10 @@ fn leave_initramfs() -> Result<OwnedFd, BootError> {
     )
     .step("the agent's binary")?;
     drop(tree);
+    // The kernel's helpers share this root.
+    let modprobe = Path::new("/newroot").join(modules::MODPROBE.trim_start_matches('/'));
+    fs::create_dir_all("/newroot/sbin").step("new root")?;
+    std::os::unix::fs::symlink("/init", modprobe).step("new root")?;
     std::env::set_current_dir("/newroot").step("new root")?;
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).step("new root")?;
     nix::unistd::chroot(".").step("new root")?;

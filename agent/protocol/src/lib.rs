@@ -39,6 +39,10 @@ pub const FIRST_PROCESS_STREAM: u64 = 16;
 /// The virtio-fs tag of the share that holds root file systems and volumes.
 pub const SHARE_TAG: &str = "brig";
 
+/// Path under the share of the image of the guest kernel's modules, a read-only erofs file; there is none on a node that has
+/// no modules.
+pub const MODULES_PATH: &str = ".modules";
+
 /// I/O port for boot marks: the guest writes one byte of [`BootMark`].
 pub const BOOT_MARK_PORT: u16 = 0x80;
 

@@ -11,6 +11,7 @@ mod filter;
 mod guest_devices;
 mod holder;
 mod idmap;
+mod kernel_modules;
 mod lookup;
 mod mapped;
 mod mounts;

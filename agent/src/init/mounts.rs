@@ -22,6 +22,7 @@ use super::{
     failure::{Context as _, Failure, Result, error_text},
     guest_devices,
     idmap::Ids,
+    kernel_modules,
     mapped::Maps,
     options::{self, Options},
     place::Last,
@@ -110,7 +111,11 @@ fn mount_one(
     let bind = is_bind(mount, &options, source);
     let (tree, is_dir) = if bind {
         let recursive = options.bind.unwrap_or(true);
-        let (tree, is_dir) = bind_source(create, mount, (source, prepared), recursive)?;
+        let modules = kernel_modules::beside_the_nodes(create, mount, source, options.readonly)?;
+        let (tree, is_dir) = match modules {
+            Some(tree) => (tree, true),
+            None => bind_source(create, mount, (source, prepared), recursive)?,
+        };
         maps.apply(index, tree.as_fd())?;
         (tree, is_dir)
     } else if let Some(tree) = prepared {

@@ -33,6 +33,8 @@ pub const MAX_VCPUS: u8 = 64;
 pub struct Config {
     /// The guest's vmlinux.
     pub kernel: PathBuf,
+    /// The image of its modules; one that is not there is none.
+    pub modules: PathBuf,
     /// The initramfs that holds the agent.
     pub initramfs: PathBuf,
     /// The brig-vmm binary.
@@ -121,6 +123,7 @@ impl Key {
 #[serde(deny_unknown_fields)]
 struct File {
     kernel: Option<PathBuf>,
+    modules: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     vmm: Option<PathBuf>,
     kvm: Option<PathBuf>,
@@ -165,6 +168,7 @@ impl Config {
         };
         Self {
             kernel: find("vmlinux"),
+            modules: find("modules.erofs"),
             initramfs: find("brig-initramfs.cpio"),
             vmm: find("brig-vmm"),
             kvm: PathBuf::from("/dev/kvm"),
@@ -191,6 +195,7 @@ impl Config {
             }
         };
         set(file.kernel, &mut whole.kernel);
+        set(file.modules, &mut whole.modules);
         set(file.initramfs, &mut whole.initramfs);
         set(file.vmm, &mut whole.vmm);
         set(file.kvm, &mut whole.kvm);
@@ -212,6 +217,7 @@ impl Config {
         }
         for (key, value) in [
             ("kernel", &whole.kernel),
+            ("modules", &whole.modules),
             ("initramfs", &whole.initramfs),
             ("vmm", &whole.vmm),
             ("kvm", &whole.kvm),

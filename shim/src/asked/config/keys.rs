@@ -63,6 +63,12 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| path(&c.kernel),
     },
     KeyDoc {
+        name: "modules",
+        what: "the image of that kernel's modules; without it pods have none",
+        form: Form::Path,
+        value: |c| path(&c.modules),
+    },
+    KeyDoc {
         name: "initramfs",
         what: "the guest's initramfs, which holds the agent",
         form: Form::Path,

@@ -128,6 +128,10 @@ mod tests {
         let config = applied("").unwrap();
         assert_eq!(config, Config::defaults(Path::new("/opt/brig/bin")));
         assert_eq!(config.kernel, Path::new("/opt/brig/share/brig/vmlinux"));
+        assert_eq!(
+            config.modules,
+            Path::new("/opt/brig/share/brig/modules.erofs")
+        );
         assert_eq!(config.vmm, Path::new("/opt/brig/libexec/brig/brig-vmm"));
     }
 

@@ -92,6 +92,7 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         ),
         Finding::of("kvm", kvm(&config.kvm)),
         Finding::of("kernel", kernel.map_err(message)),
+        modules(&config.modules),
         file("initramfs", &config.initramfs),
         file("brig-vmm", &config.vmm),
         Finding::of("user namespaces", user_namespaces()),
@@ -160,6 +161,18 @@ fn file(what: &'static str, path: &Path) -> Finding {
     Finding::of(what, result)
 }
 
+/// Pods run without them.
+fn modules(path: &Path) -> Finding {
+    let mut finding = file("modules", path);
+    if finding.is_fatal() {
+        finding.outcome = Outcome::Note;
+        finding.detail.push_str(
+            "; pods have no kernel modules: install it or set modules in Brig's configuration",
+        );
+    }
+    finding
+}
+
 /// The VMM's jail begins with one.
 fn user_namespaces() -> Result<String, String> {
     let path = "/proc/sys/user/max_user_namespaces";
@@ -219,6 +232,11 @@ mod tests {
             assert!(finding.is_fatal(), "{finding}");
             assert!(finding.to_string().contains("/nonexistent/"), "{finding}");
         }
+        let modules = findings
+            .iter()
+            .find(|finding| finding.what == "modules")
+            .unwrap();
+        assert!(!modules.is_fatal(), "{modules}");
         fs::write(&path, "vcpus = 0").unwrap();
         assert!(node(Some(&path))[0].is_fatal());
     }

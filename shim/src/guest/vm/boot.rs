@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use brig_agent_protocol::agent::{Empty, Event, StartSandboxRequest};
 use brig_agent_protocol::agent_ttrpc::AgentClient;
-use brig_agent_protocol::{LOG_STREAM, SHARE_TAG};
+use brig_agent_protocol::{LOG_STREAM, MODULES_PATH, SHARE_TAG};
 use brig_hypervisor::control::{RequestBody, mark};
 use slog::{Logger, debug, error, warn};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch as watch_channel};
@@ -27,7 +27,7 @@ use super::late::Late;
 use super::lines;
 use super::patience::Patience;
 use super::watch::Watch;
-use super::{Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
+use super::{Attributes, Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
 use crate::asked::config::Netfilter;
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
@@ -208,6 +208,7 @@ async fn boot(
         Network::Path(path) => Some(path.clone()),
         Network::New => None,
     };
+    let modules = plan.config.modules.clone();
     let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan))
         .await
         .map_err(worker_ended)??;
@@ -233,6 +234,7 @@ async fn boot(
     let sandbox = Wanted {
         sandbox,
         inherited,
+        modules: share_modules(Arc::clone(&vm), modules),
         netfilter: wanted.netfilter,
     };
     match bring_up(&vm, machine, incoming, sandbox, &news, executed, logger).await {
@@ -270,7 +272,25 @@ async fn forward_ports(
 struct Wanted {
     sandbox: Sandbox,
     inherited: JoinHandle<Inherited>,
+    modules: JoinHandle<Result<()>>,
     netfilter: Netfilter,
+}
+
+/// Puts the image of the kernel's modules where the guest finds it when it wants one. It is one mount of the VMM's namespace;
+/// the guest does not look at it before.
+fn share_modules(vm: Arc<Vm>, image: PathBuf) -> JoinHandle<Result<()>> {
+    tokio::spawn(async move {
+        let how = Attributes {
+            readonly: true,
+            ..Attributes::default()
+        };
+        let attached = vm
+            .with_mounts(move |mounts| mounts.attach(MODULES_PATH, &image, how).map(drop))
+            .await;
+        // Held no longer than that: the VM goes with its last holder.
+        drop(vm);
+        attached
+    })
 }
 
 /// Reads the parameters of the node and of the pod's network namespace.
@@ -425,9 +445,14 @@ async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> Result<()> {
     let Wanted {
         mut sandbox,
         inherited,
+        modules,
         netfilter,
     } = wanted;
     let inherited = inherited.await.map_err(worker_ended)?;
+    // Before anything of the pod may ask for one. A pod without modules runs as long as it needs none.
+    if let Err(error) = modules.await.map_err(worker_ended)? {
+        warn!(logger, "this pod's kernel has no modules"; "reason" => &error.message);
+    }
     sandbox.network.inherit(inherited);
     let now = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)

@@ -1,0 +1,182 @@
+//! Kernel modules on demand: the agent's binary as the kernel's `/sbin/modprobe`.
+//!
+//! The kernel starts it for each name that something has asked for (`request_module`), in the agent's root and with no
+//! container around it, and waits for its end. It mounts the image of modules from the share when it is the first that needs
+//! it, and loads what answers to the name. Nothing of it exists before, and PID 1 has no part in it: a call of PID 1 into the
+//! kernel may itself wait for a module.
+//!
+//! Trusted: the image, which is the host's and read-only, and whose modules are signed with the kernel's key. Not trusted:
+//! the name, part of which a container may have chosen. Whether it may ask at all, the kernel has decided.
+mod index;
+mod pattern;
+
+use std::{
+    fmt, fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use brig_agent_protocol::MODULES_PATH;
+use nix::{
+    errno::Errno,
+    kmod::{ModuleInitFlags, finit_module},
+    mount::{MsFlags, mount},
+};
+use rustix::fs::FlockOperation;
+
+use index::Index;
+
+/// Where the kernel looks for it (CONFIG_MODPROBE_PATH).
+pub const MODPROBE: &str = "/sbin/modprobe";
+/// The guest's share.
+const SHARE: &str = "/run/brig/share";
+/// The image, once something needed it.
+const MOUNTED: &str = "/run/brig/modules";
+/// Held while it is being mounted.
+const LOCK: &str = "/run/brig/modules.lock";
+/// Exists once it was said that there is no image.
+const TOLD: &str = "/run/brig/modules.told";
+/// What a load may take before the kernel's caller gets its error: SIGALRM then ends this process. Of the guest's clock, in
+/// seconds; the largest module takes a fraction of one.
+const PATIENCE: u32 = 60;
+
+/// Why nothing was loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The guest's own system failed.
+    #[error("{step}: {source}")]
+    Io {
+        /// What was being done.
+        step: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There are no modules to load.
+    #[error("this pod has no kernel modules: {0}")]
+    NoImage(String),
+    /// The kernel did not take one.
+    #[error("module {module}: {source}")]
+    Load {
+        /// Its file below the directory of modules.
+        module: String,
+        /// What the kernel said.
+        source: Errno,
+    },
+}
+
+/// The program, as the kernel calls it: `modprobe -q -- NAME`.
+pub fn main(arguments: &[&str]) -> ExitCode {
+    let name = match arguments {
+        ["-q", "--", name] | [name] => *name,
+        _ => return ExitCode::from(2),
+    };
+    nix::unistd::alarm::set(PATIENCE);
+    match load(name) {
+        Ok(true) => ExitCode::SUCCESS,
+        // Nobody answers to the name: the kernel asks for many that may not exist.
+        Ok(false) => ExitCode::FAILURE,
+        Err(Failure::NoImage(reason)) => {
+            if fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .open(TOLD)
+                .is_ok()
+            {
+                complain(&Failure::NoImage(reason));
+            }
+            ExitCode::FAILURE
+        }
+        Err(failure) => {
+            complain(&failure);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The directory that holds one for the running kernel, as `/lib/modules` does, where the guest's share is `share`. `None`: it
+/// has no modules.
+pub fn directory(share: &Path) -> Option<PathBuf> {
+    // Not in a component test, whose kernel is the machine's.
+    (share == Path::new(SHARE))
+        .then(mounted)?
+        .ok()
+        .map(|_| MOUNTED.into())
+}
+
+/// Loads everything that answers to `name`; says whether anything does. Blocks, as long as the modules take to begin.
+///
+/// # Errors
+/// Why one of them was not loaded; the others may be.
+pub fn load(name: &str) -> Result<bool, Failure> {
+    let modules = mounted()?;
+    let index = Index::read(&modules).map_err(|source| Failure::Io {
+        step: "the index of the modules",
+        source,
+    })?;
+    let Some(order) = index.resolve(name) else {
+        return Ok(false);
+    };
+    // Of several that answer to an alias, one that finds no device here does not keep the others from theirs.
+    let mut failed = None;
+    for module in order {
+        match insert(&modules.join(&module)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(source) => failed = Some(Failure::Load { module, source }),
+        }
+    }
+    failed.map_or(Ok(true), Err)
+}
+
+fn insert(path: &Path) -> Result<(), Errno> {
+    let file = fs::File::open(path)
+        .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    finit_module(file, c"", ModuleInitFlags::empty())
+}
+
+/// The directory of the running kernel's modules.
+fn mounted() -> Result<PathBuf, Failure> {
+    let release = nix::sys::utsname::uname().map_err(|errno| Failure::Io {
+        step: "uname",
+        source: errno.into(),
+    })?;
+    let modules = Path::new(MOUNTED).join(release.release());
+    if modules.exists() {
+        return Ok(modules);
+    }
+    let failed = |step| move |source| Failure::Io { step, source };
+    fs::create_dir_all(MOUNTED).map_err(failed("the mount point of the modules"))?;
+    let lock = fs::File::create(LOCK).map_err(failed("the lock of the modules"))?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|errno| failed("the lock of the modules")(errno.into()))?;
+    if modules.exists() {
+        return Ok(modules);
+    }
+    let image = Path::new(SHARE).join(MODULES_PATH);
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    if fs::read_dir(MOUNTED).is_ok_and(|mut entries| entries.next().is_none()) {
+        mount(Some(&image), MOUNTED, Some("erofs"), flags, None::<&str>).map_err(|errno| {
+            match errno {
+                Errno::ENOENT => Failure::NoImage(
+                    "the node has no image of them (`modules` of Brig's configuration)".into(),
+                ),
+                errno => Failure::NoImage(format!("their image cannot be mounted: {errno}")),
+            }
+        })?;
+    }
+    if modules.exists() {
+        Ok(modules)
+    } else {
+        Err(Failure::NoImage(format!(
+            "their image holds none for {}",
+            release.release().to_string_lossy()
+        )))
+    }
+}
+
+/// Into the kernel's log: this process has no other.
+fn complain(what: &dyn fmt::Display) {
+    let line = format!("<4>brig-agent: {}\n", what.to_string().replace('\n', " "));
+    let kmsg = fs::OpenOptions::new().write(true).open("/dev/kmsg");
+    let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(line.as_bytes()));
+}
