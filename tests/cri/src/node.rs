@@ -32,6 +32,8 @@ pub const DEBIAN: Image = (
     "docker.io/brig/debian:test",
     "/host/assets/images/debian.tar",
 );
+/// What sets up networks, packet filters and file systems.
+pub const TOOLS: Image = ("docker.io/brig/tools:test", "/host/assets/images/tools.tar");
 /// Debian with PostgreSQL and Redis.
 pub const APPS: Image = ("docker.io/brig/apps:test", "/host/assets/images/apps.tar");
 

@@ -13,6 +13,7 @@ mod huge_pages;
 mod image_paths;
 mod kernel;
 mod life;
+mod modules;
 mod mounts;
 mod network;
 mod networks;
@@ -53,6 +54,7 @@ pub fn all() -> Vec<Case> {
         cgroups::CASES,
         huge_pages::CASES,
         kernel::CASES,
+        modules::CASES,
         stats::CASES,
         life::CASES,
         clock::CASES,

@@ -106,6 +106,7 @@ fn upgraded(suite: &mut Suite) -> Result<()> {
         "brig",
         "brig-vmm",
         "vmlinux",
+        "modules.erofs",
         "brig-initramfs.cpio",
     ] {
         fs::copy(Path::new("/host/bin").join(file), build.join(file))?;
