@@ -31,6 +31,7 @@ use crate::kvm;
 use crate::memory;
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::{self, Machine};
+use crate::virtio::fs::FsHandle;
 use crate::virtio::vsock::VsockHandle;
 
 /// The most CPUs of a VM.
@@ -62,6 +63,12 @@ impl Vm {
         let share = share.ok_or_else(|| "this VM has no share".to_owned())?;
         share.forget(path);
         Ok(())
+    }
+
+    /// Requests to the file server so far.
+    #[must_use]
+    pub fn file_requests(&self) -> u64 {
+        self.handles.share.as_ref().map_or(0, FsHandle::requests)
     }
 
     /// Opens and closes streams.

@@ -262,6 +262,8 @@ pub struct Counters {
     pub exits: std::collections::BTreeMap<String, u64>,
     /// (mark, microseconds since exec) in order; marks above 0xff are the VMM's own.
     pub marks: Vec<(u16, u64)>,
+    /// Requests of the guest to its file server; 0 without a share.
+    pub file_requests: u64,
 }
 
 /// The VMM's own boot marks, beside the guest's bytes.

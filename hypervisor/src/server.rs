@@ -293,6 +293,7 @@ impl Server {
         ReplyBody::Counters(Counters {
             exits: vm.map(Vm::exits).unwrap_or_default(),
             marks: self.marks.clone(),
+            file_requests: vm.map(Vm::file_requests).unwrap_or_default(),
         })
     }
 

@@ -21,6 +21,7 @@ pub mod worker;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -142,6 +143,17 @@ pub trait VirtioDevice: Send {
         events: EventSet,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError>;
+    /// What has been put off is done when nothing has happened for this long. None: there is nothing.
+    fn puts_off(&self) -> Option<Duration> {
+        None
+    }
+    /// Nothing has happened for as long as [`Self::puts_off`] said.
+    ///
+    /// # Errors
+    /// As those of [`Self::process`].
+    fn catch_up(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
     /// Gives the queues up: in-flight I/O is drained, no guest memory is touched afterwards, every
     /// source is removed. The device can be activated again.
     fn deactivate(&mut self, sources: &mut Sources<'_>);

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -116,6 +117,18 @@ impl Ring {
             Ok(mut available) => Ok(available.next()),
             Err(_) => Err(self.guest(ChainError::AvailableIndex)),
         }
+    }
+
+    /// How many chains are available, as far as the ring says.
+    ///
+    /// # Errors
+    /// If the ring is not in RAM.
+    pub fn pending(&self, memory: &GuestMemoryMmap) -> Result<u16, DeviceError> {
+        let queue = &self.active.queue;
+        let available = queue
+            .avail_idx(memory, Ordering::Acquire)
+            .map_err(|error| self.guest(error))?;
+        Ok(available.0.wrapping_sub(queue.next_avail()))
     }
 
     /// Puts the chain that was popped last back.

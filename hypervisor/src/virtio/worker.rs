@@ -193,11 +193,14 @@ impl Thread {
     fn run(&mut self) -> io::Result<()> {
         let mut events = vec![EpollEvent::default(); BATCH];
         loop {
-            let count = match self.epoll.wait(-1, &mut events) {
+            let count = match self.epoll.wait(self.patience(), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
+            if count == 0 {
+                self.catch_up();
+            }
             let mut woken = false;
             for event in &events[..count] {
                 let slot = u32::try_from(event.data() >> 32).unwrap_or(WAKE_SLOT);
@@ -214,6 +217,28 @@ impl Thread {
                 if self.take_commands() {
                     return Ok(());
                 }
+            }
+        }
+    }
+
+    /// Milliseconds until a device does what it has put off, or for ever.
+    fn patience(&self) -> i32 {
+        let active = self.slots.values().filter(|running| running.active);
+        let shortest = active
+            .filter_map(|running| running.slot.device.puts_off())
+            .min();
+        shortest.map_or(-1, |time| {
+            i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
+        })
+    }
+
+    fn catch_up(&mut self) {
+        for (slot, running) in &mut self.slots {
+            if running.active
+                && running.slot.device.puts_off().is_some()
+                && let Err(error) = running.slot.device.catch_up()
+            {
+                running.fail(&error, &mut Sources::new(&self.epoll, *slot), &self.log);
             }
         }
     }

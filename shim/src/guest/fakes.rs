@@ -330,6 +330,7 @@ impl FakeVmm {
                 RequestBody::Counters => Ok(ReplyBody::Counters(Counters {
                     exits: BTreeMap::from([("hlt".to_owned(), 3)]),
                     marks: vec![(control::mark::KERNEL_ENTRY, 4)],
+                    file_requests: 0,
                 })),
                 RequestBody::Stop => break,
             };

@@ -15,6 +15,7 @@ mod xattr;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::InHeader;
 use fuse_backend_rs::api::server::Server;
@@ -46,6 +47,13 @@ const REQUEST: u16 = 1;
 const REQUEST_SIZE: u16 = 512;
 /// Requests served before the worker looks at its other events again.
 const BATCH: usize = 64;
+/// How long nobody is told what nobody waits for, while requests come: the guest is not asked to say that it has put
+/// a FORGET into its queue, and hears of a closed file with the next answer.
+const PUT_OFF: Duration = Duration::from_millis(10);
+/// FORGETs and closed files that are put off, at most.
+const MOST_PUT_OFF: u16 = 32;
+/// RELEASE and RELEASEDIR.
+const CLOSING: [u32; 2] = [18, 29];
 
 /// Why there is no file server.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +88,10 @@ struct Active {
     interrupt: Arc<dyn Interrupt>,
     hiprio: Ring,
     request: Ring,
+    /// Requests came a moment ago, so things are put off.
+    busy: bool,
+    /// Closed files that the guest has not been told of.
+    untold: u16,
 }
 
 /// Reaches the file server from the control thread.
@@ -94,6 +106,12 @@ impl FsHandle {
     /// files is answered with an error.
     pub fn forget(&self, path: &str) {
         self.served.forget_path(path);
+    }
+
+    /// How many requests there were.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        self.served.requests()
     }
 
     /// Sets what is called, on the file server's thread, when the guest's inodes have taken three quarters
@@ -179,6 +197,8 @@ impl VirtioDevice for Fs {
             interrupt: opened.interrupt,
             hiprio,
             request,
+            busy: false,
+            untold: 0,
         });
         Ok(())
     }
@@ -192,18 +212,33 @@ impl VirtioDevice for Fs {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        let ring = if token == u32::from(HIPRIO) {
-            &mut active.hiprio
-        } else {
-            &mut active.request
-        };
-        let memory = active.memory.memory();
         let answerer = Answerer {
             server: &self.server,
             served: &self.served,
             session: &self.session,
         };
-        answerer.serve(ring, &memory, active.interrupt.as_ref())
+        if token == u32::from(HIPRIO) {
+            active.forgets(&answerer)
+        } else {
+            active.requests(&answerer)
+        }
+    }
+
+    fn puts_off(&self) -> Option<Duration> {
+        let busy = self.active.as_ref().is_some_and(|active| active.busy);
+        busy.then_some(PUT_OFF)
+    }
+
+    fn catch_up(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let answerer = Answerer {
+            server: &self.server,
+            served: &self.served,
+            session: &self.session,
+        };
+        active.catch_up(&answerer)
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
@@ -226,65 +261,145 @@ struct Answerer<'a> {
     session: &'a Session,
 }
 
+impl Active {
+    fn requests(&mut self, answerer: &Answerer<'_>) -> Result<(), DeviceError> {
+        let memory = self.memory.memory();
+        if !std::mem::replace(&mut self.busy, true) {
+            self.hiprio.disable_kick(&memory)?;
+        }
+        self.request.disable_kick(&memory)?;
+        let mut left = BATCH;
+        loop {
+            while let Some(descriptors) = self.request.pop_descriptors(&memory)? {
+                let answered = answerer.serve(&mut self.request, &memory, descriptors)?;
+                if answered == Some(Waits::Nobody) && self.untold < MOST_PUT_OFF {
+                    self.untold += 1;
+                } else {
+                    // Each request is its own wait in the guest, and the next one may take long.
+                    self.request.notify(&memory, self.interrupt.as_ref())?;
+                    self.untold = 0;
+                }
+                left -= 1;
+                if left == 0 {
+                    return self.request.call_again();
+                }
+            }
+            if !self.request.enable_kick(&memory)? {
+                break;
+            }
+            self.request.disable_kick(&memory)?;
+        }
+        if self.hiprio.pending(&memory)? >= MOST_PUT_OFF {
+            self.some_forgets(answerer, &memory)?;
+        }
+        Ok(())
+    }
+
+    /// FORGETs that are there, so many that other events do not have to wait; true if more may be.
+    fn some_forgets(
+        &mut self,
+        answerer: &Answerer<'_>,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, DeviceError> {
+        for _ in 0..BATCH {
+            let Some(descriptors) = self.hiprio.pop_descriptors(memory)? else {
+                self.hiprio.notify(memory, self.interrupt.as_ref())?;
+                return Ok(false);
+            };
+            answerer.serve(&mut self.hiprio, memory, descriptors)?;
+        }
+        self.hiprio.notify(memory, self.interrupt.as_ref())?;
+        Ok(true)
+    }
+
+    fn forgets(&mut self, answerer: &Answerer<'_>) -> Result<(), DeviceError> {
+        if self.busy {
+            // The last one that the guest was asked to tell of.
+            return Ok(());
+        }
+        let memory = self.memory.memory();
+        self.hiprio.disable_kick(&memory)?;
+        loop {
+            if self.some_forgets(answerer, &memory)? {
+                return self.hiprio.call_again();
+            }
+            if !self.hiprio.enable_kick(&memory)? {
+                return Ok(());
+            }
+            self.hiprio.disable_kick(&memory)?;
+        }
+    }
+
+    fn catch_up(&mut self, answerer: &Answerer<'_>) -> Result<(), DeviceError> {
+        let memory = self.memory.memory();
+        self.busy = false;
+        self.untold = 0;
+        let restored = Served::requests_pause();
+        restored.map_err(|source| DeviceError::Host {
+            device: NAME,
+            source,
+        })?;
+        self.request.notify(&memory, self.interrupt.as_ref())?;
+        self.forgets(answerer)
+    }
+}
+
+/// Whether somebody in the guest waits for an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waits {
+    Somebody,
+    Nobody,
+}
+
 impl Answerer<'_> {
+    /// Serves one chain and returns it; tells who waits for it, if it is a request.
     fn serve(
         &self,
         ring: &mut Ring,
         memory: &GuestMemoryMmap,
-        interrupt: &dyn Interrupt,
-    ) -> Result<(), DeviceError> {
-        ring.disable_kick(memory)?;
-        let mut left = BATCH;
-        loop {
-            while let Some(descriptors) = ring.pop_descriptors(memory)? {
-                let head = descriptors.head_index();
-                // Checked once as a whole: the library stops at a broken link as if it were the end.
-                Chain::parse(descriptors.clone(), memory).map_err(|error| ring.guest(error))?;
-                let written = self.answer(memory, descriptors);
-                self.served.request_ended();
-                ring.push(memory, head, written)?;
-                // Each request is its own wait in the guest, and the next one may take long.
-                ring.notify(memory, interrupt)?;
-                left -= 1;
-                if left == 0 {
-                    return ring.call_again();
-                }
-            }
-            if !ring.enable_kick(memory)? {
-                return Ok(());
-            }
-            ring.disable_kick(memory)?;
-        }
+        descriptors: DescriptorChain<&GuestMemoryMmap>,
+    ) -> Result<Option<Waits>, DeviceError> {
+        let head = descriptors.head_index();
+        // Checked once as a whole: the library stops at a broken link as if it were the end.
+        Chain::parse(descriptors.clone(), memory).map_err(|error| ring.guest(error))?;
+        let (written, waits) = self.answer(memory, descriptors).unzip();
+        self.served.request_ended();
+        ring.push(memory, head, written.unwrap_or(0))?;
+        Ok(waits)
     }
 
-    /// Serves one request; returns the bytes of its reply, 0 for none.
+    /// Serves one request; the bytes of its reply, 0 for none, and who waits for it. None for what is no request.
     fn answer(
         &self,
         memory: &GuestMemoryMmap,
         descriptors: DescriptorChain<&GuestMemoryMmap>,
-    ) -> u32 {
+    ) -> Option<(u32, Waits)> {
         let read = |from| Reader::from_descriptor_chain::<&GuestMemoryMmap>(memory, from);
         let writer = VirtioFsWriter::new::<&GuestMemoryMmap>(memory, descriptors.clone());
         // A buffer over the end of a region of RAM: no driver does that.
-        let (Ok(mut reader), Ok(writer)) = (read(descriptors.clone()), writer) else {
-            return 0;
-        };
+        let (mut reader, writer) = (read(descriptors.clone()).ok()?, writer.ok()?);
         // Too short for a header: there is nobody to answer.
-        let Ok(header) = reader.read_obj::<InHeader>() else {
-            return 0;
+        let header = reader.read_obj::<InHeader>().ok()?;
+        let waits = if CLOSING.contains(&header.opcode) {
+            Waits::Nobody
+        } else {
+            Waits::Somebody
         };
+        // Never as somebody else than is meant.
+        self.served.request_begins(header.opcode).ok()?;
         if requests::knows(header.opcode) {
-            return requests::answer(self.served, self.session, header, reader, writer);
+            let written = requests::answer(self.served, self.session, header, reader, writer);
+            return Some((written, waits));
         }
         // The library reads the header again, and believes only what it reads itself.
-        let Ok(reader) = read(descriptors) else {
-            return 0;
-        };
-        self.server
+        let reader = read(descriptors).ok()?;
+        let written = self
+            .server
             .handle_message(reader, Writer::VirtioFs(writer), None, None)
             .ok()
             .and_then(|written| u32::try_from(written).ok())
-            .unwrap_or(0)
+            .unwrap_or(0);
+        Some((written, waits))
     }
 }
 

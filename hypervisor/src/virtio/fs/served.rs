@@ -22,6 +22,7 @@ use std::ffi::CStr;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
@@ -51,6 +52,7 @@ fn errno(number: i32) -> io::Error {
 pub(super) struct Served {
     exports: Exports,
     budget: Budget,
+    requests: AtomicU64,
 }
 
 type Opening = (Option<u64>, OpenOptions, Option<u32>);
@@ -60,7 +62,13 @@ impl Served {
         Ok(Self {
             exports: Exports::new(root)?,
             budget: Budget::new()?,
+            requests: AtomicU64::new(0),
         })
+    }
+
+    /// How many requests there were.
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 
     pub(super) fn forget_path(&self, path: &str) {
@@ -73,6 +81,26 @@ impl Served {
 
     pub(super) fn on_pressure(&self, told: Box<dyn Fn() + Send + Sync>) {
         self.budget.on_pressure(told);
+    }
+
+    /// To be called before a request of `opcode` is served, whoever's the last one was.
+    ///
+    /// # Errors
+    /// If the thread cannot have root's ids back.
+    pub(super) fn request_begins(&self, opcode: u32) -> io::Result<()> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        if caller::ANYBODYS.contains(&opcode) {
+            return Ok(());
+        }
+        caller::as_root()
+    }
+
+    /// Nothing is asked at the moment: the thread is root's again.
+    ///
+    /// # Errors
+    /// As [`Self::request_begins`].
+    pub(super) fn requests_pause() -> io::Result<()> {
+        caller::as_root()
     }
 
     /// Ends the session with a driver, or begins one: the guest knows nothing then.
@@ -89,9 +117,17 @@ impl Served {
         self.at(node)
     }
 
+    fn export(&self, number: u32) -> io::Result<Arc<Export>> {
+        let export = self.exports.get(number)?;
+        if export.tree.is_judged_elsewhere() {
+            caller::as_root()?;
+        }
+        Ok(export)
+    }
+
     fn at(&self, node: u64) -> io::Result<(Arc<Export>, u64)> {
         let node = NodeId::from_guest(node);
-        Ok((self.exports.get(node.export)?, node.number))
+        Ok((self.export(node.export)?, node.number))
     }
 
     /// Both in one export, or a rename or link between mounts, which is EXDEV as everywhere.
@@ -101,7 +137,7 @@ impl Served {
         if first.export != second.export {
             return Err(errno(libc::EXDEV));
         }
-        let export = self.exports.get(first.export)?;
+        let export = self.export(first.export)?;
         Ok((export, first.number, second.number))
     }
 
@@ -365,7 +401,7 @@ impl FileSystem for Served {
 
     fn write(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         node: u64,
         handle: u64,
         reader: &mut dyn ZeroCopyReader,
@@ -383,7 +419,7 @@ impl FileSystem for Served {
         };
         export
             .tree
-            .write(inode, handle, reader, (size as usize, offset), how)
+            .write(ctx, inode, handle, reader, (size as usize, offset), how)
     }
 
     fn flush(&self, _ctx: &Context, node: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {

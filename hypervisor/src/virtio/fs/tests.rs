@@ -117,11 +117,101 @@ fn what_a_user_creates_is_his() {
     } else {
         assert!(!share.path().join("new").exists());
     }
+    client.harness.device.catch_up().unwrap();
     assert_eq!(
         nix::unistd::geteuid().as_raw(),
         0,
         "and the thread is root's again"
     );
+}
+
+/// Ids stay from one request to the next, and must never be another's.
+#[test]
+fn callers_take_turns_and_each_has_his_own_files() {
+    let share = share();
+    if !jailed_credentials() {
+        return;
+    }
+    let mut client = Client::new(share.path());
+    let root = client.create(ROOT, "of-root", 0o644).unwrap().node;
+    let callers = [(1000, 1000), (1000, 2000), (0, 0), (3000, 2000), (0, 2000)];
+    for (number, ids) in callers.into_iter().cycle().take(40).enumerate() {
+        client.ids = ids;
+        // What comes between is anybody's, root's or the caller's.
+        match number % 4 {
+            0 => drop(client.call(GETATTR, root, &[0; 16]).unwrap()),
+            1 => drop(client.attributes(root)),
+            2 => {
+                let handle = client.open(OPEN, root, libc::O_RDWR).unwrap();
+                client.write(root, handle, b"x").unwrap();
+            }
+            _ => {}
+        }
+        let name = format!("file-{number}");
+        client.create(ROOT, &name, 0o640).unwrap();
+        let directory = format!("directory-{number}\0");
+        let mut body = 0o750u32.to_le_bytes().to_vec();
+        body.extend([0; 4]);
+        body.extend(directory.as_bytes());
+        client.call(MKDIR, ROOT, &body).unwrap();
+        for name in [name, format!("directory-{number}")] {
+            let made = fs::symlink_metadata(share.path().join(name)).unwrap();
+            assert_eq!((made.uid(), made.gid()), ids, "{number}");
+        }
+    }
+}
+
+/// What the guest does not wait for: FORGET, and the answer to RELEASE.
+#[test]
+fn what_nobody_waits_for_is_put_off_while_requests_come() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    client.harness.device.catch_up().unwrap();
+    assert!(client.harness.device.puts_off().is_none(), "idle");
+    let file = client.walk("file").node;
+    assert_eq!(client.harness.device.puts_off(), Some(PUT_OFF));
+    let handle = client.open(OPEN, file, libc::O_RDONLY).unwrap();
+    let interrupts = |client: &Client, queue| client.harness.interrupts.of(queue);
+
+    let before = (interrupts(&client, HIPRIO), interrupts(&client, REQUEST));
+    let mut body = handle.to_le_bytes().to_vec();
+    body.extend([0; 16]);
+    client.call(18, file, &body).unwrap();
+    client.forget_on_hiprio(file, 1);
+    let after = (interrupts(&client, HIPRIO), interrupts(&client, REQUEST));
+    assert_eq!(before, after, "nobody was told");
+    assert!(
+        client.call(GETATTR, file, &[0; 16]).is_ok(),
+        "not forgotten yet"
+    );
+    assert_eq!(interrupts(&client, REQUEST), before.1 + 1, "both at once");
+
+    client.harness.device.catch_up().unwrap();
+    assert!(client.harness.device.puts_off().is_none());
+    assert_eq!(interrupts(&client, HIPRIO), before.0 + 1);
+    assert_eq!(client.harness.queues[usize::from(HIPRIO)].used().len(), 1);
+    assert_eq!(
+        client.call(GETATTR, file, &[0; 16]).unwrap_err(),
+        libc::EBADF
+    );
+}
+
+#[test]
+fn forgets_are_served_at_once_when_they_are_many_or_nothing_else_comes() {
+    let share = share();
+    let mut client = Client::new(share.path());
+    client.harness.device.catch_up().unwrap();
+    let hiprio = usize::from(HIPRIO);
+    // Nobody asks for anything: each by itself.
+    client.forget_on_hiprio(77, 1);
+    assert_eq!(client.harness.queues[hiprio].used().len(), 1);
+    for number in 0..u64::from(MOST_PUT_OFF) {
+        client.walk("file");
+        client.forget_on_hiprio(100 + number, 1);
+    }
+    client.walk("file");
+    let served = client.harness.queues[hiprio].used().len();
+    assert_eq!(served, usize::from(MOST_PUT_OFF));
 }
 
 /// Makes this thread what the file server's is in the jail.

@@ -18,7 +18,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ use rustix::fs::{
     openat, readlinkat, renameat_with, seek, symlinkat, syncfs, unlinkat,
 };
 
-use super::caller::as_caller;
+use super::caller;
 use super::{errno, umask};
 pub(super) use nodes::NUMBER_BITS;
 use nodes::{Node, Nodes};
@@ -84,6 +84,8 @@ pub(super) struct Tree {
     mount: u64,
     /// Errors of the file system may come at close(2), or others see what was written after it.
     flushes: bool,
+    /// There are files of another mount in it, and so perhaps of another kind of file system.
+    mixed: AtomicBool,
 }
 
 /// An entry of a directory.
@@ -143,6 +145,7 @@ impl Tree {
             timeout,
             mount: identity.mount,
             flushes: !SILENT.contains(&file_system),
+            mixed: AtomicBool::new(false),
         })
     }
 
@@ -201,9 +204,11 @@ impl Tree {
 
     fn known(&self, file: OwnedFd) -> io::Result<(Arc<Node>, Statx)> {
         let seen = stat::look(&file, StatxFlags::MNT_ID)?;
-        let node = self
-            .nodes
-            .found(file, stat::kind(&seen), stat::identity(&seen))?;
+        let identity = stat::identity(&seen);
+        if identity.mount != self.mount {
+            self.mixed.store(true, Ordering::Relaxed);
+        }
+        let node = self.nodes.found(file, stat::kind(&seen), identity)?;
         Ok((node, seen))
     }
 
@@ -254,6 +259,20 @@ impl Tree {
         Ok(readlinkat(&node.file, "", Vec::new())?.into_bytes())
     }
 
+    /// Whether somebody else than this kernel may judge who may do what: all but new files is root's there.
+    pub(super) fn is_judged_elsewhere(&self) -> bool {
+        self.flushes || self.mixed.load(Ordering::Relaxed)
+    }
+
+    /// Does `act` as the caller, whose ids stay where they make no difference to what comes next.
+    fn as_caller<T>(&self, ctx: &Context, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let done = caller::as_caller(ctx, act);
+        if self.is_judged_elsewhere() {
+            caller::as_root()?;
+        }
+        done
+    }
+
     /// Makes a name in `parent` by `make`, and finds what it is now.
     fn made(
         &self,
@@ -263,7 +282,7 @@ impl Tree {
         make: impl FnOnce(&Node) -> rustix::io::Result<()>,
     ) -> io::Result<Entry> {
         let parent = self.nodes.get(parent)?;
-        as_caller(ctx, || Ok(make(&parent)?))?;
+        self.as_caller(ctx, || Ok(make(&parent)?))?;
         let (node, seen) = self.find(&parent, name)?;
         Ok(self.entry(&node, &seen))
     }
@@ -375,7 +394,7 @@ impl Tree {
         umask::set(args.umask);
         let fresh = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(args.mode);
-        match as_caller(ctx, || Ok(openat(&parent.file, name, fresh, mode)?)) {
+        match self.as_caller(ctx, || Ok(openat(&parent.file, name, fresh, mode)?)) {
             Ok(file) => self.new_file(file, flags),
             Err(error)
                 if error.kind() == io::ErrorKind::AlreadyExists
@@ -383,7 +402,7 @@ impl Tree {
             {
                 let (node, seen) = self.find(&parent, name)?;
                 let kill = args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
-                match as_caller(ctx, || self.reopen_keeping(&node, flags, kill)) {
+                match self.as_caller(ctx, || self.reopen_keeping(&node, flags, kill)) {
                     Ok(file) => Ok(self.opened(&node, &seen, file, flags)),
                     Err(error) => {
                         self.nodes.forget(node.number, 1);
@@ -403,7 +422,7 @@ impl Tree {
         let exclusive = OFlags::from_bits_retain(args.flags) & OFlags::EXCL;
         let all = flags | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(args.mode);
-        let file = as_caller(ctx, || Ok(openat(&parent.file, c".", all, mode)?))?;
+        let file = self.as_caller(ctx, || Ok(openat(&parent.file, c".", all, mode)?))?;
         self.new_file(file, flags)
     }
 
@@ -447,6 +466,7 @@ impl Tree {
     /// Writes `size` bytes at `offset`, or at the end.
     pub(super) fn write(
         &self,
+        ctx: &Context,
         number: u64,
         handle: u64,
         reader: &mut dyn ZeroCopyReader,
@@ -455,9 +475,17 @@ impl Tree {
     ) -> io::Result<usize> {
         let (node, open) = (self.nodes.get(number)?, self.opens.get(handle, number)?);
         open.append(how.appends)?;
-        self.keeping_set_id(&node, how.kills, || {
-            reader.read_to(&mut *lent(&open.file), size, offset)
-        })
+        let mut write = || {
+            self.keeping_set_id(&node, how.kills, || {
+                reader.read_to(&mut *lent(&open.file), size, offset)
+            })
+        };
+        // Space that a file system keeps for root is root's alone.
+        if self.is_judged_elsewhere() {
+            write()
+        } else {
+            caller::as_caller(ctx, write)
+        }
     }
 
     /// What closing one of several descriptors does: errors that come late come now.

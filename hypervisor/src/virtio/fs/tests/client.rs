@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::path::Path;
 
-use super::super::{Fs, FsHandle, REQUEST};
+use super::super::{Fs, FsHandle, HIPRIO, REQUEST};
 use crate::virtio::testing::Harness;
 
 pub(super) const LOOKUP: u32 = 1;
@@ -133,6 +133,16 @@ impl Client {
             0 => Ok(reply[HEADER..].to_vec()),
             error => Err(-error),
         }
+    }
+
+    /// FORGET by the queue that is for it.
+    pub(super) fn forget_on_hiprio(&mut self, node: u64, count: u64) {
+        let request = [self.header(48, FORGET, node), count.to_le_bytes().to_vec()].concat();
+        // Each has its own place: it may be read later.
+        let place = self.harness.alloc(48);
+        self.harness.write(place, &request);
+        self.harness.queues[usize::from(HIPRIO)].add(&[(place, 48, false)]);
+        self.harness.run();
     }
 
     /// Sends any bytes; returns how many came back.
