@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use brig_tests::pattern::{self, Checksum};
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -65,14 +65,21 @@ pub fn list(path: &str) -> Result<Value> {
     Ok(json!(names))
 }
 
-/// Makes empty files in a directory and removes them again, `count` of them.
-pub fn make_many(path: &str, count: u32) -> Result<u8> {
-    let name = |number| format!("{path}/many-{number}");
+/// Does one thing with each of `count` files of a directory: `make` it empty, make it and `write` 4 KiB, `stat` it,
+/// `remove` it; `list` is of the directory, that many times.
+pub fn many(step: &str, path: &str, count: u32) -> Result<u8> {
     for number in 0..count {
-        fs::File::create_new(name(number)).with_context(|| format!("cannot make {number}"))?;
-    }
-    for number in 0..count {
-        fs::remove_file(name(number)).with_context(|| format!("cannot remove {number}"))?;
+        let name = format!("{path}/many-{number}");
+        let done = match step {
+            "make" => fs::File::create_new(name).map(drop),
+            "write" => fs::File::create_new(name).and_then(|mut file| file.write_all(&[7; 4096])),
+            "stat" => fs::metadata(name).map(drop),
+            "remove" => fs::remove_file(name),
+            "list" => fs::read_dir(path)
+                .and_then(|mut entries| entries.try_for_each(|entry| entry.map(drop))),
+            other => bail!("{other} is nothing to do with a file"),
+        };
+        done.with_context(|| format!("cannot {step} {number}"))?;
     }
     Ok(0)
 }

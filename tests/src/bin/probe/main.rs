@@ -39,8 +39,8 @@ const USAGE: &str = "usage: brig-probe COMMAND
   random                     a random number, boot id
   write-fsync PATH BYTES     write the pattern, fsync, print its checksum, wait
   read PATH | write PATH TEXT | stat PATH | list PATH
-  operations SEED N PATH     N file operations drawn from SEED in an empty directory, with what came of each
-  make-files PATH N          make N empty files, then remove them
+  operations SEED N PATH     N file operations drawn from SEED in a new directory, with what came of each
+  many STEP PATH N           make, write, stat, remove or list N files
   file-facts PATH            ACLs, dots, unnamed files, flags in a new directory there
   watch PATH NAME            print 'ready', then changes of the directory until NAME is renamed in it
   dial PATH                  connect to a Unix socket, send a line, print the answer
@@ -103,7 +103,7 @@ fn run() -> Result<u8> {
         ["stat", path] => print(&files::stat(path)?),
         ["list", path] => print(&files::list(path)?),
         ["operations", seed, count, path] => operations::run(number(seed)?, number(count)?, path),
-        ["make-files", path, count] => files::make_many(path, number(count)?),
+        ["many", step, path, count] => files::many(step, path, number(count)?),
         ["file-facts", path] => print(&operations::facts::all(path)?),
         ["watch", path, name] => files::watch(path, name),
         ["dial", path] => files::connect(path),

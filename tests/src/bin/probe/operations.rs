@@ -19,8 +19,9 @@ use rustix::io::Errno;
 use draw::Draw;
 use world::World;
 
-/// Prints `count` operations of `seed` in an empty directory.
+/// Prints `count` operations of `seed` in a directory that it makes.
 pub fn run(seed: u64, count: u32, directory: &str) -> Result<u8> {
+    std::fs::create_dir(directory).with_context(|| format!("cannot make {directory}"))?;
     std::env::set_current_dir(directory).with_context(|| format!("cannot enter {directory}"))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let (mut draw, mut world) = (Draw::new(seed), World::default());
