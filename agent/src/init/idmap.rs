@@ -189,6 +189,13 @@ mod tests {
         assert_eq!(Ids::default().root().unwrap(), (0, 0));
     }
 
+    /// user_namespaces(7): the first id inside, the first outside, how many.
+    #[test]
+    fn a_map_file_names_the_containers_id_first() {
+        let map = [mapping(0, 100_000, 1000), mapping(1000, 5000, 1)];
+        assert_eq!(map_file(&map), "0 100000 1000\n1000 5000 1\n");
+    }
+
     #[test]
     fn a_map_and_its_namespace_come_together() {
         let linux = |value: serde_json::Value| check(&serde_json::from_value(value).unwrap());

@@ -199,6 +199,22 @@ mod tests {
     }
 
     #[test]
+    fn an_exit_that_cannot_be_is_told_as_one_that_can() {
+        let begin = SystemTime::now();
+        for (status, at, told) in [
+            (u32::MAX, SystemTime::UNIX_EPOCH, 255),
+            (256 + 3, begin + Duration::from_secs(1_000_000), 3),
+        ] {
+            let mut process = created();
+            process.begin_start();
+            process.started();
+            let exit = process.exited(Exit { status, at }).unwrap();
+            assert_eq!(exit.status, told);
+            assert!((begin..=SystemTime::now()).contains(&exit.at), "{exit:?}");
+        }
+    }
+
+    #[test]
     fn an_exit_counts_once_and_reaches_every_waiter() {
         let mut process = created();
         let (first, mut told_first) = oneshot::channel();
