@@ -36,6 +36,12 @@ pub enum Command {
         pod: Pod,
         #[command(flatten)]
         output: Output,
+        /// Draw it into a file
+        #[arg(long, value_name = "FILE", conflicts_with = "json")]
+        svg: Option<PathBuf>,
+        /// Beside that of another pod, step by step
+        #[arg(long, value_name = "ID", conflicts_with_all = ["json", "svg"])]
+        compare: Option<String>,
     },
     /// Boot marks and VM exits of a running pod, as JSON
     Counters {

@@ -6,6 +6,7 @@ mod cli;
 mod configuration;
 mod installed;
 mod pods;
+mod timelines;
 
 use std::fs;
 use std::io::{self, Write};
@@ -36,7 +37,17 @@ fn run(command: Command) -> Result<bool> {
     let text = match command {
         Command::Check { config, output } => return run_check(config.as_deref(), output.json),
         Command::List { output } => pods::list(&base()?, output.json),
-        Command::Timeline { pod, output } => timeline(&base()?, &pod, output.json)?,
+        Command::Timeline {
+            pod,
+            compare: Some(other),
+            ..
+        } => compared(&base()?, &pod, other)?,
+        Command::Timeline {
+            pod,
+            svg: Some(file),
+            ..
+        } => drawn(&base()?, &pod, &file)?,
+        Command::Timeline { pod, output, .. } => timeline(&base()?, &pod, output.json)?,
         Command::Counters { pod } => counters(&base()?, &pod)?,
         Command::Config(command) => config(&command)?,
         Command::Versions { output } => installation()?.list(output.json)?,
@@ -109,11 +120,34 @@ fn run_check(config: Option<&Path>, as_json: bool) -> Result<bool> {
     Ok(findings.iter().all(|finding| !finding.is_fatal()))
 }
 
-fn timeline(base: &Path, pod: &cli::Pod, as_json: bool) -> Result<String> {
+fn damaged(error: serde_json::Error) -> Error {
+    Error::internal(format!("the timeline is damaged: {error}"))
+}
+
+fn read_timeline(base: &Path, pod: &cli::Pod) -> Result<Timeline> {
     let bytes = pods::find(base, pod)?.read_timeline()?;
-    let damaged =
-        |error: serde_json::Error| Error::internal(format!("the timeline is damaged: {error}"));
-    let timeline: Timeline = serde_json::from_slice(&bytes).map_err(damaged)?;
+    serde_json::from_slice(&bytes).map_err(damaged)
+}
+
+fn compared(base: &Path, pod: &cli::Pod, other: String) -> Result<String> {
+    let namespace = pod.namespace.clone();
+    let other = cli::Pod {
+        namespace,
+        id: other,
+    };
+    let (this, other) = (read_timeline(base, pod)?, read_timeline(base, &other)?);
+    Ok(timelines::compare(&this, &other))
+}
+
+fn drawn(base: &Path, pod: &cli::Pod, file: &Path) -> Result<String> {
+    let picture = timelines::svg(&read_timeline(base, pod)?, &pod.id);
+    fs::write(file, picture)
+        .map_err(|error| Error::io(format_args!("cannot write {}", file.display()), &error))?;
+    Ok(String::new())
+}
+
+fn timeline(base: &Path, pod: &cli::Pod, as_json: bool) -> Result<String> {
+    let timeline = read_timeline(base, pod)?;
     if as_json {
         let timeline = serde_json::to_string(&timeline).map_err(damaged)?;
         return Ok(format!("{timeline}\n"));

@@ -1,0 +1,225 @@
+//! The start of a pod as a picture, and the starts of two beside each other.
+//!
+//! The names of moments come from a journal that is root's, but the guest may add to it, so they are escaped.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use brig_shim::pod::timeline::{Mark, Timeline};
+
+/// Pixels of the longest bar, of a line, and of the column of names.
+const WIDTH: f64 = 640.0;
+const LINE: usize = 22;
+const NAMES: f64 = 220.0;
+/// A bar shorter than this cannot be seen.
+const SHORTEST: f64 = 1.0;
+
+fn in_order(timeline: &Timeline) -> Vec<Mark> {
+    let mut marks = timeline.marks.clone();
+    marks.sort_by_key(|mark| mark.micros);
+    marks
+}
+
+fn millis(micros: u64) -> f64 {
+    Duration::from_micros(micros).as_secs_f64() * 1000.0
+}
+
+/// A waterfall, each bar the time since the moment before, as an SVG document that needs nothing else.
+#[must_use]
+pub fn svg(timeline: &Timeline, title: &str) -> String {
+    let marks = in_order(timeline);
+    let total = millis(marks.last().map_or(1, |mark| mark.micros).max(1));
+    let height = LINE * (marks.len() + 2);
+    let mut picture = String::new();
+    let _ = writeln!(
+        picture,
+        r#"<svg xmlns="http://www.w3.org/2000/svg" width="{:.0}" height="{height}" font-family="sans-serif" font-size="12">"#,
+        NAMES + WIDTH + 180.0
+    );
+    let _ = writeln!(
+        picture,
+        r#"<rect width="100%" height="100%" fill="white"/><text x="8" y="{LINE}" font-weight="bold">{}</text>"#,
+        escaped(title)
+    );
+    let mut before = 0;
+    for (line, mark) in (2..).zip(&marks) {
+        let from = NAMES + millis(before) / total * WIDTH;
+        let length = (millis(mark.micros - before) / total * WIDTH).max(SHORTEST);
+        let (base, top) = (line * LINE, line * LINE - 12);
+        let _ = writeln!(
+            picture,
+            r##"<text x="8" y="{base}">{}</text><rect x="{from:.1}" y="{top}" width="{length:.1}" height="14" fill="#3465a4"/><text x="{:.1}" y="{base}">{:.1} ms (+{:.1})</text>"##,
+            escaped(&mark.name),
+            from + length + 6.0,
+            millis(mark.micros),
+            millis(mark.micros - before),
+        );
+        before = mark.micros;
+    }
+    picture.push_str("</svg>\n");
+    picture
+}
+
+fn escaped(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            '&' => safe.push_str("&amp;"),
+            '<' => safe.push_str("&lt;"),
+            '>' => safe.push_str("&gt;"),
+            '"' => safe.push_str("&quot;"),
+            // XML has no way to say the others.
+            _ if letter.is_control() => safe.push('\u{fffd}'),
+            _ => safe.push(letter),
+        }
+    }
+    safe
+}
+
+/// For each moment how long it took since the one before, here and there, and how many VM exits there were by
+/// reason; what only one of the two has stands alone.
+#[must_use]
+pub fn compare(this: &Timeline, other: &Timeline) -> String {
+    let (a, b) = (steps(this), steps(other));
+    let of = |steps: &[(String, u64)], name: &str| {
+        let step = steps.iter().find(|step| step.0 == name);
+        step.map(|step| step.1)
+    };
+    let mut names: Vec<&String> = a.iter().map(|step| &step.0).collect();
+    names.extend(
+        b.iter()
+            .map(|step| &step.0)
+            .filter(|name| of(&a, name).is_none()),
+    );
+    let width = names
+        .iter()
+        .map(|name| name.len())
+        .max()
+        .unwrap_or(0)
+        .max(8);
+    let mut text = format!(
+        "{:<width$} {:>12} {:>12} {:>12}\n",
+        "STEP", "THIS", "OTHER", "MORE"
+    );
+    let ms = |micros: Option<u64>| {
+        micros.map_or("-".to_owned(), |micros| format!("{:.1} ms", millis(micros)))
+    };
+    for name in names {
+        let (here, there) = (of(&a, name), of(&b, name));
+        let more = match (here, there) {
+            (Some(here), Some(there)) => format!("{:+.1} ms", millis(here) - millis(there)),
+            _ => String::new(),
+        };
+        let _ = writeln!(
+            text,
+            "{name:<width$} {:>12} {:>12} {more:>12}",
+            ms(here),
+            ms(there)
+        );
+    }
+    let reasons: BTreeMap<&String, ()> = this
+        .exits
+        .keys()
+        .chain(other.exits.keys())
+        .map(|name| (name, ()))
+        .collect();
+    for reason in reasons.keys() {
+        let count = |timeline: &Timeline| timeline.exits.get(*reason).copied().unwrap_or(0);
+        let (here, there) = (count(this), count(other));
+        let more = i128::from(here) - i128::from(there);
+        let _ = writeln!(
+            text,
+            "{:<width$} {here:>12} {there:>12} {more:>+12}",
+            format!("exits: {reason}")
+        );
+    }
+    text
+}
+
+/// Each moment with the microseconds since the one before; one that happened again is told apart.
+fn steps(timeline: &Timeline) -> Vec<(String, u64)> {
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    let mut before = 0;
+    let steps = in_order(timeline).into_iter().map(|mark| {
+        let took = mark.micros - before;
+        before = mark.micros;
+        let times = seen.entry(mark.name.clone()).or_default();
+        *times += 1;
+        let name = if *times == 1 {
+            mark.name
+        } else {
+            format!("{} ({times})", mark.name)
+        };
+        (name, took)
+    });
+    steps.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::SystemTime;
+
+    fn timeline(marks: &[(&str, u64)]) -> Timeline {
+        let mut timeline = Timeline::new(SystemTime::UNIX_EPOCH);
+        for (name, millis) in marks {
+            timeline.mark(
+                name,
+                SystemTime::UNIX_EPOCH + Duration::from_millis(*millis),
+            );
+        }
+        timeline
+    }
+
+    #[test]
+    fn a_picture_has_a_bar_a_moment_as_long_as_it_took() {
+        let picture = svg(&timeline(&[("launched", 75), ("create", 25)]), "web & <co>");
+        assert!(picture.contains("web &amp; &lt;co&gt;"), "{picture}");
+        assert_eq!(picture.matches("<rect x=").count(), 2);
+        let create = picture.find(">create<").unwrap();
+        assert!(
+            create < picture.find(">launched<").unwrap(),
+            "in order of time"
+        );
+        assert!(
+            picture.contains(r#"x="220.0" y="32" width="213.3""#),
+            "{picture}"
+        );
+        assert!(
+            picture.contains(r#"x="433.3" y="54" width="426.7""#),
+            "{picture}"
+        );
+        assert!(svg(&timeline(&[]), "none").ends_with("</svg>\n"));
+    }
+
+    #[test]
+    fn two_starts_are_compared_step_by_step() {
+        let mut this = timeline(&[("create", 10), ("mark", 30), ("mark", 35)]);
+        let mut other = timeline(&[("create", 15), ("mark", 30), ("later", 60)]);
+        this.exits.insert("io".to_owned(), 5);
+        other.exits.insert("mmio".to_owned(), 7);
+        let text = compare(&this, &other);
+        let line = |name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(line("create"), "create 10.0 ms 15.0 ms -5.0 ms");
+        assert_eq!(line("mark "), "mark 20.0 ms 15.0 ms +5.0 ms");
+        assert_eq!(line("mark (2)"), "mark (2) 5.0 ms -");
+        assert_eq!(line("later"), "later - 30.0 ms");
+        assert_eq!(line("exits: io"), "exits: io 5 0 +5");
+        assert_eq!(line("exits: mmio"), "exits: mmio 0 7 -7");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_guest_calls_its_moments_the_picture_stays_one(name in any::<String>()) {
+            let picture = svg(&timeline(&[("create", 5), (&name, 9)]), &name);
+            prop_assert_eq!(picture.matches("<svg").count(), 1);
+            prop_assert_eq!(picture.matches("<text").count(), 5);
+            prop_assert!(!picture.chars().any(|letter| letter.is_control() && letter != '\n'));
+        }
+    }
+}
