@@ -48,6 +48,8 @@ pub enum Command {
         #[command(flatten)]
         pod: Pod,
     },
+    /// What all pods use and how they started, in the OpenMetrics text format, once
+    Metrics,
     /// The configuration: whether it is right, what is in force, what there is to set
     #[command(subcommand)]
     Config(ConfigCommand),

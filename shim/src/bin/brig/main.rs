@@ -5,22 +5,26 @@ mod check;
 mod cli;
 mod configuration;
 mod installed;
+mod metrics;
 mod pods;
+mod shims;
 mod timelines;
 
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use brig_shim::asked::config::Config;
-use brig_shim::containerd::server::{COUNTERS_METHOD, DEBUG_SERVICE};
 use brig_shim::error::{Error, Result};
 use brig_shim::pod::timeline::Timeline;
 use clap::{CommandFactory as _, Parser as _};
-use ttrpc::asynchronous::Client;
 
 use cli::{Cli, Command, ConfigCommand};
+
+/// How long the shim of one pod may take, which a person waits for.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -49,6 +53,7 @@ fn run(command: Command) -> Result<bool> {
         } => drawn(&base()?, &pod, &file)?,
         Command::Timeline { pod, output, .. } => timeline(&base()?, &pod, output.json)?,
         Command::Counters { pod } => counters(&base()?, &pod)?,
+        Command::Metrics => metrics::scrape(&base()?)?,
         Command::Config(command) => config(&command)?,
         Command::Versions { output } => installation()?.list(output.json)?,
         Command::Use { version } => installation()?.switch(&version)?,
@@ -167,24 +172,10 @@ fn timeline(base: &Path, pod: &cli::Pod, as_json: bool) -> Result<String> {
 }
 
 fn counters(base: &Path, pod: &cli::Pod) -> Result<String> {
-    let dir = pods::find(base, pod)?;
-    let socket = dir.read()?.and_then(|journal| journal.socket);
+    let journal = pods::find(base, pod)?.read()?;
+    let socket = journal.and_then(|journal| journal.socket);
     let socket = socket.ok_or_else(|| Error::state("the pod has no shim to ask"))?;
-    let failed = |error: io::Error| Error::io("cannot ask the shim", &error);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(failed)?;
-    let answer = runtime.block_on(async {
-        let client = Client::connect(&format!("unix://{}", socket.display())).await?;
-        let mut request = ttrpc::Request::new();
-        request.service = DEBUG_SERVICE.to_owned();
-        request.method = COUNTERS_METHOD.to_owned();
-        request.timeout_nano = 10_000_000_000;
-        client.request(request).await
-    });
-    let answer = answer.map_err(Error::from_agent)?;
-    Ok(format!("{}\n", String::from_utf8_lossy(&answer.payload)))
+    Ok(format!("{}\n", shims::counters(&socket, PATIENCE)?))
 }
 
 #[cfg(test)]

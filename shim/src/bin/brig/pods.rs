@@ -1,7 +1,7 @@
 //! The pods of this node as their journals tell of them, and which of them a word on the command line means.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use brig_shim::error::{Error, Result};
@@ -13,15 +13,21 @@ use crate::cli;
 
 /// One pod.
 #[derive(Debug)]
-struct Row {
-    namespace: String,
-    id: String,
+pub struct Row {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The sandbox's id.
+    pub id: String,
     shim: u32,
     vmm: Option<u32>,
-    state: &'static str,
-    /// Proportional set size of both processes in KiB, the guest's memory included.
-    pss: u64,
-    age: Option<Duration>,
+    /// `starting`, `running`, `ended`, or `abandoned` by a shim that died.
+    pub state: &'static str,
+    /// The shim's, where it can be asked.
+    pub socket: Option<PathBuf>,
+    /// Those of its processes that live, by name.
+    living: Vec<(&'static str, u32)>,
+    /// Since the shim began.
+    pub age: Option<Duration>,
 }
 
 impl Row {
@@ -36,16 +42,34 @@ impl Row {
             (true, None, None) => "starting",
             (true, None, Some(_)) => "ended",
         };
-        let living = journal.shim.is_alive().then_some(journal.shim.pid);
+        let shim = alive(&journal.shim).then_some(journal.shim.pid);
+        let living = [("shim", shim), ("vmm", vmm)].into_iter();
+        let living = living.filter_map(|(name, pid)| Some((name, pid?)));
         Some(Self {
             shim: journal.shim.pid,
             vmm: journal.vmm.map(|vmm| vmm.pid),
             state,
-            pss: [living, vmm].into_iter().flatten().filter_map(pss).sum(),
-            age: living.and_then(age),
+            socket: journal.socket,
+            living: living.collect(),
+            age: shim.and_then(age),
             namespace,
             id,
         })
+    }
+
+    /// The processes that live: `shim` and `vmm`, with their pids.
+    pub fn processes(&self) -> impl Iterator<Item = (&'static str, u32)> + '_ {
+        self.living.iter().copied()
+    }
+
+    /// Whether there is a shim to ask.
+    pub fn living(&self) -> bool {
+        self.processes().any(|(name, _)| name == "shim")
+    }
+
+    /// Proportional set size of both processes in KiB, the guest's memory included.
+    fn pss(&self) -> u64 {
+        self.processes().filter_map(|(_, pid)| pss(pid)).sum()
     }
 
     fn json(&self) -> Value {
@@ -55,14 +79,14 @@ impl Row {
             "state": self.state,
             "shimPid": self.shim,
             "vmmPid": self.vmm,
-            "pssKiB": self.pss,
+            "pssKiB": self.pss(),
             "ageSeconds": self.age.map(|age| age.as_secs()),
         })
     }
 }
 
 /// In KiB; `None` for a process that has gone.
-fn pss(pid: u32) -> Option<u64> {
+pub fn pss(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
@@ -87,11 +111,16 @@ fn show_age(age: Duration) -> String {
 
 /// All pods.
 #[must_use]
+pub fn rows(base: &Path) -> Vec<Row> {
+    let pods = journal::list(base).into_iter();
+    pods.filter_map(|(namespace, id)| Row::read(base, namespace, id))
+        .collect()
+}
+
+/// All pods, a line each.
+#[must_use]
 pub fn list(base: &Path, as_json: bool) -> String {
-    let rows = journal::list(base);
-    let rows = rows
-        .into_iter()
-        .filter_map(|(namespace, id)| Row::read(base, namespace, id));
+    let rows = rows(base).into_iter();
     if as_json {
         let all: Vec<Value> = rows.map(|row| row.json()).collect();
         return format!("{}\n", Value::from(all));
@@ -103,7 +132,7 @@ pub fn list(base: &Path, as_json: bool) -> String {
     for row in rows {
         let dash = || "-".to_owned();
         let vmm = row.vmm.map_or_else(dash, |pid| pid.to_string());
-        let pss = format!("{} MiB", row.pss.div_ceil(1024));
+        let pss = format!("{} MiB", row.pss().div_ceil(1024));
         let age = row.age.map_or_else(dash, show_age);
         text.push_str(&format!(
             "{:<12} {:<64} {:>8} {vmm:>8} {pss:>10} {age:>8}  {}\n",
@@ -144,23 +173,25 @@ pub fn find(base: &Path, pod: &cli::Pod) -> Result<StateDir> {
     }
 }
 
+/// The journal of a pod whose shim is this process.
+#[cfg(test)]
+pub fn fake(base: &Path, namespace: &str, id: &str) {
+    let dir = StateDir::new(base, namespace, id).unwrap();
+    dir.create().unwrap();
+    let journal = journal::Journal {
+        shim: Identity::of(std::process::id()).unwrap(),
+        vmm: None,
+        cgroup: None,
+        socket: None,
+        netns: None,
+    };
+    dir.write(&journal).unwrap();
+}
+
 #[cfg(test)]
 mod tests {
+    use super::fake as pod;
     use super::*;
-    use brig_shim::node::journal::Journal;
-
-    fn pod(base: &Path, namespace: &str, id: &str) {
-        let dir = StateDir::new(base, namespace, id).unwrap();
-        dir.create().unwrap();
-        dir.write(&Journal {
-            shim: Identity::of(std::process::id()).unwrap(),
-            vmm: None,
-            cgroup: None,
-            socket: None,
-            netns: None,
-        })
-        .unwrap();
-    }
 
     fn meant(base: &Path, namespace: Option<&str>, id: &str) -> Result<StateDir> {
         let namespace = namespace.map(str::to_owned);

@@ -22,6 +22,7 @@ mod install;
 mod leaks;
 mod mounts;
 mod network;
+mod operator;
 mod passthrough;
 mod plug;
 mod resources;
@@ -49,6 +50,7 @@ const GROUPS: &[&[Case]] = &[
     events::CASES,
     images::CASES,
     install::CASES,
+    operator::CASES,
     devices::CASES,
     plug::CASES,
     passthrough::CASES,

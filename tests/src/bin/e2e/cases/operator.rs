@@ -1,0 +1,101 @@
+//! What an operator sees of pods with `brig`.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::{contains, that};
+use brig_tests::node::clock;
+use brig_tests::node::process;
+
+use crate::suite::{Case, Suite, brig};
+
+pub const CASES: &[Case] = &[
+    brig(
+        "operator",
+        "brig metrics has every figure of a running pod, and none of one that has gone",
+        metrics,
+    ),
+    brig(
+        "operator",
+        "brig timeline draws a start, and compares two",
+        timelines,
+    ),
+];
+
+fn ask(args: &[&str]) -> Result<String> {
+    let mut command = Command::new("brig");
+    command.args(args);
+    Ok(process::run(command, clock::seconds(20))?.success()?.text())
+}
+
+/// The value of the only sample that begins so.
+fn sample(text: &str, start: &str) -> Result<f64> {
+    let line = text.lines().find(|line| line.starts_with(start));
+    let line = line.with_context(|| format!("no sample {start}"))?;
+    let value = line.rsplit(' ').next().unwrap_or("");
+    value.parse().with_context(|| line.to_owned())
+}
+
+fn metrics(suite: &mut Suite) -> Result<()> {
+    let run = suite.probe("metrics", &["sleep"]);
+    let container = suite.ctr.start(&run)?;
+    let text = ask(&["metrics"])?;
+    let pod = format!("namespace=\"{}\",id=\"{}\"", suite.ctr.namespace, run.id);
+    for process in ["shim", "vmm"] {
+        for family in [
+            "brig_pod_pss_bytes",
+            "brig_pod_cpu_seconds_total",
+            "brig_pod_threads",
+            "brig_pod_open_files",
+        ] {
+            let value = sample(&text, &format!("{family}{{{pod},process=\"{process}\"}}"))?;
+            that(
+                &format!("{family} of {process} is more than 0"),
+                value > 0.0,
+            )?;
+        }
+    }
+    let size = sample(&text, &format!("brig_pod_guest_memory_size_bytes{{{pod}}}"))?;
+    let guest = sample(&text, &format!("brig_pod_guest_memory_bytes{{{pod}}}"))?;
+    let mib = 1024.0 * 1024.0;
+    that(
+        "a VM of the default size",
+        (size / mib - 256.0).abs() < 65.0,
+    )?;
+    that(
+        "memory of a guest that has booted",
+        guest > 16.0 * mib && guest <= size,
+    )?;
+    sample(
+        &text,
+        &format!("brig_pod_vm_exits_total{{{pod},reason=\"mmio_write:bar\"}}"),
+    )?;
+    sample(&text, &format!("brig_pod_start_seconds{{{pod},moment="))?;
+    that("it ends as the format wants", text.ends_with("# EOF\n"))?;
+    drop(container);
+    let text = ask(&["metrics"])?;
+    that("a pod that has gone is not in it", !text.contains(&pod))
+}
+
+fn timelines(suite: &mut Suite) -> Result<()> {
+    let runs = [
+        suite.probe("one", &["sleep"]),
+        suite.probe("other", &["sleep"]),
+    ];
+    let _one = suite.ctr.start(&runs[0])?;
+    let _other = suite.ctr.start(&runs[1])?;
+    let file = format!("/run/{}.svg", runs[0].id);
+    ask(&["timeline", &runs[0].id, "--svg", &file])?;
+    let picture = fs::read_to_string(&file)?;
+    fs::remove_file(&file)?;
+    contains("the picture", &runs[0].id, &picture)?;
+    that(
+        "it is one",
+        picture.starts_with("<svg") && picture.ends_with("</svg>\n"),
+    )?;
+    let text = ask(&["timeline", &runs[0].id, "--compare", &runs[1].id])?;
+    let both = text.lines().filter(|line| line.matches(" ms").count() == 3);
+    that("most steps are those of both", both.count() > 8)?;
+    contains("VM exits by reason", "exits: mmio_write:bar", &text)
+}
