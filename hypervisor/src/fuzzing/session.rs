@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::input::Input;
+use crate::virtio::VirtioDevice as _;
 use crate::virtio::fs::Fs;
 use crate::virtio::testing::Harness;
 
@@ -341,6 +342,10 @@ impl Session {
         let queue = usize::from(!matches!(opcode, 2 | 36 | 42));
         self.harness.queues[queue].add(&parts);
         self.harness.run();
+        if queue == 0 {
+            // While requests come they are put off until a pause.
+            self.harness.device.catch_up().unwrap();
+        }
         let used = self.harness.queues[queue].used();
         assert_eq!(used.len(), 1, "a request without an end");
         let written = usize::try_from(used[0].1).unwrap();
