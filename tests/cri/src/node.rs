@@ -103,6 +103,16 @@ pub fn restart_containerd() -> Result<()> {
     run("systemctl", &["restart", "containerd"]).map(drop)
 }
 
+/// Kills containerd under whatever runs, and starts it again; returns when it serves.
+pub fn kill_containerd(cri: &Cri) -> Result<()> {
+    run(
+        "systemctl",
+        &["kill", "--kill-whom=main", "--signal=KILL", "containerd"],
+    )?;
+    // The unit is not restarted by itself, and until systemd has seen the end there is nothing to start.
+    restart_and_reconnect(cri)
+}
+
 /// Another configuration of containerd, until the end of its scope.
 pub struct Configured {
     cri: Rc<Cri>,

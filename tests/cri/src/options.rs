@@ -9,20 +9,25 @@ pub struct Options {
     pub handlers: Vec<String>,
     /// Instead of the cases: this many pods come and go, and nothing may grow.
     pub churn: Option<u32>,
+    /// The same under mixed load, with random kills.
+    pub soak: Option<u32>,
+    /// The soak ends after so many hours, if not before.
+    pub hours: f64,
     /// Only write the table of the results that are there.
     pub table: bool,
     /// What every suite is asked.
     pub common: options::Options,
 }
 
-const USAGE: &str =
-    "usage: brig-cri [--handler runc|brig|brig-shim|brig-streaming]... [--churn PODS] [--table]";
+const USAGE: &str = "usage: brig-cri [--handler runc|brig|brig-shim|brig-streaming]... [--churn PODS] [--soak PODS [--hours N]] [--table]";
 
 /// Reads the arguments. Without a handler: runc and brig.
 pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
     let mut options = Options {
         handlers: Vec::new(),
         churn: None,
+        soak: None,
+        hours: f64::INFINITY,
         table: false,
         common: options::Options::default(),
     };
@@ -32,10 +37,9 @@ pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         }
         match arg.as_str() {
             "--handler" => options.handlers.push(value(&arg, &mut args)?),
-            "--churn" => {
-                let pods = value(&arg, &mut args)?;
-                options.churn = Some(pods.parse().context("--churn needs a number")?);
-            }
+            "--churn" => options.churn = Some(number(&arg, &mut args)?),
+            "--hours" => options.hours = number(&arg, &mut args)?,
+            "--soak" => options.soak = Some(number(&arg, &mut args)?),
             "--table" => options.table = true,
             _ => bail!(
                 "unknown argument {arg}\n{USAGE} {}",
@@ -47,6 +51,15 @@ pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         options.handlers = vec!["runc".to_owned(), "brig".to_owned()];
     }
     Ok(options)
+}
+
+fn number<T>(arg: &str, args: &mut impl Iterator<Item = String>) -> Result<T>
+where
+    T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>,
+{
+    let text = value(arg, args)?;
+    text.parse()
+        .with_context(|| format!("{arg} needs a number, not '{text}'"))
 }
 
 #[cfg(test)]
@@ -67,5 +80,6 @@ mod tests {
     fn an_unknown_argument_or_a_missing_value_is_refused() {
         assert!(parsed(&["--quick"]).is_err());
         assert!(parsed(&["--handler"]).is_err());
+        assert!(parsed(&["--soak", "many"]).is_err());
     }
 }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::options::Options;
 use crate::suite::{Case, Suite};
-use crate::{cases, churn, node, table};
+use crate::{cases, churn, node, soak, table};
 
 /// Runs what was asked for; returns how many cases failed.
 pub fn run_all(options: &Options) -> Result<usize> {
@@ -39,9 +39,10 @@ pub fn run_all(options: &Options) -> Result<usize> {
     node::prepare(options.common.containerd.as_deref())?;
     let mut totals = Totals::default();
     for handler in &options.handlers {
-        match options.churn {
-            Some(pods) => churn::run(handler, pods, &results, &mut totals)?,
-            None => run_handler(handler, &selected, &results, &mut totals)?,
+        match (options.churn, options.soak) {
+            (Some(pods), _) => churn::run(handler, pods, &results, &mut totals)?,
+            (None, Some(pods)) => soak::run(handler, (pods, options.hours), &results, &mut totals)?,
+            (None, None) => run_handler(handler, &selected, &results, &mut totals)?,
         }
     }
     Ok(totals.print())

@@ -128,7 +128,7 @@ fn shim_dies(suite: &mut Suite) -> Result<()> {
 }
 
 /// The shim that has the sandbox's id on its command line.
-fn shim_of(pod: &crate::pod::Pod) -> Result<i32> {
+pub fn shim_of(pod: &crate::pod::Pod) -> Result<i32> {
     for entry in fs::read_dir("/proc")?.flatten() {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).into_owned();
