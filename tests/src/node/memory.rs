@@ -24,15 +24,46 @@ impl Share {
     }
 }
 
-/// One mapping of /proc/PID/smaps.
+/// One mapping of /proc/PID/smaps, or several anonymous ones that touch: advice on a part of guest RAM makes more of
+/// one, and so it counts as one.
 struct Mapping {
+    range: String,
+    permissions: String,
     size: u64,
     rss: u64,
     pss: u64,
     name: String,
 }
 
+impl Mapping {
+    /// Whether it goes on where `before` ends.
+    fn continues(&self, before: &Self) -> bool {
+        let end = before.range.split_once('-').map(|(_, end)| end);
+        let start = self.range.split_once('-').map(|(start, _)| start);
+        self.name.is_empty()
+            && before.name.is_empty()
+            && self.permissions == before.permissions
+            && start == end
+    }
+}
+
 fn mappings(smaps: &str) -> Vec<Mapping> {
+    let mut joined: Vec<Mapping> = Vec::new();
+    for mapping in listed(smaps) {
+        match joined.last_mut() {
+            Some(last) if mapping.continues(last) => {
+                last.range = mapping.range;
+                last.size += mapping.size;
+                last.rss += mapping.rss;
+                last.pss += mapping.pss;
+            }
+            _ => joined.push(mapping),
+        }
+    }
+    joined
+}
+
+fn listed(smaps: &str) -> Vec<Mapping> {
     let mut found: Vec<Mapping> = Vec::new();
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
@@ -49,6 +80,8 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
             }
         } else if first.contains('-') {
             found.push(Mapping {
+                range: first.to_owned(),
+                permissions: words.next().unwrap_or_default().to_owned(),
                 size: 0,
                 rss: 0,
                 pss: 0,
@@ -87,6 +120,17 @@ pub fn of(pid: i32, guest_kib: u64) -> Result<Share> {
         }
     }
     Ok(share)
+}
+
+/// KiB of the largest mapping, which in a VMM is its guest's RAM.
+///
+/// # Errors
+/// If the process is gone.
+pub fn largest(pid: i32) -> Result<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))
+        .with_context(|| format!("cannot read the mappings of process {pid}"))?;
+    let sizes = mappings(&smaps).into_iter().map(|mapping| mapping.size);
+    sizes.max().context("no mappings")
 }
 
 /// Descendants of a process, itself included.
@@ -143,6 +187,31 @@ Pss:                2000 kB
             .map(|mapping| mapping.pss)
             .sum();
         assert_eq!(guest, 42_000);
+    }
+
+    #[test]
+    fn guest_ram_in_pieces_is_one_mapping_and_its_neighbours_are_not_of_it() {
+        let smaps = "\
+7f0000000000-7f0000200000 ---p 00000000 00:00 0
+Size:               2048 kB
+7f0000200000-7f0008000000 rw-p 00000000 00:00 0
+Size:             129024 kB
+Pss:               30000 kB
+7f0008000000-7f0008200000 rw-p 00000000 00:00 0
+Size:               2048 kB
+Pss:                1000 kB
+7f0008200000-7f0010200000 rw-p 00000000 00:00 0
+Size:             131072 kB
+Pss:                 500 kB
+7f0010300000-7f0010400000 rw-p 00000000 00:00 0
+Size:               1024 kB
+Pss:                1024 kB
+";
+        let sizes: Vec<_> = mappings(smaps)
+            .iter()
+            .map(|mapping| (mapping.size, mapping.pss))
+            .collect();
+        assert_eq!(sizes, [(2048, 0), (262_144, 31_500), (1024, 1024)]);
     }
 
     #[test]

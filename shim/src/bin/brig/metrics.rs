@@ -248,8 +248,9 @@ fn largest_mapping(pid: u32) -> Option<(u64, u64)> {
 fn largest(smaps: &str) -> Option<(u64, u64)> {
     let mut largest: Option<(u64, u64)> = None;
     let mut size = 0;
-    // Advice on parts of it makes several mappings of one: what touches and has no file belongs together.
-    let mut run: Option<(u64, u64, u64)> = None;
+    // Advice on parts of it makes several mappings of one: anonymous ones that touch belong together, if they
+    // may be used alike.
+    let mut run: Option<Run<'_>> = None;
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let first = words.next().unwrap_or("");
@@ -257,11 +258,11 @@ fn largest(smaps: &str) -> Option<(u64, u64)> {
         match first {
             "Size:" => size = kib(words)?,
             "Rss:" => {
-                if let Some((_, sum, resident)) = &mut run {
-                    *sum += size;
-                    *resident += kib(words)?;
-                    if largest.is_none_or(|(most, _)| most < *sum) {
-                        largest = Some((*sum, *resident));
+                if let Some(run) = &mut run {
+                    run.size += size;
+                    run.resident += kib(words)?;
+                    if largest.is_none_or(|(most, _)| most < run.size) {
+                        largest = Some((run.size, run.resident));
                     }
                 }
             }
@@ -269,17 +270,33 @@ fn largest(smaps: &str) -> Option<(u64, u64)> {
                 let Some((start, end)) = range(first) else {
                     continue;
                 };
-                let is_anonymous = words.count() == 4;
+                let permissions = words.next().unwrap_or("");
+                let is_anonymous = words.count() == 3;
                 run = match run {
-                    Some((last, sum, resident)) if last == start && is_anonymous => {
-                        Some((end, sum, resident))
+                    Some(run)
+                        if is_anonymous && run.end == start && run.permissions == permissions =>
+                    {
+                        Some(Run { end, ..run })
                     }
-                    _ => is_anonymous.then_some((end, 0, 0)),
+                    _ => is_anonymous.then_some(Run {
+                        end,
+                        permissions,
+                        size: 0,
+                        resident: 0,
+                    }),
                 };
             }
         }
     }
     largest
+}
+
+/// Mappings that belong together, in KiB.
+struct Run<'a> {
+    end: u64,
+    permissions: &'a str,
+    size: u64,
+    resident: u64,
 }
 
 fn range(word: &str) -> Option<(u64, u64)> {
@@ -323,7 +340,10 @@ Pss: 100 kB
 7f1000-7f2000 rw-p 00000000 00:00 0
 Size: 2000 kB
 Rss: 10 kB
-7f3000-7f4000 rw-p 00000000 00:00 0
+7f2000-7f3000 ---p 00000000 00:00 0
+Size: 2048 kB
+Rss: 0 kB
+7f4000-7f5000 rw-p 00000000 00:00 0
 Size: 2500 kB
 Rss: 2500 kB
 ";

@@ -96,7 +96,7 @@ fn one(ctr: &Ctr, samples: &mut Samples) -> Result<()> {
     let shim_share = memory::of(shim, 0)?;
     samples.shim.push(shim_share.total);
     if is_brig {
-        let vmm = memory::of(pid, guest_kib(pid)?)?;
+        let vmm = memory::of(pid, memory::largest(pid)?)?;
         samples.guest.push(vmm.guest);
         samples.vmm.push(vmm.own());
         samples.total.push(shim_share.total + vmm.total);
@@ -106,16 +106,6 @@ fn one(ctr: &Ctr, samples: &mut Samples) -> Result<()> {
         samples.total.push(shim_share.total + container.total);
     }
     Ok(())
-}
-
-/// Guest RAM is by far the largest mapping of a VMM.
-pub fn guest_kib(vmm: i32) -> Result<u64> {
-    let maps = fs::read_to_string(format!("/proc/{vmm}/smaps"))?;
-    maps.lines()
-        .filter_map(|line| line.strip_prefix("Size:"))
-        .filter_map(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok())
-        .max()
-        .context("no mappings")
 }
 
 /// The shim: named by Brig's journal, or the parent of runc's container.

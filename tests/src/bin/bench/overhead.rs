@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use brig_tests::node::ctr::{Container, Ctr, Run};
 use brig_tests::node::memory;
 
-use crate::containers::{guest_kib, shim_of};
+use crate::containers::shim_of;
 
 const IMAGE: &str = "docker.io/brig/busybox:test";
 /// The guest has reported what it does not use by then.
@@ -99,7 +99,7 @@ impl Pod {
     }
 
     fn cost(&self) -> Result<Cost> {
-        let vmm = memory::of(self.vmm, guest_kib(self.vmm)?)?;
+        let vmm = memory::of(self.vmm, memory::largest(self.vmm)?)?;
         let stat = Path::new("/sys/fs/cgroup")
             .join(self.cgroup.trim_start_matches('/'))
             .join("memory.stat");
