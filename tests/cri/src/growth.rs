@@ -70,15 +70,16 @@ const COUNTS: [Count; 12] = [
 
 type Sample = [u64; COUNTS.len()];
 
-/// Counts of the node, one sample a pod.
+/// Counts of the node, by how many pods there had been.
 #[derive(Default)]
 pub struct Growth {
-    samples: BTreeMap<usize, Vec<u64>>,
+    samples: BTreeMap<usize, Vec<(u32, u64)>>,
+    pods: u32,
     last: Option<Sample>,
 }
 
 impl Growth {
-    /// Takes a sample, once what the last pod left on its way out is gone; `of_containerd` if containerd is now as
+    /// Takes a sample after one more pod, once what the last pod left on its way out is gone; `of_containerd` if containerd is now as
     /// old as at its other samples.
     pub fn sample(&mut self, of_containerd: bool) -> Result<()> {
         let end = Instant::now() + clock::seconds(1);
@@ -90,9 +91,11 @@ impl Growth {
             std::thread::sleep(LOOK_AGAIN);
             now = sample()?;
         }
+        self.pods += 1;
         for (at, value) in now.into_iter().enumerate() {
             if of_containerd || !COUNTS[at].of_containerd {
-                self.samples.entry(at).or_default().push(value);
+                let samples = self.samples.entry(at).or_default();
+                samples.push((self.pods, value));
             }
         }
         self.last = Some(now);
@@ -116,9 +119,9 @@ impl Growth {
             report.insert((*what).to_owned(), json!({"slope": slope, "samples": all}));
             let name = format!("{title}/{what}");
             let sizes = format!(
-                "{slope:.3} a sample, {} to {} in {}",
-                half.first().copied().unwrap_or_default(),
-                half.last().copied().unwrap_or_default(),
+                "{slope:.3} a pod, {} to {} in {} samples",
+                half.first().copied().unwrap_or_default().1,
+                half.last().copied().unwrap_or_default().1,
                 half.len()
             );
             if half.len() < FEWEST {
@@ -254,44 +257,52 @@ fn unreclaimable() -> Result<u64> {
         + field("VmallocUsed")?)
 }
 
-/// The slope of the least-squares line through equally spaced samples.
-fn slope(samples: &[u64]) -> f64 {
+/// The slope of the least-squares line through samples of (pods so far, count).
+fn slope(samples: &[(u32, u64)]) -> f64 {
     let mut sum = [0.0_f64; 4];
-    let mut x = 0.0_f64;
-    for sample in samples {
+    let mut count = 0.0_f64;
+    for (pods, value) in samples {
+        let x = f64::from(*pods);
         // Counts stay far below 2^32 here; more would be a failure in itself.
-        let y = f64::from(u32::try_from(*sample).unwrap_or(u32::MAX));
+        let y = f64::from(u32::try_from(*value).unwrap_or(u32::MAX));
         sum[0] += x;
         sum[1] += y;
         sum[2] += x * x;
         sum[3] += x * y;
-        x += 1.0;
+        count += 1.0;
     }
-    let divisor = x * sum[2] - sum[0] * sum[0];
+    let divisor = count * sum[2] - sum[0] * sum[0];
     if divisor == 0.0 {
         return 0.0;
     }
-    (x * sum[3] - sum[0] * sum[1]) / divisor
+    (count * sum[3] - sum[0] * sum[1]) / divisor
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// One sample a pod.
+    fn each(values: &[u64]) -> Vec<(u32, u64)> {
+        (1..).zip(values.iter().copied()).collect()
+    }
+
     #[test]
-    fn a_slope_is_growth_per_sample() {
-        assert!((slope(&[10, 11, 12, 13]) - 1.0).abs() < 1e-9);
-        assert!((slope(&[10, 8, 6]) + 2.0).abs() < 1e-9);
-        assert!(slope(&[5, 5, 5, 5]).abs() < 1e-9);
-        assert!(slope(&[5]).abs() < 1e-9);
+    fn a_slope_is_growth_per_pod() {
+        assert!((slope(&each(&[10, 11, 12, 13])) - 1.0).abs() < 1e-9);
+        assert!((slope(&each(&[10, 8, 6])) + 2.0).abs() < 1e-9);
+        assert!(slope(&each(&[5, 5, 5, 5])).abs() < 1e-9);
+        assert!(slope(&each(&[5])).abs() < 1e-9);
         assert!(slope(&[]).abs() < 1e-9);
+        // Samples that are pods apart.
+        assert!((slope(&[(10, 100), (15, 110), (25, 130)]) - 2.0).abs() < 1e-9);
     }
 
     #[test]
     fn one_jump_is_no_growth_of_one_a_pod() {
         let mut samples = vec![100; 25];
         samples.extend([103; 25]);
-        assert!(slope(&samples) < 0.1);
+        assert!(slope(&each(&samples)) < 0.1);
     }
 
     #[test]
