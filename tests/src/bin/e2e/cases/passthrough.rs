@@ -1,5 +1,6 @@
 //! Devices of the node in a pod, as a device plugin gives them: by their group's node. The node needs an IOMMU
-//! (`BRIG_NODE_VFIO=1`); its disk to give away is a virtio disk, whose driver every guest has.
+//! (`BRIG_NODE_VFIO=1`); its disks to give away are a virtio disk, whose driver every guest has, and an NVMe disk,
+//! whose driver is a module.
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +17,12 @@ pub const CASES: &[Case] = &[
     brig(
         "passthrough",
         "a disk of the node is written in one pod and read in the next, also after the VMM was killed",
-        disk,
+        |suite| disk(suite, &VIRTIO),
+    ),
+    brig(
+        "passthrough",
+        "an NVMe disk has its driver loaded, is written in one pod and read in the next",
+        |suite| disk(suite, &NVME),
     ),
     brig(
         "passthrough",
@@ -29,6 +35,26 @@ const BUSYBOX: &str = "docker.io/brig/busybox:test";
 
 const DEVICES: &str = "/sys/bus/pci/devices";
 
+/// A kind of disk.
+struct Kind {
+    vendor: &'static str,
+    device: &'static str,
+    /// How a shell finds it in the guest.
+    node: &'static str,
+}
+
+const VIRTIO: Kind = Kind {
+    vendor: "0x1af4",
+    device: "0x1042",
+    node: "/dev/vd?",
+};
+
+const NVME: Kind = Kind {
+    vendor: "0x1b36",
+    device: "0x0010",
+    node: "/dev/nvme?n1",
+};
+
 /// A disk of the node that is with vfio-pci for as long as this lives.
 struct Given {
     address: String,
@@ -36,8 +62,8 @@ struct Given {
 }
 
 impl Given {
-    fn take() -> Result<Self> {
-        let address = find()?;
+    fn take(kind: &Kind) -> Result<Self> {
+        let address = find(kind)?;
         load()?;
         let device = Path::new(DEVICES).join(&address);
         fs::write(device.join("driver_override"), "vfio-pci")?;
@@ -84,12 +110,12 @@ fn rebind(device: &Path, address: &str) -> Result<()> {
     Ok(fs::write("/sys/bus/pci/drivers_probe", address)?)
 }
 
-/// The virtio disk that is not the node's own: a modern one in an IOMMU group.
-fn find() -> Result<String> {
+/// One in an IOMMU group; the node's own disk is a virtio device of another number.
+fn find(kind: &Kind) -> Result<String> {
     for entry in fs::read_dir(DEVICES)?.flatten() {
         let id = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
-        let modern = id("vendor").trim() == "0x1af4" && id("device").trim() == "0x1042";
-        if modern && entry.path().join("iommu_group").exists() {
+        let is_one = id("vendor").trim() == kind.vendor && id("device").trim() == kind.device;
+        if is_one && entry.path().join("iommu_group").exists() {
             return Ok(entry.file_name().to_string_lossy().into_owned());
         }
     }
@@ -104,26 +130,22 @@ fn run(node: &str, args: &[&str]) -> Run {
 
 const MARK: &str = "written by the first pod";
 
-fn disk(suite: &mut Suite) -> Result<()> {
-    let given = Given::take()?;
+fn disk(suite: &mut Suite, kind: &Kind) -> Result<()> {
+    let given = Given::take(kind)?;
+    let disk = kind.node;
     suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
     let ctr = suite.ctr.clone();
     let node = given.node();
     let shell = |script: String| run(&node, &["sh", "-c", &script]);
 
     let write = format!(
-        "ls /dev/vfio && exit 9; disk=$(ls /dev/vd?) && echo $disk && printf '{MARK}' > $disk && sync && cat $disk > /dev/null"
+        "ls /dev/vfio && exit 9; disk=$(ls {disk}) && echo $disk && printf '{MARK}' > $disk && sync && cat $disk > /dev/null"
     );
-    let outcome = ctr.run(&shell(write))?.success().context("the first pod")?;
-    ensure!(
-        outcome.text().contains("/dev/vd"),
-        "no disk: {}",
-        outcome.text()
-    );
+    ctr.run(&shell(write))?.success().context("the first pod")?;
     given.is_with("vfio-pci")?;
 
     // Its owner dies while it reads.
-    let reader = ctr.start(&shell("while :; do cat /dev/vd? > /dev/null; done".into()))?;
+    let reader = ctr.start(&shell(format!("while :; do cat {disk} > /dev/null; done")))?;
     let vmm = super::devices::vmm_of(suite, &reader.id)?;
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(vmm),
@@ -133,7 +155,7 @@ fn disk(suite: &mut Suite) -> Result<()> {
     drop(reader);
 
     for round in 0..3 {
-        let read = format!("head -c {} /dev/vd?", MARK.len());
+        let read = format!("head -c {} {disk}", MARK.len());
         let outcome = suite
             .ctr
             .run(&shell(read))?
@@ -141,7 +163,8 @@ fn disk(suite: &mut Suite) -> Result<()> {
             .with_context(|| format!("pod {round} after the death"))?;
         equal("what is on the disk", MARK, outcome.text().trim())?;
     }
-    let other = Run::new("other", BUSYBOX, &["sh", "-c", "! ls /dev/vd?"]);
+    let none = format!("! ls {disk}");
+    let other = Run::new("other", BUSYBOX, &["sh", "-c", &none]);
     that(
         "another pod has no such disk",
         suite.ctr.run(&other)?.code == 0,
@@ -150,7 +173,7 @@ fn disk(suite: &mut Suite) -> Result<()> {
 }
 
 fn refusals(suite: &mut Suite) -> Result<()> {
-    let given = Given::take()?;
+    let given = Given::take(&VIRTIO)?;
     suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
     let ctr = suite.ctr.clone();
     let holder = ctr.start(&run(&given.node(), &["sleep", "1000"]))?;
