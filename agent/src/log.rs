@@ -2,7 +2,7 @@
 //! drains the ring. Written only by the agent; a line never holds more than ids, sizes and causes.
 use std::{
     collections::VecDeque,
-    fmt,
+    fmt, fs,
     io::{self, Write as _},
     panic::{RefUnwindSafe, UnwindSafe},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -17,6 +17,18 @@ use crate::stream::Stream;
 
 /// Lines kept while nobody reads; older ones are dropped and counted.
 const RING_LINES: usize = 512;
+
+/// A line in the kernel's log, for what has no ring to write to: the VMM passes it on. `level` as syslog(2) has it.
+///
+/// # Errors
+/// If there is no /dev/kmsg.
+pub fn to_kernel(level: u8, text: &str) -> io::Result<()> {
+    let line = format!("<{level}>brig-agent: {}\n", text.replace('\n', " "));
+    fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/kmsg")?
+        .write_all(line.as_bytes())
+}
 
 /// The ring behind the logger. Cheap to clone.
 #[derive(Clone)]

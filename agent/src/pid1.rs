@@ -18,7 +18,13 @@ use nix::{
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use crate::{launch, log::LogRing, modules, network, places::Places, serve, streams};
+use crate::{
+    launch,
+    log::{LogRing, to_kernel},
+    modules, network,
+    places::{Places, SHARE},
+    serve, streams,
+};
 
 /// Everything from the first instruction to power-off.
 pub fn main() -> ExitCode {
@@ -63,7 +69,7 @@ fn boot() -> Result<(), BootError> {
     raise_descriptor_limit().step("descriptor limit")?;
     let places = Places {
         run: PathBuf::from("/run/brig"),
-        share: PathBuf::from("/run/brig/share"),
+        share: PathBuf::from(SHARE),
         cgroup_root: PathBuf::from("/sys/fs/cgroup"),
         cgroup_base: PathBuf::from("/sys/fs/cgroup/brig"),
         owns_machine: true,
@@ -209,13 +215,8 @@ fn boot_mark(mark: BootMark) {
 
 /// The last words: into the kernel's log at the level that reaches every console.
 fn complain(text: &str) {
-    let line = format!("<0>brig-agent: {}\n", text.replace('\n', " "));
-    let written = fs::OpenOptions::new()
-        .write(true)
-        .open("/dev/kmsg")
-        .and_then(|mut f| f.write_all(line.as_bytes()));
-    if written.is_err() {
-        let _ = io::stderr().write_all(line.as_bytes());
+    if to_kernel(0, text).is_err() {
+        let _ = writeln!(io::stderr(), "brig-agent: {text}");
     }
 }
 

@@ -1,6 +1,9 @@
 //! Where the agent keeps things.
 use std::path::PathBuf;
 
+/// Where the guest's share is mounted.
+pub const SHARE: &str = "/run/brig/share";
+
 /// The directories, and whose machine it is; differs between the guest and component tests.
 #[derive(Clone, Debug)]
 pub struct Places {

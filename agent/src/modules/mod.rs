@@ -11,8 +11,7 @@ mod index;
 mod pattern;
 
 use std::{
-    fmt, fs,
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -25,12 +24,12 @@ use nix::{
 };
 use rustix::fs::FlockOperation;
 
+use crate::{log::to_kernel, places::SHARE};
+
 use index::Index;
 
 /// Where the kernel looks for it (CONFIG_MODPROBE_PATH).
 pub const MODPROBE: &str = "/sbin/modprobe";
-/// The guest's share.
-const SHARE: &str = "/run/brig/share";
 /// The image, once something needed it.
 const MOUNTED: &str = "/run/brig/modules";
 /// Held while it is being mounted.
@@ -175,8 +174,6 @@ fn mounted() -> Result<PathBuf, Failure> {
 }
 
 /// Into the kernel's log: this process has no other.
-fn complain(what: &dyn fmt::Display) {
-    let line = format!("<4>brig-agent: {}\n", what.to_string().replace('\n', " "));
-    let kmsg = fs::OpenOptions::new().write(true).open("/dev/kmsg");
-    let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(line.as_bytes()));
+fn complain(what: &Failure) {
+    let _ = to_kernel(4, &what.to_string());
 }

@@ -9,7 +9,7 @@ use std::io;
 
 use super::device::Region;
 use crate::pci::BarRange;
-use crate::pci::config::{BARS, BARS_END, COMMAND, SIZE};
+use crate::pci::config::{BARS, COMMAND, SIZE};
 
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITY_LIST: u8 = 1 << 4;
@@ -38,9 +38,8 @@ const ID_FEATURES: u8 = 0x13;
 
 /// MSI-X message control: enable and function mask, in its second byte.
 const MSIX_WRITABLE: u8 = 0xc0;
-/// MSI message control: 64-bit addresses, a mask for each vector.
+/// MSI message control: 64-bit addresses.
 const MSI_64: u8 = 1 << 7;
-const MSI_MASKS: u8 = 1;
 
 /// A memory BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +146,7 @@ impl FilteredConfig {
     fn add_bars(&mut self, device: &[u8; SIZE], regions: &[Region; 6]) -> io::Result<()> {
         let mut index = 0u8;
         while index < 6 {
-            let at = usize::from(BARS) + usize::from(index) * 4;
+            let at = register_of(index);
             let low = word(device, at);
             let wide = low & BAR_IO == 0 && low & BAR_KIND == BAR_64;
             let size = regions[usize::from(index)].size;
@@ -174,7 +173,7 @@ impl FilteredConfig {
 
     /// Puts a BAR at an address, before the guest sees it.
     pub fn place(&mut self, bar: Bar, base: u64) {
-        let at = usize::from(BARS) + usize::from(bar.index) * 4;
+        let at = register_of(bar.index);
         let width = if bar.wide { 8 } else { 4 };
         for (place, byte) in (at..at + width).zip(base.to_le_bytes()) {
             let mask = self.writable[place];
@@ -249,7 +248,6 @@ impl FilteredConfig {
                 let log = (device[at + 2] >> 1 & 7).min(5);
                 // Enable and the number of messages; no masks.
                 self.own(at + 2, &[log << 1 | device[at + 2] & MSI_64, 0], &[0x71, 0]);
-                debug_assert_eq!(MSI_MASKS & self.registers[at + 3], 0);
                 self.own(at + 4, &[0; 10][..length - 4], &[0xfc, 0xff, 0xff, 0xff]);
                 for writable in &mut self.writable[at + 8..at + length] {
                     *writable = 0xff;
@@ -376,7 +374,7 @@ impl FilteredConfig {
             return Vec::new();
         }
         let bars = self.bars.iter().map(|bar| {
-            let at = usize::from(BARS) + usize::from(bar.index) * 4;
+            let at = register_of(bar.index);
             let low = u64::from(word(&self.registers, at) & !0xf);
             let high = if bar.wide {
                 u64::from(word(&self.registers, at + 4)) << 32
@@ -394,10 +392,14 @@ impl FilteredConfig {
 }
 
 fn pass(device: &mut impl FnMut(u16, &[u8]), start: usize, from: usize, to: usize, data: &[u8]) {
-    debug_assert!(usize::from(BARS_END) > usize::from(BARS));
     if let (Ok(at), Some(bytes)) = (u16::try_from(from), data.get(from - start..to - start)) {
         device(at, bytes);
     }
+}
+
+/// The register of a BAR, the lower one of a pair.
+fn register_of(bar: u8) -> usize {
+    usize::from(BARS) + usize::from(bar) * 4
 }
 
 fn word(bytes: &[u8; SIZE], at: usize) -> u32 {

@@ -47,6 +47,12 @@ pub enum Named {
     Container,
 }
 
+/// The name of what a link of sysfs leads to.
+fn target(link: &Path) -> Option<String> {
+    let target = fs::read_link(link).ok()?;
+    Some(target.file_name()?.to_string_lossy().into_owned())
+}
+
 /// A group that is open.
 #[derive(Debug)]
 pub struct Group {
@@ -92,8 +98,8 @@ impl Node {
             "vfio" => Ok(own.parse().ok().map(Named::Group)),
             "misc" if own == "vfio" => Ok(Some(Named::Container)),
             "vfio-dev" => {
-                let group = fs::canonicalize(place.join("device/iommu_group"));
-                let number = group.ok().and_then(|group| name(&group)?.parse().ok());
+                let group = target(&place.join("device/iommu_group"));
+                let number = group.and_then(|group| group.parse().ok());
                 match number {
                     Some(number) if self.dev.join(format!("{number}")).exists() => {
                         Ok(Some(Named::Group(number)))
@@ -154,12 +160,7 @@ impl Node {
             let name = entry.file_name().to_string_lossy().into_owned();
             let path = entry.path();
             let class = fs::read_to_string(path.join("class")).unwrap_or_default();
-            let driver = fs::read_link(path.join("driver"));
-            let driver = driver.ok().and_then(|link| {
-                let name = link.file_name()?;
-                Some(name.to_string_lossy().into_owned())
-            });
-            match driver {
+            match target(&path.join("driver")) {
                 Some(driver) if driver.contains("vfio") => ours.push(name),
                 // A bridge above the devices.
                 _ if class.trim().starts_with("0x0604") => {}
@@ -216,17 +217,13 @@ impl Node {
 
     /// Whether a device can be given to a pod, by its directory in sysfs.
     fn verdict(&self, device: &Path) -> std::result::Result<String, String> {
-        let target = |link: &str| {
-            let target = fs::canonicalize(device.join(link)).ok()?;
-            Some(target.file_name()?.to_string_lossy().into_owned())
-        };
-        let Some(group) = target("iommu_group") else {
+        let Some(group) = target(&device.join("iommu_group")) else {
             return Err(
                 "no IOMMU stands above it: turn it on in the firmware, and with intel_iommu=on"
                     .to_owned(),
             );
         };
-        match target("driver") {
+        match target(&device.join("driver")) {
             Some(driver) if driver.contains("vfio") => {
                 let number = group.parse().map_err(|_| format!("IOMMU group {group}"))?;
                 self.members(number).map_err(|error| error.message)?;
