@@ -4,41 +4,13 @@ mod guest;
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
+use brig_fixtures::elf::{self, Abi};
 use guest::*;
 use serde_json::json;
 
 /// A static i386 executable that makes the call `number` and ends with its errno.
 fn i386(path: &Path, number: u32, arguments: [u32; 2]) {
-    const BASE: u32 = 0x0804_8000;
-    const HEADERS: u32 = 52 + 32;
-    let mut code = Vec::new();
-    // mov eax, number; mov ebx, first; mov ecx, second; int 0x80
-    for (op, value) in [(0xb8, number), (0xbb, arguments[0]), (0xb9, arguments[1])] {
-        code.push(op);
-        code.extend(value.to_le_bytes());
-    }
-    code.extend([0xcd, 0x80]);
-    // neg eax; mov ebx, eax; mov eax, 1 (exit); int 0x80
-    code.extend([0xf7, 0xd8, 0x89, 0xc3, 0xb8, 1, 0, 0, 0, 0xcd, 0x80]);
-    let mut file = b"\x7fELF\x01\x01\x01".to_vec();
-    file.resize(16, 0);
-    for half in [2_u16, 3] {
-        file.extend(half.to_le_bytes());
-    }
-    // Version, entry, program headers, section headers, flags.
-    for word in [1, BASE + HEADERS, 52, 0, 0] {
-        file.extend(word.to_le_bytes());
-    }
-    for half in [52_u16, 32, 1, 0, 0, 0] {
-        file.extend(half.to_le_bytes());
-    }
-    let length = HEADERS + u32::try_from(code.len()).unwrap();
-    // One segment: load all of the file, readable and executable.
-    for word in [1, 0, BASE, BASE, length, length, 5, 0x1000] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(code);
-    fs::write(path, file).unwrap();
+    fs::write(path, elf::program(Abi::I386, number, arguments)).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 

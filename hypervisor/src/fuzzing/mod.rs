@@ -70,25 +70,9 @@ pub(crate) fn sequences<T: Copy>(alphabet: &[T], depth: u32, mut each: impl FnMu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn every_input_that_a_fuzzer_kept_is_survived() {
-        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
-        for (name, target) in TARGETS {
-            assert!(
-                fuzz.join(format!("fuzz_targets/{name}.rs")).exists(),
-                "{name} is not run by `make fuzz`"
-            );
-            let corpus = fuzz.join("corpus").join(name);
-            let mut inputs = 0;
-            for entry in std::fs::read_dir(&corpus).expect(name) {
-                let path = entry.unwrap().path();
-                println!("{}", path.display());
-                target(&std::fs::read(&path).unwrap());
-                inputs += 1;
-            }
-            assert!(inputs > 0, "{name} has no corpus");
-        }
+        brig_fixtures::corpus::replay(TARGETS).unwrap();
     }
 }

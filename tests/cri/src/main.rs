@@ -8,7 +8,6 @@ mod cases;
 mod churn;
 mod client;
 mod container;
-mod elf;
 mod events;
 mod growth;
 mod log;

@@ -3,11 +3,11 @@
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result};
+use brig_fixtures::elf::{self, Abi};
 use brig_tests::node::check::{equal, that};
 use k8s_cri::v1::{SecurityProfile, security_profile::ProfileType};
 use nix::libc;
 
-use crate::elf::{self, Abi};
 use crate::node::Directory;
 use crate::pod::profile;
 use crate::suite::{Case, SLEEP, Suite, case};
