@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     events::exit_message,
     freezer::Freezer,
+    given::Disks,
     huge_pages::Reservation,
     launch::Prepared,
     process::{Phase, Process, Reply},
@@ -39,6 +40,8 @@ pub struct Parts {
     pub gid_mappings: Vec<IdMapping>,
     /// It has a time namespace of its own.
     pub time_namespace: bool,
+    /// Its disks.
+    pub disks: Disks,
     /// What it may use of the guest's huge pages, held as long as it is there.
     pub _huge_pages: Option<Reservation>,
 }
@@ -151,7 +154,13 @@ impl Container {
                 let _ = reply.send(cgroup::processes(self.parts.cgroup.path()));
             }
             Command::Freeze { frozen, reply } => self.freeze(frozen, reply),
-            Command::Update { resources, reply } => self.parts.cgroup.update(*resources, reply),
+            Command::Update {
+                mut resources,
+                reply,
+            } => match self.parts.disks.translate(&mut resources) {
+                Ok(()) => self.parts.cgroup.update(*resources, reply),
+                Err(error) => drop(reply.send(Err(error))),
+            },
             Command::PidNamespace { reply } => {
                 let pid = self.running_pid();
                 let _ = reply.send(pid.map(|pid| format!("/proc/{pid}/ns/pid").into()));

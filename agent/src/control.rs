@@ -18,6 +18,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::given;
 use crate::spec::{IdMapping, Process, Seccomp, Spec};
 
 /// Descriptor of the helper's end of the message socket.
@@ -58,6 +59,10 @@ pub struct Create {
     pub mount_sources: BTreeMap<u32, MountSource>,
     /// Where the sandbox's volumes are.
     pub volumes: PathBuf,
+    /// Nodes of devices that the container was given.
+    pub given: Vec<given::Node>,
+    /// Names below /dev of the disks that it was given.
+    pub disks: Vec<String>,
     /// The sandbox's shared memory file system.
     pub shm: PathBuf,
     /// The container's cgroup directory.
@@ -91,7 +96,7 @@ pub enum MountSource {
         /// The host has mapped its owners.
         mapped_on_host: bool,
     },
-    /// A character device of the guest, by its name below /dev.
+    /// A character device of the guest, or a disk that was given, by its name below /dev.
     Device(String),
 }
 

@@ -1,55 +1,192 @@
-//! Devices of the node that a container asked for, by the nodes that the guest's drivers have made for them.
+//! Devices of the node that a container asked for: by the nodes that the guest's drivers have made for them, and in
+//! what the specification says of their numbers.
 //!
-//! The specification names them as the host does (`/dev/vfio/12`), which means nothing here. Trusts the host.
-use brig_agent_protocol::agent::{DeviceNode, GivenDevice};
+//! The specification names them as the host does (`/dev/vfio/12`, block device 8:16), which means nothing here, or
+//! another device. Trusts the host.
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+
+use brig_agent_protocol::agent::{DeviceNode, GivenDevice, GivenDisk};
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     pci,
-    spec::{Device, DeviceRule, Linux},
+    spec::{Device, DeviceRule, Linux, Resources},
 };
 
-/// Replaces the entries of `linux.devices` that name them.
+/// Major numbers that Linux gives to drivers as they come (`block/genhd.c`, Documentation/admin-guide/devices.txt): the
+/// node's are not the guest's.
+const DYNAMIC: [std::ops::RangeInclusive<i64>; 2] = [240..=254, 259..=259];
+
+/// What a container was given.
+#[derive(Debug, Default)]
+pub struct Given {
+    /// Nodes to make for it, with the guest's numbers.
+    pub nodes: Vec<Node>,
+    /// Its disks.
+    pub disks: Disks,
+}
+
+/// A node of a device that was given.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Node {
+    /// As the specification would name it.
+    pub device: Device,
+    /// The guest's own.
+    pub source: String,
+}
+
+/// The numbers of the node that mean something else here: those of block devices that a container has as disks, and
+/// of devices that it was given whole.
+#[derive(Clone, Debug, Default)]
+pub struct Disks {
+    disks: Vec<Disk>,
+    whole: Vec<Whole>,
+}
+
+/// A device that was given whole: its rules.
+#[derive(Clone, Debug)]
+struct Whole {
+    kind: String,
+    /// On the node.
+    theirs: (i64, i64),
+    rules: Vec<DeviceRule>,
+}
+
+#[derive(Clone, Debug)]
+struct Disk {
+    /// On the node.
+    theirs: (i64, i64),
+    /// In the guest.
+    ours: (i64, i64),
+    /// Below /dev.
+    name: String,
+}
+
+/// Takes what was given out of the specification, and says of the guest's numbers what it says of the node's.
 ///
 /// # Errors
-/// `NotFound` for a device that is not there.
-pub async fn apply(linux: &mut Linux, given: &[GivenDevice]) -> Result<()> {
-    for device in given {
+/// `NotFound` for a device that is not there, `InvalidArgument` for a limit of another one.
+pub async fn apply(
+    linux: &mut Linux,
+    devices: &[GivenDevice],
+    disks: &[GivenDisk],
+) -> Result<Given> {
+    let mut given = Given::default();
+    for disk in disks {
+        let nodes = pci::nodes(disk.function).await?;
+        // Its partitions come after it.
+        let node = nodes.into_iter().find(|node| node.block).ok_or_else(|| {
+            Error::NotFound(format!(
+                "function {} of the guest's bus is no disk",
+                disk.function
+            ))
+        })?;
+        let own = Path::new("/dev").join(&node.name);
+        let failed = |error| Error::io(own.display(), error);
+        std::os::unix::fs::chown(&own, Some(disk.uid), Some(disk.gid)).map_err(failed)?;
+        let mode = fs::Permissions::from_mode(disk.mode & 0o7777);
+        fs::set_permissions(&own, mode).map_err(failed)?;
+        given.disks.disks.push(Disk {
+            theirs: (disk.major.into(), disk.minor.into()),
+            ours: (node.major.into(), node.minor.into()),
+            name: node.name,
+        });
+    }
+    given.nodes = given.disks.take(&mut linux.devices);
+    for device in devices {
         let mut nodes = Vec::new();
         for function in &device.functions {
             nodes.extend(pci::nodes(*function).await?);
         }
-        replace(linux, &device.path, &nodes);
+        let replaced = given
+            .disks
+            .replace(&mut linux.devices, &device.path, &nodes);
+        given.nodes.extend(replaced);
     }
-    Ok(())
+    if let Some(resources) = &mut linux.resources {
+        given.disks.translate(resources)?;
+    } else if !given.nodes.is_empty() {
+        // As without rules, but for what was given.
+        let nothing = DeviceRule {
+            access: "rwm".to_owned(),
+            ..DeviceRule::default()
+        };
+        let mut resources = Resources {
+            devices: vec![nothing],
+            ..Resources::default()
+        };
+        given.disks.translate(&mut resources)?;
+        linux.resources = Some(resources);
+    }
+    Ok(given)
 }
 
-/// The nodes have the owner of the entry whose place they take, and its access: a device that was given is given whole.
-fn replace(linux: &mut Linux, path: &str, nodes: &[DeviceNode]) {
-    let Some(place) = linux.devices.iter().position(|entry| entry.path == path) else {
-        return;
-    };
-    let entry = linux.devices.remove(place);
-    if let Some(resources) = &mut linux.resources {
-        // The host's numbers may be another device's here.
-        let numbers = (Some(entry.major), Some(entry.minor));
-        resources.devices.retain(|rule| {
-            !(rule.allow && rule.kind == entry.kind && (rule.major, rule.minor) == numbers)
-        });
+impl Disks {
+    /// Names below /dev.
+    pub fn names(&self) -> Vec<String> {
+        self.disks.iter().map(|disk| disk.name.clone()).collect()
     }
-    for node in nodes {
-        let kind = if node.block { "b" } else { "c" };
-        let (major, minor) = (i64::from(node.major), i64::from(node.minor));
-        linux.devices.push(Device {
-            path: format!("/dev/{}", node.name),
-            kind: kind.to_owned(),
-            major,
-            minor,
-            ..entry.clone()
+
+    fn by(&self, theirs: (i64, i64)) -> Option<&Disk> {
+        self.disks.iter().find(|disk| disk.theirs == theirs)
+    }
+
+    /// The entries that name them, as nodes to be made.
+    fn take(&self, devices: &mut Vec<Device>) -> Vec<Node> {
+        let mut nodes = Vec::new();
+        devices.retain(|entry| {
+            let disk = (entry.kind == "b").then(|| self.by((entry.major, entry.minor)));
+            let Some(disk) = disk.flatten() else {
+                return true;
+            };
+            let (major, minor) = disk.ours;
+            nodes.push(Node {
+                device: Device {
+                    major,
+                    minor,
+                    ..entry.clone()
+                },
+                source: format!("/dev/{}", disk.name),
+            });
+            false
         });
-        // Without rules everything is allowed.
-        if let Some(resources) = &mut linux.resources {
-            resources.devices.push(DeviceRule {
+        nodes
+    }
+
+    /// Takes the entry of a device out that was given whole: its nodes have the owner of the entry, and rules of their
+    /// own.
+    fn replace(
+        &mut self,
+        devices: &mut Vec<Device>,
+        path: &str,
+        nodes: &[DeviceNode],
+    ) -> Vec<Node> {
+        let Some(place) = devices.iter().position(|entry| entry.path == path) else {
+            return Vec::new();
+        };
+        let entry = devices.remove(place);
+        let mut whole = Whole {
+            kind: entry.kind.clone(),
+            theirs: (entry.major, entry.minor),
+            rules: Vec::new(),
+        };
+        let mut given = Vec::new();
+        for node in nodes {
+            let kind = if node.block { "b" } else { "c" };
+            let (major, minor) = (i64::from(node.major), i64::from(node.minor));
+            let path = format!("/dev/{}", node.name);
+            given.push(Node {
+                device: Device {
+                    path: path.clone(),
+                    kind: kind.to_owned(),
+                    major,
+                    minor,
+                    ..entry.clone()
+                },
+                source: path,
+            });
+            whole.rules.push(DeviceRule {
                 allow: true,
                 kind: kind.to_owned(),
                 major: Some(major),
@@ -57,67 +194,109 @@ fn replace(linux: &mut Linux, path: &str, nodes: &[DeviceNode]) {
                 access: "rwm".to_owned(),
             });
         }
+        self.whole.push(whole);
+        given
     }
+
+    /// Says of the numbers here what `resources` says of the node's.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an I/O limit of a device that was not given.
+    pub fn translate(&self, resources: &mut Resources) -> Result<()> {
+        // All by the rules as they came: the guest's number of one may be the node's of another.
+        let rules = resources.devices.clone();
+        resources.devices.retain(|rule| !self.is_of_the_node(rule));
+        if !rules.is_empty() {
+            for disk in &self.disks {
+                let allowed = |letter: &char| is_allowed(&rules, disk.theirs, *letter);
+                // Where the rules that are left say the same, as in a privileged container, they say it.
+                let other = |letter: &char| {
+                    is_allowed(&resources.devices, disk.ours, *letter) != allowed(letter)
+                };
+                let other = "rwm".chars().filter(other);
+                let (yes, no): (String, String) = other.partition(allowed);
+                resources.devices.extend(rule(false, disk.ours, no));
+                resources.devices.extend(rule(true, disk.ours, yes));
+            }
+        }
+        // An update without rules changes none.
+        let whole = self.whole.iter().filter(|_| !rules.is_empty());
+        for whole in whole {
+            resources.devices.extend(whole.rules.iter().cloned());
+        }
+        let Some(block_io) = &mut resources.block_io else {
+            return Ok(());
+        };
+        let number = |major: &mut i64, minor: &mut i64| {
+            let disk = self.by((*major, *minor)).ok_or_else(|| {
+                Error::InvalidArgument(format!(
+                    "linux.resources.blockIO names device {major}:{minor}, which the container was not given: limits of \
+                     the node's devices do not reach into the guest"
+                ))
+            })?;
+            (*major, *minor) = disk.ours;
+            Ok(())
+        };
+        for device in &mut block_io.weight_device {
+            number(&mut device.major, &mut device.minor)?;
+        }
+        for device in [
+            &mut block_io.throttle_read_bps_device,
+            &mut block_io.throttle_write_bps_device,
+            &mut block_io.throttle_read_iops_device,
+            &mut block_io.throttle_write_iops_device,
+        ]
+        .into_iter()
+        .flatten()
+        {
+            number(&mut device.major, &mut device.minor)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a rule is about one device of the node alone: one that the container was given, or a block device that it
+    /// was not given and whose number may be another container's disk here.
+    fn is_of_the_node(&self, rule: &DeviceRule) -> bool {
+        let of_one_given = self.whole.iter().any(|whole| {
+            let (major, minor) = whole.theirs;
+            rule.allow
+                && rule.kind == whole.kind
+                && (rule.major, rule.minor) == (Some(major), Some(minor))
+        });
+        if of_one_given {
+            return true;
+        }
+        let Some(major) = rule.major.filter(|_| rule.kind == "b") else {
+            return false;
+        };
+        let of_a_disk = rule
+            .minor
+            .is_some_and(|minor| self.by((major, minor)).is_some());
+        of_a_disk || rule.allow && DYNAMIC.iter().any(|range| range.contains(&major))
+    }
+}
+
+fn rule(allow: bool, (major, minor): (i64, i64), access: String) -> Option<DeviceRule> {
+    (!access.is_empty()).then(|| DeviceRule {
+        allow,
+        kind: "b".to_owned(),
+        major: Some(major),
+        minor: Some(minor),
+        access,
+    })
+}
+
+/// What the rules say of a block device and one kind of access: the last that matches counts.
+fn is_allowed(rules: &[DeviceRule], (major, minor): (i64, i64), letter: char) -> bool {
+    let covers = |rule: Option<i64>, number| rule.is_none_or(|rule| rule < 0 || rule == number);
+    let matching = rules.iter().rev().find(|rule| {
+        matches!(rule.kind.as_str(), "" | "a" | "b")
+            && covers(rule.major, major)
+            && covers(rule.minor, minor)
+            && (rule.access.is_empty() || rule.access.contains(letter))
+    });
+    matching.is_some_and(|rule| rule.allow)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn the_nodes_of_the_guest_take_the_place_of_the_hosts_with_its_owner_and_a_rule_of_their_own() {
-        let mut linux: Linux = serde_json::from_value(json!({
-            "devices": [
-                {"path": "/dev/vfio/12", "type": "c", "major": 240, "minor": 0, "uid": 1000, "gid": 7, "fileMode": 384},
-                {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196},
-                {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
-            ],
-            "resources": {"devices": [
-                {"allow": false, "access": "rwm"},
-                {"allow": true, "type": "c", "major": 240, "minor": 0, "access": "rw"},
-                {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"},
-            ]},
-        }))
-        .unwrap();
-        let node = |name: &str, block, minor| DeviceNode {
-            name: name.to_owned(),
-            block,
-            major: 259,
-            minor,
-            ..DeviceNode::default()
-        };
-        replace(
-            &mut linux,
-            "/dev/vfio/12",
-            &[node("nvme0", false, 3), node("nvme0n1", true, 0)],
-        );
-        replace(&mut linux, "/dev/vfio/vfio", &[]);
-        replace(&mut linux, "/dev/none", &[node("x", true, 9)]);
-        let shown: Vec<_> = linux
-            .devices
-            .iter()
-            .map(|device| {
-                (
-                    device.path.as_str(),
-                    device.kind.as_str(),
-                    device.minor,
-                    device.uid,
-                )
-            })
-            .collect();
-        assert_eq!(
-            shown,
-            [
-                ("/dev/fuse", "c", 229, None),
-                ("/dev/nvme0", "c", 3, Some(1000)),
-                ("/dev/nvme0n1", "b", 0, Some(1000)),
-            ]
-        );
-        let rules = linux.resources.unwrap().devices;
-        // The one for the host's numbers has gone.
-        let minors: Vec<_> = rules.iter().map(|rule| rule.minor).collect();
-        assert_eq!(minors, [None, Some(229), Some(3), Some(0)]);
-        assert_eq!((rules[3].kind.as_str(), rules[3].major), ("b", Some(259)));
-    }
-}
+mod tests;

@@ -17,7 +17,7 @@ use crate::{
     context::Context,
     control::{Create, Instructions, MountSource},
     error::{Error, Result},
-    given,
+    given::{self, Given},
     huge_pages::Reservation,
     inherited, names,
     spec::{self, Spec},
@@ -38,12 +38,12 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     let mut spec: Spec = spec::parse(&request.spec).map_err(|e| {
         Error::InvalidArgument(format!("the spec of container {}: {e}", request.id))
     })?;
-    given::apply(&mut spec.linux, &request.devices).await?;
+    let given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
     validate::spec(&spec)?;
     let mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
     context.claim(&request.id)?;
     let id = request.id.clone();
-    let outcome = build(context, request, spec, mount_sources).await;
+    let outcome = build(context, request, (spec, given), mount_sources).await;
     match &outcome {
         Ok(pid) => {
             slog::info!(context.logger, "container created"; "container" => &id, "pid" => pid)
@@ -59,7 +59,7 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
 async fn build(
     context: &Arc<Context>,
     request: agent::CreateContainerRequest,
-    spec: Spec,
+    (spec, given): (Spec, Given),
     mount_sources: BTreeMap<u32, MountSource>,
 ) -> Result<u32> {
     let id = request.id;
@@ -94,6 +94,7 @@ async fn build(
         gid_mappings: spec.linux.gid_mappings.clone(),
         time_namespace: spec.linux.namespaces.iter().any(|n| n.kind == "time"),
         cgroup,
+        disks: given.disks.clone(),
         _huge_pages: huge_pages,
     };
     let instructions = Instructions::Create(Box::new(Create {
@@ -104,6 +105,8 @@ async fn build(
         rootfs: request.rootfs,
         mount_sources,
         volumes: volume::directory(&context.places.run),
+        given: given.nodes,
+        disks: given.disks.names(),
         shm: context.places.run.join("shm"),
         cgroup: parts.cgroup.path().to_owned(),
         pid_namespace,

@@ -198,6 +198,7 @@ fn main() {
                     file: 4,
                     readonly: false,
                     serial: "disk0".into(),
+                    block_size: 512,
                 })
                 .collect(),
             share_tag: options.share.then(|| "brig".into()),

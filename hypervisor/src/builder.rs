@@ -111,6 +111,14 @@ impl Vm {
         self.board.unplug(function)
     }
 
+    /// Lets a plugged disk look at its size again.
+    ///
+    /// # Errors
+    /// [`StartError::State`] if no disk was plugged there.
+    pub fn refresh(&self, function: u8) -> Result<(), StartError> {
+        self.board.refresh(function)
+    }
+
     /// To be called at [`Notice::Removed`]: what the function used is free from now on.
     pub fn removed(&mut self, function: u8) {
         self.board.removed(function);

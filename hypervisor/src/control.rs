@@ -61,6 +61,11 @@ pub enum RequestBody {
         /// As [`ReplyBody::Plugged`] told it.
         function: u8,
     },
+    /// Looks at the size of the file or device behind a disk that was plugged; the guest is told of another one.
+    Resize {
+        /// As [`ReplyBody::Plugged`] told it.
+        function: u8,
+    },
     /// Asks for boot marks and exit counters.
     Counters,
     /// Ends the VM at once. The reply precedes the exit.
@@ -141,6 +146,8 @@ pub struct DiskConfig {
     pub readonly: bool,
     /// At most 20 bytes; the guest finds the disk by it.
     pub serial: String,
+    /// Bytes of a logical block: a power of two from 512 to 4096, that of a device of the node.
+    pub block_size: u32,
 }
 
 /// One host-initiated vsock stream.

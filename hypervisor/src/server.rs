@@ -279,6 +279,10 @@ impl Server {
                 }
                 Err(error) => Err(error.reply("the device was not removed")),
             },
+            RequestBody::Resize { function } => vm
+                .refresh(function)
+                .map(|()| ReplyBody::Done)
+                .map_err(|error| error.reply("the disk was not looked at")),
             RequestBody::Counters => Ok(self.counters(Some(vm))),
             RequestBody::Stop => {
                 self.reply(request.id, Ok(ReplyBody::Done));

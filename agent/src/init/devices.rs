@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     detached::{attach_on, clone_mount},
+    given,
     spec::Linux,
 };
 
@@ -72,8 +73,13 @@ impl PathOnly for std::fs::OpenOptions {
     }
 }
 
-/// Makes the default devices, those of the specification that the guest has, and the links.
-pub fn make(agent: &Agent, root: &Root, linux: &Linux, ids: &Ids) -> Result<()> {
+/// Makes the default devices, those of the specification that the guest has, those that were given, and the links.
+pub fn make(
+    agent: &Agent,
+    root: &Root,
+    (linux, given): (&Linux, &[given::Node]),
+    ids: &Ids,
+) -> Result<()> {
     let (chosen, left_out) = if linux.devices.is_empty() {
         Default::default()
     } else {
@@ -86,12 +92,19 @@ pub fn make(agent: &Agent, root: &Root, linux: &Linux, ids: &Ids) -> Result<()> 
     for (path, major, minor) in DEFAULTS {
         if chosen.iter().all(|node| node.path != path) {
             let kind = FileType::CharacterDevice;
-            node(root, path, kind, (major, minor), 0o666, ids.root()?)?;
+            node(root, (path, path), kind, (major, minor), 0o666, ids.root()?)?;
         }
     }
-    for own in chosen {
+    let mut nodes: Vec<_> = chosen.into_iter().map(|own| (own, None)).collect();
+    for given in given {
+        let own = guest_devices::parse(&given.device)?;
+        nodes.retain(|(other, _)| other.path != own.path);
+        nodes.push((own, Some(given.source.as_str())));
+    }
+    for (own, source) in nodes {
         let owner = (ids.uid(own.owner.0)?, ids.gid(own.owner.1)?);
-        node(root, &own.path, own.kind, own.numbers, own.mode, owner)?;
+        let path = (own.path.as_str(), source.unwrap_or(&own.path));
+        node(root, path, own.kind, own.numbers, own.mode, owner)?;
     }
     if guest_devices::is_privileged(linux) && ids.is_identity() {
         let directory = root.open_or_make("/dev", Missing::Directory)?;
@@ -111,9 +124,10 @@ pub fn make(agent: &Agent, root: &Root, linux: &Linux, ids: &Ids) -> Result<()> 
     Ok(())
 }
 
+/// Makes a node, or shows `source`, the guest's own.
 fn node(
     root: &Root,
-    path: &str,
+    (path, source): (&str, &str),
     kind: FileType,
     (major, minor): (u32, u32),
     mode: u32,
@@ -124,13 +138,17 @@ fn node(
         let stat = fstat(&place.found).during(format_args!("device {path}"))?;
         let same = FileType::from_raw_mode(stat.st_mode) == kind
             && (kind == FileType::Fifo || stat.st_rdev == makedev(major, minor));
-        return if same { Ok(()) } else { bind_node(root, path) };
+        return if same {
+            Ok(())
+        } else {
+            bind_node(root, path, source)
+        };
     };
     let mode = Mode::from_raw_mode(mode & 0o7777);
     match mknodat(&parent, &name, kind, mode, makedev(major, minor)) {
         Ok(()) => {}
         // A file system that takes no device nodes: the guest's own node is shown there instead.
-        Err(Errno::PERM) => return bind_node(root, path),
+        Err(Errno::PERM) => return bind_node(root, path, source),
         Err(error) => return Err(error).during(format_args!("device {path}{}", place.why())),
     }
     let owner = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
@@ -138,13 +156,13 @@ fn node(
         .during(format_args!("device {path}"))
 }
 
-fn bind_node(root: &Root, path: &str) -> Result<()> {
-    let source = File::options()
+fn bind_node(root: &Root, path: &str, source: &str) -> Result<()> {
+    let own = File::options()
         .read(true)
         .custom_flags_path()
-        .open(path)
-        .during(format_args!("the guest's {path}"))?;
-    let tree = clone_mount(source.as_fd(), false).during(format_args!("the guest's {path}"))?;
+        .open(source)
+        .during(format_args!("the guest's {source}"))?;
+    let tree = clone_mount(own.as_fd(), false).during(format_args!("the guest's {source}"))?;
     let target = root.open_or_make(path, Missing::File)?;
     attach_on(&tree, target.as_fd()).during(format_args!("device {path}"))
 }

@@ -89,11 +89,11 @@ fn walk(dir: &Path, depth: usize, nodes: &mut Vec<Node>) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens (O_PATH) the guest's character device of a name below /dev, to be shown in a container.
+/// Opens (O_PATH) the guest's character device of a name below /dev, or one of its disks, to be shown in a container.
 ///
 /// # Errors
 /// What containers have of their own, and what the guest lacks.
-pub fn open(name: &str) -> Result<OwnedFd> {
+pub fn open(name: &str, disks: &[String]) -> Result<OwnedFd> {
     let top = name.split('/').next().unwrap_or_default();
     if SKIPPED.contains(&top) {
         return Err(Failure(format!(
@@ -105,7 +105,13 @@ pub fn open(name: &str) -> Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     let node = openat2(&dev, name, flags, Mode::empty(), resolve);
     match node {
-        Ok(node) if is_character_device(&node).during(name)? => Ok(node),
+        Ok(node) if kind(&node).during(name)? == FileType::CharacterDevice => Ok(node),
+        Ok(node)
+            if kind(&node).during(name)? == FileType::BlockDevice
+                && disks.iter().any(|disk| disk == name) =>
+        {
+            Ok(node)
+        }
         Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
             Err(Failure(format!("/dev/{name}: {}", lacking(name))))
         }
@@ -113,9 +119,8 @@ pub fn open(name: &str) -> Result<OwnedFd> {
     }
 }
 
-fn is_character_device(node: &OwnedFd) -> rustix::io::Result<bool> {
-    let mode = fstat(node)?.st_mode;
-    Ok(FileType::from_raw_mode(mode) == FileType::CharacterDevice)
+fn kind(node: &OwnedFd) -> rustix::io::Result<FileType> {
+    Ok(FileType::from_raw_mode(fstat(node)?.st_mode))
 }
 
 /// Why a device of the node is not to be had, and what to do instead.
@@ -182,7 +187,11 @@ pub fn is_privileged(linux: &Linux) -> bool {
     rules.and_then(<[_]>::last).is_some_and(all)
 }
 
-fn parse(device: &Device) -> Result<Node> {
+/// A node of the specification.
+///
+/// # Errors
+/// What is no device.
+pub fn parse(device: &Device) -> Result<Node> {
     let kind = match device.kind.as_str() {
         "c" | "u" => FileType::CharacterDevice,
         "b" => FileType::BlockDevice,
@@ -309,7 +318,8 @@ mod tests {
 
     #[test]
     fn a_device_is_opened_by_its_name_and_one_that_is_not_there_is_refused_with_advice() {
-        assert!(is_character_device(&open("null").unwrap()).unwrap());
+        let null = open("null", &[]).unwrap();
+        assert_eq!(kind(&null).unwrap(), FileType::CharacterDevice);
         for (name, words) in [
             ("kvm-of-nobody", "VFIO, CDI"),
             ("null/x", "no such device"),
@@ -317,7 +327,7 @@ mod tests {
             ("pts/0", "of its own"),
             ("ptmx", "of its own"),
         ] {
-            let refused = open(name).unwrap_err().to_string();
+            let refused = open(name, &[name.to_owned()]).unwrap_err().to_string();
             assert!(refused.contains(words), "{refused}");
         }
         assert!(lacking("kvm").contains("virtualisation"));

@@ -140,7 +140,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     let container_root = root::Root::prepare(create, &ids)?;
     let needs_devices = mounts::mount_all(create, &container_root, prepared, (&ids, &maps))?;
     if needs_devices {
-        devices::make(agent, &container_root, &spec.linux, &ids)?;
+        devices::make(agent, &container_root, (&spec.linux, &create.given), &ids)?;
     }
     let terminal = match create.terminal {
         Some(size) => {

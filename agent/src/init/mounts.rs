@@ -235,7 +235,7 @@ fn bind_source(
             volume.ok_or_else(|| Failure(format!("the volume {id} was not prepared")))?
         }
         Some(MountSource::Device(name)) => {
-            let node = guest_devices::open(name)?;
+            let node = guest_devices::open(name, &create.disks)?;
             clone_mount(node.as_fd(), false).during(format_args!("the guest's /dev/{name}"))?
         }
         None if mount.destination.trim_end_matches('/') == "/dev/shm" => {

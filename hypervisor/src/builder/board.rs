@@ -287,7 +287,7 @@ fn new_net(net: &NetConfig, fds: &mut Descriptors) -> Result<Net, StartError> {
 
 fn new_disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, StartError> {
     let file = fds.take(disk.file, "disk")?;
-    Block::new(file, disk.readonly, &disk.serial).map_err(device_error("block"))
+    Block::new(file, disk.readonly, &disk.serial, disk.block_size).map_err(device_error("block"))
 }
 
 fn device_error<E: std::fmt::Display>(device: &'static str) -> impl Fn(E) -> StartError {

@@ -150,7 +150,7 @@ pub fn block_queue(data: &[u8]) {
     let readonly = input.flag();
     let disk = file(&[0x5a; 64 * 512]);
     let copy = std::fs::File::from(disk.try_clone().unwrap());
-    let mut harness = Harness::new(Block::new(disk, readonly, "disk").unwrap());
+    let mut harness = Harness::new(Block::new(disk, readonly, "disk", 512).unwrap());
     drive(&mut harness, &mut input, |_| {});
     let length = copy.metadata().unwrap().len();
     assert_eq!(length, 64 * 512, "the disk has another size");

@@ -51,6 +51,10 @@ pub trait ConfigSpace: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Takes a driver write; a device without writable fields ignores it.
     fn write(&self, _offset: u64, _data: &[u8]) {}
+    /// Another number after each change that the device made (§4.1.4.3.1).
+    fn generation(&self) -> u8 {
+        0
+    }
 }
 
 /// A read-only configuration space.
@@ -152,6 +156,13 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// As those of [`Self::process`].
     fn catch_up(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Looks again at what the device stands on: it may have another size.
+    ///
+    /// # Errors
+    /// As those of [`Self::process`].
+    fn refresh(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
     /// Gives the queues up: in-flight I/O is drained, no guest memory is touched afterwards, every

@@ -45,6 +45,11 @@ impl Interrupts {
     pub fn of(&self, index: u16) -> u64 {
         self.queues[usize::from(index)].load(Ordering::SeqCst)
     }
+
+    /// Interrupts for another configuration so far.
+    pub fn changes(&self) -> u64 {
+        self.config.load(Ordering::SeqCst)
+    }
 }
 
 impl Interrupt for Interrupts {

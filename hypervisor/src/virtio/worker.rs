@@ -24,6 +24,7 @@ enum Command {
     Add(u32, Slot),
     Activate(u32, Box<Activation>),
     Deactivate(u32, SyncSender<()>),
+    Refresh(u32),
     Remove(u32, OnRemoved),
     Stop,
 }
@@ -66,6 +67,11 @@ impl DeviceHandle {
         let (done, receiver) = sync_channel(1);
         self.send(Command::Deactivate(self.slot, done));
         receiver
+    }
+
+    /// Lets the device look again at what it stands on. Returns at once.
+    pub fn refresh(&self) {
+        self.send(Command::Refresh(self.slot));
     }
 
     /// Takes the device from its worker: in-flight I/O is drained, and when the device has been dropped, with
@@ -270,6 +276,7 @@ impl Thread {
                     // A transport that stopped waiting has dropped its end.
                     let _ = done.send(());
                 }
+                Ok(Command::Refresh(slot)) => self.refresh(slot),
                 Ok(Command::Remove(slot, removed)) => {
                     self.deactivate(slot);
                     self.slots.remove(&slot);
@@ -299,6 +306,14 @@ impl Thread {
         running.active = true;
         if let Err(error) = running.slot.device.activate(activation, &mut sources) {
             running.fail(&error, &mut sources, &self.log);
+        }
+    }
+
+    fn refresh(&mut self, slot: u32) {
+        if let Some(running) = self.slots.get_mut(&slot)
+            && let Err(error) = running.slot.device.refresh()
+        {
+            running.fail(&error, &mut Sources::new(&self.epoll, slot), &self.log);
         }
     }
 

@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use hooks::Hooks;
+pub use resources::Access;
 use resources::Resources;
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
@@ -123,6 +124,16 @@ impl Device {
         );
         matches!(self.kind.as_str(), "c" | "u").then_some(numbers)
     }
+
+    /// The numbers of a block device.
+    #[must_use]
+    pub fn block(&self) -> Option<(u32, u32)> {
+        let numbers = (
+            u32::try_from(self.major).ok()?,
+            u32::try_from(self.minor).ok()?,
+        );
+        (self.kind == "b").then_some(numbers)
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -212,18 +223,30 @@ impl Spec {
             .map_err(|error| Error::invalid(format!("config.json is not an OCI spec: {error}")))
     }
 
-    /// The device nodes that the container asks for by name. A privileged one asks for none: its specification names
-    /// every device of the node.
+    /// The device nodes that the specification names: for a privileged container every device of the node.
     #[must_use]
     pub fn devices(&self) -> &[Device] {
         let linux = self.linux.as_ref();
-        let resources = linux.and_then(|linux| linux.resources.as_ref());
-        if resources.is_some_and(Resources::allow_all_devices) {
-            return &[];
-        }
         linux
             .and_then(|linux| linux.devices.as_deref())
             .unwrap_or_default()
+    }
+
+    /// Whether every device is allowed, which is how containerd says that a container is privileged.
+    #[must_use]
+    pub fn is_privileged(&self) -> bool {
+        self.resources().is_some_and(Resources::allow_all_devices)
+    }
+
+    /// What the device rules let the container do with a block device of the node.
+    #[must_use]
+    pub fn block_access(&self, numbers: (u32, u32)) -> Access {
+        let resources = self.resources();
+        resources.map_or(Access::default(), |own| own.block_access(numbers))
+    }
+
+    fn resources(&self) -> Option<&Resources> {
+        self.linux.as_ref()?.resources.as_ref()
     }
 
     /// What the container is to its pod.
@@ -372,15 +395,13 @@ impl Spec {
     /// The container's memory limit in bytes, if it has one.
     #[must_use]
     pub fn memory_limit(&self) -> Option<u64> {
-        self.linux.as_ref()?.resources.as_ref()?.memory_limit()
+        self.resources()?.memory_limit()
     }
 
     /// What the container may use of 2 MiB huge pages, in bytes.
     #[must_use]
     pub fn huge_pages(&self) -> u64 {
-        let linux = self.linux.as_ref();
-        let resources = linux.and_then(|linux| linux.resources.as_ref());
-        resources.map_or(0, Resources::huge_pages)
+        self.resources().map_or(0, Resources::huge_pages)
     }
 
     /// The OOM score adjustment of the container's process.

@@ -327,6 +327,10 @@ impl FakeVmm {
                     self.record.add(format!("unplug {function:#x}"));
                     Ok(ReplyBody::Done)
                 }
+                RequestBody::Resize { function } => {
+                    self.record.add(format!("resize {function:#x}"));
+                    Ok(ReplyBody::Done)
+                }
                 RequestBody::Counters => Ok(ReplyBody::Counters(Counters {
                     exits: BTreeMap::from([("hlt".to_owned(), 3)]),
                     marks: vec![(control::mark::KERNEL_ENTRY, 4)],

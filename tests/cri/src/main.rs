@@ -11,6 +11,7 @@ mod container;
 mod events;
 mod growth;
 mod log;
+mod loops;
 mod mounted;
 mod node;
 mod options;

@@ -160,6 +160,7 @@ impl Machine {
                 file: fds.len(),
                 readonly: *readonly,
                 serial: format!("disk{number}"),
+                block_size: 512,
             });
             fds.push(file.as_fd());
         }
@@ -305,6 +306,7 @@ impl Machine {
             file: 0,
             readonly,
             serial: serial.to_owned(),
+            block_size: 512,
         };
         let body = RequestBody::Plug(DeviceConfig::Disk(disk));
         match self.ask(body, &[file.as_fd()])? {

@@ -186,6 +186,27 @@ impl Board {
         Ok(())
     }
 
+    /// Lets a plugged device look again at what it stands on.
+    ///
+    /// # Errors
+    /// [`StartError::State`].
+    pub fn refresh(&self, function: u8) -> Result<(), StartError> {
+        match self.plugged.get(&function) {
+            Some(Plugged {
+                behind: Behind::Virtio(handle, _),
+                leaving: false,
+                ..
+            }) => {
+                handle.refresh();
+                Ok(())
+            }
+            _ => Err(StartError::State(format!(
+                "no disk was plugged as function {}, or it is leaving",
+                show(function)
+            ))),
+        }
+    }
+
     /// What the function used is free. Does nothing for one that was not unplugged.
     pub fn removed(&mut self, function: u8) {
         let Some(plugged) = self.plugged.remove(&function) else {

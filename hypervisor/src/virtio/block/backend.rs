@@ -1,25 +1,35 @@
 //! Operations on the file, each run to its end by the calling thread.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{Whence, fdatasync, lseek64};
 
 use super::request::{Operation, Range, SECTOR, SERIAL, Status};
 use crate::virtio::chain::Buffers;
+
+/// `linux/fs.h`: `_IO(0x12, 119)`.
+const BLKDISCARD: libc::Ioctl = 0x1277;
 
 /// A raw file or a block device.
 #[derive(Debug)]
 pub struct Backend {
     file: OwnedFd,
     serial: [u8; SERIAL],
+    is_device: bool,
 }
 
 impl Backend {
     /// The serial number is filled up with zeros.
     pub fn new(file: OwnedFd, serial: [u8; SERIAL]) -> Self {
-        Self { file, serial }
+        let kind = fstat(&file).map(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT);
+        Self {
+            file,
+            serial,
+            is_device: kind == Ok(SFlag::S_IFBLK),
+        }
     }
 
     /// Whole sectors of the file or device; the rest of a file is not part of the disk.
@@ -72,7 +82,11 @@ impl Backend {
             Operation::Serial => Ok(writable.copy_from(&self.serial)),
             Operation::Discard(ranges) => {
                 for range in ranges {
-                    punch(file, range)?;
+                    if self.is_device {
+                        discard(file, range)?;
+                    } else {
+                        punch(file, range)?;
+                    }
                 }
                 Ok(0)
             }
@@ -113,6 +127,18 @@ fn transfer<'m>(
 fn punch(file: BorrowedFd<'_>, range: &Range) -> io::Result<()> {
     let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     Ok(fallocate(file, mode, range.offset, range.length)?)
+}
+
+/// A hole in a device would be one of zeros, which not every device that can discard can make.
+fn discard(file: BorrowedFd<'_>, range: &Range) -> io::Result<()> {
+    let range = [range.offset.cast_unsigned(), range.length.cast_unsigned()];
+    // SAFETY: the kernel reads two numbers from the array, which outlives the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Where a file system cannot zero a range in place, a hole reads as zero as well.

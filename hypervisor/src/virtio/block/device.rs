@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
@@ -49,6 +50,30 @@ pub enum BlockError {
     /// The file has no whole sector.
     #[error("a disk of less than one sector")]
     Empty,
+    /// The size of its blocks is none.
+    #[error("a disk with blocks of {0} bytes: 512 to 4096 are possible")]
+    Blocks(u32),
+}
+
+/// `struct virtio_blk_config`, of which the capacity can change.
+struct Config {
+    /// In sectors.
+    capacity: AtomicU64,
+    generation: AtomicU8,
+    /// All of it; the capacity's place is not used.
+    bytes: Vec<u8>,
+}
+
+impl ConfigSpace for Config {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut bytes = self.bytes.clone();
+        bytes[..8].copy_from_slice(&self.capacity.load(Ordering::SeqCst).to_le_bytes());
+        bytes.read(offset, data);
+    }
+
+    fn generation(&self) -> u8 {
+        self.generation.load(Ordering::SeqCst)
+    }
 }
 
 struct Active {
@@ -61,16 +86,24 @@ struct Active {
 pub struct Block {
     backend: Backend,
     limits: Limits,
-    config: Arc<Vec<u8>>,
+    config: Arc<Config>,
     active: Option<Active>,
 }
 
 impl Block {
-    /// A disk over a regular file or a block device. `serial` has at most 20 bytes.
+    /// A disk over a regular file or a block device. `serial` has at most 20 bytes, a logical block `block_size`.
     ///
     /// # Errors
-    /// If the file has no size or the serial number is too long.
-    pub fn new(file: OwnedFd, readonly: bool, serial: &str) -> Result<Self, BlockError> {
+    /// If the file has no size, the serial number is too long or the block size is none.
+    pub fn new(
+        file: OwnedFd,
+        readonly: bool,
+        serial: &str,
+        block_size: u32,
+    ) -> Result<Self, BlockError> {
+        if !block_size.is_power_of_two() || !(512..=4096).contains(&block_size) {
+            return Err(BlockError::Blocks(block_size));
+        }
         let mut padded = [0; SERIAL];
         padded
             .get_mut(..serial.len())
@@ -84,7 +117,11 @@ impl Block {
         Ok(Self {
             backend,
             limits: Limits { sectors, readonly },
-            config: Arc::new(configuration(sectors)),
+            config: Arc::new(Config {
+                capacity: AtomicU64::new(sectors),
+                generation: AtomicU8::new(0),
+                bytes: configuration(block_size),
+            }),
             active: None,
         })
     }
@@ -132,15 +169,16 @@ fn complete(backend: &Backend, request: Request<'_>) -> (u16, u32) {
 }
 
 /// `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
-fn configuration(sectors: u64) -> Vec<u8> {
+fn configuration(block_size: u32) -> Vec<u8> {
     let mut config = Vec::with_capacity(60);
-    config.extend(sectors.to_le_bytes());
+    // Capacity.
+    config.extend([0; 8]);
     // size_max, not offered.
     config.extend([0; 4]);
     config.extend(SEG_MAX.to_le_bytes());
     // Geometry, not offered.
     config.extend([0; 4]);
-    config.extend(512u32.to_le_bytes());
+    config.extend(block_size.to_le_bytes());
     // Topology, writeback, num_queues, none offered.
     config.extend([0; 12]);
     for _ in ["discard", "write zeroes"] {
@@ -212,6 +250,25 @@ impl VirtioDevice for Block {
             self.serve()?;
         }
         Ok(())
+    }
+
+    fn refresh(&mut self) -> Result<(), DeviceError> {
+        let host = |source| DeviceError::Host {
+            device: NAME,
+            source,
+        };
+        // One that is gone has no size: what the guest asks of it then fails by itself.
+        let sectors = self.backend.sectors().unwrap_or(0);
+        if sectors == self.limits.sectors {
+            return Ok(());
+        }
+        self.limits.sectors = sectors;
+        self.config.capacity.store(sectors, Ordering::SeqCst);
+        self.config.generation.fetch_add(1, Ordering::SeqCst);
+        match &self.active {
+            Some(active) => active.interrupt.config().map_err(host),
+            None => Ok(()),
+        }
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {

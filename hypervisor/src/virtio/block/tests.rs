@@ -26,7 +26,7 @@ impl Disk {
         let mut file = tempfile::tempfile().unwrap();
         let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
         file.write_all(&bytes).unwrap();
-        let device = Block::new(file.try_clone().unwrap().into(), readonly, "disk-1").unwrap();
+        let device = Block::new(file.try_clone().unwrap().into(), readonly, "disk-1", 512).unwrap();
         let mut harness = Harness::new(device);
         let features = harness.device.features();
         harness.activate(features);
@@ -169,7 +169,7 @@ fn the_serial_number_is_told() {
     file.set_len(512).unwrap();
     let long = "x".repeat(21);
     assert!(matches!(
-        Block::new(file.into(), false, &long),
+        Block::new(file.into(), false, &long, 512),
         Err(BlockError::Serial(21))
     ));
 }
@@ -280,14 +280,63 @@ fn a_file_without_a_sector_is_refused() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(511).unwrap();
     assert!(matches!(
-        Block::new(file.into(), false, ""),
+        Block::new(file.into(), false, "", 512),
         Err(BlockError::Empty)
     ));
     let (reader, _writer) = nix::unistd::pipe().unwrap();
     assert!(matches!(
-        Block::new(reader, false, ""),
+        Block::new(reader, false, "", 512),
         Err(BlockError::Size(_))
     ));
+}
+
+#[test]
+fn another_size_is_told_and_counts() {
+    let mut disk = Disk::new(false);
+    let data = disk.data;
+    assert_eq!(disk.request(0, 256, &[(data, 512, true)]).0, IOERR);
+    let config = disk.harness.device.config();
+    let capacity = || {
+        let mut bytes = [0; 8];
+        config.read(0, &mut bytes);
+        u64::from_le_bytes(bytes)
+    };
+    disk.harness.device.refresh().unwrap();
+    assert_eq!(
+        (config.generation(), disk.harness.interrupts.changes()),
+        (0, 0)
+    );
+    disk.file.set_len(300 * 512).unwrap();
+    disk.harness.device.refresh().unwrap();
+    assert_eq!(capacity(), 300);
+    assert_eq!(
+        (config.generation(), disk.harness.interrupts.changes()),
+        (1, 1)
+    );
+    assert_eq!(disk.request(0, 299, &[(data, 512, true)]).0, OK);
+    disk.file.set_len(100).unwrap();
+    disk.harness.device.refresh().unwrap();
+    assert_eq!(capacity(), 0);
+    assert_eq!(disk.request(0, 0, &[(data, 512, true)]).0, IOERR);
+}
+
+#[test]
+fn a_block_has_the_size_that_was_asked_for() {
+    let file = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        file.into()
+    };
+    let device = Block::new(file(), false, "", 4096).unwrap();
+    let mut size = [0; 4];
+    device.config().read(20, &mut size);
+    assert_eq!(u32::from_le_bytes(size), 4096);
+    for wrong in [0, 511, 256, 8192] {
+        assert!(matches!(
+            Block::new(file(), false, "", wrong),
+            Err(BlockError::Blocks(_))
+        ));
+    }
 }
 
 proptest! {

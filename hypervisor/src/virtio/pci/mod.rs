@@ -30,6 +30,8 @@ use crate::sync::lock;
 /// status, which stays non-zero.
 const RESET_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// `config_generation`, the one register of the common structure that is the device's.
+const GENERATION: u64 = 0x15;
 const VENDOR: u16 = 0x1af4;
 /// Device ids of modern virtio functions start here.
 const DEVICE_BASE: u16 = 0x1040;
@@ -172,6 +174,10 @@ impl VirtioPci {
     }
 
     fn common_read(&self, offset: u64, data: &mut [u8]) {
+        if let (GENERATION, [generation]) = (offset, &mut *data) {
+            *generation = self.device_config.generation();
+            return;
+        }
         let mut common = lock(&self.common);
         self.finish_reset(&mut common);
         common.read(offset, data, self.interrupt.needs_reset());

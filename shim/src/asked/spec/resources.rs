@@ -16,6 +16,15 @@ pub(super) struct Resources {
     devices: Option<Vec<DeviceRule>>,
 }
 
+/// What a container may do with a device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Read it.
+    pub read: bool,
+    /// Write to it.
+    pub write: bool,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct DeviceRule {
@@ -55,6 +64,28 @@ impl Resources {
         })
     }
 
+    /// What the rules let a container do with a block device of the node: the last rule that matches counts, and
+    /// without one nothing is allowed.
+    pub(super) fn block_access(&self, (major, minor): (u32, u32)) -> Access {
+        let covers = |rule: Option<i64>, number: u32| {
+            rule.is_none_or(|rule| rule < 0 || rule == i64::from(number))
+        };
+        let allows = |letter: char| {
+            let matching = self.devices.iter().flatten().rev().find(|rule| {
+                let access = rule.access.as_deref().unwrap_or_default();
+                matches!(rule.kind.as_deref(), None | Some("" | "a" | "b"))
+                    && covers(rule.major, major)
+                    && covers(rule.minor, minor)
+                    && (access.is_empty() || access.contains(letter))
+            });
+            matching.is_some_and(|rule| rule.allow)
+        };
+        Access {
+            read: allows('r'),
+            write: allows('w'),
+        }
+    }
+
     /// In bytes, if there is one.
     pub(super) fn memory_limit(&self) -> Option<u64> {
         let limit = self.memory.as_ref()?.limit?;
@@ -72,6 +103,33 @@ impl Resources {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_rule_that_matches_says_what_may_be_done_with_a_block_device() {
+        let access = |rules: &str, numbers| {
+            let parsed: Resources = serde_json::from_str(rules).unwrap();
+            let Access { read, write } = parsed.block_access(numbers);
+            (read, write)
+        };
+        let rules = r#"{"devices":[{"allow":false,"access":"rwm"},
+            {"allow":true,"type":"b","major":7,"minor":0,"access":"rwm"},
+            {"allow":true,"type":"b","major":7,"minor":1,"access":"r"},
+            {"allow":true,"type":"c","major":7,"minor":2,"access":"rw"},
+            {"allow":true,"type":"b","major":8,"minor":-1},
+            {"allow":false,"type":"b","major":8,"minor":3,"access":"w"}]}"#;
+        for (numbers, wanted) in [
+            ((7, 0), (true, true)),
+            ((7, 1), (true, false)),
+            ((7, 2), (false, false)),
+            ((8, 1), (true, true)),
+            ((8, 3), (true, false)),
+        ] {
+            assert_eq!(access(rules, numbers), wanted, "{numbers:?}");
+        }
+        assert_eq!(access("{}", (7, 0)), (false, false));
+        let all = r#"{"devices":[{"allow":true,"access":"rwm"}]}"#;
+        assert_eq!(access(all, (7, 0)), (true, true));
+    }
 
     #[test]
     fn limits_are_what_is_above_nothing() {

@@ -379,6 +379,7 @@ fn adopt(
         sending: Arc::new(Semaphore::new(MAX_SIGNALS)),
         deaf: AtomicBool::new(false),
         passthrough: Arc::default(),
+        disks: Arc::default(),
     });
     tokio::spawn(watch_connection(
         Arc::downgrade(&vm),

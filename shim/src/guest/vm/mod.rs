@@ -8,8 +8,10 @@ pub mod boot;
 mod clock;
 pub mod control;
 pub mod death;
+mod disks;
 pub(crate) mod frames;
 mod groups;
+mod held_disks;
 pub mod host;
 mod kill;
 mod late;
@@ -240,6 +242,8 @@ pub struct Vm {
     deaf: AtomicBool,
     /// Devices of the node. Held across calls: they come and go one after another.
     passthrough: Arc<tokio::sync::Mutex<groups::Groups>>,
+    /// Block devices of the node, likewise.
+    disks: Arc<tokio::sync::Mutex<held_disks::Disks>>,
 }
 
 impl fmt::Debug for Vm {

@@ -11,7 +11,8 @@ use ttrpc::context;
 
 use super::context::Context;
 use super::creation::{Creation, Made};
-use super::{devices, work};
+use super::devices::{Asked, Given};
+use super::work;
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Attributes, Mounts, RootfsMount, Vm, rootfs_path};
@@ -62,6 +63,7 @@ struct Progress {
     attaching: Option<JoinHandle<Result<()>>>,
     hooks: Option<Arc<ContainerHooks>>,
     hooking: Option<JoinHandle<Result<()>>>,
+    giving: Option<JoinHandle<Result<Given>>>,
     /// The hooks of a creation have begun to run, so those of its end follow.
     hooked: bool,
     stdio: Option<Stdio>,
@@ -88,10 +90,13 @@ impl Progress {
         for under_way in [self.attaching, self.hooking].into_iter().flatten() {
             let _ = under_way.await;
         }
+        if let Some(giving) = self.giving {
+            let _ = giving.await;
+        }
         if self.hooked {
             work::hooks(context, id, self.hooks, Stage::Stopped, vm.pid()).await;
         }
-        vm.take_groups(id, &context.logger).await;
+        work::take_devices(context, &vm, id).await;
         work::detach(context, &vm, id, &self.attached).await;
         context.volumes.release(self.leases).await;
     }
@@ -106,9 +111,9 @@ fn may_exist(created: &Result<()>) -> bool {
 }
 
 /// Waits for a step that goes on by itself when the creation is abandoned.
-async fn step(under_way: &mut Option<JoinHandle<Result<()>>>) -> Result<()> {
+async fn step<T>(under_way: &mut Option<JoinHandle<Result<T>>>) -> Result<T> {
     let Some(handle) = under_way else {
-        return Ok(());
+        return Err(Error::internal("a step was not begun"));
     };
     let result = handle.await;
     *under_way = None;
@@ -150,6 +155,7 @@ async fn steps(
     progress.leases.join().await?;
     let mut sources = progress.leases.sources()?;
     sources.extend(planned.in_guest(&vm).await?);
+    let disks = planned.take_disks();
     planned.lease(&mut progress.leases);
     if let Some(hooks) = progress.hooks.clone() {
         progress.hooked = true;
@@ -158,7 +164,11 @@ async fn steps(
         progress.hooking = Some(tokio::task::spawn_blocking(run));
         step(&mut progress.hooking).await?;
     }
-    let devices = devices::give(context, &vm, &creation).await?;
+    let asked = Asked::by(&creation, disks);
+    let (for_devices, logger) = (Arc::clone(&vm), context.logger.clone());
+    progress.giving = Some(tokio::spawn(asked.give(for_devices, logger)));
+    let given = step(&mut progress.giving).await?;
+    sources.extend(given.sources);
     let stdio = ends.connect(&vm).await?;
     let request = CreateContainerRequest {
         id: creation.id.clone(),
@@ -167,7 +177,8 @@ async fn steps(
         rootfs: rootfs_path(&creation.id),
         mount_sources: sources,
         pid_namespace_of: creation.pid_namespace_of.unwrap_or_default(),
-        devices,
+        devices: given.devices,
+        disks: given.disks,
         ..CreateContainerRequest::default()
     };
     progress.stdio = Some(stdio);

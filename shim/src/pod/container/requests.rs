@@ -534,7 +534,7 @@ impl Container {
                 work::kill(&vm, &id, "").await;
             }
             work::release(&context, &vm, &id, "", stdio, true).await;
-            vm.take_groups(&id, &context.logger).await;
+            work::take_devices(&context, &vm, &id).await;
             work::detach(&context, &vm, &id, &attached).await;
             context.volumes.release(leases).await;
             work::hooks(&context, &id, hooks, Stage::Stopped, vm.pid()).await;

@@ -193,6 +193,12 @@ pub(super) async fn kill(vm: &Vm, id: &str, exec_id: &str) {
     let _ = vm.clear("SignalProcess", answer).await;
 }
 
+/// Takes what a container has of the node's devices from the guest.
+pub(super) async fn take_devices(context: &Context, vm: &Vm, id: &str) {
+    vm.take_groups(id, &context.logger).await;
+    vm.take_disks(id, &context.logger).await;
+}
+
 /// Takes a container's mounts away; with the VM they are gone anyway.
 pub(super) async fn detach(context: &Context, vm: &Vm, id: &str, attached: &[String]) {
     if vm.death().is_some() {

@@ -12,6 +12,7 @@ use super::mountinfo::MountTable;
 use crate::asked::spec::BindMount;
 use crate::error::{Error, Result};
 use crate::guest::vm::shown;
+use crate::node::disk::{self, Numbers, Owner};
 use crate::node::sandbox_files;
 
 /// Kubelet's plugins whose volumes it writes with its atomic writer, or as plain read-only files.
@@ -55,6 +56,8 @@ pub enum Class {
     },
     /// The guest's own character device of this name below /dev, if it has one.
     Device(String),
+    /// A block device of the node, whose node has this owner: a disk of the guest.
+    Disk(Numbers, Owner),
 }
 
 /// Decides for one mount.
@@ -122,11 +125,8 @@ fn special(bind: &BindMount, metadata: &Metadata) -> Result<Option<Class>> {
             "the VM's kernel and the node's cannot share one; use a file or the network instead",
         );
     }
-    if kind.is_block_device() {
-        return refuse(
-            "a block device",
-            "a bind mount cannot bring it into a VM; use a volumeDevice",
-        );
+    if let Some((numbers, owner)) = disk::at(&bind.source) {
+        return Ok(Some(Class::Disk(numbers, owner)));
     }
     if kind.is_char_device() {
         let number = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));

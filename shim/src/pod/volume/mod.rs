@@ -26,6 +26,7 @@ use crate::asked::spec::BindMount;
 use crate::error::{Error, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Vm, shown};
+use crate::node::disk::{Numbers, Owner};
 use classify::Class;
 use feed::{Budget, Feed, Source, Volume};
 use mountinfo::MountTable;
@@ -80,7 +81,23 @@ struct State {
 pub struct Planned {
     shared: Vec<(BindMount, shared::Key)>,
     in_guest: Vec<InGuest>,
+    disks: Vec<DiskMount>,
     logger: Logger,
+}
+
+/// A mount of the node of a block device.
+#[derive(Debug, PartialEq, Eq)]
+pub struct DiskMount {
+    /// Index into the spec's mounts.
+    pub index: u32,
+    /// Where it appears in the container.
+    pub destination: String,
+    /// The device.
+    pub numbers: Numbers,
+    /// Of the node's node.
+    pub owner: Owner,
+    /// It is not to be written to.
+    pub readonly: bool,
 }
 
 struct InGuest {
@@ -130,6 +147,7 @@ impl Volumes {
         let mut planned = Planned {
             shared: Vec::new(),
             in_guest: Vec::new(),
+            disks: Vec::new(),
             logger: self.shared.logger.clone(),
         };
         let writable = self.writable(&classified);
@@ -146,6 +164,14 @@ impl Volumes {
                     planned.share_instead(bind, key_of_share, reason);
                 }
                 Found::Share => planned.shared.push((bind, key_of_share)),
+                Found::Disk(numbers, owner) => planned.disks.push(DiskMount {
+                    index: u32::try_from(bind.index)
+                        .map_err(|_| Error::invalid("too many mounts"))?,
+                    destination: bind.destination,
+                    numbers,
+                    owner,
+                    readonly: bind.readonly,
+                }),
                 Found::Device(name) => planned.in_guest.push(InGuest {
                     index: bind.index,
                     what: What::Device(name),
@@ -405,6 +431,11 @@ impl Planned {
         Ok(sources)
     }
 
+    /// The mounts that are block devices of the node.
+    pub fn take_disks(&mut self) -> Vec<DiskMount> {
+        std::mem::take(&mut self.disks)
+    }
+
     /// Adds what has to be held as long as the container exists.
     pub fn lease(self, leases: &mut Leases) {
         let volumes = self
@@ -445,6 +476,7 @@ type Classified = (BindMount, shared::Key, Found);
 enum Found {
     Share,
     Device(String),
+    Disk(Numbers, Owner),
     Volume {
         key: Key,
         source: Source,
@@ -498,6 +530,7 @@ fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
     match classify::classify(bind, table)? {
         Class::Share => Ok(Found::Share),
         Class::Device(name) => Ok(Found::Device(name)),
+        Class::Disk(numbers, owner) => Ok(Found::Disk(numbers, owner)),
         Class::Replica { top, file, live } => {
             let identity = snapshot::identity(&top).map_err(failed)?;
             let inside = PathBuf::from(file.clone().unwrap_or_default());

@@ -2,6 +2,7 @@
 
 mod apps;
 mod attach;
+mod block;
 mod cgroups;
 mod clock;
 pub mod config_volumes;
@@ -47,6 +48,7 @@ pub fn all() -> Vec<Case> {
         mounts::CASES,
         image_paths::CASES,
         devices::CASES,
+        block::CASES,
         file_systems::CASES,
         security::CASES,
         user_namespace::CASES,

@@ -1,0 +1,189 @@
+//! Block devices of the node that a VM has as disks. One disk for each, however many containers of the pod have it: they
+//! see what the others write, as on a node.
+//!
+//! The VMM alone holds the device, so it is free when the disk is unplugged, and when the VMM has died.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::sync::{Arc, Weak};
+
+use brig_hypervisor::control::{DeviceConfig, DiskConfig, RequestBody};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
+use slog::{Logger, info, warn};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+
+use super::Vm;
+use super::control::Control;
+use super::held_disks::{Disk, Disks, Held, Watch};
+use crate::error::{Error, Result};
+use crate::node::disk::{self, Numbers};
+use crate::node::watched::watched;
+
+/// The multicast group of the kernel's own events.
+const KERNEL_EVENTS: u32 = 1;
+/// Longest event (lib/kobject_uevent.c, UEVENT_BUFFER_SIZE and the header).
+const MAX_EVENT: usize = 4096;
+
+impl Vm {
+    /// Gives a block device of the node to the guest, for the container `owner`.
+    ///
+    /// # Errors
+    /// One sentence: the node's, the VMM's or the guest's. Nothing is left of it then.
+    pub async fn give_disk(
+        &self,
+        numbers: Numbers,
+        write: bool,
+        owner: &str,
+        logger: &Logger,
+    ) -> Result<Disk> {
+        let mut disks = self.disks.lock().await;
+        if let Some(held) = disks.find(numbers, write) {
+            held.owners.insert(owner.to_owned());
+            return Ok(held.disk.clone());
+        }
+        // Before its size is looked at: no growth is missed.
+        if disks.watch.is_none() {
+            disks.watch = self.watch_disks(logger);
+        }
+        let given = self.plug_device(numbers, write).await;
+        match given {
+            Ok(disk) => {
+                let (major, minor) = numbers;
+                info!(logger, "a block device of the node was given to the pod"; "device" => format!("{major}:{minor}"),
+                    "writable" => write, "container" => owner, "function" => disk.function);
+                let held = Held {
+                    disk: disk.clone(),
+                    owners: BTreeSet::from([owner.to_owned()]),
+                };
+                disks.held.insert((numbers, write), held);
+                Ok(disk)
+            }
+            Err(error) => {
+                if disks.held.is_empty() {
+                    disks.watch = None;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn plug_device(&self, numbers: Numbers, write: bool) -> Result<Disk> {
+        let opened = tokio::task::spawn_blocking(move || disk::open(numbers, write)).await;
+        let opened =
+            opened.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
+        let (major, minor) = numbers;
+        let config = DiskConfig {
+            file: 0,
+            readonly: opened.readonly,
+            serial: format!("{major}:{minor}"),
+            block_size: opened.block_size,
+        };
+        let plugged = self.plug_and_find(DeviceConfig::Disk(config), vec![opened.file]);
+        let (function, found) = plugged.await.map_err(|error| {
+            let what = format!("block device {major}:{minor} of the node");
+            Error::new(
+                error.kind,
+                format!("{what} was not given to the pod: {}", error.message),
+            )
+        })?;
+        // Its partitions come after it.
+        let node = found.nodes.into_iter().find(|node| node.block);
+        Ok(Disk {
+            function,
+            name: node.map(|node| node.name).unwrap_or_default(),
+        })
+    }
+
+    /// Takes the disks of a container back that no other has. With the VM they are back by themselves.
+    pub async fn take_disks(&self, owner: &str, logger: &Logger) {
+        let mut disks = self.disks.lock().await;
+        let mut free = Vec::new();
+        disks.held.retain(|_, held| {
+            let was_one = held.owners.remove(owner);
+            if was_one && held.owners.is_empty() {
+                free.push(held.disk.function);
+            }
+            !held.owners.is_empty()
+        });
+        if disks.held.is_empty() {
+            disks.watch = None;
+        }
+        if self.death().is_some() {
+            return;
+        }
+        for function in free {
+            if let Err(error) = self.unplug(function).await {
+                warn!(logger, "a block device of the node stays with the VM"; "function" => function,
+                    "error" => error.message);
+            }
+        }
+    }
+
+    /// Begins to follow the devices' sizes. Without it the disks keep theirs.
+    fn watch_disks(&self, logger: &Logger) -> Option<Watch> {
+        match events() {
+            Ok(events) => {
+                let (disks, control) = (Arc::downgrade(&self.disks), self.control.clone());
+                Some(Watch(tokio::spawn(follow(events, disks, control))))
+            }
+            Err(error) => {
+                warn!(logger, "a disk that grows is not seen to grow"; "error" => %error);
+                None
+            }
+        }
+    }
+}
+
+fn events() -> io::Result<AsyncFd<OwnedFd>> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Datagram,
+        flags,
+        SockProtocol::NetlinkKObjectUEvent,
+    )?;
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_EVENTS))?;
+    watched(socket, Interest::READABLE)
+}
+
+/// Tells the VMM of each device of the node that has changed. It knows the disks only while it asks for them, so that
+/// they end with their VM.
+async fn follow(events: AsyncFd<OwnedFd>, disks: Weak<Mutex<Disks>>, control: Control) {
+    let mut event = vec![0; MAX_EVENT];
+    loop {
+        let received = events.async_io(Interest::READABLE, |socket| {
+            Ok(recv(socket.as_raw_fd(), &mut event, MsgFlags::empty())?)
+        });
+        let numbers = match received.await {
+            Ok(length) => match disk::changed(event.get(..length).unwrap_or_default()) {
+                Some(numbers) => Some(numbers),
+                None => continue,
+            },
+            // Too many at once: any may have changed.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => None,
+            Err(_) => return,
+        };
+        let Some(disks) = disks.upgrade() else {
+            return;
+        };
+        let functions: Vec<u8> = {
+            let disks = disks.lock().await;
+            match numbers {
+                Some(numbers) => disks.of(numbers).collect(),
+                None => disks.held.values().map(|held| held.disk.function).collect(),
+            }
+        };
+        drop(disks);
+        for function in functions {
+            // One that has gone meanwhile has no size to be told.
+            let _ = control
+                .request(RequestBody::Resize { function }, Vec::new())
+                .await;
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Block devices of the node in a pod: volumes without a file system (`volumeMode: Block`), which containerd gets as
+//! devices, and hostPath volumes of a device's node.
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::{contains, contains_one, equal, that};
+use brig_tests::node::clock;
+use k8s_cri::v1::{ContainerConfig, Device};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::life::{sandbox_pid, shim_of};
+use crate::container::{Container, eventually};
+use crate::loops::Loop;
+use crate::mounted::Mounted;
+use crate::node::Directory;
+use crate::suite::{Case, SLEEP, Suite, case, not_here, smoke};
+
+pub const CASES: &[Case] = &[
+    smoke(
+        "volumes",
+        "raw block volume: shared by the pod's containers as their rules say, grown, and free after them",
+        shared,
+    ),
+    smoke(
+        "volumes",
+        "raw block volume: free on the node after its VMM or its shim was killed",
+        killed,
+    ),
+    case(
+        "volumes",
+        "hostPath block device: by a device rule, with its owner, and else refused",
+        by_path,
+    ),
+    case(
+        "volumes",
+        "raw block volume: read-only is held against the guest's root",
+        read_only,
+    ),
+    case(
+        "volumes",
+        "raw block volume: a disk that is full is an error to its writer alone",
+        full,
+    ),
+];
+
+const MIB: u64 = 1 << 20;
+
+/// As kubelet asks for a volume of `volumeDevices`.
+fn volume(disk: &Loop, path: &str, permissions: &str) -> impl FnOnce(&mut ContainerConfig) {
+    let device = Device {
+        container_path: path.to_owned(),
+        host_path: disk.node(),
+        permissions: permissions.to_owned(),
+    };
+    move |config| config.devices.push(device)
+}
+
+/// What is at a sector.
+fn at(container: &Container, path: &str, sector: u32) -> Result<String> {
+    container.sh(&format!(
+        "dd if={path} bs=512 skip={sector} count=1 2>/dev/null | head -n 1"
+    ))
+}
+
+fn write(path: &str, sector: u32, text: &str) -> String {
+    format!("echo {text} | dd of={path} bs=512 seek={sector} conv=notrunc,sync,fsync 2>&1")
+}
+
+fn shared(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("block")?;
+    let disk = Loop::new(&directory.path.join("disk"), 8 * MIB)?;
+    let pod = &suite.shared()?.pod;
+    let writer = pod
+        .container("block-writer", SLEEP)
+        .edit(volume(&disk, "/dev/data", "mrw"))
+        .edit(volume(&disk, "/dev/again", "mrw"))
+        .start()?;
+    equal(
+        "size",
+        (8 * MIB).to_string(),
+        writer.sh("test -b /dev/data && wc -c < /dev/data")?,
+    )?;
+    writer.sh(&write("/dev/data", 8, "flushed"))?;
+    contains(
+        "on the node",
+        "flushed",
+        &String::from_utf8_lossy(&disk.read(4096, 8)?),
+    )?;
+    let number = writer.sh("stat -c '%t %T' /dev/data")?;
+    equal(
+        "of both names",
+        &number,
+        &writer.sh("stat -c '%t %T' /dev/again")?,
+    )?;
+
+    let reader = pod
+        .container("block-reader", SLEEP)
+        .edit(volume(&disk, "/dev/mine", "r"))
+        .start()?;
+    equal(
+        "what the writer wrote",
+        "flushed",
+        at(&reader, "/dev/mine", 8)?,
+    )?;
+    // Seen by the other before it is on the disk.
+    writer.sh("echo early | dd of=/dev/data bs=512 seek=9 conv=notrunc,sync 2>/dev/null")?;
+    equal("what is not flushed", "early", at(&reader, "/dev/mine", 9)?)?;
+    reader.sh_fails(&write("/dev/mine", 10, "refused"))?;
+
+    let other = pod.container("block-other", SLEEP).start()?;
+    let node = format!("set -- {number}; mknod /dev/stolen b $((0x$1)) $((0x$2))");
+    other.sh(&format!(
+        "{node} && ! test -e /dev/data && ! head -c 1 /dev/stolen"
+    ))?;
+    drop(other);
+
+    disk.grow(16 * MIB)?;
+    eventually("it has grown", clock::seconds(3), || {
+        let size = writer.sh("wc -c < /dev/data")?;
+        Ok((size == (16 * MIB).to_string()).then_some(()))
+    })?;
+    writer.sh(&write("/dev/data", 24576, "beyond"))?;
+    equal("in what is new", "beyond", at(&reader, "/dev/mine", 24576)?)?;
+
+    writer.remove().context("the writer")?;
+    equal("one is left", "beyond", at(&reader, "/dev/mine", 24576)?)?;
+    reader.remove().context("the reader")?;
+    disk.freed()
+}
+
+fn killed(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("runc's containers outlive their sandbox");
+    }
+    let directory = Directory::new("block-killed")?;
+    for (name, victim) in [
+        ("block-vmm", sandbox_pid as fn(&_) -> Result<i32>),
+        ("block-shim", shim_of),
+    ] {
+        let disk = Loop::new(&directory.path.join(name), MIB)?;
+        let pod = suite.run(name)?;
+        let container = pod
+            .container("main", SLEEP)
+            .edit(volume(&disk, "/dev/data", "mrw"))
+            .start()?;
+        container.sh(&write("/dev/data", 1, "durable"))?;
+        let pid = victim(&pod)?;
+        that("a process of the pod's", pid > 1)?;
+        kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+        eventually("the pod is NotReady", clock::seconds(4), || {
+            Ok(matches!(pod.is_ready(), Ok(false)).then_some(()))
+        })?;
+        let on_disk = disk.read(512, 8)?;
+        contains(
+            "what was synced",
+            "durable",
+            &String::from_utf8_lossy(&on_disk),
+        )?;
+        disk.freed().context(name)?;
+        eventually("the pod is removed", clock::seconds(4), || {
+            Ok(pod.stop().and_then(|()| pod.remove()).ok())
+        })?;
+    }
+    Ok(())
+}
+
+fn by_path(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("block-path")?;
+    let disk = Loop::new(&directory.path.join("disk"), MIB)?;
+    std::os::unix::fs::chown(&disk.path, Some(0), Some(1234))?;
+    let shared = suite.shared()?;
+    let without = shared
+        .pod
+        .container("block-path", SLEEP)
+        .mount(&disk.path, "/disk")
+        .start();
+    if suite.is_brig() {
+        let error = without.err().context("a device without a rule was given")?;
+        contains("the refusal", "mount on /disk", &format!("{error:#}"))?;
+        contains("the refusal", "device rule", &format!("{error:#}"))?;
+    } else {
+        without?.sh_fails("head -c 1 /disk")?;
+    }
+    let pod = suite
+        .pod("block-path")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    let container = pod
+        .container("main", SLEEP)
+        .security(|security| security.privileged = true)
+        .mount(&disk.path, "/disk")
+        .start()?;
+    equal(
+        "type and owner",
+        "block special file 0:1234",
+        container.sh("stat -c '%F %u:%g' /disk")?,
+    )?;
+    container.sh(&write("/disk", 3, "by-path"))?;
+    contains(
+        "on the node",
+        "by-path",
+        &String::from_utf8_lossy(&disk.read(1536, 8)?),
+    )?;
+    container.remove()?;
+    disk.freed()
+}
+
+fn read_only(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("a privileged container has the node's devices");
+    }
+    let directory = Directory::new("block-ro")?;
+    let disk = Loop::new(&directory.path.join("disk"), MIB)?;
+    let pod = suite
+        .pod("block-ro")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    let reader = pod
+        .container("reader", SLEEP)
+        .edit(volume(&disk, "/dev/mine", "r"))
+        .start()?;
+    reader.sh("head -c 512 /dev/mine > /dev/null")?;
+    // All that the guest has, and everything is allowed.
+    let root = pod
+        .container("root", SLEEP)
+        .security(|security| security.privileged = true)
+        .start()?;
+    root.sh("test -b /dev/vda")?;
+    root.sh_fails(&write("/dev/vda", 1, "refused"))?;
+    root.sh("blockdev --setrw /dev/vda || true")?;
+    let said = root.exec(&["sh", "-c", &write("/dev/vda", 1, "refused")])?;
+    that("a write is refused by the disk", said.code != 0)?;
+    equal("on the node", vec![0; 512], disk.read(512, 512)?)?;
+    drop(root);
+    reader.remove()?;
+    disk.freed()
+}
+
+fn full(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("block-full")?;
+    let small = directory.directory("small")?;
+    let tmpfs = Mounted::tmpfs(&small, "size=2m")?;
+    let disk = Loop::new(&small.join("disk"), 8 * MIB)?;
+    let pod = &suite.shared()?.pod;
+    let container = pod
+        .container("block-full", SLEEP)
+        .edit(volume(&disk, "/dev/data", "mrw"))
+        .start()?;
+    let fill = "dd if=/dev/urandom of=/dev/data bs=1M count=6 conv=notrunc,fsync 2>&1";
+    let said = container.exec(&["sh", "-c", fill])?;
+    that("the writer is told", said.code != 0)?;
+    contains_one(
+        "what it is told",
+        &["Input/output error", "No space"],
+        &said.text(),
+    )?;
+    container.sh("dd if=/dev/data bs=512 count=1 of=/dev/null 2>/dev/null")?;
+    let other = pod.container("block-beside", SLEEP).start()?;
+    other.sh("true").context("a container beside it")?;
+    container.remove()?;
+    disk.freed()?;
+    tmpfs.unmount()
+}
