@@ -17,6 +17,7 @@ use crate::{
     events::Events,
     huge_pages::HugePages,
     launch::Launcher,
+    memory::Memory,
     outputs::Outputs,
     page_reporting::PageReporting,
     places::Places,
@@ -50,6 +51,8 @@ pub struct Context {
     pub volumes: Arc<Volumes>,
     /// Its huge pages.
     pub huge_pages: Arc<HugePages>,
+    /// Its memory, as it grows and shrinks.
+    pub memory: Memory,
     /// The /dev of privileged containers.
     pub device_nodes: DeviceNodes,
     /// The log.
@@ -85,6 +88,7 @@ impl Context {
             page_reporting: PageReporting::default(),
             volumes: Arc::new(Volumes::new(&places.run, &places.share)),
             huge_pages: Arc::new(HugePages::new(places.owns_machine)),
+            memory: Memory::new(),
             device_nodes: DeviceNodes::new("/dev".into(), logger.clone()),
             logger,
             containers: Mutex::default(),

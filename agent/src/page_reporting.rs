@@ -96,10 +96,11 @@ fn nudge() {
 
 /// The part of the CPUs' time that was not idle since it was asked last, by `/proc/uptime`.
 pub fn busy() -> impl FnMut() -> f64 {
-    let cpus = std::thread::available_parallelism()
-        .map_or(1.0, |n| f64::from(u32::try_from(n.get()).unwrap_or(1)));
     let mut last = None;
     move || {
+        // They come and go.
+        let cpus = std::thread::available_parallelism()
+            .map_or(1.0, |n| f64::from(u32::try_from(n.get()).unwrap_or(1)));
         let now = Uptime::now();
         let before = std::mem::replace(&mut last, now);
         match (before, now) {

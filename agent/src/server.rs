@@ -7,10 +7,10 @@ use brig_agent_protocol::{
     agent::{
         AddNetworkRequest, AddNetworkResponse, AdjustClockRequest, AdjustClockResponse,
         ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, DeviceRef,
-        Empty, Event, FindDeviceRequest, FoundDevice, ProcessExited, ProcessList, ProcessRef,
-        ProcessStarted, ResizePtyRequest, ShutdownRequest, SignalRequest, StartSandboxRequest,
-        StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest, VolumeRef,
-        update_volume_request,
+        Empty, Event, FindDeviceRequest, FoundDevice, MemoryFigures, ProcessExited, ProcessList,
+        ProcessRef, ProcessStarted, ResizeMemoryRequest, ResizePtyRequest, SetCpusRequest,
+        ShutdownRequest, SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse,
+        UpdateRequest, UpdateVolumeRequest, VolumeRef, update_volume_request,
     },
     agent_ttrpc::Agent,
 };
@@ -21,6 +21,7 @@ use crate::{
     clock,
     command::Command,
     context::Context,
+    cpus,
     error::{Error, Result},
     forward::Forwarder,
     names, network, pci,
@@ -370,6 +371,32 @@ impl Agent for Service {
 
     async fn remove_device(&self, _: &TtrpcContext, request: DeviceRef) -> ttrpc::Result<Empty> {
         pci::remove(request.function).await?;
+        Ok(Empty::new())
+    }
+
+    async fn memory(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<MemoryFigures> {
+        Ok(self.context.memory.figures()?)
+    }
+
+    async fn resize_memory(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeMemoryRequest,
+    ) -> ttrpc::Result<MemoryFigures> {
+        let wait = Duration::from_millis(request.wait_ms.into());
+        let memory = &self.context.memory;
+        let settled = memory.settle(request.function, request.added, wait).await?;
+        Ok(settled)
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> ttrpc::Result<Empty> {
+        if !self.context.places.owns_machine {
+            return Err(Error::FailedPrecondition(
+                "these CPUs are not the agent's to switch".into(),
+            )
+            .into());
+        }
+        blocking(move || cpus::set(request.count)).await?;
         Ok(Empty::new())
     }
 

@@ -178,7 +178,9 @@ fn main() {
     driver.request(
         RequestBody::Start(Box::new(VmConfig {
             vcpus: options.vcpus,
+            max_vcpus: 0,
             memory_bytes: options.memory << 20,
+            max_memory_bytes: 0,
             kvm: 0,
             kernel: 1,
             initramfs: 2,

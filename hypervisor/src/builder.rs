@@ -11,12 +11,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuFd, VmFd};
 use slog::{Logger, debug};
 use vm_memory::{GuestMemory, GuestMemoryAtomic};
 
 pub use self::board::plug::Plugging;
-use self::board::{Board, Handles, MAX_DEVICES};
+use self::board::{Board, Handles, MAX_DEVICES, Space};
 pub use self::descriptors::Descriptors;
 pub use self::error::StartError;
 use crate::arch::x86_64::acpi::Platform;
@@ -25,7 +26,7 @@ use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{cpuid, layout};
 use crate::control::{DeviceConfig, VmConfig, exit};
 use crate::exits::ExitCounters;
-use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::seccomp::{self, SeccompError, ThreadKind};
 use crate::kernel;
 use crate::kvm;
 use crate::memory;
@@ -50,7 +51,15 @@ pub struct Vm {
     counters: Vec<Arc<ExitCounters>>,
     handles: Handles,
     board: Board,
-    _kvm: Arc<VmFd>,
+    cpus: Cpus,
+}
+
+/// What it takes to make a CPU.
+struct Cpus {
+    kvm: Arc<VmFd>,
+    supported: CpuId,
+    /// As many as there may be, which is the topology that the guest sees.
+    most: u8,
 }
 
 impl Vm {
@@ -124,6 +133,43 @@ impl Vm {
         self.board.removed(function);
     }
 
+    /// Says how much memory the guest is to have; the function of the device by which it changes, if there is one, and
+    /// what the guest has now, in bytes.
+    ///
+    /// # Errors
+    /// [`StartError`], with the numbers; nothing has changed then.
+    pub fn resize(&mut self, memory_bytes: u64) -> Result<(Option<u8>, u64), StartError> {
+        self.board.resize(memory_bytes)
+    }
+
+    /// Whether CPUs may be added.
+    #[must_use]
+    pub fn takes_cpus(&self) -> bool {
+        self.counters.len() < usize::from(self.cpus.most)
+    }
+
+    /// Makes CPUs until there are `count`, each with a thread that waits for the guest to start it.
+    ///
+    /// # Errors
+    /// [`StartError::Limit`] with the numbers; what the host says. Those that were made stay.
+    pub fn add_cpus(&mut self, count: u8) -> Result<(), StartError> {
+        let most = self.cpus.most;
+        if count > most {
+            return Err(StartError::Limit(format!(
+                "{count} CPUs were asked for, and this VM may have {most}"
+            )));
+        }
+        let there = u8::try_from(self.counters.len()).unwrap_or(u8::MAX);
+        for id in there..count {
+            let vcpu = self.cpus.make(id, None)?;
+            let counters = Arc::<ExitCounters>::default();
+            let machine = Arc::clone(&self.machine);
+            spawn_vcpu(id, vcpu, machine, Arc::clone(&counters), seccomp::narrow)?;
+            self.counters.push(counters);
+        }
+        Ok(())
+    }
+
     /// Exits by reason, over all CPUs.
     #[must_use]
     pub fn exits(&self) -> BTreeMap<String, u64> {
@@ -159,16 +205,19 @@ pub fn build(
     let kernel = kernel::load(&ram, &kernel_file)?;
     let initramfs_file = File::from(fds.take(config.initramfs, "initramfs")?);
     let (initramfs, length) = kernel::load_initramfs(&ram, &initramfs_file, ram_bytes, &kernel)?;
-    let mmio64 = layout::mmio64(ram_bytes, cpuid::phys_bits(&supported));
+    let phys_bits = cpuid::phys_bits(&supported);
+    let growth = layout::growth(ram_bytes, config.max_memory_bytes, phys_bits);
+    let mmio64 = layout::mmio64(ram_bytes, &growth, phys_bits);
+    let cmdline = boot::with_cpus(&config.cmdline, config.vcpus, config.max_vcpus);
     let start_info = boot::write(
         &ram,
         &BootInfo {
             ram_bytes,
-            cmdline: &config.cmdline,
+            cmdline: &cmdline,
             debug_console: config.debug_console,
             initramfs: Some((initramfs, length)),
             platform: Platform {
-                vcpus: config.vcpus,
+                vcpus: config.vcpus.max(config.max_vcpus),
                 mmio64: mmio64.clone(),
             },
         },
@@ -179,14 +228,24 @@ pub fn build(
     let mut board = Board::new(
         &vm,
         GuestMemoryAtomic::new(ram),
-        mmio64,
+        Space { mmio64, growth },
         ram_regions,
         notifier,
         log,
     )?;
     let handles = board.add_devices(config, &mut fds)?;
     board.mirror_configuration(&vm, ram_regions)?;
-    let vcpus = create_vcpus(&vm, &supported, config.vcpus, kernel.entry, start_info)?;
+    let cpus = Cpus {
+        kvm: vm,
+        supported,
+        most: config.vcpus.max(config.max_vcpus),
+    };
+    let entry = Entry {
+        rip: kernel.entry,
+        start_info,
+    };
+    let vcpus = (0..config.vcpus).map(|id| cpus.make(id, (id == 0).then_some(entry)));
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
     let counters = vcpus.iter().map(|_| Arc::default()).collect();
     Ok(Built {
         vcpus,
@@ -195,7 +254,7 @@ pub fn build(
             counters,
             handles,
             board,
-            _kvm: vm,
+            cpus,
         },
     })
 }
@@ -203,9 +262,10 @@ pub fn build(
 /// Refuses what cannot work; returns the size of RAM in bytes.
 fn check(config: &VmConfig) -> Result<u64, StartError> {
     let invalid = |reason: String| Err(StartError::Invalid(reason));
-    if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+    let most = config.vcpus.max(config.max_vcpus);
+    if config.vcpus == 0 || most > MAX_VCPUS {
         return invalid(format!(
-            "{} vCPUs are not possible, 1 to {MAX_VCPUS} are",
+            "{} to {most} vCPUs are not possible, 1 to {MAX_VCPUS} are",
             config.vcpus
         ));
     }
@@ -226,26 +286,20 @@ fn check(config: &VmConfig) -> Result<u64, StartError> {
     }
 }
 
-fn create_vcpus(
-    vm: &VmFd,
-    supported: &kvm_bindings::CpuId,
-    count: u8,
-    rip: u64,
-    start_info: u64,
-) -> Result<Vec<VcpuFd>, StartError> {
-    (0..count)
-        .map(|id| {
-            let vcpu = vm
-                .create_vcpu(u64::from(id))
-                .map_err(kvm::failed("KVM_CREATE_VCPU"))?;
-            let entries = cpuid::for_vcpu(supported, id, count).map_err(kvm::failed("CPUID"))?;
-            vcpu.set_cpuid2(&entries)
-                .map_err(kvm::failed("KVM_SET_CPUID2"))?;
-            let entry = (id == 0).then_some(Entry { rip, start_info });
-            regs::set(&vcpu, entry).map_err(kvm::failed("setting registers"))?;
-            Ok(vcpu)
-        })
-        .collect()
+impl Cpus {
+    /// The CPU with APIC id `id`; the boot CPU is told where to begin.
+    fn make(&self, id: u8, entry: Option<Entry>) -> Result<VcpuFd, StartError> {
+        let vcpu = self
+            .kvm
+            .create_vcpu(u64::from(id))
+            .map_err(kvm::failed("KVM_CREATE_VCPU"))?;
+        let entries =
+            cpuid::for_vcpu(&self.supported, id, self.most).map_err(kvm::failed("CPUID"))?;
+        vcpu.set_cpuid2(&entries)
+            .map_err(kvm::failed("KVM_SET_CPUID2"))?;
+        regs::set(&vcpu, entry).map_err(kvm::failed("setting registers"))?;
+        Ok(vcpu)
+    }
 }
 
 impl Built {
@@ -257,7 +311,7 @@ impl Built {
         for ((vcpu, counters), id) in self.vcpus.into_iter().zip(&self.vm.counters).zip(0u8..) {
             let machine = Arc::clone(&self.vm.machine);
             let counters = Arc::clone(counters);
-            spawn_vcpu(id, vcpu, machine, counters)?;
+            spawn_vcpu(id, vcpu, machine, counters, seccomp::apply)?;
         }
         Ok(self.vm)
     }
@@ -268,11 +322,12 @@ fn spawn_vcpu(
     mut vcpu: VcpuFd,
     machine: Arc<Machine>,
     counters: Arc<ExitCounters>,
+    confine: fn(ThreadKind) -> Result<(), SeccompError>,
 ) -> Result<(), StartError> {
     let name = format!("vcpu{id}");
     std::thread::Builder::new()
         .name(name.clone())
-        .spawn(move || match seccomp::apply(ThreadKind::Vcpu) {
+        .spawn(move || match confine(ThreadKind::Vcpu) {
             Ok(()) => {
                 let ended = vcpu::run(&mut vcpu, &machine, &counters);
                 machine.notifier.send(Notice::Ended(ended));
@@ -292,7 +347,9 @@ mod tests {
     fn config() -> VmConfig {
         VmConfig {
             vcpus: 1,
+            max_vcpus: 0,
             memory_bytes: 128 << 20,
+            max_memory_bytes: 0,
             kvm: 0,
             kernel: 1,
             initramfs: 2,

@@ -66,6 +66,18 @@ pub enum RequestBody {
         /// As [`ReplyBody::Plugged`] told it.
         function: u8,
     },
+    /// Says how much memory the guest is to have. It is asked for more, or to give back; it takes its time, and may not
+    /// do it. The reply, [`ReplyBody::Memory`], comes at once.
+    Memory {
+        /// All of its memory in bytes, not less than it was started with; rounded up to 2 MiB.
+        bytes: u64,
+    },
+    /// Lets the guest bring so many CPUs online, if there are fewer; a CPU is never taken back, but waits where the
+    /// guest puts it offline.
+    Cpus {
+        /// No more than it was started for.
+        count: u8,
+    },
     /// Asks for boot marks and exit counters.
     Counters,
     /// Ends the VM at once. The reply precedes the exit.
@@ -77,8 +89,12 @@ pub enum RequestBody {
 pub struct VmConfig {
     /// Online CPUs at boot, 1 to 64.
     pub vcpus: u8,
+    /// As many as it may ever have; no more than `vcpus`: none is added.
+    pub max_vcpus: u8,
     /// Guest RAM in bytes; rounded up to 2 MiB.
     pub memory_bytes: u64,
+    /// As much as it may ever have; no more than that: it never changes.
+    pub max_memory_bytes: u64,
     /// `/dev/kvm`.
     pub kvm: FdIndex,
     /// vmlinux, an ELF with a PVH entry note.
@@ -192,6 +208,13 @@ pub enum ReplyBody {
     Plugged {
         /// Where on the guest's bus 0: its device number (five bits) and function number (three).
         function: u8,
+    },
+    /// Answer to [`RequestBody::Memory`].
+    Memory {
+        /// The function of the device by which memory comes and goes, once there has been need of one.
+        function: Option<u8>,
+        /// All that the guest has now, in bytes.
+        bytes: u64,
     },
     /// Answer to [`RequestBody::Counters`].
     Counters(Counters),

@@ -63,18 +63,21 @@ pub fn allocate(bytes: u64) -> Result<GuestMemoryMmap, MemoryError> {
     let mut regions = Vec::new();
     for (start, length) in layout::ram(bytes) {
         let size = usize::try_from(length).map_err(|_| MemoryError::Size(length))?;
-        let host = map_anonymous(size)?;
-        let builder = MmapRegionBuilder::new(size)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        // SAFETY: `map_anonymous` has just mapped `size` bytes at `host`, and they stay mapped for
-        // the life of the process.
-        let region = unsafe { builder.with_raw_mmap_pointer(host) }.build()?;
-        let region =
-            GuestRegionMmap::new(region, GuestAddress(start)).ok_or(MemoryError::Size(length))?;
-        regions.push(region);
+        regions.push(region(start, size)?);
     }
     Ok(GuestMemoryMmap::from_regions(regions)?)
+}
+
+/// `size` bytes of RAM at guest address `start`.
+fn region(start: u64, size: usize) -> Result<GuestRegionMmap, MemoryError> {
+    let host = map_anonymous(size)?;
+    let builder = MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: `map_anonymous` has just mapped `size` bytes at `host`, and they stay mapped for
+    // the life of the process.
+    let region = unsafe { builder.with_raw_mmap_pointer(host) }.build()?;
+    GuestRegionMmap::new(region, GuestAddress(start)).ok_or(MemoryError::Size(size as u64))
 }
 
 /// Maps `size` bytes at a host address that is a multiple of 2 MiB, so that a huge page of the host
@@ -122,6 +125,16 @@ fn map_anonymous(size: usize) -> Result<*mut u8, MemoryError> {
         let _ = unsafe { libc::madvise(host.cast(), size, advice) };
     }
     Ok(host)
+}
+
+/// More RAM for a machine that runs: `length` bytes at guest address `start`, both multiples of 2 MiB, after all that it
+/// has. The host gives nothing of it before it is touched.
+///
+/// # Errors
+/// See [`MemoryError`].
+pub fn more(start: u64, length: u64) -> Result<GuestRegionMmap, MemoryError> {
+    let size = usize::try_from(length).map_err(|_| MemoryError::Size(length))?;
+    region(start, size)
 }
 
 /// Gives the RAM to KVM, one slot a region.

@@ -1,15 +1,20 @@
 //! Whether free pages of the guest may go back to the host: not while a device reaches guest memory by itself, for it
 //! would go on writing to the page that was, and the guest would see another one.
 
-use std::sync::{Arc, RwLock};
+pub mod discard;
 
-use crate::sync::{read, write};
+use std::sync::{Arc, Mutex, RwLock};
 
-/// Shared by the balloon and by what pins memory.
+use self::discard::Discarded;
+use crate::sync::{lock, read, write};
+
+/// Shared by the balloon, by memory that comes and goes, and by what pins memory.
 #[derive(Debug, Default)]
 pub struct Reclaim {
     /// How many pin it.
     pins: RwLock<usize>,
+    /// What has left, whoever gave it up.
+    discarded: Mutex<Discarded>,
 }
 
 /// Memory is pinned while this is there.
@@ -24,13 +29,11 @@ impl Reclaim {
         Pinned(Arc::clone(self))
     }
 
-    /// Gives pages up, if that is allowed.
-    pub fn give_up(&self, work: impl FnOnce()) {
+    /// Gives pages up, if that is allowed; none if it is not.
+    pub fn give_up<T>(&self, work: impl FnOnce(&mut Discarded) -> T) -> Option<T> {
         // Held over the work, so that pinning waits for it.
         let pins = read(&self.pins);
-        if *pins == 0 {
-            work();
-        }
+        (*pins == 0).then(|| work(&mut lock(&self.discarded)))
     }
 
     /// Whether pages may leave now.
@@ -55,7 +58,8 @@ mod tests {
         let reclaim = Arc::new(Reclaim::default());
         let gone = |reclaim: &Reclaim| {
             let mut gone = false;
-            reclaim.give_up(|| gone = true);
+            let done = reclaim.give_up(|_| gone = true);
+            assert_eq!(done.is_some(), gone);
             gone
         };
         assert!(gone(&reclaim));

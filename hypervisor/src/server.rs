@@ -117,11 +117,7 @@ impl Server {
             &self.control,
             FcntlArg::F_SETFL(OFlag::O_NONBLOCK | OFlag::O_RDWR),
         )?;
-        let kind = if vm.takes_devices() {
-            ThreadKind::MainWithDevices
-        } else {
-            ThreadKind::Main
-        };
+        let kind = ThreadKind::main(vm.takes_devices(), vm.takes_cpus());
         if let Err(error) = seccomp::apply(kind) {
             return Ok(Ended {
                 code: exit::INTERNAL,
@@ -283,6 +279,14 @@ impl Server {
                 .refresh(function)
                 .map(|()| ReplyBody::Done)
                 .map_err(|error| error.reply("the disk was not looked at")),
+            RequestBody::Memory { bytes } => match vm.resize(bytes) {
+                Ok((function, bytes)) => Ok(ReplyBody::Memory { function, bytes }),
+                Err(error) => Err(error.reply("the VM's memory was not changed")),
+            },
+            RequestBody::Cpus { count } => match vm.add_cpus(count) {
+                Ok(()) => Ok(ReplyBody::Done),
+                Err(error) => Err(error.reply("the VM was given no CPU")),
+            },
             RequestBody::Counters => Ok(self.counters(Some(vm))),
             RequestBody::Stop => {
                 self.reply(request.id, Ok(ReplyBody::Done));

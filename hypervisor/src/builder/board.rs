@@ -3,6 +3,7 @@
 //!
 //! Trusts the shim's configuration.
 
+mod growth;
 mod passthrough;
 pub mod plug;
 
@@ -13,6 +14,7 @@ use brig_agent_protocol::GUEST_CID;
 use kvm_ioctls::VmFd;
 use slog::{Logger, o};
 
+use self::growth::Growth;
 use self::passthrough::Passthrough;
 use self::plug::Plugged;
 use super::descriptors::{self, Descriptors};
@@ -55,6 +57,14 @@ pub struct Handles {
     pub share: Option<FsHandle>,
 }
 
+/// Parts of the guest-physical space above RAM.
+pub struct Space {
+    /// The 64-bit MMIO window.
+    pub mmio64: std::ops::Range<u64>,
+    /// Where more memory may come.
+    pub growth: std::ops::Range<u64>,
+}
+
 /// The bus, and what it takes to put a device on it.
 pub struct Board {
     /// The bus.
@@ -68,10 +78,13 @@ pub struct Board {
     reclaim: Arc<Reclaim>,
     passthrough: Passthrough,
     memory: GuestMemory,
+    growth: Growth,
     routes: Arc<KvmRoutes>,
     ioeventfds: Arc<KvmIoEventFds>,
     /// The threads of the devices.
     workers: Vec<Worker>,
+    /// The one of quiet devices.
+    quiet_worker: usize,
     /// The one that takes interfaces which are plugged later: that of the others, or that of quiet devices.
     net_worker: usize,
     nets: usize,
@@ -92,26 +105,28 @@ impl Board {
     pub fn new(
         vm: &Arc<VmFd>,
         memory: GuestMemory,
-        mmio64: std::ops::Range<u64>,
+        space: Space,
         ram_slots: u32,
         notifier: &Notifier,
         log: &Logger,
     ) -> Result<Self, StartError> {
-        let bus = Arc::new(Bus::new(vec![layout::MMIO32, mmio64.clone()]));
+        let bus = Arc::new(Bus::new(vec![layout::MMIO32, space.mmio64.clone()]));
         bus.add(Arc::new(HostBridge::new()))?;
         Ok(Self {
             bus,
             vectors: 0,
             low: Window::new(layout::MMIO32),
-            high: Window::new(mmio64),
+            high: Window::new(space.mmio64),
             // After RAM and the mirror of configuration space.
             slots: Arc::new(KvmMemorySlots::new(Arc::clone(vm), ram_slots + 1)),
             reclaim: Arc::default(),
             passthrough: Passthrough::default(),
+            growth: Growth::new(&memory, space.growth),
             memory,
             routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
             ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),
             workers: Vec::new(),
+            quiet_worker: 0,
             net_worker: 0,
             nets: 0,
             plugged: BTreeMap::new(),
@@ -161,7 +176,8 @@ impl Board {
                 Box::new(Balloon::new(Arc::clone(&self.reclaim))),
             ],
         )?;
-        self.net_worker = self.workers.len() - 1;
+        self.quiet_worker = self.workers.len() - 1;
+        self.net_worker = self.quiet_worker;
         self.add_nets(config, fds)?;
         self.add_disks(config, fds)?;
         self.vcpus = config.vcpus;

@@ -73,6 +73,10 @@ pub enum ThreadKind {
     Main,
     /// The same in a VM that may be given devices of the node.
     MainWithDevices,
+    /// The same in a VM that may be given more CPUs, whose threads it starts.
+    MainWithCpus,
+    /// The same in a VM that may be given both.
+    MainWithBoth,
     /// A CPU of the guest.
     Vcpu,
     /// Queues of vsock, net, blk, rng, balloon, console.
@@ -83,11 +87,44 @@ pub enum ThreadKind {
     Vfio,
 }
 
+impl ThreadKind {
+    /// The control loop of a VM that may be given devices of the node, or CPUs.
+    #[must_use]
+    pub fn main(devices: bool, cpus: bool) -> Self {
+        match (devices, cpus) {
+            (false, false) => Self::Main,
+            (true, false) => Self::MainWithDevices,
+            (false, true) => Self::MainWithCpus,
+            (true, true) => Self::MainWithBoth,
+        }
+    }
+
+    /// Whether it is a control loop.
+    #[must_use]
+    pub fn is_main(self) -> bool {
+        self.gives_devices() || self.gives_cpus() || self == Self::Main
+    }
+
+    /// Whether it starts threads of devices of the node.
+    #[must_use]
+    pub fn gives_devices(self) -> bool {
+        matches!(self, Self::MainWithDevices | Self::MainWithBoth)
+    }
+
+    /// Whether it starts threads of CPUs.
+    #[must_use]
+    pub fn gives_cpus(self) -> bool {
+        matches!(self, Self::MainWithCpus | Self::MainWithBoth)
+    }
+}
+
 /// All of them.
 #[cfg(any(test, feature = "jail-probe"))]
-pub(super) const KINDS: [ThreadKind; 6] = [
+pub(super) const KINDS: [ThreadKind; 8] = [
     ThreadKind::Main,
     ThreadKind::MainWithDevices,
+    ThreadKind::MainWithCpus,
+    ThreadKind::MainWithBoth,
     ThreadKind::Vfio,
     ThreadKind::Vcpu,
     ThreadKind::Worker,
@@ -277,6 +314,17 @@ const VCPU: &[Allowed] = allow![
     SYS_fcntl one_of(1, &FCNTL),
 ];
 
+/// A CPU that is made while the machine runs, before its thread is started, which inherits all of [`VCPU`].
+const NEW_VCPU: &[Allowed] = allow![SYS_ioctl one_of(1, &NEW_VCPU_IOCTL),];
+
+const NEW_VCPU_IOCTL: [u32; 5] = [
+    0x0000_ae41, // KVM_CREATE_VCPU
+    0x4008_ae90, // KVM_SET_CPUID2
+    0x8138_ae83, // KVM_GET_SREGS
+    0x4138_ae84, // KVM_SET_SREGS
+    0x4008_ae89, // KVM_SET_MSRS
+];
+
 const WORKER: &[Allowed] = allow![
     // Streams.
     SYS_recvmsg,
@@ -385,13 +433,15 @@ const FS_IOCTL: [u32; 6] = [
 
 /// What a kind of thread may call.
 pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> {
-    let own: [&'static [Allowed]; 4] = match kind {
-        ThreadKind::Main => [EPOLL, MAIN, WORKER, &[]],
-        ThreadKind::MainWithDevices => [EPOLL, MAIN, WORKER, VFIO],
-        ThreadKind::Vfio => [VFIO, &[], &[], &[]],
-        ThreadKind::Vcpu => [VCPU, &[], &[], &[]],
-        ThreadKind::Worker => [EPOLL, WORKER, &[], &[]],
-        ThreadKind::Fs => [EPOLL, FS, &[], &[]],
+    let own: [&'static [Allowed]; 6] = match kind {
+        ThreadKind::Main => [EPOLL, MAIN, WORKER, &[], &[], &[]],
+        ThreadKind::MainWithDevices => [EPOLL, MAIN, WORKER, VFIO, &[], &[]],
+        ThreadKind::MainWithCpus => [EPOLL, MAIN, WORKER, VCPU, NEW_VCPU, &[]],
+        ThreadKind::MainWithBoth => [EPOLL, MAIN, WORKER, VCPU, NEW_VCPU, VFIO],
+        ThreadKind::Vfio => [VFIO, &[], &[], &[], &[], &[]],
+        ThreadKind::Vcpu => [VCPU, &[], &[], &[], &[], &[]],
+        ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[]],
+        ThreadKind::Fs => [EPOLL, FS, &[], &[], &[], &[]],
     };
     EVERY.iter().chain(own.into_iter().flatten())
 }
@@ -459,8 +509,7 @@ mod tests {
         ];
         for kind in KINDS {
             let has = system_calls(kind).any(|call| own.contains(&call.number));
-            let main = matches!(kind, ThreadKind::Main | ThreadKind::MainWithDevices);
-            assert_eq!(has, main, "{kind:?}");
+            assert_eq!(has, kind.is_main(), "{kind:?}");
         }
         let spaces = libc::CLONE_NEWUSER
             | libc::CLONE_NEWNS
@@ -505,9 +554,16 @@ mod tests {
             })
         };
         for kind in KINDS {
-            assert_eq!(can(kind, libc::SYS_ioctl, 0xae80), kind == ThreadKind::Vcpu);
+            let runs = kind == ThreadKind::Vcpu || kind.gives_cpus();
+            assert_eq!(can(kind, libc::SYS_ioctl, 0xae80), runs);
+            for request in NEW_VCPU_IOCTL
+                .into_iter()
+                .filter(|one| !KVM_VCPU.contains(one))
+            {
+                assert_eq!(can(kind, libc::SYS_ioctl, request), kind.gives_cpus());
+            }
             assert_eq!(can(kind, libc::SYS_openat, 0), kind == ThreadKind::Fs);
-            let devices = matches!(kind, ThreadKind::MainWithDevices | ThreadKind::Vfio);
+            let devices = kind == ThreadKind::Vfio || kind.gives_devices();
             for request in REQUESTS {
                 assert_eq!(can(kind, libc::SYS_ioctl, request), devices, "{kind:?}");
             }

@@ -55,7 +55,7 @@ fn chain(
 ) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
     let list = compile(system_calls(kind), mismatch)?;
     Ok(match kind {
-        ThreadKind::Main | ThreadKind::MainWithDevices => vec![without_clone3()?, list],
+        kind if kind.is_main() => vec![without_clone3()?, list],
         _ => vec![list],
     })
 }
@@ -96,6 +96,14 @@ pub(super) fn prepare() {
     }
 }
 
+/// Control loops.
+const LOOPS: [ThreadKind; 4] = [
+    ThreadKind::Main,
+    ThreadKind::MainWithDevices,
+    ThreadKind::MainWithCpus,
+    ThreadKind::MainWithBoth,
+];
+
 fn on_mismatch() -> SeccompAction {
     if cfg!(any(debug_assertions, feature = "seccomp-trap")) {
         SeccompAction::Trap
@@ -113,11 +121,14 @@ pub(super) fn programs(
     for mismatch in [SeccompAction::KillProcess, SeccompAction::Trap] {
         let own = chain(kind, mismatch.clone())?;
         let starters: &[ThreadKind] = match kind {
-            ThreadKind::Worker => &[ThreadKind::Main, ThreadKind::MainWithDevices],
-            ThreadKind::Vfio => &[ThreadKind::MainWithDevices],
-            // A VM's control loop has one of two lists.
+            ThreadKind::Worker => &LOOPS,
+            ThreadKind::Vfio => &[ThreadKind::MainWithDevices, ThreadKind::MainWithBoth],
+            ThreadKind::Vcpu => &[ThreadKind::MainWithCpus, ThreadKind::MainWithBoth],
+            // A VM's control loop has one of these lists.
             ThreadKind::Main => {
-                all.push(chain(ThreadKind::MainWithDevices, mismatch.clone())?);
+                for other in &LOOPS[1..] {
+                    all.push(chain(*other, mismatch.clone())?);
+                }
                 &[]
             }
             _ => &[],
@@ -306,6 +317,30 @@ mod tests {
             0x3b6e,
             0
         )));
+    }
+
+    #[test]
+    fn the_thread_of_a_late_cpu_takes_its_filter_beside_the_loops() {
+        assert!(survives(ThreadKind::MainWithCpus, || {
+            bare(libc::SYS_ioctl, usize::MAX, 0xae41, 0);
+            let thread = std::thread::Builder::new().name("vcpu1".into()).spawn(|| {
+                narrow(ThreadKind::Vcpu).unwrap();
+                bare(libc::SYS_ioctl, usize::MAX, 0xae80, 0);
+            });
+            thread.unwrap().join().unwrap();
+        }));
+        for kind in [
+            ThreadKind::Main,
+            ThreadKind::MainWithDevices,
+            ThreadKind::Vcpu,
+        ] {
+            assert!(!survives(kind, || bare(
+                libc::SYS_ioctl,
+                usize::MAX,
+                0xae41,
+                0
+            )));
+        }
     }
 
     #[test]

@@ -46,7 +46,9 @@ impl Shim {
 fn start(vcpus: u8) -> RequestBody {
     RequestBody::Start(Box::new(VmConfig {
         vcpus,
+        max_vcpus: 0,
         memory_bytes: 128 << 20,
+        max_memory_bytes: 0,
         kvm: 0,
         kernel: 1,
         initramfs: 2,

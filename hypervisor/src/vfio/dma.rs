@@ -3,11 +3,13 @@
 //! It is pinned before a device is on the bus. From then on no page may leave ([`crate::reclaim`]).
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
-use vm_memory::{Address, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddressSpace as _, GuestMemory as _, GuestMemoryRegion};
 
 use crate::reclaim::{Pinned, Reclaim};
+use crate::virtio::GuestMemory;
 
 /// The address space of devices. Implemented over VFIO, and by tests.
 pub trait Dma: Send + Sync {
@@ -62,14 +64,16 @@ pub struct GuestDma {
 }
 
 impl GuestDma {
-    /// Maps all of guest memory. Takes its time: every page is made and pinned.
+    /// Maps all of guest memory, as far as the guest has it: `has` tells the parts of a region that it has. Takes its
+    /// time: every page is made and pinned.
     ///
     /// # Errors
     /// [`DmaError`]; nothing is mapped then.
     pub fn new(
         dma: Box<dyn Dma>,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         reclaim: &Arc<Reclaim>,
+        has: impl Fn(Range<u64>) -> Vec<Range<u64>>,
     ) -> Result<Self, DmaError> {
         let mut guest = Self {
             dma,
@@ -77,10 +81,22 @@ impl GuestDma {
             // First, so that nothing is given up between.
             _pinned: reclaim.pin(),
         };
-        let needed = memory.iter().map(GuestMemoryRegion::len).sum();
+        let memory = memory.memory();
+        let mut parts = Vec::new();
         for region in memory.iter() {
-            let (iova, size) = (region.start_addr().raw_value(), region.len());
+            let start = region.start_addr().raw_value();
             let host = region.as_ptr() as u64;
+            let within = has(start..start + region.len()).into_iter();
+            parts.extend(within.map(|part| {
+                (
+                    part.start,
+                    host + (part.start - start),
+                    part.end - part.start,
+                )
+            }));
+        }
+        let needed = parts.iter().map(|(_, _, size)| size).sum();
+        for (iova, host, size) in parts {
             if let Err(source) = guest.dma.map(iova, host, size) {
                 let pinned = guest.mapped.iter().map(|(_, size)| size).sum();
                 return Err(match source.raw_os_error() {
@@ -111,7 +127,7 @@ impl Drop for GuestDma {
 mod tests {
     use std::sync::Mutex;
 
-    use vm_memory::GuestAddress;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     use super::*;
     use crate::sync::lock;
@@ -141,12 +157,9 @@ mod tests {
         }
     }
 
-    fn memory() -> GuestMemoryMmap {
-        GuestMemoryMmap::from_ranges(&[
-            (GuestAddress(0), 1 << 20),
-            (GuestAddress(1 << 32), 2 << 20),
-        ])
-        .unwrap()
+    fn memory() -> GuestMemory {
+        let ranges = [(GuestAddress(0), 1 << 20), (GuestAddress(1 << 32), 2 << 20)];
+        GuestMemory::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())
     }
 
     #[test]
@@ -156,12 +169,45 @@ mod tests {
             ..Seen::default()
         });
         let reclaim = Arc::new(Reclaim::default());
-        let guest = GuestDma::new(Box::new(Fake(Arc::clone(&seen))), &memory(), &reclaim).unwrap();
+        let guest = GuestDma::new(
+            Box::new(Fake(Arc::clone(&seen))),
+            &memory(),
+            &reclaim,
+            |part| vec![part],
+        )
+        .unwrap();
         assert_eq!(*lock(&seen.mapped), [(0, 1 << 20), (1 << 32, 2 << 20)]);
         assert!(!reclaim.is_allowed());
         drop(guest);
         assert!(lock(&seen.mapped).is_empty());
         assert!(reclaim.is_allowed());
+    }
+
+    #[test]
+    fn only_what_the_guest_has_is_mapped() {
+        let seen = Arc::new(Seen {
+            limit: 4 << 20,
+            ..Seen::default()
+        });
+        let reclaim = Arc::new(Reclaim::default());
+        let fake = Box::new(Fake(Arc::clone(&seen)));
+        let has = |part: Range<u64>| match part.start {
+            0 => vec![part],
+            start => vec![
+                start + 4096..start + 8192,
+                start + (1 << 20)..start + (1 << 20) + 4096,
+            ],
+        };
+        let guest = GuestDma::new(fake, &memory(), &reclaim, has).unwrap();
+        assert_eq!(
+            *lock(&seen.mapped),
+            [
+                (0, 1 << 20),
+                ((1 << 32) + 4096, 4096),
+                ((1 << 32) + (1 << 20), 4096)
+            ]
+        );
+        drop(guest);
     }
 
     #[test]
@@ -171,10 +217,15 @@ mod tests {
             ..Seen::default()
         });
         let reclaim = Arc::new(Reclaim::default());
-        let error = GuestDma::new(Box::new(Fake(Arc::clone(&seen))), &memory(), &reclaim)
-            .err()
-            .unwrap()
-            .to_string();
+        let error = GuestDma::new(
+            Box::new(Fake(Arc::clone(&seen))),
+            &memory(),
+            &reclaim,
+            |part| vec![part],
+        )
+        .err()
+        .unwrap()
+        .to_string();
         assert!(
             error.contains("3145728") && error.contains("1048576"),
             "{error}"

@@ -25,6 +25,8 @@ pub use units::MIB;
 pub const MIN_MEMORY: u64 = 64 * MIB;
 /// The longest [`Config::shutdown_grace`] in seconds.
 const MAX_GRACE: u32 = 600;
+/// More than any node has, in bytes.
+const MAX_MEMORY: u64 = 1 << 44;
 /// The most guest CPUs.
 pub const MAX_VCPUS: u8 = 64;
 
@@ -43,8 +45,12 @@ pub struct Config {
     pub kvm: PathBuf,
     /// CPUs of a VM.
     pub vcpus: u8,
+    /// As many as it may have later; no more than [`Self::vcpus`]: none is added.
+    pub max_vcpus: u8,
     /// Memory of a VM in bytes.
     pub memory: u64,
+    /// How far it may grow later, in bytes; the node's memory is a bound besides.
+    pub max_memory: u64,
     /// Log the guest's early kernel messages too.
     pub debug_console: bool,
     /// Start on a `/dev/kvm` that only emulates.
@@ -128,8 +134,11 @@ struct File {
     vmm: Option<PathBuf>,
     kvm: Option<PathBuf>,
     vcpus: Option<u8>,
+    max_vcpus: Option<u8>,
     #[serde(default, deserialize_with = "units::size")]
     memory: Option<u64>,
+    #[serde(default, deserialize_with = "units::size")]
+    max_memory: Option<u64>,
     debug_console: Option<bool>,
     allow_slow_kvm: Option<bool>,
     time_scale: Option<f64>,
@@ -173,7 +182,9 @@ impl Config {
             vmm: find("brig-vmm"),
             kvm: PathBuf::from("/dev/kvm"),
             vcpus: 1,
+            max_vcpus: 1,
             memory: 256 * MIB,
+            max_memory: MAX_MEMORY,
             debug_console: false,
             allow_slow_kvm: false,
             time_scale: 1.0,
@@ -201,7 +212,9 @@ impl Config {
         set(file.kvm, &mut whole.kvm);
         set(file.state_dir, &mut whole.state_dir);
         whole.vcpus = file.vcpus.unwrap_or(whole.vcpus);
+        whole.max_vcpus = file.max_vcpus.unwrap_or(whole.max_vcpus);
         whole.memory = file.memory.unwrap_or(whole.memory);
+        whole.max_memory = file.max_memory.unwrap_or(whole.max_memory);
         whole.debug_console = file.debug_console.unwrap_or(whole.debug_console);
         whole.allow_slow_kvm = file.allow_slow_kvm.unwrap_or(whole.allow_slow_kvm);
         whole.time_scale = file.time_scale.unwrap_or(whole.time_scale);
@@ -227,17 +240,25 @@ impl Config {
                 return Err(invalid(format!("{key} must be an absolute path")));
             }
         }
-        if whole.vcpus == 0 || whole.vcpus > MAX_VCPUS {
-            return Err(invalid(format!(
-                "vcpus is {}, but must be 1 to {MAX_VCPUS}",
-                whole.vcpus
-            )));
+        for (key, value) in [("vcpus", whole.vcpus), ("max_vcpus", whole.max_vcpus)] {
+            if value == 0 || value > MAX_VCPUS {
+                return Err(invalid(format!(
+                    "{key} is {value}, but must be 1 to {MAX_VCPUS}"
+                )));
+            }
         }
         if whole.memory < MIN_MEMORY {
             return Err(invalid(format!(
                 "memory is {} MiB, but a guest needs at least {} MiB",
                 whole.memory / MIB,
                 MIN_MEMORY / MIB
+            )));
+        }
+        if whole.max_memory < whole.memory {
+            return Err(invalid(format!(
+                "max_memory is {} MiB, less than memory, {} MiB: a VM that is not to grow has the same for both",
+                whole.max_memory / MIB,
+                whole.memory / MIB
             )));
         }
         if !(whole.time_scale >= 0.1 && whole.time_scale <= 100.0) {

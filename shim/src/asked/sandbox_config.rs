@@ -15,6 +15,7 @@ use std::path::{Component, Path, PathBuf};
 use protobuf::well_known_types::any::Any;
 
 use crate::asked::spec::check_hostname;
+use crate::asked::spec::cpu_millis;
 use crate::error::{Error, Result};
 use security::Security;
 use wire::{Value, each_field, insert, positive, text};
@@ -39,8 +40,8 @@ pub struct PodConfig {
     pub sysctls: BTreeMap<String, String>,
     /// Sum of the containers' memory limits in bytes, if they have any.
     pub memory: Option<u64>,
-    /// The CPUs their limits amount to, rounded up.
-    pub cpus: Option<u64>,
+    /// The thousandths of CPUs that their limits amount to.
+    pub cpu_millis: Option<u64>,
     /// Of the pod.
     pub annotations: BTreeMap<String, String>,
     security: Security,
@@ -141,7 +142,8 @@ impl PodConfig {
             Ok(())
         })?;
         config.memory = (memory > 0).then_some(memory);
-        config.cpus = (quota > 0 && period > 0).then(|| quota.div_ceil(period));
+        let quota = i64::try_from(quota).unwrap_or(i64::MAX);
+        config.cpu_millis = cpu_millis(quota, period);
         Ok(config)
     }
 }
@@ -243,7 +245,10 @@ pub(crate) mod tests {
         ])
         .unwrap();
         assert_eq!(config.hostname, "host");
-        assert_eq!((config.cpus, config.memory), (Some(3), Some(1 << 30)));
+        assert_eq!(
+            (config.cpu_millis, config.memory),
+            (Some(2500), Some(1 << 30))
+        );
         assert_eq!(config.sysctls["kernel.shm_rmid_forced"], "1");
         assert_eq!(config.cgroups_path("k8s.io", "s"), "/kubepods/pod1/s");
         assert_eq!(config.annotations["a"], "1");
@@ -327,7 +332,7 @@ pub(crate) mod tests {
         );
         let unlimited = [varint(1, 100_000), varint(2, -1), varint(4, -1)].concat();
         let config = parse(&[bytes(8, &bytes(5, &unlimited))]).unwrap();
-        assert_eq!((config.cpus, config.memory), (None, None));
+        assert_eq!((config.cpu_millis, config.memory), (None, None));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use hooks::Hooks;
 pub use resources::Access;
 use resources::Resources;
+pub use resources::{Limits, cpu_millis};
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
 pub const MAX_SPEC: u64 = 3 << 20;
@@ -350,14 +351,12 @@ impl Spec {
         limit.filter(|&limit| limit > 0)
     }
 
-    /// The CPUs a pod's limits amount to, rounded up; `None` without limits.
+    /// The thousandths of CPUs that a pod's limits amount to; `None` without limits.
     #[must_use]
-    pub fn sandbox_cpus(&self) -> Option<u64> {
+    pub fn sandbox_cpu_millis(&self) -> Option<u64> {
         let figure = |key| self.annotation(key)?.parse::<i64>().ok();
-        let quota = u64::try_from(figure(SANDBOX_CPU_QUOTA)?).ok();
-        let period = u64::try_from(figure(SANDBOX_CPU_PERIOD)?).ok();
-        let (quota, period) = (quota?, period.filter(|&period| period > 0)?);
-        (quota > 0).then(|| quota.div_ceil(period))
+        let period = u64::try_from(figure(SANDBOX_CPU_PERIOD)?).ok()?;
+        cpu_millis(figure(SANDBOX_CPU_QUOTA)?, period)
     }
 
     /// The network namespace.
@@ -392,16 +391,11 @@ impl Spec {
         (!path.is_empty()).then_some(path)
     }
 
-    /// The container's memory limit in bytes, if it has one.
+    /// What the container may use.
     #[must_use]
-    pub fn memory_limit(&self) -> Option<u64> {
-        self.resources()?.memory_limit()
-    }
-
-    /// What the container may use of 2 MiB huge pages, in bytes.
-    #[must_use]
-    pub fn huge_pages(&self) -> u64 {
-        self.resources().map_or(0, Resources::huge_pages)
+    pub fn limits(&self) -> Limits {
+        self.resources()
+            .map_or_else(Limits::default, Resources::limits)
     }
 
     /// The OOM score adjustment of the container's process.

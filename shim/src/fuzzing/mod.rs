@@ -44,8 +44,8 @@ pub fn oci_spec(data: &[u8]) {
     };
     let _ = (spec.role(), spec.network(), spec.check_sandbox());
     let _ = (spec.sandbox_shm(), spec.sysctls(), spec.hostname());
-    let _ = (spec.sandbox_memory(), spec.sandbox_cpus());
-    let _ = (spec.memory_limit(), spec.huge_pages(), spec.oom_score_adj());
+    let _ = (spec.sandbox_memory(), spec.sandbox_cpu_millis());
+    let _ = (spec.limits(), spec.oom_score_adj());
     let _ = (spec.pid_namespace_of(), spec.cgroups_path(), spec.hooks());
     let root = spec.root_path(Path::new("/bundle"));
     assert!(root.is_absolute());

@@ -9,16 +9,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ChildStdin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use brig_agent_protocol::agent::{
     AdjustClockRequest, AdjustClockResponse, ConnectPortRequest, ContainerRef,
-    CreateContainerRequest, CreateExecRequest, Empty, Event, ProcessExited, ProcessList,
-    ProcessRef, ProcessStarted, ResizePtyRequest, ShutdownRequest, SignalRequest,
-    StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest,
-    VolumeRef, event,
+    CreateContainerRequest, CreateExecRequest, Empty, Event, MemoryFigures, ProcessExited,
+    ProcessList, ProcessRef, ProcessStarted, ResizeMemoryRequest, ResizePtyRequest, SetCpusRequest,
+    ShutdownRequest, SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse,
+    UpdateRequest, UpdateVolumeRequest, VolumeRef, event,
 };
 use brig_agent_protocol::agent_ttrpc::{Agent, create_agent};
 use brig_hypervisor::control::{
@@ -109,6 +110,12 @@ pub(crate) struct Behaviour {
     pub(crate) left_behind: bool,
     /// Processes take all of the grace of a Shutdown, and more.
     pub(crate) stubborn: bool,
+    /// Bytes that the guest could do without.
+    pub(crate) spare: Option<u64>,
+    /// The most bytes beyond those of its start that it takes.
+    pub(crate) takes: Option<u64>,
+    /// The least that it keeps of them.
+    pub(crate) keeps: u64,
     /// The agent is one that breaks the rules.
     pub(crate) raw: Option<raw::RawAgent>,
 }
@@ -178,12 +185,15 @@ impl Host for FakeHost {
             streams: Arc::clone(&self.streams),
             power: Arc::clone(&self.power),
             plugged: 0,
+            memory: Arc::new(AtomicU64::new(plan.memory)),
             _stderr: vmm_stderr,
         };
         std::thread::spawn(move || vmm.run(vmm_control));
         let machine = VmConfig {
             vcpus: 1,
+            max_vcpus: plan.config.max_vcpus,
             memory_bytes: plan.memory,
+            max_memory_bytes: plan.max_memory,
             kvm: 0,
             kernel: 0,
             initramfs: 0,
@@ -270,6 +280,8 @@ struct FakeVmm {
     power: Power,
     /// Devices it was ever given.
     plugged: u8,
+    /// Bytes that the guest is to have.
+    memory: Arc<AtomicU64>,
     _stderr: OwnedFd,
 }
 
@@ -329,6 +341,16 @@ impl FakeVmm {
                 }
                 RequestBody::Resize { function } => {
                     self.record.add(format!("resize {function:#x}"));
+                    Ok(ReplyBody::Done)
+                }
+                RequestBody::Memory { bytes: wanted } => {
+                    self.record.add(format!("size {wanted}"));
+                    let bytes = self.memory.swap(wanted, Ordering::SeqCst);
+                    let function = Some(0x30);
+                    Ok(ReplyBody::Memory { function, bytes })
+                }
+                RequestBody::Cpus { count } => {
+                    self.record.add(format!("cpus {count}"));
                     Ok(ReplyBody::Done)
                 }
                 RequestBody::Counters => Ok(ReplyBody::Counters(Counters {
@@ -612,6 +634,32 @@ impl Agent for FakeAgent {
 
     async fn remove_volume(&self, _: &TtrpcContext, request: VolumeRef) -> Answer<Empty> {
         self.record.add(format!("remove volume {}", request.id));
+        Ok(Empty::new())
+    }
+
+    async fn memory(&self, _: &TtrpcContext, _: Empty) -> Answer<MemoryFigures> {
+        Ok(MemoryFigures {
+            available: self.behaviour.spare.unwrap_or(u64::MAX),
+            ..MemoryFigures::default()
+        })
+    }
+
+    async fn resize_memory(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeMemoryRequest,
+    ) -> Answer<MemoryFigures> {
+        self.record.add(format!("memory {}", request.added));
+        let most = self.behaviour.takes.unwrap_or(u64::MAX);
+        let least = self.behaviour.keeps;
+        Ok(MemoryFigures {
+            added: request.added.min(most).max(least),
+            ..MemoryFigures::default()
+        })
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> Answer<Empty> {
+        self.record.add(format!("online {}", request.count));
         Ok(Empty::new())
     }
 

@@ -6,6 +6,7 @@ pub mod actor;
 pub mod container;
 pub mod events;
 pub mod process;
+pub mod size;
 pub mod stdio;
 pub mod timeline;
 pub mod volume;

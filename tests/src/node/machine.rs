@@ -27,6 +27,8 @@ pub struct Boot {
     pub initramfs: PathBuf,
     /// RAM in bytes.
     pub memory: u64,
+    /// As much as it may become; less than [`Self::memory`]: it never does.
+    pub max_memory: u64,
     /// CPUs.
     pub vcpus: u8,
     /// Appended to the command line.
@@ -55,6 +57,7 @@ impl Boot {
             kernel: bin.join("vmlinux"),
             initramfs: bin.join("brig-initramfs.cpio"),
             memory: 256 << 20,
+            max_memory: 0,
             vcpus: 1,
             cmdline: String::new(),
             debug_console: false,
@@ -166,7 +169,9 @@ impl Machine {
         }
         let config = VmConfig {
             vcpus: boot.vcpus,
+            max_vcpus: 0,
             memory_bytes: boot.memory,
+            max_memory_bytes: boot.max_memory,
             kvm: 0,
             kernel: 1,
             initramfs: 2,
@@ -293,6 +298,17 @@ impl Machine {
         match self.ask(RequestBody::Counters, &[])? {
             ReplyBody::Counters(counters) => Ok(counters),
             other => bail!("no counters in the reply but {other:?}"),
+        }
+    }
+
+    /// Says how much memory the guest is to have; the function of the device for it.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub fn resize_memory(&mut self, bytes: u64) -> Result<Option<u8>> {
+        match self.ask(RequestBody::Memory { bytes }, &[])? {
+            ReplyBody::Memory { function, .. } => Ok(function),
+            other => bail!("no memory in the reply but {other:?}"),
         }
     }
 

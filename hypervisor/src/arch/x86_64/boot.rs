@@ -56,6 +56,17 @@ pub struct BootInfo<'a> {
     pub platform: Platform,
 }
 
+/// An addition to the command line for a guest that is started with `vcpus` CPUs of `most`: the others stay offline
+/// until they are asked for.
+#[must_use]
+pub fn with_cpus(extra: &str, vcpus: u8, most: u8) -> String {
+    if most <= vcpus {
+        return extra.to_owned();
+    }
+    let space = if extra.is_empty() { "" } else { " " };
+    format!("{extra}{space}maxcpus={vcpus}")
+}
+
 /// The whole kernel command line.
 ///
 /// # Errors
@@ -215,6 +226,14 @@ mod tests {
             command_line("a\0b", false),
             Err(BootError::ControlCharacter)
         ));
+    }
+
+    #[test]
+    fn cpus_for_later_are_kept_offline() {
+        assert_eq!(with_cpus("", 2, 2), "");
+        assert_eq!(with_cpus("a=b", 2, 0), "a=b");
+        assert_eq!(with_cpus("", 1, 4), "maxcpus=1");
+        assert_eq!(with_cpus("a=b", 2, 4), "a=b maxcpus=2");
     }
 
     #[test]

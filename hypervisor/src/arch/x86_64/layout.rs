@@ -6,7 +6,7 @@
 //! 0x10_0000  RAM up to 3 GiB; the initramfs at its end
 //! 3 GiB      32-bit MMIO window: every BAR of a virtio function
 //! 0xe000_0000  ECAM of bus 0
-//! 4 GiB      the rest of RAM, then the 64-bit MMIO window
+//! 4 GiB      the rest of RAM, then the region of memory that may come later, then the 64-bit MMIO window
 //! ```
 
 use std::ops::Range;
@@ -63,15 +63,41 @@ pub const SLEEP_STATUS_PORT: u16 = 0x601;
 /// ACPI reset register; any write resets.
 pub const RESET_PORT: u16 = 0x602;
 
-/// The 64-bit MMIO window: from the first GiB after RAM to the end of the guest-physical space.
-/// `phys_bits` is the guest's MAXPHYADDR.
+/// Linux adds and takes memory in pieces of this; of 2 GiB from 64 GiB of RAM on.
+pub const MEMORY_SECTION: u64 = 128 << 20;
+
+/// The end of the guest-physical space. `phys_bits` is the guest's MAXPHYADDR.
+fn space_end(phys_bits: u8) -> u64 {
+    1 << phys_bits.clamp(36, 46)
+}
+
+/// Where a VM of `ram_bytes` that may have `max_bytes` gets the rest: after RAM, at a multiple of the largest piece of
+/// memory that Linux adds, and in the lower half of the guest-physical space, which leaves the upper to the 64-bit
+/// window. Empty if it may have no more.
 #[must_use]
-pub fn mmio64(ram_bytes: u64, phys_bits: u8) -> Range<u64> {
+pub fn growth(ram_bytes: u64, max_bytes: u64, phys_bits: u8) -> Range<u64> {
+    const LARGEST_SECTION: u64 = 2 << 30;
+    let high = ram_bytes.saturating_sub(LOW_RAM_END);
+    let start = (HIGH_RAM + high).next_multiple_of(LARGEST_SECTION);
+    let more = max_bytes.saturating_sub(ram_bytes);
+    let room = (space_end(phys_bits) / 2).saturating_sub(start);
+    let length = more.min(room).div_ceil(MEMORY_SECTION) * MEMORY_SECTION;
+    start..start + length.min(room - room % MEMORY_SECTION)
+}
+
+/// The 64-bit MMIO window: from the first GiB after RAM, and after the region for more, to the end of the
+/// guest-physical space.
+#[must_use]
+pub fn mmio64(ram_bytes: u64, growth: &Range<u64>, phys_bits: u8) -> Range<u64> {
     const GIB: u64 = 1 << 30;
     let high = ram_bytes.saturating_sub(LOW_RAM_END);
-    let start = (HIGH_RAM + high).next_multiple_of(GIB);
-    let end = 1u64 << phys_bits.clamp(36, 46);
-    start..end.max(start)
+    let after = if growth.is_empty() {
+        HIGH_RAM + high
+    } else {
+        growth.end
+    };
+    let start = after.next_multiple_of(GIB);
+    start..space_end(phys_bits).max(start)
 }
 
 /// RAM as (address, length) pairs for `ram_bytes` bytes.
@@ -97,14 +123,49 @@ mod tests {
             assert_eq!(total, ram_bytes);
             for (start, length) in ram(ram_bytes) {
                 assert!(start + length <= LOW_RAM_END || start >= HIGH_RAM);
-                assert!(start + length <= mmio64(ram_bytes, 40).start);
+                assert!(start + length <= mmio64(ram_bytes, &(0..0), 40).start);
             }
         }
     }
 
     #[test]
+    fn the_region_for_more_lies_between_ram_and_a_window_that_keeps_half_of_the_space() {
+        for ram_bytes in [128 << 20, LOW_RAM_END, 64 << 30] {
+            for (max_bytes, bits) in [
+                (1 << 30, 40),
+                (200 << 30, 40),
+                (u64::MAX, 40),
+                (1 << 44, 46),
+                (8 << 30, 36),
+            ] {
+                let region = growth(ram_bytes, max_bytes, bits);
+                let window = mmio64(ram_bytes, &region, bits);
+                let ram_end = ram(ram_bytes)
+                    .last()
+                    .map(|(start, length)| start + length)
+                    .unwrap();
+                assert!(
+                    region.start.is_multiple_of(MEMORY_SECTION)
+                        && region.end.is_multiple_of(MEMORY_SECTION)
+                );
+                assert!(region.start >= ram_end);
+                assert!(region.is_empty() || region.end <= window.start);
+                assert!(window.is_empty() || window.end == 1 << bits);
+                let more = region.end.saturating_sub(region.start);
+                assert!(
+                    more <= 1 << (bits - 1) && window.start <= (1 << (bits - 1)).max(region.start)
+                );
+                if ram_bytes < 1 << 30 && max_bytes <= 200 << 30 {
+                    assert!(more >= max_bytes.saturating_sub(ram_bytes).min(1 << (bits - 2)));
+                }
+            }
+            assert!(growth(ram_bytes, ram_bytes, 40).is_empty());
+        }
+    }
+
+    #[test]
     fn the_64_bit_window_is_empty_rather_than_inverted_when_ram_fills_the_address_space() {
-        let window = mmio64(1 << 37, 36);
+        let window = mmio64(1 << 37, &growth(1 << 37, u64::MAX, 36), 36);
         assert!(window.is_empty());
     }
 }

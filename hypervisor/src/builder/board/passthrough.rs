@@ -8,7 +8,6 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Weak};
 
 use slog::info;
-use vm_memory::GuestAddressSpace as _;
 
 use super::plug::{Base, Behind, Plugged};
 use super::{Board, check_vectors};
@@ -83,7 +82,8 @@ impl Board {
         let function = self.bus.reserve()?;
         let (owner, orders) = owner::pair();
         let (told, outcome) = channel();
-        let (memory, reclaim) = (self.memory.memory().into_inner(), Arc::clone(&self.reclaim));
+        let (memory, reclaim) = (self.memory.clone(), Arc::clone(&self.reclaim));
+        let plugged = self.growth.plugged();
         let slots: Arc<dyn MemorySlots> = self.slots.clone();
         let notifier = self.notifier.clone();
         let started = std::thread::Builder::new()
@@ -99,7 +99,9 @@ impl Board {
                         let dma = match source {
                             Source::New(container) => {
                                 let container = Box::new(Container(container));
-                                Arc::new(GuestDma::new(container, &memory, &reclaim)?)
+                                Arc::new(GuestDma::new(container, &memory, &reclaim, |part| {
+                                    plugged.within(&part)
+                                })?)
                             }
                             Source::Shared(dma) => dma,
                         };

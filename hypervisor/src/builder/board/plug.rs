@@ -5,6 +5,8 @@
 //! descriptors are counted first. It leaves in three steps: the function goes from the bus, so that no access of the
 //! guest reaches it; its worker ends the I/O in flight and drops it ([`Notice::Removed`]); then what it used is free.
 
+use std::sync::Arc;
+
 use slog::{info, o};
 
 use super::{Board, MAX_DEVICES, check_vectors, new_disk, new_net};
@@ -16,6 +18,7 @@ use crate::notice::Notice;
 use crate::vfio::owner::Owner;
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::Description;
+use crate::virtio::pci::interrupt::VirtioInterrupt;
 use crate::virtio::worker::{self, DeviceHandle, Slot, Worker};
 
 /// What a plugged device uses.
@@ -54,9 +57,11 @@ pub enum Plugging {
 }
 
 /// Where a device runs.
-enum Place {
+pub(super) enum Place {
     /// On the thread of the interfaces, which never blocks.
     Shared,
+    /// On that of quiet devices.
+    Quiet,
     /// On a thread of its own, because its I/O blocks.
     Own(&'static str),
 }
@@ -79,27 +84,28 @@ impl Board {
                     )));
                 }
                 let device = new_net(net, fds)?;
-                let function = self.plug_virtio(Box::new(device), Place::Shared)?;
+                let (function, _) = self.plug_virtio(Box::new(device), Place::Shared)?;
                 self.nets += 1;
                 Ok(Plugging::Done(function))
             }
             DeviceConfig::Disk(disk) => {
                 let device = new_disk(disk, fds)?;
-                let function = self.plug_virtio(Box::new(device), Place::Own("block"))?;
+                let (function, _) = self.plug_virtio(Box::new(device), Place::Own("block"))?;
                 Ok(Plugging::Done(function))
             }
             DeviceConfig::Vfio(vfio) => Ok(Plugging::Later(self.prepare_passthrough(vfio, fds)?)),
         }
     }
 
-    fn plug_virtio(
+    pub(super) fn plug_virtio(
         &mut self,
         device: Box<dyn VirtioDevice>,
         place: Place,
-    ) -> Result<u8, StartError> {
+    ) -> Result<(u8, Arc<VirtioInterrupt>), StartError> {
         let name = device.name();
         self.bus.next()?;
         let (slot, part) = self.prepare(device);
+        let interrupt = Arc::clone(&part.interrupt);
         let vectors = u32::from(part.description.vectors());
         check_vectors(self.vectors + vectors, self.vcpus)?;
         descriptors::room_for(descriptors_of(&part.description), self.max_files, name)?;
@@ -107,6 +113,10 @@ impl Board {
             Place::Shared => {
                 let handle = self.workers[self.net_worker].add(slot);
                 (handle.clone(), Behind::Net(handle))
+            }
+            Place::Quiet => {
+                let handle = self.workers[self.quiet_worker].add(slot);
+                (handle.clone(), Behind::Virtio(handle, None))
             }
             Place::Own(thread) => {
                 let (handle, worker) = self.start_worker(thread, slot)?;
@@ -132,7 +142,7 @@ impl Board {
                 leaving: false,
             },
         );
-        Ok(function)
+        Ok((function, interrupt))
     }
 
     /// A thread for one device. It inherits this thread's filter, and takes that of a worker besides.

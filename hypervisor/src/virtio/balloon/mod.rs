@@ -4,8 +4,6 @@
 //! The guest names the pages; only whole host pages inside its own RAM are ever given up, so all
 //! it can lose is its own data. While a device pins guest memory, nothing is given up ([`Reclaim`]).
 
-mod discard;
-
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_ring::{
@@ -14,11 +12,11 @@ use virtio_bindings::bindings::virtio_ring::{
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use self::discard::Discarded;
 use super::chain::Buffers;
 use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
 use crate::reclaim::Reclaim;
+use crate::reclaim::discard::Discarded;
 
 const NAME: &str = "balloon";
 /// Device id (§5.5.1).
@@ -52,7 +50,6 @@ struct Active {
 #[derive(Default)]
 pub struct Balloon {
     active: Option<Active>,
-    discarded: Discarded,
     reclaim: Arc<Reclaim>,
 }
 
@@ -62,8 +59,8 @@ impl Balloon {
     #[must_use]
     pub fn new(reclaim: Arc<Reclaim>) -> Self {
         Self {
+            active: None,
             reclaim,
-            ..Self::default()
         }
     }
 
@@ -75,9 +72,9 @@ impl Balloon {
             return Ok(());
         };
         let memory = active.memory.memory();
-        let (reclaim, discarded) = (&self.reclaim, &mut self.discarded);
+        let reclaim = &self.reclaim;
         ring.drain(&memory, &*active.interrupt, BUDGET, |chain| {
-            reclaim.give_up(|| match token {
+            reclaim.give_up(|discarded| match token {
                 INFLATE => inflate(&memory, discarded, chain.readable),
                 // A page that left the balloon is filled when the guest touches it.
                 DEFLATE => {}

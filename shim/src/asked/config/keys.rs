@@ -51,10 +51,22 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| c.vcpus.into(),
     },
     KeyDoc {
+        name: "max_vcpus",
+        what: "CPUs that a VM may be given while it runs, when limits of its containers need more; each beyond those it starts with costs memory of the guest (docs/overhead.md)",
+        form: Form::Count(1, MAX_VCPUS as u64),
+        value: |c| c.max_vcpus.into(),
+    },
+    KeyDoc {
         name: "memory",
         what: "memory of a VM; a pod whose limits need more gets more",
         form: Form::Size(MIN_MEMORY),
         value: |c| units::show_size(c.memory).into(),
+    },
+    KeyDoc {
+        name: "max_memory",
+        what: "as much as a VM may grow to while it runs, when limits of its containers need more; never more than the node has, and the same as memory if it is not to grow",
+        form: Form::Size(MIN_MEMORY),
+        value: |c| units::show_size(c.max_memory).into(),
     },
     KeyDoc {
         name: "kernel",

@@ -5,13 +5,80 @@
 
 use serde::Deserialize;
 
+use crate::error::{Error, Result};
+
 /// A larger limit is none.
 const UNLIMITED: u64 = 1 << 62;
+/// Of a quota of CPU time that comes without one, in microseconds.
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// What somebody may use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Of memory, in bytes, if that is limited.
+    pub memory: Option<u64>,
+    /// Of 2 MiB huge pages beside it, in bytes.
+    pub huge_pages: u64,
+    /// Thousandths of CPUs, if they are limited.
+    pub cpu_millis: Option<u64>,
+}
+
+impl Limits {
+    /// Both of them together; a limit that one does not have is not counted.
+    #[must_use]
+    pub fn and(self, other: &Self) -> Self {
+        self.merge(other, u64::saturating_add)
+    }
+
+    /// The larger of each.
+    #[must_use]
+    pub fn or_more(self, other: &Self) -> Self {
+        self.merge(other, u64::max)
+    }
+
+    fn merge(self, other: &Self, with: fn(u64, u64) -> u64) -> Self {
+        let either = |one: Option<u64>, other: Option<u64>| match (one, other) {
+            (Some(one), Some(other)) => Some(with(one, other)),
+            _ => one.or(other),
+        };
+        Self {
+            memory: either(self.memory, other.memory),
+            huge_pages: with(self.huge_pages, other.huge_pages),
+            cpu_millis: either(self.cpu_millis, other.cpu_millis),
+        }
+    }
+
+    /// After a change: `resources` is OCI's `LinuxResources` as JSON, in which what is not named stays.
+    ///
+    /// # Errors
+    /// `InvalidArgument`.
+    pub fn changed_by(self, resources: &[u8]) -> Result<Self> {
+        let changed: Resources = serde_json::from_slice(resources).map_err(|error| {
+            Error::invalid(format!(
+                "the resources are not OCI LinuxResources as JSON: {error}"
+            ))
+        })?;
+        Ok(Self {
+            memory: changed.memory_limit(self.memory),
+            // Those of a running container do not change.
+            huge_pages: self.huge_pages,
+            cpu_millis: changed.cpu_millis(self.cpu_millis),
+        })
+    }
+}
+
+/// Thousandths of CPUs, rounded up; `None` for a quota that is no limit. Both in microseconds.
+#[must_use]
+pub fn cpu_millis(quota: i64, period: u64) -> Option<u64> {
+    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
+    (period > 0).then(|| quota.saturating_mul(1000).div_ceil(period))
+}
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Resources {
     memory: Option<Memory>,
+    cpu: Option<Cpu>,
     hugepage_limits: Option<Vec<HugePageLimit>>,
     devices: Option<Vec<DeviceRule>>,
 }
@@ -40,6 +107,13 @@ struct DeviceRule {
 #[serde(default)]
 struct Memory {
     limit: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Cpu {
+    quota: Option<i64>,
+    period: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -86,14 +160,38 @@ impl Resources {
         }
     }
 
-    /// In bytes, if there is one.
-    pub(super) fn memory_limit(&self) -> Option<u64> {
-        let limit = self.memory.as_ref()?.limit?;
-        u64::try_from(limit).ok().filter(|&limit| limit > 0)
+    /// What it may use.
+    pub(super) fn limits(&self) -> Limits {
+        let none = Limits::default();
+        Limits {
+            memory: self.memory_limit(none.memory),
+            huge_pages: self.huge_pages(),
+            cpu_millis: self.cpu_millis(none.cpu_millis),
+        }
+    }
+
+    /// In bytes, if there is one; `old` if nothing is said of it.
+    fn memory_limit(&self, old: Option<u64>) -> Option<u64> {
+        match self.memory.as_ref().and_then(|memory| memory.limit) {
+            None | Some(0) => old,
+            Some(limit) => u64::try_from(limit).ok().filter(|limit| *limit < UNLIMITED),
+        }
+    }
+
+    /// As [`Self::memory_limit`].
+    fn cpu_millis(&self, old: Option<u64>) -> Option<u64> {
+        let cpu = self.cpu.as_ref();
+        match cpu.and_then(|cpu| cpu.quota) {
+            None | Some(0) => old,
+            Some(quota) => {
+                let period = cpu.and_then(|cpu| cpu.period).filter(|period| *period > 0);
+                cpu_millis(quota, period.unwrap_or(DEFAULT_PERIOD))
+            }
+        }
     }
 
     /// Of 2 MiB pages, in bytes.
-    pub(super) fn huge_pages(&self) -> u64 {
+    fn huge_pages(&self) -> u64 {
         let mut limits = self.hugepage_limits.iter().flatten().rev();
         let limit = limits.find(|limit| limit.page_size == "2MB" && limit.limit < UNLIMITED);
         limit.map_or(0, |limit| limit.limit)
@@ -135,7 +233,7 @@ mod tests {
     fn limits_are_what_is_above_nothing() {
         let parse = |text: &str| -> Resources { serde_json::from_str(text).unwrap() };
         for text in ["{}", r#"{"memory":null}"#, r#"{"memory":{"limit":-1}}"#] {
-            assert_eq!(parse(text).memory_limit(), None, "{text}");
+            assert_eq!(parse(text).limits().memory, None, "{text}");
         }
         let none = r#"{"hugepageLimits":[{"pageSize":"2MB","limit":9223372036854775807}]}"#;
         assert_eq!(parse(none).huge_pages(), 0);
@@ -143,6 +241,44 @@ mod tests {
             r#"{"memory":{"limit":5},"hugepageLimits":[{"pageSize":"1GB","limit":0},
             {"pageSize":"2MB","limit":4194304}]}"#,
         );
-        assert_eq!((both.memory_limit(), both.huge_pages()), (Some(5), 4 << 20));
+        let both = both.limits();
+        assert_eq!((both.memory, both.huge_pages), (Some(5), 4 << 20));
+    }
+
+    #[test]
+    fn what_a_change_does_not_name_stays() {
+        let before = Limits {
+            memory: Some(5),
+            huge_pages: 7,
+            cpu_millis: Some(250),
+        };
+        let after = |text: &str| before.changed_by(text.as_bytes()).unwrap();
+        assert_eq!(after("{}"), before);
+        assert_eq!(after(r#"{"memory":{"swap":9},"cpu":{"shares":2}}"#), before);
+        assert_eq!(after(r#"{"memory":{"limit":0},"cpu":{"quota":0}}"#), before);
+        let more = after(r#"{"memory":{"limit":6},"cpu":{"quota":150000,"period":100000}}"#);
+        assert_eq!((more.memory, more.cpu_millis), (Some(6), Some(1500)));
+        let none = after(r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#);
+        assert_eq!((none.memory, none.cpu_millis), (None, None));
+        assert_eq!(after(r#"{"cpu":{"quota":1}}"#).cpu_millis, Some(1));
+        assert!(before.changed_by(b"{").is_err());
+        assert!(before.changed_by(br#"{"memory":{"limit":"x"}}"#).is_err());
+    }
+
+    #[test]
+    fn limits_add_up_and_none_adds_nothing() {
+        let some = Limits {
+            memory: Some(u64::MAX),
+            huge_pages: 1,
+            cpu_millis: None,
+        };
+        let sum = some.and(&some).and(&Limits::default());
+        assert_eq!(
+            (sum.memory, sum.huge_pages, sum.cpu_millis),
+            (Some(u64::MAX), 2, None)
+        );
+        assert_eq!(cpu_millis(150_000, 100_000), Some(1500));
+        assert_eq!(cpu_millis(1, 100_000), Some(1));
+        assert_eq!((cpu_millis(-1, 1), cpu_millis(1, 0)), (None, None));
     }
 }

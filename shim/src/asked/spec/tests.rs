@@ -167,15 +167,16 @@ fn the_pods_size_is_read_from_the_sandbox_container() {
     };
     let whole = spec("150000", "100000", "134217728");
     assert_eq!(
-        (whole.sandbox_cpus(), whole.sandbox_memory()),
-        (Some(2), Some(128 << 20))
+        (whole.sandbox_cpu_millis(), whole.sandbox_memory()),
+        (Some(1500), Some(128 << 20))
     );
     for none in [
         spec("0", "100000", "0"),
         spec("-1", "100000", "-5"),
         spec("5", "0", "x"),
     ] {
-        assert_eq!((none.sandbox_cpus(), none.sandbox_memory()), (None, None));
+        let found = (none.sandbox_cpu_millis(), none.sandbox_memory());
+        assert_eq!(found, (None, None));
     }
 }
 

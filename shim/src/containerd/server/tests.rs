@@ -15,6 +15,7 @@ mod harness;
 mod hostile;
 mod pod;
 mod sandbox;
+mod size;
 mod streaming;
 
 use super::*;

@@ -175,6 +175,7 @@ async fn boot(node: &Node) -> (Arc<Vm>, Record) {
     let record = host.record.clone();
     let plan = Plan {
         memory: config.memory,
+        max_memory: config.memory,
         config,
         network: Network::Path(node.pod.clone()),
         cgroup_path: None,

@@ -26,6 +26,7 @@ use super::kill::Kill;
 use super::late::Late;
 use super::lines;
 use super::patience::Patience;
+use super::size::{Cpus, Memory};
 use super::watch::Watch;
 use super::{Attributes, Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
 use crate::asked::config::Netfilter;
@@ -380,6 +381,11 @@ fn adopt(
         deaf: AtomicBool::new(false),
         passthrough: Arc::default(),
         disks: Arc::default(),
+        memory: Memory::new(
+            launched.machine.0.memory_bytes,
+            launched.machine.0.max_memory_bytes,
+        ),
+        cpus: Cpus::new(launched.machine.0.vcpus, launched.machine.0.max_vcpus),
     });
     tokio::spawn(watch_connection(
         Arc::downgrade(&vm),

@@ -148,7 +148,19 @@ impl Control {
     pub async fn counters(&self) -> Result<Counters> {
         match self.send(RequestBody::Counters, Vec::new(), None).await? {
             ReplyBody::Counters(counters) => Ok(counters),
-            ReplyBody::Done | ReplyBody::Plugged { .. } => Err(ControlError::Confused),
+            _ => Err(ControlError::Confused),
+        }
+    }
+
+    /// Says how much memory the guest is to have; where its device is, and what the guest has now.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn memory(&self, bytes: u64) -> Result<(Option<u8>, u64)> {
+        let body = RequestBody::Memory { bytes };
+        match self.send(body, Vec::new(), None).await? {
+            ReplyBody::Memory { function, bytes } => Ok((function, bytes)),
+            _ => Err(ControlError::Confused),
         }
     }
 
@@ -159,7 +171,7 @@ impl Control {
     pub async fn plug(&self, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<u8> {
         match self.send(RequestBody::Plug(device), fds, None).await? {
             ReplyBody::Plugged { function } => Ok(function),
-            ReplyBody::Done | ReplyBody::Counters(_) => Err(ControlError::Confused),
+            _ => Err(ControlError::Confused),
         }
     }
 }

@@ -81,7 +81,9 @@ impl Host for Node {
         let mut fds = vec![kvm, kernel, initramfs, vmm_agent.into()];
         let machine = VmConfig {
             vcpus: config.vcpus,
+            max_vcpus: config.max_vcpus,
             memory_bytes: plan.memory,
+            max_memory_bytes: plan.max_memory,
             kvm: 0,
             kernel: 1,
             initramfs: 2,

@@ -7,6 +7,7 @@
 pub mod boot;
 mod clock;
 pub mod control;
+mod cpus;
 pub mod death;
 mod disks;
 pub(crate) mod frames;
@@ -16,10 +17,12 @@ pub mod host;
 mod kill;
 mod late;
 mod lines;
+mod memory;
 mod passthrough;
 pub mod patience;
 mod plug;
 mod share;
+mod size;
 pub mod watch;
 
 use std::fmt;
@@ -63,6 +66,8 @@ pub struct Plan {
     pub config: Config,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// As much as it may become.
+    pub max_memory: u64,
     /// The network namespace the VMM lives in.
     pub network: Network,
     /// The pod's cgroup as the spec names it.
@@ -244,6 +249,8 @@ pub struct Vm {
     passthrough: Arc<tokio::sync::Mutex<groups::Groups>>,
     /// Block devices of the node, likewise.
     disks: Arc<tokio::sync::Mutex<held_disks::Disks>>,
+    memory: size::Memory,
+    cpus: size::Cpus,
 }
 
 impl fmt::Debug for Vm {

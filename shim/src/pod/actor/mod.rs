@@ -29,6 +29,7 @@ use crate::node::stand_in::StandIn;
 use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply, Request};
 use crate::pod::events::Events;
 use crate::pod::process::Exit;
+use crate::pod::size::PodSize;
 use crate::pod::stdio::streaming::Streams;
 use crate::pod::timeline::Timeline;
 use handle::Message;
@@ -109,6 +110,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         removed,
         drain: Duration::from_secs(10),
         streams: setup.streams.clone(),
+        size: PodSize::default(),
     };
     let mut timeline = Timeline::new(setup.began);
     timeline.mark("shim.serving", SystemTime::now());
@@ -315,7 +317,8 @@ impl Pod {
         if let Network::Path(path) = &wanted.network {
             self.setup.journal.netns = Some(path.clone());
         }
-        let (plan, sandbox) = wanted.plan(&self.setup.id);
+        let (plan, sandbox, size) = wanted.plan(&self.setup.id);
+        self.context.size = size;
         info!(self.setup.logger, "a VM is started";
             "vcpus" => plan.config.vcpus, "memory_mib" => plan.memory / MIB);
         let host = Arc::clone(&self.setup.host);
@@ -377,6 +380,7 @@ impl Pod {
 
     fn removed(&mut self, id: &str) {
         self.containers.remove(id);
+        self.context.size.gone(id);
         self.pids.retain(|_, container| container != id);
         self.oom_scores.remove(id);
         if let Stage::Up(boot) = &self.stage

@@ -8,7 +8,7 @@ use tokio::sync::{oneshot, watch};
 use super::handle::{Ask, Message, SandboxCreation};
 use super::sandbox_state::{Phase, Sandbox};
 use super::{Pod, Stage, Wanted};
-use crate::asked::spec::{Role, Spec};
+use crate::asked::spec::{Limits, Role, Spec};
 use crate::error::{Error, Result};
 use crate::node::sandbox_files;
 use crate::pod::container::{self, Reply};
@@ -65,9 +65,11 @@ impl Pod {
             hostname: pod.hostname.clone(),
             sysctls: pod.sysctls(),
             network,
-            memory: pod.memory,
-            huge_pages: super::wanted::huge_pages_of_pod(Some(&cgroups_path)),
-            cpus: pod.cpus,
+            limits: Limits {
+                memory: pod.memory,
+                huge_pages: super::wanted::huge_pages_of_pod(Some(&cgroups_path)),
+                cpu_millis: pod.cpu_millis,
+            },
             shm_size: 0,
             cgroup_path: Some(cgroups_path),
             // As CRI sets it for a sandbox container.

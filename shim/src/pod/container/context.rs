@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use crate::guest::vm::boot::News;
 use crate::pod::events::Events;
+use crate::pod::size::PodSize;
 use crate::pod::stdio::streaming::Streams;
 use crate::pod::volume::Volumes;
 
@@ -29,4 +30,6 @@ pub struct Context {
     pub drain: Duration,
     /// containerd's streams.
     pub streams: Streams,
+    /// The pod's size.
+    pub size: PodSize,
 }

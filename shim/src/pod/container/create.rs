@@ -164,6 +164,10 @@ async fn steps(
         progress.hooking = Some(tokio::task::spawn_blocking(run));
         step(&mut progress.hooking).await?;
     }
+    // Before a device of the node holds its memory.
+    let limits = creation.spec.limits();
+    let size = &context.size;
+    size.admit(&creation.id, limits, &vm, &context.logger).await;
     let asked = Asked::by(&creation, disks);
     let (for_devices, logger) = (Arc::clone(&vm), context.logger.clone());
     progress.giving = Some(tokio::spawn(asked.give(for_devices, logger)));

@@ -368,11 +368,18 @@ impl Container {
             resources,
             ..UpdateRequest::default()
         };
+        let context = self.context.clone();
         tokio::spawn(async move {
-            let answer = vm
-                .agent()
-                .update_container(context::Context::default(), &request);
-            let _ = reply.send(vm.call("UpdateContainer", answer).await.map(drop));
+            let apply = async {
+                let answer = vm
+                    .agent()
+                    .update_container(context::Context::default(), &request);
+                vm.call("UpdateContainer", answer).await.map(drop)
+            };
+            let (id, resources) = (&request.id, &request.resources);
+            let size = &context.size;
+            let updated = size.update(id, resources, &vm, &context.logger, apply);
+            let _ = reply.send(updated.await);
         });
     }
 

@@ -25,6 +25,7 @@ fn pod() -> Pod {
     let plan = Plan {
         config: Config::defaults(Path::new("/nonexistent")),
         memory: 64 << 20,
+        max_memory: 64 << 20,
         network: Network::New,
         cgroup_path: None,
         cgroup: None,

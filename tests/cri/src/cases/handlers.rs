@@ -14,32 +14,59 @@ pub const CASES: &[Case] = &[case(
     config_path,
 )];
 
+/// A handler `brig-own` beside the others, with a configuration file of its own, as long as this is there.
+pub struct Own {
+    _configured: Configured,
+    _files: Directory,
+}
+
+impl Own {
+    /// Its name.
+    pub const HANDLER: &'static str = "brig-own";
+
+    /// One whose file says `text`, with these drop-ins. The shared pod must not be in use.
+    ///
+    /// # Errors
+    /// `n/a` for handlers that take no file.
+    pub fn new(suite: &Suite, text: &str, drop_ins: &[(&str, &str)]) -> Result<Self> {
+        match suite.handler.as_str() {
+            "runc" => return not_here("runc has no configuration file"),
+            "brig" => {}
+            _ => {
+                return not_here(
+                    "containerd cannot give a handler with sandboxer = \"shim\" options",
+                );
+            }
+        }
+        const TABLE: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.brig";
+        let files = Directory::new("handler")?;
+        let scale = clock::scale().clamp(0.1, 100.0);
+        let main = files.file("own.toml", &format!("{text}time_scale = {scale:.1}\n"))?;
+        files.directory("own.d")?;
+        for (name, text) in drop_ins {
+            files.file(&format!("own.d/{name}"), text)?;
+        }
+        let handler = format!(
+            "{TABLE}-own]\nruntime_type = \"io.containerd.brig.v2\"\n{TABLE}-own.options]\nConfigPath = \"{}\"\n",
+            main.display()
+        );
+        let table = format!("{TABLE}]");
+        let configured = Configured::lines(&suite.cri, |line| match line.trim() == table {
+            true => format!("{handler}{line}"),
+            false => line.to_owned(),
+        })?;
+        Ok(Self {
+            _configured: configured,
+            _files: files,
+        })
+    }
+}
+
 /// `ConfigPath` in the options of a handler, as for other runtimes of this kind.
 fn config_path(suite: &mut Suite) -> Result<()> {
-    match suite.handler.as_str() {
-        "runc" => return not_here("runc has no configuration file"),
-        "brig" => {}
-        _ => return not_here("containerd cannot give a handler with sandboxer = \"shim\" options"),
-    }
-    const TABLE: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.brig";
-    let files = Directory::new("handler")?;
-    let scale = clock::scale().clamp(0.1, 100.0);
-    let main = files.file(
-        "own.toml",
-        &format!("memory = \"192MiB\"\ntime_scale = {scale:.1}\n"),
-    )?;
-    files.directory("own.d")?;
-    files.file("own.d/10-cpus.toml", "vcpus = 2\n")?;
-    let handler = format!(
-        "{TABLE}-own]\nruntime_type = \"io.containerd.brig.v2\"\n{TABLE}-own.options]\nConfigPath = \"{}\"\n",
-        main.display()
-    );
-    let table = format!("{TABLE}]");
-    let _configured = Configured::lines(&suite.cri, |line| match line.trim() == table {
-        true => format!("{handler}{line}"),
-        false => line.to_owned(),
-    })?;
-    let pod = PodSpec::new("brig-own", "own-configuration").run(&suite.cri)?;
+    let drop_ins = [("10-cpus.toml", "vcpus = 2\n")];
+    let _own = Own::new(suite, "memory = \"192MiB\"\n", &drop_ins)?;
+    let pod = PodSpec::new(Own::HANDLER, "own-configuration").run(&suite.cri)?;
     let container = pod.container("main", SLEEP).start()?;
     equal("CPUs, by the drop-in", "2", container.sh("nproc")?)?;
     // An interface has a queue for each of them, both ways.

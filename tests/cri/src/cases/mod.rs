@@ -19,6 +19,7 @@ mod mounts;
 mod network;
 mod networks;
 mod process;
+mod resize;
 mod resources;
 mod rules;
 mod sandbox;
@@ -53,6 +54,7 @@ pub fn all() -> Vec<Case> {
         security::CASES,
         user_namespace::CASES,
         resources::CASES,
+        resize::CASES,
         cgroups::CASES,
         huge_pages::CASES,
         kernel::CASES,

@@ -17,6 +17,8 @@ const IMAGE: &str = "docker.io/brig/busybox:test";
 const SETTLE: Duration = Duration::from_secs(26);
 const MEMORY_MIB: [u32; 4] = [128, 256, 512, 1024];
 const VCPUS: [u32; 2] = [1, 2];
+/// CPUs that a VM of one may have later.
+const MAX_VCPUS: [u32; 3] = [2, 4, 8];
 const FILES: u32 = 10_000;
 
 /// KiB of one pod.
@@ -42,11 +44,15 @@ pub fn measure(runtime: &str) -> Result<()> {
     println!("memory MiB  vCPUs  VMM KiB  shim KiB  guest KiB  cgroup-guest KiB  of it kernel KiB");
     for vcpus in VCPUS {
         for memory in MEMORY_MIB {
-            let pod = Pod::start(&ctr, memory, vcpus)?;
+            let pod = Pod::start(&ctr, memory, vcpus, vcpus)?;
             print(&format!("{memory:10}  {vcpus:5}"), pod.cost()?);
         }
     }
-    let pod = Pod::start(&ctr, 512, 1)?;
+    for most in MAX_VCPUS {
+        let pod = Pod::start(&ctr, 256, 1, most)?;
+        print(&format!("       256  1 of {most}"), pod.cost()?);
+    }
+    let pod = Pod::start(&ctr, 512, 1, 1)?;
     let before = pod.cost()?;
     let script =
         format!("mkdir /many; i=0; while [ $i -lt {FILES} ]; do : > /many/$i; i=$((i+1)); done");
@@ -76,11 +82,15 @@ struct Pod {
 }
 
 impl Pod {
-    fn start(ctr: &Ctr, memory: u32, vcpus: u32) -> Result<Self> {
-        let config = format!("/run/brig-overhead-{memory}-{vcpus}.toml");
+    fn start(ctr: &Ctr, memory: u32, vcpus: u32, max_vcpus: u32) -> Result<Self> {
+        let config = format!("/run/brig-overhead-{memory}-{vcpus}-{max_vcpus}.toml");
+        let more = match max_vcpus > vcpus {
+            true => format!("max_vcpus = {max_vcpus}\n"),
+            false => String::new(),
+        };
         fs::write(
             &config,
-            format!("memory = {memory}\nvcpus = {vcpus}\ntime_scale = 10.0\n"),
+            format!("memory = {memory}\nvcpus = {vcpus}\ntime_scale = 10.0\n{more}"),
         )?;
         let run = Run::new("overhead", IMAGE, &["sleep", "100000"])
             .with("--runtime-config-path", &config);

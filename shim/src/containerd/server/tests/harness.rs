@@ -39,6 +39,8 @@ pub(super) struct Harness {
     pub(super) record: Record,
     pub(super) host: Arc<FakeHost>,
     pub(super) pod: PodHandle,
+    /// More lines of the handler's configuration.
+    pub(super) settings: &'static str,
     topics: mpsc::UnboundedReceiver<String>,
     server: JoinHandle<Result<()>>,
     _containerd: Server,
@@ -108,6 +110,7 @@ impl Harness {
             record,
             host,
             pod,
+            settings: "",
             topics,
             server,
             _containerd: containerd,
@@ -131,7 +134,7 @@ impl Harness {
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         fs::write(bundle.join("config.json"), spec).unwrap();
         let config = self.dir.path().join("config.toml");
-        fs::write(config, "time_scale = 0.1").unwrap();
+        fs::write(config, format!("time_scale = 0.1\n{}\n", self.settings)).unwrap();
         bundle
     }
 

@@ -1,0 +1,195 @@
+//! The VM's size follows the limits of the pod's containers.
+
+use containerd_shim_protos::api::UpdateTaskRequest;
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use ttrpc::Code;
+
+use super::harness::{Harness, code, ctx};
+use crate::guest::fakes::Behaviour;
+
+const MIB: u64 = 1 << 20;
+/// What a VM of the default configuration starts with.
+const BUILT: u64 = 256 * MIB;
+
+fn sandbox(memory: u64) -> String {
+    format!(
+        r#"{{"hostname":"pod","annotations":{{"io.kubernetes.cri.container-type":"sandbox",
+        "io.kubernetes.cri.sandbox-id":"c","io.kubernetes.cri.sandbox-memory":"{memory}"}},
+        "linux":{{"namespaces":[{{"type":"network","path":""}},{{"type":"pid"}},{{"type":"ipc"}}],"cgroupsPath":"/pods/c"}}}}"#
+    )
+}
+
+fn member(memory: u64) -> String {
+    format!(
+        r#"{{"process":{{"args":["true"]}},"annotations":{{"io.kubernetes.cri.container-type":"container",
+        "io.kubernetes.cri.sandbox-id":"c"}},"linux":{{"namespaces":[{{"type":"network","path":"/proc/7/ns/net"}}],
+        "resources":{{"memory":{{"limit":{memory}}}}}}}}}"#
+    )
+}
+
+/// Of a guest whose containers may use `limit` bytes: with what describes its pages, and what it takes itself, in
+/// blocks of 2 MiB.
+fn needed(limit: u64) -> u64 {
+    (limit + limit.div_ceil(63) + 64 * MIB).next_multiple_of(2 * MIB)
+}
+
+async fn update(harness: &Harness, id: &str, resources: &str) -> ttrpc::Result<()> {
+    let request = UpdateTaskRequest {
+        id: id.into(),
+        resources: MessageField::some(Any {
+            value: resources.as_bytes().to_vec(),
+            ..Any::default()
+        }),
+        ..UpdateTaskRequest::default()
+    };
+    harness.client.update(ctx(), &request).await.map(drop)
+}
+
+fn limit(memory: u64) -> String {
+    format!(r#"{{"memory":{{"limit":{memory}}}}}"#)
+}
+
+async fn running(behaviour: Behaviour, limits: &[(&str, u64)]) -> Harness {
+    let harness = Harness::new(behaviour).await;
+    let sum = limits.iter().map(|(_, limit)| limit).sum();
+    harness.create_as("c", &sandbox(sum)).await.unwrap();
+    harness.start("").await.unwrap();
+    for (id, limit) in limits {
+        harness.create_as(id, &member(*limit)).await.unwrap();
+        harness.start_of(id, "").await.unwrap();
+    }
+    harness
+}
+
+#[tokio::test]
+async fn a_limit_beyond_the_vms_size_has_it_grow_first_and_a_smaller_one_shrink_afterwards() {
+    let harness = running(Behaviour::default(), &[("a", 100 * MIB), ("b", 50 * MIB)]).await;
+    let record = harness.record.clone();
+    assert!(record.has(&format!("launch {BUILT}")));
+    let untouched = |entry: &String| !entry.starts_with("size");
+    assert!(record.all().iter().all(untouched), "it grew without need");
+    update(&harness, "a", &limit(120 * MIB)).await.unwrap();
+    assert!(record.all().iter().all(untouched), "there was room");
+
+    update(&harness, "a", &limit(900 * MIB)).await.unwrap();
+    let large = needed(950 * MIB);
+    let grown = format!("memory {}", large - BUILT);
+    assert!(record.in_order(&format!("size {large}"), &grown));
+    assert!(record.in_order(&grown, &format!("update {}", limit(900 * MIB))));
+
+    let small = format!("size {}", needed(350 * MIB));
+    update(&harness, "a", &limit(300 * MIB)).await.unwrap();
+    record.until(&small).await;
+    assert!(record.in_order(&format!("update {}", limit(300 * MIB)), &small));
+    // Never less than the handler's, which is what it was started with.
+    update(&harness, "a", &limit(10 * MIB)).await.unwrap();
+    record.until(&format!("size {BUILT}")).await;
+}
+
+#[tokio::test]
+async fn what_the_node_does_not_have_is_refused_with_the_numbers_and_the_old_limit_stays() {
+    let harness = running(Behaviour::default(), &[("a", 100 * MIB)]).await;
+    let refused = update(&harness, "a", &limit(1 << 50)).await;
+    let (kind, message) = code(refused);
+    assert_eq!(kind, Code::RESOURCE_EXHAUSTED);
+    assert!(
+        message.contains("max_memory") && message.contains("it has 256 MiB"),
+        "{message}"
+    );
+    let asked = |entry: &String| entry.starts_with("size") || entry.starts_with("update");
+    assert!(!harness.record.all().iter().any(asked));
+    // Another one counts from the old limit.
+    update(&harness, "a", &limit(110 * MIB)).await.unwrap();
+    assert!(
+        !harness
+            .record
+            .all()
+            .iter()
+            .any(|entry| entry.starts_with("size"))
+    );
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_take_it_all_keeps_what_it_had() {
+    let behaviour = Behaviour {
+        takes: Some(64 * MIB),
+        ..Behaviour::default()
+    };
+    let harness = running(behaviour, &[("a", 100 * MIB)]).await;
+    let (kind, message) = code(update(&harness, "a", &limit(512 * MIB)).await);
+    assert_eq!(kind, Code::FAILED_PRECONDITION);
+    assert!(
+        message.contains("64 MiB of the") && message.contains("has 256 MiB as before"),
+        "{message}"
+    );
+    let record = harness.record.clone();
+    assert!(record.in_order(
+        &format!("size {}", needed(512 * MIB)),
+        &format!("size {BUILT}")
+    ));
+    assert!(!record.has(&format!("update {}", limit(512 * MIB))));
+}
+
+#[tokio::test]
+async fn only_what_the_guest_can_do_without_is_taken_and_what_it_keeps_is_not_asked_for_again() {
+    let behaviour = Behaviour {
+        spare: Some((32 + 100) * MIB),
+        keeps: 300 * MIB,
+        ..Behaviour::default()
+    };
+    let harness = running(behaviour, &[("a", 100 * MIB)]).await;
+    let record = harness.record.clone();
+    update(&harness, "a", &limit(512 * MIB)).await.unwrap();
+    let large = needed(512 * MIB);
+    update(&harness, "a", &limit(100 * MIB)).await.unwrap();
+    // It has 100 MiB beyond what is left to it, and keeps more of them than that.
+    record.until(&format!("size {}", large - 100 * MIB)).await;
+    record.until(&format!("size {}", BUILT + 300 * MIB)).await;
+}
+
+#[tokio::test]
+async fn a_container_that_comes_later_has_the_vm_grow_and_one_that_is_too_large_starts_all_the_same()
+ {
+    let harness = running(Behaviour::default(), &[("a", 100 * MIB)]).await;
+    harness.create_as("b", &member(400 * MIB)).await.unwrap();
+    let record = harness.record.clone();
+    let grown = format!("size {}", needed(500 * MIB));
+    assert!(record.in_order(&grown, "create b"));
+    harness.create_as("huge", &member(1 << 50)).await.unwrap();
+    assert!(record.has("create huge"));
+}
+
+#[tokio::test]
+async fn a_change_of_something_else_is_not_refused_for_a_limit_that_was_too_large_before() {
+    let harness = running(Behaviour::default(), &[("a", 1 << 50)]).await;
+    let resources = r#"{"memory":{"limit":1125899906842624},"cpu":{"shares":7}}"#;
+    update(&harness, "a", resources).await.unwrap();
+    assert!(harness.record.has(&format!("update {resources}")));
+}
+
+#[tokio::test]
+async fn cpus_come_with_a_limit_that_needs_them_and_go_with_it() {
+    let mut harness = Harness::new(Behaviour::default()).await;
+    harness.settings = "max_vcpus = 3";
+    harness.create_as("c", &sandbox(MIB)).await.unwrap();
+    harness.start("").await.unwrap();
+    harness.create_as("a", &member(MIB)).await.unwrap();
+    let record = harness.record.clone();
+    let cpus = |quota: i64| format!(r#"{{"cpu":{{"quota":{quota},"period":100000}}}}"#);
+    update(&harness, "a", &cpus(250_000)).await.unwrap();
+    assert!(record.in_order("cpus 3", "online 3"));
+    assert!(record.in_order("online 3", &format!("update {}", cpus(250_000))));
+    let (kind, message) = code(update(&harness, "a", &cpus(400_000)).await);
+    assert_eq!(kind, Code::RESOURCE_EXHAUSTED);
+    assert!(
+        message.contains("needs 4 CPUs") && message.contains("may have 3"),
+        "{message}"
+    );
+    assert!(!record.has(&format!("update {}", cpus(400_000))));
+    update(&harness, "a", &cpus(150_000)).await.unwrap();
+    record.until("online 2").await;
+    update(&harness, "a", &cpus(-1)).await.unwrap();
+    record.until("online 1").await;
+    assert!(!record.all().iter().any(|entry| entry.starts_with("size")));
+}
