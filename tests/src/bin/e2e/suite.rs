@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-pub use brig_suite::case::{brig, case, smoke};
+pub use brig_suite::case::{brig, case, not_here, smoke};
 use brig_suite::lock;
 use brig_tests::node::ctr::{self, Container, Ctr, Run};
 use brig_tests::node::events::Events;

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use brig_tests::node::check::{clip, equal, field, that};
-use brig_tests::node::ctr::{Ctr, Run};
+use brig_tests::node::ctr::{Container, Ctr, Run};
 use brig_tests::node::process::{self, Running};
 use brig_tests::node::{clock, leaks};
 use nix::sys::signal::Signal;
 
-use crate::suite::{Case, PROBE, Suite, brig, case};
+use crate::suite::{Case, PROBE, Suite, brig, case, not_here};
 
 /// On the node's disk.
 const DIRECTORY: &str = "/var/tmp/brig-e2e-files";
@@ -42,6 +42,11 @@ pub const CASES: &[Case] = &[
         "files",
         "random sequences of file operations end as under runc",
         sequences,
+    ),
+    brig(
+        "files",
+        "stress-ng's file-system stressors end as under runc",
+        stress,
     ),
 ];
 
@@ -241,6 +246,91 @@ fn traced(thread: i32, act: impl FnOnce() -> Result<()>) -> Result<usize> {
     let trace = fs::read_to_string(TRACE)?;
     fs::remove_file(TRACE)?;
     Ok(trace.lines().count())
+}
+
+/// How long each stressor runs, in seconds: without it there are none.
+const STRESS: &str = "BRIG_STRESS_SECONDS";
+const STRESS_IMAGE: &str = "docker.io/brig/stress:test";
+
+/// stress-ng's stressors of files. Of its class `filesystem` these are not here: what is of /proc, of devices or of mounts,
+/// and `fiemap` and `verity`, which FUSE has not.
+const STRESSORS: &str = "access chattr chdir chmod chown copy-file dentry dir dirdeep dirmany dup fallocate fcntl \
+    file-ioctl filename flock fpunch fsize fstat getdent handle hdd inode-flags inotify io iomix lease link locka lockf \
+    lockofd mknod open rename symlink sync-file touch utime xattr";
+
+fn stress(suite: &mut Suite) -> Result<()> {
+    let Ok(seconds) = std::env::var(STRESS) else {
+        return not_here(format!("{STRESS} says how long; make test-all does"));
+    };
+    suite.import(STRESS_IMAGE, "/host/assets/images/stress.tar")?;
+    let runc = Ctr {
+        runtime: "io.containerd.runc.v2".to_owned(),
+        ..suite.ctr.clone()
+    };
+    let [expected, found] = [("runc", &runc), ("brig", &suite.ctr)].map(|(name, ctr)| {
+        let directory = fresh(&format!("stress-{name}"))?;
+        let id = format!("stress-{name}");
+        let run = Run::new(&id, STRESS_IMAGE, &["sleep", "1000000"]).with(
+            "--mount",
+            &format!("type=bind,src={directory},dst={MOUNTED},options=rbind:rw"),
+        );
+        stressed(&ctr.start(&run)?, &seconds)
+    });
+    let (expected, found) = (expected?, found?);
+    let mut worse = Vec::new();
+    for ((name, runc, _), (_, brig, said)) in expected.iter().zip(&found) {
+        eprintln!("brig-e2e: stress-ng --{name}: {runc} under runc, {brig} under Brig");
+        if runc == PASSED && brig != PASSED {
+            worse.push(format!("{name} ({brig}): {}", clip(said)));
+        }
+    }
+    that(
+        &format!("all that pass under runc pass: {}", worse.join("; ")),
+        worse.is_empty(),
+    )?;
+    let passed = expected.iter().filter(|(_, end, _)| end == PASSED);
+    that("most of them pass", passed.count() * 4 > expected.len() * 3)
+}
+
+/// How a stressor ends that could do its work.
+const PASSED: &str = "passed";
+
+/// Each stressor with its end and what it said.
+fn stressed(container: &Container, seconds: &str) -> Result<Vec<(&'static str, String, String)>> {
+    STRESSORS
+        .split_whitespace()
+        .map(|name| {
+            let stressor = format!("--{name}");
+            let arguments = [
+                "stress-ng",
+                &stressor,
+                "1",
+                "--timeout",
+                seconds,
+                "--temp-path",
+                MOUNTED,
+                "--verify",
+                "--hdd-bytes",
+                "8M",
+                "--iomix-bytes",
+                "8M",
+                "--fallocate-bytes",
+                "8M",
+            ];
+            let ended = container.exec(&arguments)?;
+            let said = format!("{}{}", ended.text(), ended.stderr);
+            // One that cannot do its work is skipped, with status 0.
+            let end = match ended.code {
+                0 if said.contains("passed: 1") => PASSED.to_owned(),
+                0 => "skipped".to_owned(),
+                code => format!("status {code}"),
+            };
+            let said = said
+                .lines()
+                .filter(|line| line.contains("fail") || line.contains("skip"));
+            Ok((name, end, said.collect::<Vec<_>>().join(", ")))
+        })
+        .collect()
 }
 
 /// Where sequences are done: the image's own files, a volume, and one that is mapped for a user namespace.
