@@ -22,6 +22,7 @@ use crate::{
     reaper::Exit,
     spec::{self, IdMapping, Seccomp},
     stdio::{ChildEnds, HostStreams, Pumps, Running},
+    submounts::Entered,
 };
 
 /// What a container is made of, besides its processes.
@@ -44,6 +45,8 @@ pub struct Parts {
     pub disks: Disks,
     /// What it may use of the guest's huge pages, held as long as it is there.
     pub _huge_pages: Option<Reservation>,
+    /// The share's volumes that it mounts.
+    pub volumes: Option<Entered>,
 }
 
 /// The state that the task owns.
@@ -442,8 +445,12 @@ impl Container {
             return drop(reply.send(Err(Error::FailedPrecondition(error))));
         }
         let (cgroup, mailbox) = (self.parts.cgroup.path().to_owned(), self.mailbox.clone());
+        let volumes = self.parts.volumes.take();
         tokio::spawn(async move {
             let result = cgroup::remove(&cgroup).await;
+            if let Some(volumes) = volumes {
+                volumes.leave().await;
+            }
             let _ = mailbox.send(Command::Removed {
                 exit,
                 result,

@@ -24,6 +24,7 @@ use crate::{
     process::Reply,
     reaper::Reaper,
     streams::Streams,
+    submounts::Submounts,
     volume::Volumes,
 };
 
@@ -47,6 +48,8 @@ pub struct Context {
     pub outputs: Outputs,
     /// Told what is started and ends.
     pub page_reporting: PageReporting,
+    /// Volumes of the share.
+    pub submounts: Arc<Submounts>,
     /// Volumes in the guest's memory.
     pub volumes: Arc<Volumes>,
     /// Its huge pages.
@@ -80,13 +83,20 @@ impl Context {
         fs::create_dir_all(places.run.join("shm"))?;
         fs::create_dir_all(&places.share)?;
         cgroup::prepare(&places.cgroup_root, &places.cgroup_base)?;
+        let mounted = places.owns_machine.then(|| places.share.clone());
+        let submounts = Arc::new(Submounts::new(mounted));
         Ok(Self {
             streams,
             launcher: Launcher::new(binary, reaper, logger.clone()),
             events: Events::default(),
             outputs: Outputs::default(),
             page_reporting: PageReporting::default(),
-            volumes: Arc::new(Volumes::new(&places.run, &places.share)),
+            volumes: Arc::new(Volumes::new(
+                &places.run,
+                &places.share,
+                Arc::clone(&submounts),
+            )),
+            submounts,
             huge_pages: Arc::new(HugePages::new(places.owns_machine)),
             memory: Memory::new(),
             device_nodes: DeviceNodes::new("/dev".into(), logger.clone()),

@@ -86,6 +86,8 @@ pub enum MountSource {
         readonly_on_host: bool,
         /// The host has mapped its owners.
         mapped_on_host: bool,
+        /// A directory, and so a file system of its own.
+        directory: bool,
     },
     /// A volume in the guest's memory.
     Volume {

@@ -47,6 +47,7 @@ mod spec;
 mod stdio;
 mod stream;
 mod streams;
+mod submounts;
 mod validate;
 mod volume;
 

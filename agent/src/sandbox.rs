@@ -22,6 +22,7 @@ use crate::{
     inherited, names,
     spec::{self, Spec},
     stdio::ChildEnds,
+    submounts::Entered,
     validate, volume,
 };
 
@@ -86,6 +87,7 @@ async fn build(
         &context.logger,
     );
     let cgroup = cgroup.inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
+    let volumes = enter_volumes(context, &mount_sources).await;
     let parts = Parts {
         id: id.clone(),
         dir,
@@ -96,6 +98,7 @@ async fn build(
         cgroup,
         disks: given.disks.clone(),
         _huge_pages: huge_pages,
+        volumes,
     };
     let instructions = Instructions::Create(Box::new(Create {
         id: id.clone(),
@@ -121,6 +124,9 @@ async fn build(
                 slog::warn!(context.logger, "cgroup stays"; "container" => &id, "error" => %left);
             }
             let _ = fs::remove_dir_all(&parts.dir);
+            if let Some(volumes) = parts.volumes {
+                volumes.leave().await;
+            }
             return Err(error);
         }
     };
@@ -128,6 +134,31 @@ async fn build(
     context.created(id, mailbox.clone());
     tokio::spawn(Container::new(parts, Arc::clone(context), mailbox, init).run(commands));
     Ok(pid)
+}
+
+/// Has the share's directories among the mounts be file systems of their own, before the container's namespace is made.
+async fn enter_volumes(
+    context: &Context,
+    mount_sources: &BTreeMap<u32, MountSource>,
+) -> Option<Entered> {
+    let paths: Vec<String> = mount_sources
+        .values()
+        .filter_map(|source| match source {
+            MountSource::Share {
+                path,
+                directory: true,
+                ..
+            } => Some(path.clone()),
+            _ => None,
+        })
+        .collect();
+    if paths.is_empty() {
+        return None;
+    }
+    let submounts = Arc::clone(&context.submounts);
+    tokio::task::spawn_blocking(move || submounts.enter(paths))
+        .await
+        .ok()
 }
 
 async fn reserve_huge_pages(context: &Context, spec: &Spec) -> Result<Option<Reservation>> {

@@ -53,6 +53,7 @@ fn mount_source(source: &agent::MountSource) -> Result<MountSource> {
         path: source.share_path.clone(),
         readonly_on_host: source.readonly_on_host,
         mapped_on_host: source.mapped_on_host,
+        directory: source.directory,
     })
 }
 

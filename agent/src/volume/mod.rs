@@ -28,6 +28,7 @@ use crate::{
     huge_pages,
     mount_attr::{self, Change},
     names,
+    submounts::{Entered, Submounts},
 };
 use entry::Entry;
 use replica::Replica;
@@ -44,6 +45,7 @@ const MAX_PENDING: usize = 64 << 20;
 pub struct Volumes {
     root: PathBuf,
     share: PathBuf,
+    submounts: Arc<Submounts>,
     live: Mutex<HashMap<String, Arc<Mutex<Volume>>>>,
 }
 
@@ -53,6 +55,8 @@ struct Volume {
     content: Content,
     pending: Vec<Entry>,
     pending_bytes: usize,
+    /// It is the share's.
+    _entered: Option<Entered>,
 }
 
 enum Content {
@@ -92,12 +96,13 @@ pub fn directory(run: &Path) -> PathBuf {
 }
 
 impl Volumes {
-    /// No volumes yet, in the agent's directory `run`; the share is at `share`.
+    /// No volumes yet, in the agent's directory `run`; the share is at `share`, with `submounts`.
     #[must_use]
-    pub fn new(run: &Path, share: &Path) -> Self {
+    pub fn new(run: &Path, share: &Path, submounts: Arc<Submounts>) -> Self {
         Self {
             root: directory(run),
             share: share.to_owned(),
+            submounts,
             live: Mutex::default(),
         }
     }
@@ -157,9 +162,11 @@ impl Volumes {
             }
         };
         let at = self.root.join(&request.id);
+        let mut entered = None;
         let top = match content {
             Content::Shared => {
                 names::share_path(&request.share_path)?;
+                entered = Some(self.submounts.enter(vec![request.share_path.clone()]));
                 mount_shared(&self.share, &request.share_path, &at)
             }
             Content::Memory if request.kind.enum_value() == Ok(Kind::HUGE) => {
@@ -174,6 +181,7 @@ impl Volumes {
             content,
             pending: Vec::new(),
             pending_bytes: 0,
+            _entered: entered,
         }));
         live.insert(request.id.clone(), Arc::clone(&volume));
         Ok(volume)
@@ -186,9 +194,9 @@ impl Volumes {
     /// `Internal` when it cannot be unmounted.
     pub fn remove(&self, id: &str) -> Result<()> {
         names::id(id)?;
-        if lock(&self.live).remove(id).is_none() {
+        let Some(_volume) = lock(&self.live).remove(id) else {
             return Ok(());
-        }
+        };
         let at = self.root.join(id);
         umount2(&at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
             .map_err(|error| Error::io(format_args!("volume {id}"), error))?;

@@ -30,7 +30,7 @@ const MINOR: u32 = 39;
 const OLDEST_MINOR: u32 = 31;
 
 /// Flags of INIT. What is not here is the guest's own affair: POSIX and BSD locks; or is not wanted: the writeback cache
-/// (volumes are shared with the host), DAX, submounts (`docs/decisions.md`).
+/// (volumes are shared with the host), DAX.
 mod init {
     const ASYNC_READ: u32 = 1 << 0;
     const ATOMIC_O_TRUNC: u32 = 1 << 3;
@@ -49,6 +49,13 @@ mod init {
     const CACHE_SYMLINKS: u32 = 1 << 23;
     const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
     pub(super) const SETXATTR_EXT: u32 = 1 << 29;
+    /// A volume can be a file system of its own in the guest. Taken with [`SUBMOUNTS_ENFORCE`] alone.
+    pub(super) const SUBMOUNTS: u32 = 1 << 27;
+    /// There are 32 more flags.
+    pub(super) const INIT_EXT: u32 = 1 << 30;
+    /// Of those: ACLs hold in such file systems too, as they do in our guest's kernel (`guest-kernel/patches`) and in no
+    /// other.
+    pub(super) const SUBMOUNTS_ENFORCE: u32 = 1 << 31;
 
     pub(super) const OFFERED: u32 = ASYNC_READ
         | ATOMIC_O_TRUNC
@@ -141,7 +148,7 @@ fn serve(served: &Served, session: &Session, header: InHeader, body: &[u8]) -> R
         INIT => init(served, session, &mut body),
         SETXATTR => setxattr(served, session, node, &mut body).map(|()| Vec::new()),
         IOCTL => ioctl(served, node, &mut body),
-        SYNCFS => served.sync().map(|()| Vec::new()),
+        SYNCFS => served.sync(node).map(|()| Vec::new()),
         TMPFILE => tmpfile(served, header, &mut body),
         STATX => statx(served, node),
         _ => Err(io::Error::from_raw_os_error(libc::ENOSYS)),
@@ -199,7 +206,17 @@ fn init(served: &Served, session: &Session, body: &mut Body<'_>) -> Reply {
     }
     let (readahead, offered) = (body.u32()?, body.u32()?);
     served.reset()?;
-    let agreed = offered & init::OFFERED;
+    let more = if offered & init::INIT_EXT == 0 {
+        0
+    } else {
+        body.u32()?
+    };
+    let mut agreed = offered & init::OFFERED;
+    let submounts = offered & init::SUBMOUNTS != 0 && more & init::SUBMOUNTS_ENFORCE != 0;
+    if submounts {
+        agreed |= init::SUBMOUNTS;
+    }
+    served.make_submounts(submounts);
     let long = agreed & init::SETXATTR_EXT != 0;
     session.long_setxattr.store(long, Ordering::Relaxed);
     out.extend(readahead.to_le_bytes());
@@ -316,8 +333,8 @@ mod tests {
     fn what_enforces_acls_is_offered_together() {
         assert_ne!(init::OFFERED & init::POSIX_ACL, 0);
         assert_ne!(init::OFFERED & 1 << 6, 0, "DONT_MASK");
-        // Submounts are file systems without ACLs in the guest's kernel.
-        assert_eq!(init::OFFERED & 1 << 27, 0);
+        // Without more, submounts are file systems without ACLs.
+        assert_eq!(init::OFFERED & init::SUBMOUNTS, 0);
     }
 
     proptest! {

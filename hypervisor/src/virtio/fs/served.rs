@@ -177,9 +177,17 @@ impl Served {
         self.shown_open(&export, opened)
     }
 
-    /// Writes back what the host holds of every file system that the guest can write to here.
-    pub(super) fn sync(&self) -> io::Result<()> {
-        for export in self.exports.all() {
+    /// Whether volumes are to be file systems of their own in the guest, from its first look at them on.
+    pub(super) fn make_submounts(&self, make: bool) {
+        self.exports.make_submounts(make);
+    }
+
+    /// Writes back what the host holds of every file system that the guest can write to in that of `node`.
+    pub(super) fn sync(&self, node: u64) -> io::Result<()> {
+        for export in self
+            .exports
+            .of_one_file_system(NodeId::from_guest(node).export)
+        {
             export.tree.sync()?;
         }
         Ok(())

@@ -373,6 +373,7 @@ impl Leases {
                     share_path: held.attachment.path.clone(),
                     readonly_on_host: held.readonly_on_host(),
                     mapped_on_host: held.mapped_on_host(),
+                    directory: held.is_directory(),
                     ..MountSource::default()
                 },
             })

@@ -29,6 +29,7 @@ const DIRECTORY: &str = ".volumes";
 pub(super) struct Key {
     source: PathBuf,
     identity: FileId,
+    directory: bool,
     recursive: bool,
     /// Later mounts of the node are seen, and those of the pod's other containers.
     follows: bool,
@@ -57,6 +58,7 @@ impl Key {
         }
         let plain = !follows && seen.len() == 1 && seen.iter().all(|mounted| !mounted.readonly);
         Self {
+            directory: source.is_dir(),
             source,
             identity,
             recursive: bind.recursive,
@@ -118,6 +120,11 @@ impl Use {
     /// The guest must not make the mount read-only, which is so on the host as far as it should be.
     pub(super) fn readonly_on_host(&self) -> bool {
         self.key.writable_below
+    }
+
+    /// The guest makes it a file system of its own.
+    pub(super) fn is_directory(&self) -> bool {
+        self.key.directory
     }
 
     /// The guest sees owners as they should be seen already.

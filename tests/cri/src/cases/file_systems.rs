@@ -4,12 +4,13 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use brig_tests::node::check::equal;
+use anyhow::{Context, Result, bail};
+use brig_tests::node::check::{equal, that};
 use brig_tests::node::clock;
 use k8s_cri::v1::Int64Value;
 
-use crate::container::eventually;
+use crate::container::{Container, eventually};
+use crate::mounted::Mounted;
 use crate::node::{self, Directory};
 use crate::served::{Nfs, fuse};
 use crate::suite::{Case, SLEEP, Suite, case};
@@ -25,7 +26,117 @@ pub const CASES: &[Case] = &[
         "hostPath on FUSE: files, owners, size, and free after the pod",
         on_fuse,
     ),
+    case(
+        "volumes",
+        "a volume is a file system of its own: find -xdev, mount points, df, in all containers of the pod",
+        device_numbers,
+    ),
 ];
+
+fn device_numbers(suite: &mut Suite) -> Result<()> {
+    let volume = Directory::new("numbers")?;
+    let (disk, memory) = (volume.directory("disk")?, volume.directory("memory")?);
+    let mounted = Mounted::tmpfs(&memory, "size=3m")?;
+    fs::create_dir(disk.join("below"))?;
+    for (directory, marker) in [(&disk, "below/marker"), (&memory, "marker")] {
+        fs::write(directory.join(marker), "marked")?;
+    }
+    let pod = suite.run("numbers")?;
+    let start = |name: &str| {
+        pod.container(name, SLEEP)
+            .mount(&disk, "/disk")
+            .mount(&memory, "/mnt/memory")
+            .start()
+    };
+    let numbers = |container: &Container| -> Result<Vec<String>> {
+        let text = container.sh("stat -c %d / /disk /disk/below /mnt/memory /mnt/memory/marker")?;
+        Ok(text.lines().map(str::to_owned).collect())
+    };
+    let first = start("first")?;
+    let [root, on_disk, below, in_memory, file] = &numbers(&first)?[..] else {
+        bail!("five numbers are wanted");
+    };
+    that(
+        "three file systems",
+        root != on_disk && root != in_memory && on_disk != in_memory,
+    )?;
+    equal("below a volume's top", (on_disk, in_memory), (below, file))?;
+    equal(
+        "find stops at a volume",
+        "",
+        first.sh("find / -xdev -name marker")?,
+    )?;
+    equal(
+        "and goes through one",
+        "/disk/below/marker",
+        first.sh("find /disk -xdev -name marker")?,
+    )?;
+    // What mountpoint(1) and many programs compare.
+    for (path, is_one) in [
+        ("/disk", true),
+        ("/mnt/memory", true),
+        ("/disk/below", false),
+        ("/etc", false),
+    ] {
+        let differs =
+            format!("test $(stat -c %d {path}) != $(stat -c %d {path}/..) && echo yes; true");
+        equal(
+            &format!("mountpoint {path}"),
+            is_one,
+            first.sh(&differs)? == "yes",
+        )?;
+    }
+    for path in ["/disk", "/mnt/memory"] {
+        let last = format!("df {path} | tail -n 1 | sed 's/.* //'");
+        equal("df's mount point", path, first.sh(&last)?)?;
+    }
+    equal(
+        "size of the smaller",
+        "768",
+        first.sh("stat -f -c %b /mnt/memory")?,
+    )?;
+    // From one to the other, as between any two.
+    first.sh_fails("ln /disk/below/marker /mnt/memory/linked")?;
+    first.sh_fails("ln /disk/below/marker /linked")?;
+    first.sh("mv /disk/below/marker /mnt/memory/moved && cp -a /mnt/memory/moved / && sync")?;
+    equal(
+        "moved",
+        "marked",
+        first.sh("cat /mnt/memory/moved /moved | head -c 6")?,
+    )?;
+
+    // The same one in the next container, and in one that comes when the first has gone.
+    let second = start("second")?;
+    equal(
+        "numbers",
+        numbers(&first)?[1..].to_vec(),
+        numbers(&second)?[1..].to_vec(),
+    )?;
+    // Nothing of the reader's is the exec's, which would wait for it.
+    first.sh("mkfifo /disk/fifo && (cat /disk/fifo >/mnt/memory/read 2>/dev/null &)")?;
+    second.sh("echo through >/disk/fifo")?;
+    eventually("what went through the pipe", clock::seconds(5), || {
+        let read = fs::read_to_string(memory.join("read")).unwrap_or_default();
+        Ok((read == "through\n").then_some(()))
+    })?;
+    first.stop(0)?;
+    first.remove()?;
+    let third = start("third")?;
+    equal(
+        "numbers",
+        numbers(&second)?[1..].to_vec(),
+        numbers(&third)?[1..].to_vec(),
+    )?;
+    for container in [second, third] {
+        container.stop(0)?;
+        container.remove()?;
+    }
+    // Nobody has it any more: it is free, and can be had again.
+    mounted.unmount()?;
+    let fourth = start("fourth")?;
+    equal("the tmpfs has gone", "", fourth.sh("ls /mnt/memory")?)?;
+    equal("the other is there", "below\nfifo", fourth.sh("ls /disk")?)
+}
 
 fn on_nfs(suite: &mut Suite) -> Result<()> {
     let volume = Directory::new("nfs")?;

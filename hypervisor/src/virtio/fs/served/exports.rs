@@ -9,11 +9,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{ROOT_ID, stat64};
+use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, ROOT_ID, stat64};
 use fuse_backend_rs::api::filesystem::Entry;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
@@ -78,6 +78,8 @@ pub(super) struct Export {
     top: u64,
     /// Nobody but the guest writes to it.
     exclusive: bool,
+    /// The guest makes a file system of its own of it, with a device number of its own.
+    submount: bool,
 }
 
 impl Export {
@@ -100,6 +102,8 @@ pub(super) struct Exports {
     /// `/proc/self/fd`, through which every tree opens what it knows.
     descriptors: Arc<OwnedFd>,
     state: Mutex<State>,
+    /// The guest takes submounts.
+    submounts: AtomicBool,
     /// Threads in [`Exports::forget_path`].
     waiting: AtomicU32,
     /// Signalled with the lock held when a request has ended while one waits.
@@ -131,6 +135,7 @@ impl Exports {
                 devices: HashMap::new(),
                 next_device: 0,
             }),
+            submounts: AtomicBool::new(false),
             waiting: AtomicU32::new(0),
             ended: Condvar::new(),
         };
@@ -160,14 +165,28 @@ impl Exports {
     /// If the root cannot be opened again. Every request fails then.
     pub(super) fn reset(&self) -> io::Result<()> {
         let mut state = self.lock();
+        self.make_submounts(false);
         state.live.clear();
         state.directories.clear();
         self.add_root(&mut state)
     }
 
-    /// All that are there now.
-    pub(super) fn all(&self) -> Vec<Arc<Export>> {
-        self.lock().live.values().cloned().collect()
+    /// What is looked up from now on as a volume's top directory is marked as a submount, or not.
+    pub(super) fn make_submounts(&self, make: bool) {
+        self.submounts.store(make, Ordering::Relaxed);
+    }
+
+    /// The exports that are one file system in the guest with that of this number.
+    pub(super) fn of_one_file_system(&self, number: u32) -> Vec<Arc<Export>> {
+        let state = self.lock();
+        let alone = state.live.get(&number).filter(|export| export.submount);
+        match alone {
+            Some(alone) => vec![Arc::clone(alone)],
+            None => {
+                let all = state.live.values();
+                all.filter(|export| !export.submount).cloned().collect()
+            }
+        }
     }
 
     pub(super) fn get(&self, number: u32) -> io::Result<Arc<Export>> {
@@ -240,12 +259,14 @@ impl Exports {
         export.tree.forget(entry.inode, 1);
         let mount = self.mounted_at(path, (entry.attr.st_dev, entry.attr.st_ino))?;
         let (attr, attr_timeout) = mount.tree.getattr(ROOT_ID)?;
+        let attr_flags = if mount.submount { ATTR_SUBMOUNT } else { 0 };
         let mut entry = self.entry(
             &mount,
             Entry {
                 inode: ROOT_ID,
                 attr,
                 attr_timeout,
+                attr_flags,
                 ..entry
             },
         )?;
@@ -307,6 +328,8 @@ impl Exports {
         let descriptors = Arc::clone(&self.descriptors);
         let tree = Tree::new(directory, descriptors, exclusive, timeout)?;
         let (top, _) = tree.getattr(ROOT_ID)?;
+        let volume = number != ROOT_EXPORT && !exclusive;
+        let directory = top.st_mode & libc::S_IFMT == libc::S_IFDIR;
         Ok(Export {
             number,
             tree,
@@ -314,6 +337,7 @@ impl Exports {
             device: top.st_dev,
             top: top.st_ino,
             exclusive,
+            submount: volume && directory && self.submounts.load(Ordering::Relaxed),
         })
     }
 
@@ -370,5 +394,37 @@ mod tests {
             number: 1 << NUMBER_BITS,
         };
         assert!(too_far.to_guest().is_err());
+    }
+
+    #[test]
+    fn a_volume_is_written_back_by_itself_where_it_is_a_file_system_of_its_own() {
+        let Some(share) = crate::virtio::fs::tests::mounted_share() else {
+            return;
+        };
+        for own in [false, true] {
+            let exports = Exports::new(share.path()).unwrap();
+            exports.make_submounts(own);
+            let volume = exports.mounted_at("v".into(), (0, 0)).unwrap().number;
+            let rootfs = exports.mounted_at("c/rootfs".into(), (0, 0)).unwrap();
+            let with = |number: u32| {
+                let mut numbers: Vec<u32> = exports
+                    .of_one_file_system(number)
+                    .iter()
+                    .map(|export| export.number)
+                    .collect();
+                numbers.sort_unstable();
+                numbers
+            };
+            let root = vec![ROOT_EXPORT, rootfs.number];
+            if own {
+                assert_eq!(with(volume), [volume]);
+                assert_eq!(with(ROOT_EXPORT), root);
+                // Of a mount that has left: the rest.
+                assert_eq!(with(99), root);
+            } else {
+                assert_eq!(with(volume).len(), 3);
+                assert_eq!(with(ROOT_EXPORT).len(), 3);
+            }
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! POSIX ACLs, which the guest's kernel enforces and the host's file system inherits and masks.
 
+use nix::mount::{MsFlags, mount};
+
 use super::*;
 
 const ACCESS: &str = "system.posix_acl_access";

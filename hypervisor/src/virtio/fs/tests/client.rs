@@ -18,6 +18,8 @@ pub(super) const SETXATTR: u32 = 21;
 pub(super) const GETXATTR: u32 = 22;
 pub(super) const LISTXATTR: u32 = 23;
 pub(super) const INIT: u32 = 26;
+/// A flag of INIT: there is a second word of them.
+pub(super) const INIT_EXT: u32 = 1 << 30;
 pub(super) const OPENDIR: u32 = 27;
 pub(super) const READDIR: u32 = 28;
 pub(super) const CREATE: u32 = 35;
@@ -54,6 +56,8 @@ pub(super) struct Found {
     pub(super) size: u64,
     pub(super) mode: u32,
     pub(super) uid: u32,
+    /// Of the attributes: whether it is a submount.
+    pub(super) flags: u32,
 }
 
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -73,6 +77,7 @@ impl Found {
             size: u64_at(bytes, 48),
             mode: u32_at(bytes, 40 + 60),
             uid: u32_at(bytes, 40 + 68),
+            flags: u32_at(bytes, 40 + 84),
         }
     }
 }
@@ -97,10 +102,15 @@ impl Client {
     }
 
     pub(super) fn new(root: &Path) -> Self {
+        // Every flag but INIT_EXT.
+        Self::offering(root, &[!INIT_EXT])
+    }
+
+    /// A guest of 7.31 whose INIT has these words of flags.
+    pub(super) fn offering(root: &Path, flags: &[u32]) -> Self {
         let mut client = Self::bare(root);
         let mut body = Vec::new();
-        // 7.31; readahead; every flag but INIT_EXT.
-        for word in [7u32, 31, 0x2_0000, !(1 << 30)] {
+        for word in [7u32, 31, 0x2_0000].iter().chain(flags) {
             body.extend(word.to_le_bytes());
         }
         let reply = client.call(INIT, 0, &body).unwrap();

@@ -284,3 +284,43 @@ fn set_id_bits_go_only_when_the_guest_says_so() {
         assert_eq!(mode(), expected, "open");
     }
 }
+
+#[test]
+fn a_volume_is_a_submount_where_the_guest_holds_acls_in_it() {
+    let Some(share) = mounted_share() else { return };
+    const SUBMOUNTS: u32 = 1 << 27;
+    const ENFORCED: u32 = 1 << 31;
+    fs::write(share.path().join("single"), "").unwrap();
+    mount_over(&share.path().join("v/same"), &share.path().join("single"));
+    let all = INIT_EXT | SUBMOUNTS;
+    for (offered, marked) in [
+        (vec![!INIT_EXT], false),
+        (vec![all, 0], false),
+        (vec![all, !ENFORCED], false),
+        (vec![INIT_EXT, ENFORCED], false),
+        (vec![all, ENFORCED], true),
+    ] {
+        let mut client = Client::offering(share.path(), &offered);
+        let flags = |found: Found| found.flags;
+        assert_eq!(flags(client.walk("v")), u32::from(marked), "{offered:x?}");
+        for path in ["c", "c/rootfs", "v/same", "single", "dir"] {
+            assert_eq!(flags(client.walk(path)), 0, "{path}");
+        }
+        client.handle.forget("");
+    }
+    // And as it is listed.
+    let mut client = Client::offering(share.path(), &[all, ENFORCED]);
+    let handle = client.open(OPENDIR, ROOT, 0).unwrap();
+    let bytes = client.read(READDIRPLUS, ROOT, handle, 0, 4096).unwrap();
+    let mut marked = Vec::new();
+    let mut at = 0;
+    while at + 152 <= bytes.len() {
+        let length = u32_at(&bytes, at + 144) as usize;
+        if Found::parse(&bytes[at..]).flags != 0 {
+            marked.extend(names(&bytes[at..at + 152 + length], 128));
+        }
+        at += (152 + length).next_multiple_of(8);
+    }
+    assert_eq!(marked, ["v"]);
+    client.handle.forget("");
+}
