@@ -2,7 +2,8 @@
 //!
 //! One transaction of nf_tables: all of it, or nothing. What it consists of is the host's, which is trusted with
 //! the guest; but the rules in it may be anybody's who may write to that namespace, so they are only passed to the
-//! kernel, after the guest's numbers of its interfaces were put in their places.
+//! kernel, after the guest's numbers of its interfaces were put in their places. Later it may be replaced by another, as
+//! long as nobody in the guest has changed it.
 use std::{io, os::fd::AsFd as _};
 
 use brig_agent_protocol::agent::{Netfilter, NetfilterObject, NetfilterRefusal};
@@ -21,26 +22,65 @@ const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 /// `NLMSG_ERROR`.
 const ERROR: u16 = 2;
+/// The ruleset is of another generation: libc has no name for it.
+const ERESTART: i32 = 85;
 const HEADER: usize = 16;
+/// `NFNL_BATCH_GENID`: the transaction holds for this generation of the ruleset alone.
+const BATCH_GENERATION: u16 = 1;
+/// `NFT_MSG_DELTABLE`: without a name, all tables.
+const DELETE_TABLE: u16 = 2;
+/// `NFT_MSG_GETGEN`, and `NFTA_GEN_ID` of its answer.
+const GET_GENERATION: u16 = 16;
+const GENERATION: u16 = 1;
 /// `NFT_MSG_NEW*`: TABLE, CHAIN, RULE, SET, SETELEM, OBJ, FLOWTABLE.
 const KINDS: [u16; 7] = [0, 3, 6, 9, 12, 18, 22];
 const NEW_RULE: u16 = 6;
 /// The most bytes of all attributes together.
 const MAX_BYTES: usize = 4 << 20;
 
-/// Loads it, and returns what the kernel refused. With the best effort that is left out; without it nothing is
-/// loaded if anything was refused. Blocking.
+/// What came of a packet filter.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// What the kernel refused.
+    pub refused: Vec<NetfilterRefusal>,
+    /// The generation of the ruleset now.
+    pub generation: u32,
+}
+
+/// Loads it. With the best effort what the kernel refuses is left out; without it nothing is loaded if anything was
+/// refused. Blocking.
 ///
 /// # Errors
-/// `InvalidArgument` for what is no ruleset, `Internal` when the kernel cannot be asked.
-pub fn load(filter: &Netfilter) -> Result<Vec<NetfilterRefusal>> {
+/// `InvalidArgument` for what is no ruleset, `FailedPrecondition` if it is to take the place of one that is no more,
+/// `Internal` when the kernel cannot be asked.
+pub fn load(filter: &Netfilter) -> Result<Loaded> {
+    let refused = load_parts(filter)?;
+    let generation = generation().map_err(|e| Error::io("the packet filter", e))?;
+    // A container may have changed it in between: the next one must not take the place of that.
+    let generation = match filter.replaces {
+        0 => generation,
+        before if generation == before => before,
+        before => before.wrapping_add(1).max(1),
+    };
+    Ok(Loaded {
+        refused,
+        generation,
+    })
+}
+
+fn load_parts(filter: &Netfilter) -> Result<Vec<NetfilterRefusal>> {
     let mut remaining = prepare(filter)?;
     let mut refused = Vec::new();
     loop {
-        if remaining.is_empty() {
+        if remaining.is_empty() && filter.replaces == 0 {
             return Ok(refused);
         }
-        let failed = transact(&remaining).map_err(|e| Error::io("the packet filter", e))?;
+        let failed = transact(&remaining, filter.replaces).map_err(|e| match e.raw_os_error() {
+            Some(ERESTART) => Error::FailedPrecondition(
+                "the packet filter of the guest has been changed in the guest".to_owned(),
+            ),
+            _ => Error::io("the packet filter", e),
+        })?;
         if failed.is_empty() {
             return Ok(refused);
         }
@@ -131,11 +171,22 @@ fn message(
     Ok(())
 }
 
-fn batch(parts: &[Part]) -> io::Result<Vec<u8>> {
+/// The messages of a transaction, which takes the place of the ruleset of the generation `replaces` unless that is 0.
+fn batch(parts: &[Part], replaces: u32) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     // The subsystem, in network byte order.
     let general = [0, 0, 0, 10];
-    message(&mut bytes, BEGIN, 0, 0, general, &[])?;
+    if replaces == 0 {
+        message(&mut bytes, BEGIN, 0, 0, general, &[])?;
+    } else {
+        let mut only_of = Vec::new();
+        only_of.extend_from_slice(&8_u16.to_ne_bytes());
+        only_of.extend_from_slice(&BATCH_GENERATION.to_ne_bytes());
+        only_of.extend_from_slice(&replaces.to_be_bytes());
+        message(&mut bytes, BEGIN, 0, 0, general, &only_of)?;
+        let all_tables = SUBSYSTEM << 8 | DELETE_TABLE;
+        message(&mut bytes, all_tables, 0, 0, [0; 4], &[])?;
+    }
     for part in parts {
         let flags = if part.kind == NEW_RULE {
             CREATE | APPEND
@@ -151,12 +202,40 @@ fn batch(parts: &[Part]) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Sends them as one transaction; returns which were refused, with the error numbers.
-fn transact(parts: &[Part]) -> io::Result<Vec<(u32, u32)>> {
-    let bytes = batch(parts)?;
+fn open() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+/// The generation of the guest's ruleset.
+fn generation() -> io::Result<u32> {
+    let mut question = Vec::new();
+    let kind = SUBSYSTEM << 8 | GET_GENERATION;
+    message(&mut question, kind, 0, 1, [0; 4], &[])?;
+    let socket = open()?;
+    socket.send(&question, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    generation_in(&answer).ok_or_else(|| io::Error::other("the kernel names no generation"))
+}
+
+fn generation_in(answer: &[u8]) -> Option<u32> {
+    let mut attributes = answer.get(HEADER + 4..)?;
+    loop {
+        let length = usize::from(u16::from_ne_bytes(attributes.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(attributes.get(2..4)?.try_into().ok()?);
+        if kind == GENERATION {
+            return Some(u32::from_be_bytes(attributes.get(4..8)?.try_into().ok()?));
+        }
+        attributes = attributes.get(length.max(4).next_multiple_of(4)..)?;
+    }
+}
+
+/// Sends them as one transaction; returns which were refused, with the error numbers.
+fn transact(parts: &[Part], replaces: u32) -> io::Result<Vec<(u32, u32)>> {
+    let bytes = batch(parts, replaces)?;
+    let socket = open()?;
     // An answer need not repeat what it is the answer to.
     socket.set_cap_ack(true)?;
     setsockopt(
@@ -289,6 +368,7 @@ mod tests {
         #[test]
         fn any_answer_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..96)) {
             let _ = read_answers(&bytes, &mut Vec::new());
+            let _ = generation_in(&bytes);
         }
     }
 }

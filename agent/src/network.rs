@@ -2,9 +2,7 @@
 //! up for the pod. The network namespace is the guest's own: the VM is the boundary.
 use std::{net::IpAddr, time::Duration};
 
-use brig_agent_protocol::agent::{
-    Interface, Neighbour, NetfilterRefusal, Route, StartSandboxRequest,
-};
+use brig_agent_protocol::agent::{Interface, Neighbour, Route, StartSandboxRequest};
 use futures::TryStreamExt as _;
 use rtnetlink::{
     Handle, LinkUnspec, RouteMessageBuilder,
@@ -18,7 +16,9 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     error::{Error, Result},
-    inherited, netfilter, pci,
+    inherited,
+    netfilter::{self, Loaded},
+    pci,
 };
 
 /// How long a hot-plugged interface may take to appear after the bus was scanned.
@@ -28,8 +28,8 @@ const APPEAR_TIME: Duration = Duration::from_secs(5);
 type Prefix = (IpAddr, u8);
 
 /// Sets the network up: names, kernel parameters and the packet filter first, and only then are the interfaces up.
-/// With `rescan` a missing interface is looked for on the PCI bus. Returns what of the packet filter the kernel
-/// refused; if it had to take it all, the interfaces stay down.
+/// With `rescan` a missing interface is looked for on the PCI bus. Returns what came of the packet filter;
+/// if the kernel had to take it all and did not, the interfaces stay down.
 ///
 /// # Errors
 /// `InvalidArgument` for what does not parse, `Internal` for what the kernel refuses, naming it.
@@ -37,7 +37,7 @@ pub async fn apply(
     request: &StartSandboxRequest,
     rescan: bool,
     logger: &slog::Logger,
-) -> Result<Vec<NetfilterRefusal>> {
+) -> Result<Loaded> {
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
     let connection = tokio::spawn(connection);
@@ -54,7 +54,7 @@ async fn apply_all(
     request: &StartSandboxRequest,
     rescan: bool,
     logger: &slog::Logger,
-) -> Result<Vec<NetfilterRefusal>> {
+) -> Result<Loaded> {
     let mut indexes = Vec::new();
     for interface in &request.interfaces {
         indexes.push(name_interface(handle, interface, rescan).await?);
@@ -63,17 +63,17 @@ async fn apply_all(
     for interface in &request.interfaces {
         inherited::apply(&interface.sysctls, logger)?;
     }
-    let refused = match request.netfilter.as_ref() {
+    let loaded = match request.netfilter.as_ref() {
         Some(filter) => {
             if rescan {
                 inherited::grow_connection_table(logger);
             }
             netfilter::load(filter)?
         }
-        None => Vec::new(),
+        None => Loaded::default(),
     };
-    if !refused.is_empty() && !request.netfilter.best_effort {
-        return Ok(refused);
+    if !loaded.refused.is_empty() && !request.netfilter.best_effort {
+        return Ok(loaded);
     }
     for (interface, index) in request.interfaces.iter().zip(indexes) {
         add_interface(handle, interface, index).await?;
@@ -87,7 +87,7 @@ async fn apply_all(
     for route in direct.into_iter().chain(via) {
         add_route(handle, route).await?;
     }
-    Ok(refused)
+    Ok(loaded)
 }
 
 /// Brings the loopback interface up.

@@ -353,9 +353,10 @@ impl Agent for Service {
         };
         let context = &self.context;
         let owns_machine = context.places.owns_machine;
-        let netfilter_refused = network::apply(&request, owns_machine, &context.logger).await?;
+        let netfilter = network::apply(&request, owns_machine, &context.logger).await?;
         Ok(AddNetworkResponse {
-            netfilter_refused,
+            netfilter_refused: netfilter.refused,
+            netfilter_generation: netfilter.generation,
             ..AddNetworkResponse::default()
         })
     }

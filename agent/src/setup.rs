@@ -42,7 +42,7 @@ pub async fn sandbox(
         mounted.map_err(|e| Error::Internal(e.to_string()))??;
     }
     let owns_machine = context.places.owns_machine;
-    let netfilter_refused = network::apply(&request, owns_machine, &context.logger).await?;
+    let netfilter = network::apply(&request, owns_machine, &context.logger).await?;
     for (key, value) in &request.sysctls {
         set_sysctl(key, value)?;
     }
@@ -51,7 +51,8 @@ pub async fn sandbox(
     slog::info!(context.logger, "sandbox started"; "sandbox" => &request.id, "interfaces" => request.interfaces.len());
     Ok(StartSandboxResponse {
         kernel_release: release.trim().to_owned(),
-        netfilter_refused,
+        netfilter_refused: netfilter.refused,
+        netfilter_generation: netfilter.generation,
         ..Default::default()
     })
 }

@@ -199,3 +199,56 @@ async fn what_is_no_ruleset_or_parameter_is_refused() {
     assert!(text.contains("core_pattern"), "{text}");
     guest.stop().await;
 }
+
+#[tokio::test]
+async fn rules_take_the_place_of_those_that_nobody_has_changed() {
+    let guest = guest().await;
+    let started = guest
+        .client
+        .start_sandbox(ctx(), &request(filter(false)))
+        .await
+        .unwrap();
+    let replace = async |objects: Vec<NetfilterObject>, replaces: u32| {
+        let netfilter = Netfilter {
+            objects,
+            replaces,
+            ..Default::default()
+        };
+        let request = AddNetworkRequest {
+            netfilter: Some(netfilter).into(),
+            ..Default::default()
+        };
+        guest.client.add_network(ctx(), &request).await
+    };
+    let other = || vec![object(TABLE, attribute(1, b"other\0"))];
+    let first = started.netfilter_generation;
+    let second = replace(other(), first).await.unwrap();
+    assert!(second.netfilter_refused.is_empty());
+    assert_eq!(
+        guest.in_network("nft list ruleset").trim(),
+        "table ip other {\n}"
+    );
+    // What the kernel refuses leaves all as it is.
+    let refused = replace(filter(true).objects, second.netfilter_generation)
+        .await
+        .unwrap();
+    assert_eq!(refused.netfilter_refused.len(), 1);
+    assert_eq!(refused.netfilter_generation, second.netfilter_generation);
+    assert!(guest.in_network("nft list ruleset").contains("other"));
+    // All of it may go.
+    let third = replace(vec![], refused.netfilter_generation).await.unwrap();
+    assert_eq!(guest.in_network("nft list ruleset"), "");
+    // And to replace nothing by nothing is no change.
+    let fourth = replace(vec![], third.netfilter_generation).await.unwrap();
+    assert_eq!(fourth.netfilter_generation, third.netfilter_generation);
+
+    guest.in_network("nft add table ip mine");
+    let (code, text) = refusal(replace(other(), fourth.netfilter_generation).await);
+    assert_eq!(code, ttrpc::Code::FAILED_PRECONDITION);
+    assert!(text.contains("changed in the guest"), "{text}");
+    assert_eq!(
+        guest.in_network("nft list ruleset").trim(),
+        "table ip mine {\n}"
+    );
+    guest.stop().await;
+}

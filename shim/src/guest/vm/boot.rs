@@ -483,6 +483,9 @@ async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> Result<()> {
         .agent
         .start_sandbox(context::Context::default(), &request);
     let answer = vm.call("StartSandbox", answer).await?;
+    if let Some(late) = &vm.late {
+        late.loaded(answer.netfilter_generation);
+    }
     let refused = &answer.netfilter_refused;
     Ok(network.filter.accept(refused, netfilter, logger)?)
 }

@@ -10,6 +10,7 @@ pub mod control;
 mod cpus;
 pub mod death;
 mod disks;
+mod filter;
 pub(crate) mod frames;
 mod groups;
 mod held_disks;

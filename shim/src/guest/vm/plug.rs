@@ -121,6 +121,7 @@ impl Vm {
             .accept(&answer.netfilter_refused, policy, logger)?;
         if let Some(given) = guest.filter.given() {
             late.filtered(given);
+            late.loaded(answer.netfilter_generation);
         }
         info!(logger, "the network's later parts were given to the running VM"; "interfaces" => count,
             "netfilter" => guest.filter.objects.len());

@@ -31,7 +31,7 @@ use crate::asked::config::{Config, Netfilter};
 use error::failed;
 pub use error::{MAX_INTERFACES, NetworkError};
 pub use interface::Prefix;
-pub use netfilter::Ruleset;
+pub use netfilter::{Ruleset, UNTOUCHED as UNTOUCHED_FILTER, heard as heard_of_filter};
 pub use sysctls::{Inherited, of_node as limits_of_node};
 
 use interface::{Link, mac_text};
@@ -230,20 +230,21 @@ fn filter(
     if policy == Netfilter::Ignore {
         return Ok(Ruleset::default());
     }
-    if let Some(given) = given {
-        let generation = netfilter::generation();
-        if generation != given {
-            left_out.push(
-                "changes of the packet filter since the pod was started: a guest has the rules that were there \
-                 then"
-                    .to_owned(),
-            );
-        }
+    if let Some(generation) = given {
+        // What has changed since comes by itself, see `changed_filter`.
         return Ok(Ruleset {
             generation,
             ..Ruleset::default()
         });
     }
+    whole_filter(layout, policy, left_out)
+}
+
+fn whole_filter(
+    layout: &Layout,
+    policy: Netfilter,
+    left_out: &mut Vec<String>,
+) -> Result<Ruleset, NetworkError> {
     let links = layout.links.iter();
     let mut interfaces: Vec<_> = links.map(|link| (link.index, link.name.as_str())).collect();
     // It is the first one of any namespace.
@@ -252,6 +253,45 @@ fn filter(
     filter.decide(policy)?;
     left_out.append(&mut filter.refused);
     Ok(filter)
+}
+
+/// A socket that tells of changes of the packet filter of the namespace at `path`, to be asked by [`heard_of_filter`], and
+/// whether it is in another state now than a guest has been `given`; none where the node's kernel has no packet filter.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn watch_filter(
+    path: &Path,
+    given: Option<u32>,
+) -> Result<Option<(OwnedFd, bool)>, NetworkError> {
+    Namespace::open(path)?.run(|| {
+        let socket =
+            netfilter::watch().map_err(|error| failed("watch the packet filter", error))?;
+        Ok(socket.map(|socket| (socket, !netfilter::is_as(given))))
+    })
+}
+
+/// The packet filter of the namespace at `path`, with one sentence for each thing of it that is left out, unless it is
+/// in the state that a guest has been `given`.
+///
+/// # Errors
+/// [`NetworkError`]; what cannot be taken, where the policy wants it.
+pub fn changed_filter(
+    path: &Path,
+    policy: Netfilter,
+    given: Option<u32>,
+) -> Result<Option<(Ruleset, Vec<String>)>, NetworkError> {
+    Namespace::open(path)?.run(|| {
+        if netfilter::is_as(given) {
+            return Ok(None);
+        }
+        let mut netlink =
+            Netlink::open().map_err(|error| failed("open a netlink socket", error))?;
+        let layout = Layout::read(&mut netlink)?;
+        let mut left_out = Vec::new();
+        let filter = whole_filter(&layout, policy, &mut left_out)?;
+        Ok(Some((filter, left_out)))
+    })
 }
 
 /// The kernel parameters of the namespace at `path`, for a guest with these interfaces.

@@ -100,7 +100,7 @@ impl Container {
             let init = exec.is_none();
             let result = match exec {
                 None if alone => work::start_alone(&context, &vm, &id).await,
-                None => work::start_init(&vm, &id).await,
+                None => work::start_init(&context, &vm, &id).await,
                 Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
             };
             if init && result.is_ok() {

@@ -29,8 +29,12 @@ fn process(id: &str, exec_id: &str) -> ProcessRef {
     }
 }
 
-/// Starts the init process.
-pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<Begun> {
+/// Starts the init process, under the packet filter that the pod has by now.
+pub(super) async fn start_init(context: &Context, vm: &Arc<Vm>, id: &str) -> Result<Begun> {
+    if let Err(error) = vm.follow_filter(&context.logger).await {
+        kill(vm, id, "").await;
+        return Err(error);
+    }
     let request = process(id, "");
     let answer = vm
         .agent()
@@ -50,12 +54,12 @@ pub(super) async fn start_init(vm: &Vm, id: &str) -> Result<Begun> {
 }
 
 /// Starts the init process of a container that is a pod by itself, with the network it has by now.
-pub(super) async fn start_alone(context: &Context, vm: &Vm, id: &str) -> Result<Begun> {
+pub(super) async fn start_alone(context: &Context, vm: &Arc<Vm>, id: &str) -> Result<Begun> {
     if let Err(error) = vm.plug_networks(&context.logger).await {
         kill(vm, id, "").await;
         return Err(error);
     }
-    start_init(vm, id).await
+    start_init(context, vm, id).await
 }
 
 /// Runs the hooks of a container's start or end. As the runtime specification has it, a failure is logged

@@ -142,7 +142,7 @@ fn addresses(suite: &mut Suite) -> Result<()> {
     )
 }
 
-fn run(command: &str) -> Result<String> {
+pub fn run(command: &str) -> Result<String> {
     let mut shell = Command::new("sh");
     shell.args(["-c", command]);
     Ok(process::run(shell, clock::seconds(5))?.success()?.text())

@@ -10,9 +10,10 @@ use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::clock;
 
-use super::network::{fetch, server};
+use super::network::{fetch, run, server};
 use crate::client::Cri;
-use crate::node::{Configured, Directory};
+use crate::container::eventually;
+use crate::node::{Configured, Directory, TOOLS};
 use crate::suite::{Case, SLEEP, Suite, case, refused};
 
 pub const CASES: &[Case] = &[
@@ -20,6 +21,16 @@ pub const CASES: &[Case] = &[
         "network",
         "rules of the pod's namespace hold: a redirect, a reject, and one by owner",
         rules,
+    ),
+    case(
+        "network",
+        "rules that come into the pod's namespace later hold, and end when they go",
+        later,
+    ),
+    case(
+        "network",
+        "rules that a container has made stay, whatever comes into the pod's namespace later",
+        owned,
     ),
     case(
         "network",
@@ -109,6 +120,81 @@ fn rules(suite: &mut Suite) -> Result<()> {
     equal("as root", "SSH", web.sh(ssh)?)?;
     let owner = format!("su -s /bin/sh app -c '{ssh}' 2>/dev/null || true");
     equal("as the rejected user", "", web.sh(&owner)?)
+}
+
+/// Whether a connection to a port comes about.
+fn is_open(address: &str, port: u16) -> Result<bool> {
+    let target: SocketAddr = format!("{address}:{port}").parse()?;
+    Ok(TcpStream::connect_timeout(&target, clock::seconds(1)).is_ok())
+}
+
+/// Waits until a connection comes about, or does not any more.
+fn until_port_is(open: bool, address: &str, port: u16) -> Result<()> {
+    eventually("the rule's effect", clock::seconds(6), || {
+        Ok((is_open(address, port)? == open).then_some(()))
+    })
+}
+
+/// The network namespace of the pod with this address, as `nsenter` wants it.
+fn namespace_of(address: &str) -> Result<String> {
+    let look = format!(
+        "for n in /run/netns/*; do nsenter --net=$n ip -o address | grep -q ' {address}/' && echo $n; done; true"
+    );
+    let found = run(&look)?;
+    let first = found.lines().next();
+    first
+        .map(str::to_owned)
+        .context("no namespace has the pod's address")
+}
+
+const REDIRECT: &str =
+    "iptables-nft -t nat -A PREROUTING -p tcp --dport 81 -j REDIRECT --to-ports 8080";
+
+fn later(suite: &mut Suite) -> Result<()> {
+    let pod = suite.run("later-rules")?;
+    let _web = server(&pod)?;
+    let address = pod.ipv4()?;
+    let namespace = namespace_of(&address)?;
+    let within = |command: &str| run(&format!("nsenter --net={namespace} {command}"));
+    fetch(&address, 8080)?;
+    that("port 81 is closed", !is_open(&address, 81)?)?;
+    within(REDIRECT)?;
+    until_port_is(true, &address, 81).context("a rule that has come")?;
+    equal("page", "later-rules", fetch(&address, 81)?)?;
+    within("nft flush ruleset")?;
+    until_port_is(false, &address, 81).context("a rule that has gone")?;
+    // And once more, with another rule in the same transaction.
+    within("nft add table inet other")?;
+    within(REDIRECT)?;
+    until_port_is(true, &address, 81).context("a rule that has come again")?;
+    fetch(&address, 8080).map(drop)
+}
+
+fn owned(suite: &mut Suite) -> Result<()> {
+    suite.image(TOOLS)?;
+    let pod = suite
+        .pod("own-rules")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    let _web = server(&pod)?;
+    let admin = pod
+        .container("admin", SLEEP)
+        .image(TOOLS.0)
+        .security(|security| security.privileged = true)
+        .start()?;
+    let address = pod.ipv4()?;
+    let namespace = namespace_of(&address)?;
+    let within = |command: &str| run(&format!("nsenter --net={namespace} {command}"));
+    fetch(&address, 8080)?;
+    within(REDIRECT)?;
+    until_port_is(true, &address, 81)?;
+    admin.sh("nft add table ip mine")?;
+    within("nft add table ip theirs")?;
+    std::thread::sleep(clock::seconds(1));
+    let rules = admin.sh("nft list ruleset")?;
+    contains("the container's table", "table ip mine", &rules)?;
+    contains("what it had before", "redirect", &rules.to_lowercase())?;
+    that("port 81 is open", is_open(&address, 81)?)
 }
 
 fn legacy(suite: &mut Suite) -> Result<()> {

@@ -27,6 +27,8 @@ mod take;
 #[cfg(test)]
 mod tests;
 mod uapi;
+mod watch;
 
-pub use read::{generation, read};
+pub use read::{UNTOUCHED, is_as, read};
 pub use ruleset::Ruleset;
+pub use watch::{heard, watch};

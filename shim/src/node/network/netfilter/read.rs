@@ -12,7 +12,7 @@ use crate::node::network::error::{NetworkError, failed};
 /// How often rules that change while they are read are read again.
 const ATTEMPTS: usize = 16;
 /// The number of a ruleset that nobody has touched.
-const UNTOUCHED: u32 = 1;
+pub const UNTOUCHED: u32 = 1;
 
 /// Reads the rules of the calling thread's network namespace, whose interfaces have these numbers.
 ///
@@ -31,8 +31,13 @@ pub fn read(interfaces: &[(u32, &str)]) -> Result<Ruleset, NetworkError> {
     Ok(ruleset)
 }
 
+/// Whether the rules of the calling thread's network namespace are in this state; none: as nobody has touched them.
+pub fn is_as(given: Option<u32>) -> bool {
+    generation() == given.unwrap_or(UNTOUCHED)
+}
+
 /// The number of the calling thread's network namespace's ruleset; of a kernel without one, of none.
-pub fn generation() -> u32 {
+fn generation() -> u32 {
     if !has_nf_tables() {
         return UNTOUCHED;
     }
@@ -43,7 +48,7 @@ pub fn generation() -> u32 {
 }
 
 /// Whether the node's kernel has nf_tables at hand: to ask a kernel that does not would load the module.
-fn has_nf_tables() -> bool {
+pub fn has_nf_tables() -> bool {
     if Path::new("/sys/module/nf_tables").exists() {
         return true;
     }

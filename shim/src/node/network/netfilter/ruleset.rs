@@ -62,6 +62,16 @@ impl Ruleset {
         })
     }
 
+    /// What the agent is asked to load in the place of a ruleset of this generation.
+    #[must_use]
+    pub fn replacement(&self, policy: Netfilter, generation: u32) -> agent::Netfilter {
+        agent::Netfilter {
+            replaces: generation,
+            best_effort: policy != Netfilter::Require,
+            ..self.request(policy).unwrap_or_default()
+        }
+    }
+
     /// Judges by the operator's policy what the agent could not load, and logs what is to be done without.
     ///
     /// # Errors

@@ -363,3 +363,45 @@ fn a_ruleset_without_end_is_refused() {
     let error = namespace.run(|| read(&[])).unwrap_err().to_string();
     assert!(error.contains("larger than 1024 KiB"), "{error}");
 }
+
+#[test]
+fn a_change_is_heard_and_nothing_else() {
+    if !can_filter() {
+        return;
+    }
+    let (pod, other) = (Node::new("heard"), Node::new("unheard"));
+    let namespace = Namespace::open(&pod.pod).unwrap();
+    let socket = namespace.run(|| Ok(watch().unwrap())).unwrap();
+    let Some(socket) = socket else { return };
+    let state = || namespace.run(|| Ok(read(&[]).unwrap().generation)).unwrap();
+    let is_as = |given| namespace.run(|| Ok(is_as(given))).unwrap();
+    assert!(is_as(None));
+    assert!(!heard(&socket).unwrap());
+    apply(&pod, "add table ip t\nadd chain ip t c\n");
+    assert!(heard(&socket).unwrap());
+    assert!(!heard(&socket).unwrap(), "once");
+    assert!(!is_as(None));
+    let now = state();
+    assert!(is_as(Some(now)));
+
+    // Neither who looks nor who changes another namespace.
+    told(&pod);
+    taken(&pod, &[]);
+    apply(&other, "add table ip t\n");
+    assert!(!heard(&socket).unwrap());
+    // More than the socket has room for is heard as well.
+    let many: Vec<String> = (0..500).map(|n| format!("add chain ip t c{n}\n")).collect();
+    apply(&pod, &many.concat());
+    assert!(heard(&socket).unwrap());
+    assert!(!heard(&socket).unwrap());
+    assert!(!is_as(Some(now)));
+}
+
+#[test]
+fn a_replacement_is_sent_even_if_it_is_empty() {
+    let none = Ruleset::default().replacement(Netfilter::Warn, 7);
+    assert_eq!((none.replaces, none.objects.len()), (7, 0));
+    assert!(none.best_effort);
+    let required = Ruleset::default().replacement(Netfilter::Require, 1);
+    assert!(!required.best_effort);
+}
