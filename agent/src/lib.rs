@@ -25,6 +25,7 @@ mod inherited;
 mod init;
 mod launch;
 mod log;
+mod look;
 mod memory;
 mod modules;
 mod mount_attr;

@@ -7,10 +7,11 @@ use brig_agent_protocol::{
     agent::{
         AddNetworkRequest, AddNetworkResponse, AdjustClockRequest, AdjustClockResponse,
         ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, DeviceRef,
-        Empty, Event, FindDeviceRequest, FoundDevice, MemoryFigures, ProcessExited, ProcessList,
-        ProcessRef, ProcessStarted, ResizeMemoryRequest, ResizePtyRequest, SetCpusRequest,
-        ShutdownRequest, SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse,
-        UpdateRequest, UpdateVolumeRequest, VolumeRef, update_volume_request,
+        Empty, Event, FindDeviceRequest, FoundDevice, LookRequest, LookResponse, MemoryFigures,
+        ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizeMemoryRequest,
+        ResizePtyRequest, SetCpusRequest, ShutdownRequest, SignalRequest, StartSandboxRequest,
+        StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest, VolumeRef,
+        update_volume_request,
     },
     agent_ttrpc::Agent,
 };
@@ -24,6 +25,7 @@ use crate::{
     cpus,
     error::{Error, Result},
     forward::Forwarder,
+    look::Looker,
     names, network, pci,
     process::Reply,
     sandbox, setup, spec, validate,
@@ -34,6 +36,7 @@ pub struct Service {
     context: Arc<Context>,
     started: OnceCell<StartSandboxResponse>,
     forwarder: Forwarder,
+    looker: Looker,
     /// Told once, when the guest is to power off.
     shutdown: mpsc::UnboundedSender<()>,
 }
@@ -45,6 +48,7 @@ impl Service {
             context,
             started: OnceCell::new(),
             forwarder: Forwarder::default(),
+            looker: Looker::default(),
             shutdown,
         }
     }
@@ -422,6 +426,10 @@ impl Agent for Service {
             unix_time_ns: clock::now(),
             ..Default::default()
         })
+    }
+
+    async fn look(&self, _: &TtrpcContext, request: LookRequest) -> ttrpc::Result<LookResponse> {
+        Ok(self.looker.look(request.words).await?)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {

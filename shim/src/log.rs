@@ -1,24 +1,33 @@
-//! The shim's log: logfmt lines to containerd's `log` FIFO in the bundle, never blocking.
+//! The shim's log: logfmt or JSON lines to containerd's `log` FIFO in the bundle, never blocking.
 //!
 //! containerd copies what it reads there to its own log. The FIFO is opened for reading and writing,
 //! so that it outlives a restart of containerd; when it is full, lines are dropped. Text from the
 //! guest is escaped and goes through a [`Gate`], because the guest may write as much as it likes.
 
+mod control;
+
 use std::fmt::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+pub use control::{Control, Line};
 use rustix::fs::{Mode, OFlags};
+use serde_json::{Map, Value};
 use slog::{Drain, KV, Key, Level, Logger, Never, OwnedKVList, Record};
 
 /// `PIPE_BUF`: the kernel does not interleave writes up to this size.
 const MAX_LINE: usize = 4096;
+/// The field that says where a line is from which is not the shim's own.
+const FROM: &str = "from";
+/// Its value for the guest's console.
+pub const CONSOLE: &str = "console";
 
 /// A slog drain that writes one line a record.
 struct FifoDrain {
-    fd: OwnedFd,
-    level: Level,
+    fd: Option<OwnedFd>,
+    control: Arc<Control>,
 }
 
 impl Drain for FifoDrain {
@@ -26,65 +35,132 @@ impl Drain for FifoDrain {
     type Err = Never;
 
     fn log(&self, record: &Record<'_>, values: &OwnedKVList) -> Result<(), Never> {
-        if record.level().is_at_least(self.level) {
-            let line = format_line(SystemTime::now(), record, values);
-            // Full, or nobody there: the log must never hold up a pod.
-            let _ = rustix::io::write(&self.fd, line.as_bytes());
+        if record.level().is_at_least(self.control.level()) {
+            let entry = Entry::of(SystemTime::now(), record, values);
+            let mut line = if self.control.json() {
+                entry.json()
+            } else {
+                entry.text()
+            };
+            self.control.keep(entry.is_console(), &line);
+            line.push('\n');
+            if let Some(fd) = &self.fd {
+                // Full, or nobody there: the log must never hold up a pod.
+                let _ = rustix::io::write(fd, line.as_bytes());
+            }
         }
         Ok(())
     }
 }
 
 /// Opens the bundle's `log` FIFO; standard error where there is none.
-pub fn open(path: &Path, debug: bool) -> Logger {
+pub fn open(path: &Path, debug: bool) -> (Logger, Arc<Control>) {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let fd = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(fd) => Some(fd),
         Err(_) => rustix::io::dup(rustix::stdio::stderr()).ok(),
     };
-    let level = if debug { Level::Debug } else { Level::Info };
-    match fd {
-        Some(fd) => Logger::root(FifoDrain { fd, level }, slog::o!("runtime" => "brig")),
-        None => Logger::root(slog::Discard, slog::o!()),
-    }
-}
-
-fn format_line(now: SystemTime, record: &Record<'_>, values: &OwnedKVList) -> String {
-    let level = match record.level() {
-        Level::Critical => "fatal",
-        Level::Error => "error",
-        Level::Warning => "warning",
-        Level::Info => "info",
-        Level::Debug | Level::Trace => "debug",
+    let control = Arc::new(Control::new(debug));
+    let drain = FifoDrain {
+        fd,
+        control: Arc::clone(&control),
     };
-    let mut line = format!("time=\"{}\" level={level} msg=", rfc3339(now));
-    push_quoted(&mut line, &record.msg().to_string());
-    let mut fields = Fields { line };
-    // Writing to a String cannot fail.
-    let _ = record.kv().serialize(record, &mut fields);
-    let _ = values.serialize(record, &mut fields);
-    let mut line = fields.line;
-    if line.len() >= MAX_LINE {
-        let mut end = MAX_LINE - 1;
-        while !line.is_char_boundary(end) {
-            end -= 1;
-        }
-        line.truncate(end);
-    }
-    line.push('\n');
-    line
+    let logger = Logger::root(drain, slog::o!("runtime" => "brig"));
+    (logger, control)
 }
 
-struct Fields {
-    line: String,
+/// A record on its way to a line.
+struct Entry {
+    /// What every line has: time, level and message.
+    time: String,
+    level: &'static str,
+    message: String,
+    fields: Vec<(String, String)>,
 }
+
+impl Entry {
+    fn of(now: SystemTime, record: &Record<'_>, values: &OwnedKVList) -> Self {
+        let level = match record.level() {
+            Level::Critical => "fatal",
+            Level::Error => "error",
+            Level::Warning => "warning",
+            Level::Info => "info",
+            Level::Debug | Level::Trace => "debug",
+        };
+        let mut fields = Fields(Vec::new());
+        // Collecting cannot fail.
+        let _ = record.kv().serialize(record, &mut fields);
+        let _ = values.serialize(record, &mut fields);
+        Self {
+            time: rfc3339(now),
+            level,
+            message: record.msg().to_string(),
+            fields: fields.0,
+        }
+    }
+
+    fn is_console(&self) -> bool {
+        let from = self.fields.iter().find(|(key, _)| key == FROM);
+        from.is_some_and(|(_, value)| value == CONSOLE)
+    }
+
+    /// logfmt, cut to what is written whole.
+    fn text(&self) -> String {
+        let mut line = format!("time=\"{}\" level={} msg=", self.time, self.level);
+        push_quoted(&mut line, &self.message);
+        for (key, value) in &self.fields {
+            line.push(' ');
+            line.push_str(key);
+            line.push('=');
+            push_quoted(&mut line, value);
+        }
+        line.truncate(floor(&line, MAX_LINE - 1));
+        line
+    }
+
+    /// A JSON object, whose texts are cut as far as it must be to be written whole.
+    fn json(&self) -> String {
+        let mut most = MAX_LINE;
+        loop {
+            let cut = |text: &str| Value::from(&text[..floor(text, most)]);
+            let fixed = [
+                ("time", Value::from(self.time.as_str())),
+                ("level", Value::from(self.level)),
+                ("msg", cut(&self.message)),
+            ];
+            let fixed = fixed.map(|(key, value)| (key.to_owned(), value));
+            let fields = self.fields.iter();
+            let fields = fields.map(|(key, value)| (key.clone(), cut(value)));
+            // Of two fields with one name the first counts, and of ours none is another's.
+            let mut object: Map<String, Value> = Map::new();
+            for (key, value) in fixed.into_iter().chain(fields) {
+                object.entry(key).or_insert(value);
+            }
+            let line = Value::from(object).to_string();
+            if line.len() < MAX_LINE || most == 0 {
+                return line;
+            }
+            most /= 2;
+        }
+    }
+}
+
+/// The largest beginning of at most so many bytes that ends between characters.
+fn floor(text: &str, most: usize) -> usize {
+    let mut end = text.len().min(most);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    end
+}
+
+/// Fields by name, the record's own first.
+struct Fields(Vec<(String, String)>);
 
 impl slog::Serializer for Fields {
     fn emit_arguments(&mut self, key: Key, value: &fmt::Arguments<'_>) -> slog::Result {
-        self.line.push(' ');
-        self.line.push_str(key.as_ref());
-        self.line.push('=');
-        push_quoted(&mut self.line, &value.to_string());
+        let name: &str = key;
+        self.0.push((name.to_owned(), value.to_string()));
         Ok(())
     }
 }
@@ -203,6 +279,47 @@ mod tests {
         assert_eq!(at(0), "1970-01-01T00:00:00.000Z");
         assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000Z");
         assert_eq!(at(1_795_199_430), "2026-11-20T18:30:30.000Z");
+    }
+
+    fn entry(message: &str, fields: &[(&str, &str)]) -> Entry {
+        let fields = fields.iter();
+        Entry {
+            time: rfc3339(UNIX_EPOCH),
+            level: "info",
+            message: message.to_owned(),
+            fields: fields
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn a_record_is_a_line_of_text_or_an_object() {
+        let entry = entry("it \"is\"", &[("from", "console"), ("runtime", "brig")]);
+        assert_eq!(
+            entry.text(),
+            r#"time="1970-01-01T00:00:00.000Z" level=info msg="it \"is\"" from="console" runtime="brig""#
+        );
+        let object: Value = serde_json::from_str(&entry.json()).unwrap();
+        assert_eq!(object["msg"], "it \"is\"");
+        assert_eq!(
+            (&object["from"], &object["level"]),
+            (&"console".into(), &"info".into())
+        );
+        assert!(entry.is_console());
+    }
+
+    #[test]
+    fn a_long_line_is_cut_and_an_object_stays_one() {
+        for text in ["\u{1}".repeat(9000), "é".repeat(9000), "x".repeat(9000)] {
+            let entry = entry(&text, &[("a", &text), ("msg", "forged")]);
+            assert!(entry.text().len() < MAX_LINE);
+            let line = entry.json();
+            assert!(line.len() < MAX_LINE && !line.contains('\n'));
+            let object: Value = serde_json::from_str(&line).unwrap();
+            assert!(object["msg"] != "forged");
+            assert!(object["a"].as_str().unwrap().len() > 200);
+        }
     }
 
     #[test]

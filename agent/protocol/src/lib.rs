@@ -78,6 +78,19 @@ pub const MAX_LISTED: usize = 4096;
 /// The most block devices that statistics tell of.
 pub const MAX_DEVICES: usize = 256;
 
+/// What an operator may look at in the guest: the first word of a `LookRequest`.
+pub const LOOKS: [&str; 7] = ["cat", "dmesg", "free", "ip", "ls", "mounts", "ps"];
+
+/// Those of [`LOOKS`] that tell of the machine alone and of nothing that containers brought: they need no debug
+/// handler.
+pub const OPEN_LOOKS: [&str; 3] = ["dmesg", "free", "ip"];
+
+/// The most bytes of what is looked at, all pieces together.
+pub const MAX_LOOK: usize = 256 << 10;
+
+/// The most bytes of one piece of it.
+pub const LOOK_PIECE: usize = 24 << 10;
+
 /// Cuts a sentence to [`MAX_SENTENCE`] bytes, at a character.
 pub fn cut(sentence: &mut String) {
     let mut end = sentence.len().min(MAX_SENTENCE);

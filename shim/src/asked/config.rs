@@ -16,9 +16,13 @@ use crate::error::{Error, Result};
 mod annotations;
 pub mod keys;
 mod load;
+mod logging;
+mod origin;
 mod units;
 
-pub use load::{DEFAULT_PATH, Origins};
+pub use load::DEFAULT_PATH;
+pub use logging::{LogFormat, LogLevel};
+pub use origin::{Origin, Origins};
 pub use units::MIB;
 
 /// The least guest memory in bytes: below it the kernel and the agent do not fit.
@@ -53,6 +57,12 @@ pub struct Config {
     pub max_memory: u64,
     /// Log the guest's early kernel messages too.
     pub debug_console: bool,
+    /// The node's root may look into the guest (`brig exec`, `brig console`).
+    pub debug: bool,
+    /// How much the pods' shims log.
+    pub log_level: LogLevel,
+    /// What a line of their log looks like.
+    pub log_format: LogFormat,
     /// Start on a `/dev/kvm` that only emulates.
     pub allow_slow_kvm: bool,
     /// Multiplies every time-out: 1 on hardware, more under emulation.
@@ -71,6 +81,8 @@ pub struct Config {
     pub netfilter: Netfilter,
     /// Keys that a pod may set for itself, as annotations.
     pub pod_annotations: Vec<Key>,
+    /// Where the keys have their values from whose values are not the defaults.
+    pub origins: Origins,
 }
 
 /// What becomes of a pod whose network namespace has packet filter rules that its guest cannot have.
@@ -140,6 +152,9 @@ struct File {
     #[serde(default, deserialize_with = "units::size")]
     max_memory: Option<u64>,
     debug_console: Option<bool>,
+    debug: Option<bool>,
+    log_level: Option<LogLevel>,
+    log_format: Option<LogFormat>,
     allow_slow_kvm: Option<bool>,
     time_scale: Option<f64>,
     #[serde(default, deserialize_with = "units::time")]
@@ -186,6 +201,9 @@ impl Config {
             memory: 256 * MIB,
             max_memory: MAX_MEMORY,
             debug_console: false,
+            debug: false,
+            log_level: LogLevel::Info,
+            log_format: LogFormat::Text,
             allow_slow_kvm: false,
             time_scale: 1.0,
             shutdown_grace: Duration::from_secs(10),
@@ -194,6 +212,7 @@ impl Config {
             file_systems: FileSystems::default(),
             netfilter: Netfilter::Require,
             pod_annotations: Vec::new(),
+            origins: Origins::new(),
         }
     }
 
@@ -216,6 +235,9 @@ impl Config {
         whole.memory = file.memory.unwrap_or(whole.memory);
         whole.max_memory = file.max_memory.unwrap_or(whole.max_memory);
         whole.debug_console = file.debug_console.unwrap_or(whole.debug_console);
+        whole.debug = file.debug.unwrap_or(whole.debug);
+        whole.log_level = file.log_level.unwrap_or(whole.log_level);
+        whole.log_format = file.log_format.unwrap_or(whole.log_format);
         whole.allow_slow_kvm = file.allow_slow_kvm.unwrap_or(whole.allow_slow_kvm);
         whole.time_scale = file.time_scale.unwrap_or(whole.time_scale);
         whole.shutdown_grace = file.shutdown_grace.unwrap_or(whole.shutdown_grace);

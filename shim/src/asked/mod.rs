@@ -3,5 +3,6 @@
 //! but the files it reads. Annotations are untrusted unless the operator allows them.
 
 pub mod config;
+pub mod pod_name;
 pub mod sandbox_config;
 pub mod spec;

@@ -14,6 +14,7 @@ use std::path::{Component, Path, PathBuf};
 
 use protobuf::well_known_types::any::Any;
 
+use crate::asked::pod_name::PodName;
 use crate::asked::spec::check_hostname;
 use crate::asked::spec::cpu_millis;
 use crate::error::{Error, Result};
@@ -30,6 +31,8 @@ const UNPRIVILEGED_PING: (&str, &str) = ("net.ipv4.ping_group_range", "0 2147483
 /// The pod's configuration, as far as the shim acts on it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PodConfig {
+    /// The pod's name.
+    pub name: Option<PodName>,
     /// The pod's host name.
     pub hostname: String,
     /// `/etc/resolv.conf` of the pod's containers; without one they have the node's.
@@ -116,6 +119,7 @@ impl PodConfig {
         let (mut quota, mut period, mut memory) = (0, 0, 0);
         each_field(bytes, |number, value| {
             match (number, value) {
+                (1, Value::Bytes(metadata)) => config.name = name(metadata)?,
                 (2, Value::Bytes(hostname)) => config.hostname = text(hostname)?,
                 (4, Value::Bytes(dns)) => config.dns = Some(Dns::read(dns)?),
                 (7, Value::Bytes(entry)) => insert(&mut config.annotations, entry)?,
@@ -165,6 +169,21 @@ impl Dns {
         })?;
         Ok(dns)
     }
+}
+
+/// `PodSandboxMetadata`.
+fn name(bytes: &[u8]) -> protobuf::Result<Option<PodName>> {
+    let (mut name, mut uid, mut namespace) = (String::new(), String::new(), String::new());
+    each_field(bytes, |number, value| {
+        match (number, value) {
+            (1, Value::Bytes(bytes)) => name = text(bytes)?,
+            (2, Value::Bytes(bytes)) => uid = text(bytes)?,
+            (3, Value::Bytes(bytes)) => namespace = text(bytes)?,
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok(PodName::of_metadata(&namespace, &name, &uid))
 }
 
 /// A path without `.`, `..` and doubled slashes, by its text alone: containerd writes cgroups so.
@@ -237,7 +256,10 @@ pub(crate) mod tests {
             bytes(3, b"ndots:5"),
         ];
         let config = parse(&[
-            bytes(1, &bytes(1, b"name")),
+            bytes(
+                1,
+                &[bytes(1, b"name"), bytes(2, b"u"), bytes(3, b"shop")].concat(),
+            ),
             bytes(2, b"host"),
             bytes(4, &dns.concat()),
             bytes(7, &[bytes(1, b"a"), bytes(2, b"1")].concat()),
@@ -245,6 +267,11 @@ pub(crate) mod tests {
         ])
         .unwrap();
         assert_eq!(config.hostname, "host");
+        let name = config.name.as_ref().unwrap();
+        assert_eq!(
+            (name.full().as_str(), name.uid.as_str()),
+            ("shop/name", "u")
+        );
         assert_eq!(
             (config.cpu_millis, config.memory),
             (Some(2500), Some(1 << 30))

@@ -3,6 +3,7 @@
 //! [`crate::pod`], and nothing below this room knows containerd's services.
 
 pub mod bootstrap;
+pub mod debug_service;
 pub mod events;
 pub mod pod_stats;
 pub mod sandbox_service;

@@ -110,7 +110,14 @@ impl Sandbox for SandboxService {
         let config = self.config.clone();
         let prepared = tokio::task::spawn_blocking(move || prepare(&request, config)).await;
         let ended = |error| Error::internal(format!("a worker ended: {error}"));
-        self.pod.create_sandbox(prepared.map_err(ended)??).await?;
+        let created = match prepared.map_err(ended)? {
+            Ok(creation) => self.pod.create_sandbox(creation).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = &created {
+            self.pod.refused(error.clone()).await;
+        }
+        created?;
         Ok(CreateSandboxResponse::default())
     }
 

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use async_trait::async_trait;
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use rustix::fs::{Mode, OFlags};
@@ -21,17 +20,18 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 use ttrpc::asynchronous::transport::Listener;
-use ttrpc::asynchronous::{MethodHandler, Server, Service, TtrpcContext};
+use ttrpc::asynchronous::{Server, Service};
 
 use crate::asked::config::Config;
 use crate::containerd::bootstrap::args::Args;
 use crate::containerd::bootstrap::start::{CONFIG_PATH, STARTED_AT, TTRPC_ADDRESS};
+use crate::containerd::debug_service;
 use crate::containerd::events::Publisher;
 use crate::containerd::sandbox_service::SandboxService;
 use crate::containerd::task_service::TaskService;
 use crate::error::{Error, Result, ignore_missing};
 use crate::guest::vm::Host;
-use crate::log;
+use crate::log::{self, Control};
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::pod::actor::{self, PodHandle, Setup};
@@ -40,10 +40,6 @@ use connections::Connections;
 
 /// The two names of one service.
 const TASK_NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
-/// Brig's own service on the same socket, for `brig counters`.
-pub const DEBUG_SERVICE: &str = "brig.Debug";
-/// Its method: the VMM's counters as JSON.
-pub const COUNTERS_METHOD: &str = "Counters";
 /// How long containerd may take for the last events.
 const FLUSH: Duration = Duration::from_secs(5);
 
@@ -55,15 +51,19 @@ const HANG_UP: Duration = Duration::from_secs(2);
 /// # Errors
 /// When the server cannot be set up; the log has it too.
 pub fn serve(args: &Args, host: Arc<dyn Host>) -> Result<()> {
-    let logger = log::open(Path::new("log"), args.debug);
-    let result = set_up_and_run(args, host, &logger);
+    let (logger, log) = log::open(Path::new("log"), args.debug);
+    let result = set_up_and_run(args, host, (&logger, log));
     if let Err(error) = &result {
         error!(logger, "the shim has failed"; "error" => &error.message);
     }
     result
 }
 
-fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<()> {
+fn set_up_and_run(
+    args: &Args,
+    host: Arc<dyn Host>,
+    (logger, log): (&Logger, Arc<Control>),
+) -> Result<()> {
     let failed = |error: io::Error| Error::io("cannot set up the shim's server", &error);
     // Not a member of containerd's session: its terminal's signals are not ours.
     let _ = rustix::process::setsid();
@@ -73,13 +73,11 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
     let state = StateDir::new(&base, &args.namespace, &args.id)?;
     state.create()?;
     let socket = (!args.socket.is_empty()).then(|| PathBuf::from(&args.socket));
+    let shim = Identity::of(std::process::id());
+    let shim = shim.ok_or_else(|| Error::internal("/proc is not mounted"))?;
     let journal = Journal {
-        shim: Identity::of(std::process::id())
-            .ok_or_else(|| Error::internal("/proc is not mounted"))?,
-        vmm: None,
-        cgroup: None,
         socket: socket.clone(),
-        netns: None,
+        ..Journal::new(shim)
     };
     state.write(&journal)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -103,6 +101,7 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
             host,
             events: publisher.events(),
             logger: logger.clone(),
+            log: Arc::clone(&log),
             streams: streams.clone(),
         });
         let config = std::env::var_os(CONFIG_PATH).map(PathBuf::from);
@@ -111,7 +110,7 @@ fn set_up_and_run(args: &Args, host: Arc<dyn Host>, logger: &Logger) -> Result<(
             socket: socket.as_deref(),
             streams,
         };
-        run(served, config, pod, publisher, logger).await
+        run(served, config, pod, publisher, (logger, log)).await
     });
     state.remove();
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -131,7 +130,7 @@ pub(crate) async fn run(
     config: Option<PathBuf>,
     pod: PodHandle,
     publisher: Publisher,
-    logger: &Logger,
+    (logger, log): (&Logger, Arc<Control>),
 ) -> Result<()> {
     let failed = |error: io::Error| Error::io("cannot serve", &error);
     let Served {
@@ -146,7 +145,7 @@ pub(crate) async fn run(
     let (connections, mut open) = Connections::of(listener, streams);
     let mut server = Server::new()
         .add_listener(Listener::new(connections))
-        .register_service(debug_service(pod.clone()))
+        .register_service(debug_service::service(&pod, &log))
         .register_service(create_sandbox(Arc::new(sandbox)));
     for name in TASK_NAMES {
         server = server.register_service(renamed(create_task(Arc::new(service.clone())), name));
@@ -191,47 +190,6 @@ fn renamed(services: HashMap<String, Service>, name: &str) -> HashMap<String, Se
         .into_values()
         .map(|service| (name.to_owned(), service))
         .collect()
-}
-
-struct CountersHandler {
-    pod: PodHandle,
-}
-
-#[async_trait]
-impl MethodHandler for CountersHandler {
-    async fn handler(&self, _: TtrpcContext, _: ttrpc::Request) -> ttrpc::Result<ttrpc::Response> {
-        let counters: Result<Vec<u8>> = async {
-            let vm = self.pod.vm().await;
-            let vm = vm.ok_or_else(|| Error::state("the pod has no VM"))?;
-            let counters = match vm.control().counters().await {
-                Ok(counters) => counters,
-                Err(error) => return Err(vm.explain(error).await),
-            };
-            serde_json::to_vec(&counters).map_err(|error| Error::internal(error.to_string()))
-        }
-        .await;
-        let mut response = ttrpc::Response::new();
-        match counters {
-            Ok(payload) => {
-                response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
-                response.payload = payload;
-            }
-            Err(error) => {
-                let code = error.code();
-                response.set_status(ttrpc::get_status(code, error.message));
-            }
-        }
-        Ok(response)
-    }
-}
-
-fn debug_service(pod: PodHandle) -> HashMap<String, Service> {
-    let handler: Box<dyn MethodHandler + Send + Sync> = Box::new(CountersHandler { pod });
-    let service = Service {
-        methods: HashMap::from([(COUNTERS_METHOD.to_owned(), handler)]),
-        streams: HashMap::new(),
-    };
-    HashMap::from([(DEBUG_SERVICE.to_owned(), service)])
 }
 
 /// Standard input is the listening socket; /dev/null takes its place.

@@ -162,10 +162,15 @@ impl Task for TaskService {
     ) -> ttrpc::Result<CreateTaskResponse> {
         let prepared = tokio::task::spawn_blocking(move || prepare(request)).await;
         let ended = |error| Error::internal(format!("a worker ended: {error}"));
-        let (creation, config) = prepared.map_err(ended)??;
-        let pid = self.pod.create(creation, config).await?;
+        let created = match prepared.map_err(ended)? {
+            Ok((creation, config)) => self.pod.create(creation, config).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = &created {
+            self.pod.refused(error.clone()).await;
+        }
         Ok(CreateTaskResponse {
-            pid,
+            pid: created?,
             ..CreateTaskResponse::default()
         })
     }

@@ -16,10 +16,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use brig_agent_protocol::agent::{
     AdjustClockRequest, AdjustClockResponse, ConnectPortRequest, ContainerRef,
-    CreateContainerRequest, CreateExecRequest, Empty, Event, MemoryFigures, ProcessExited,
-    ProcessList, ProcessRef, ProcessStarted, ResizeMemoryRequest, ResizePtyRequest, SetCpusRequest,
-    ShutdownRequest, SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse,
-    UpdateRequest, UpdateVolumeRequest, VolumeRef, event,
+    CreateContainerRequest, CreateExecRequest, Empty, Event, LookRequest, LookResponse,
+    MemoryFigures, ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizeMemoryRequest,
+    ResizePtyRequest, SetCpusRequest, ShutdownRequest, SignalRequest, StartSandboxRequest,
+    StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest, VolumeRef, event,
 };
 use brig_agent_protocol::agent_ttrpc::{Agent, create_agent};
 use brig_hypervisor::control::{
@@ -517,6 +517,19 @@ impl Agent for FakeAgent {
         self.record.add(format!("created {}", request.id));
         self.keep("", &request.stdio);
         Ok(ProcessStarted::default())
+    }
+
+    async fn look(&self, _: &TtrpcContext, request: LookRequest) -> Answer<LookResponse> {
+        let mut answer = LookResponse::default();
+        match request.words.first().map(String::as_str) {
+            // An answer without end.
+            Some("cat") | None => {
+                answer.content = vec![b'x'; 20_000];
+                answer.more = true;
+            }
+            Some(word) => answer.content = format!("{word}\u{1b}[2J").into_bytes(),
+        }
+        Ok(answer)
     }
 
     async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> Answer<Empty> {

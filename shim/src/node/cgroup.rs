@@ -37,6 +37,12 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
+    /// Where it is: one directory on v2, one a controller on v1.
+    #[must_use]
+    pub fn dirs(&self) -> &[PathBuf] {
+        &self.dirs
+    }
+
     /// Makes the cgroup of this `cgroupsPath`.
     ///
     /// # Errors

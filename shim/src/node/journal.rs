@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::asked::pod_name::PodName;
 use crate::error::{Error, Result, ignore_missing};
 use crate::node::cgroup::Cgroup;
 use crate::node::identity::Identity;
@@ -34,6 +35,9 @@ pub struct Journal {
     /// The pod's network namespace, where packets are redirected.
     #[serde(default)]
     pub netns: Option<PathBuf>,
+    /// Its name in Kubernetes, for those who look.
+    #[serde(default)]
+    pub pod: Option<PodName>,
 }
 
 /// A pod's directory.
@@ -120,6 +124,13 @@ impl StateDir {
             .map_err(|error| Error::internal(format!("{} is damaged: {error}", path.display())))
     }
 
+    /// The directory of all pods that this one is of.
+    #[must_use]
+    pub fn base(&self) -> &Path {
+        let base = self.path.parent().and_then(Path::parent);
+        base.unwrap_or(&self.path)
+    }
+
     /// Where files lie that are mounted into the pod's containers.
     #[must_use]
     pub fn files(&self) -> PathBuf {
@@ -145,6 +156,19 @@ impl StateDir {
 }
 
 impl Journal {
+    /// That of a shim that has done nothing yet.
+    #[must_use]
+    pub fn new(shim: Identity) -> Self {
+        Self {
+            shim,
+            vmm: None,
+            cgroup: None,
+            socket: None,
+            netns: None,
+            pod: None,
+        }
+    }
+
     /// Undoes what it tells of: kills the VMM (and the shim, unless it is this process), removes the
     /// cgroup and the socket. Repeatable; every step is tried, the first error is returned.
     ///
@@ -188,7 +212,11 @@ pub fn list(base: &Path) -> Vec<(String, String)> {
             .collect()
     };
     let mut pods = Vec::new();
-    for namespace in names(base) {
+    // What begins with a dot is no namespace.
+    for namespace in names(base)
+        .into_iter()
+        .filter(|name| !name.starts_with('.'))
+    {
         for id in names(&base.join(&namespace)) {
             pods.push((namespace.clone(), id));
         }
@@ -217,6 +245,7 @@ mod tests {
             cgroup: None,
             socket: Some("/run/s".into()),
             netns: Some("/run/netns/a".into()),
+            pod: PodName::of_metadata("shop", "web", "u"),
         };
         dir.write(&journal).unwrap();
         assert_eq!(dir.read().unwrap(), Some(journal));
@@ -249,6 +278,7 @@ mod tests {
             cgroup: None,
             socket: Some(socket.clone()),
             netns: None,
+            pod: None,
         };
         journal.undo(Duration::from_secs(5)).unwrap();
         assert!(!vmm.wait().unwrap().success());

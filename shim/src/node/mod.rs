@@ -7,6 +7,7 @@ pub mod hooks;
 pub mod identity;
 pub mod journal;
 pub mod network;
+pub mod remains;
 pub mod sandbox_files;
 pub mod stand_in;
 pub mod vfio;

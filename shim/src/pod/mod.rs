@@ -2,6 +2,7 @@
 //! stdio and volumes, and the timeline of its start. Trusts what containerd asked for as far as it was
 //! checked, and nothing that the guest answers.
 
+pub mod account;
 pub mod actor;
 pub mod container;
 pub mod events;

@@ -5,7 +5,7 @@
 //! a pod that believes it has what it asked for is worse off than one that does not start.
 
 use super::units::{SIZES, parse_size};
-use super::{Config, File, Key};
+use super::{Config, File, Key, Origin};
 use crate::error::{Error, Result};
 
 /// What Brig's annotations begin with.
@@ -80,7 +80,9 @@ impl Config {
                 file.max_files = Some(count);
             }
         }
-        self.merge(file, &invalid)
+        self.merge(file, &invalid)?;
+        self.origins.insert(name.to_owned(), Origin::Annotation);
+        Ok(())
     }
 }
 

@@ -105,6 +105,24 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| c.debug_console.into(),
     },
     KeyDoc {
+        name: "debug",
+        what: "let the node's root look into the guest with `brig exec` and `brig console`",
+        form: Form::Switch,
+        value: |c| c.debug.into(),
+    },
+    KeyDoc {
+        name: "log_level",
+        what: "how much a pod's shim logs; `brig level` changes it for one that runs, and containerd's own debug level beats it",
+        form: Form::Word(&["error", "warning", "info", "debug"]),
+        value: |c| c.log_level.name().into(),
+    },
+    KeyDoc {
+        name: "log_format",
+        what: "what a line of that log looks like: logfmt as containerd's, or a JSON object",
+        form: Form::Word(&["text", "json"]),
+        value: |c| c.log_format.name().into(),
+    },
+    KeyDoc {
         name: "allow_slow_kvm",
         what: "start although /dev/kvm only emulates",
         form: Form::Switch,
@@ -156,6 +174,18 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| path(&c.state_dir),
     },
 ];
+
+/// Every key with the value in force and where it is from: `{"KEY": {"value": …, "from": "default"}}`.
+#[must_use]
+pub fn in_force(config: &Config) -> Value {
+    let shown = |key: &KeyDoc| {
+        let from = config.origins.get(key.name);
+        let from = from.map_or_else(|| "default".to_owned(), ToString::to_string);
+        let shown = json!({ "value": key.value(config), "from": from });
+        (key.name.to_owned(), shown)
+    };
+    Value::from(KEYS.iter().map(shown).collect::<serde_json::Map<_, _>>())
+}
 
 impl KeyDoc {
     /// Its value in a configuration, as TOML and JSON write it.

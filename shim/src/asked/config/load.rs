@@ -1,18 +1,14 @@
 //! A configuration from its files: the main one, then its drop-ins in the order of their names.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Config, File, keys};
+use super::{Config, File, Origin, keys};
 use crate::error::{Error, Result};
 
 /// The default file; drop-ins are `*.toml` in the directory of the same name ending in `.d`.
 pub const DEFAULT_PATH: &str = "/etc/brig/config.toml";
-
-/// The file that a key has its value from; keys with their defaults are not in it.
-pub type Origins = BTreeMap<String, PathBuf>;
 
 impl Config {
     /// Reads the configuration: `path` if the handler names one (it must exist), else the default
@@ -28,28 +24,17 @@ impl Config {
         Ok(config)
     }
 
-    /// As [`Config::load`], with the file that each key which is not a default has its value from.
-    ///
-    /// # Errors
-    /// As of [`Config::load`].
-    pub fn load_with_origins(path: Option<&Path>) -> Result<(Self, Origins)> {
-        let mut config = Self::installed();
-        let mut origins = Origins::new();
-        for (file, text) in files(path)? {
-            config.apply(&file, &text)?;
-            for key in keys_of(&text) {
-                origins.insert(key, file.clone());
-            }
-        }
-        Ok((config, origins))
-    }
-
     /// Applies the text of a file.
     pub(crate) fn apply(&mut self, path: &Path, text: &str) -> Result<()> {
         let invalid =
             |what: String| Error::invalid(format!("configuration {}: {what}", path.display()));
         let file: File = toml::from_str(text).map_err(|error| invalid(explain(text, &error)))?;
-        self.merge(file, &invalid)
+        self.merge(file, &invalid)?;
+        for key in keys_of(text) {
+            let from = Origin::File(path.to_owned());
+            self.origins.insert(key, from);
+        }
+        Ok(())
     }
 }
 
@@ -86,13 +71,28 @@ fn keys_of(text: &str) -> Vec<String> {
 fn explain(text: &str, error: &toml::de::Error) -> String {
     let known = |key: &String| keys::KEYS.iter().any(|known| known.name == *key);
     let Some(key) = keys_of(text).into_iter().find(|key| !known(key)) else {
-        return error.to_string().trim_end().replace('\n', " ");
+        return in_one_line(text, error);
     };
     let hint = match keys::nearest(&key) {
         Some(nearest) => format!("did you mean {nearest:?}?"),
         None => "`brig config default` lists the keys".to_owned(),
     };
     format!("unknown key {key:?}; {hint}")
+}
+
+/// Where it is and what is wrong with it, without the picture that the parser draws.
+fn in_one_line(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().trim_end().replace('\n', " ");
+    let before = error.span().and_then(|span| text.get(..span.start));
+    let Some(before) = before else {
+        return message;
+    };
+    let number = before.matches('\n').count() + 1;
+    let line = text.lines().nth(number - 1).unwrap_or_default();
+    match line.split_once('=') {
+        Some((key, _)) => format!("line {number}, {}: {message}", key.trim()),
+        None => format!("line {number}: {message}"),
+    }
 }
 
 fn drop_ins(main: &Path) -> Vec<PathBuf> {
@@ -225,6 +225,8 @@ mod tests {
             .collect();
         let mut config = defaults.clone();
         config.apply(Path::new("all.toml"), &all).unwrap();
+        assert_eq!(config.origins.len(), keys::KEYS.len());
+        config.origins.clear();
         assert_eq!(config, defaults);
         assert_eq!(keys_of(&all).len(), keys::KEYS.len(), "{all}");
         let error = toml::from_str::<File>("no_such_key = 1").unwrap_err();
@@ -243,9 +245,9 @@ mod tests {
         fs::create_dir(dir.path().join("h.d")).unwrap();
         let drop_in = dir.path().join("h.d/a.toml");
         fs::write(&drop_in, "vcpus = 4").unwrap();
-        let (_, origins) = Config::load_with_origins(Some(&main)).unwrap();
-        assert_eq!(origins.get("vcpus"), Some(&drop_in));
-        assert_eq!(origins.get("memory"), Some(&main));
+        let origins = Config::load(Some(&main)).unwrap().origins;
+        assert_eq!(origins.get("vcpus"), Some(&Origin::File(drop_in)));
+        assert_eq!(origins.get("memory"), Some(&Origin::File(main)));
         assert_eq!(origins.get("kernel"), None);
     }
 

@@ -25,10 +25,88 @@ pub enum Command {
         output: Output,
     },
     /// The pods of this node, their processes and what they hold of its memory
-    #[command(visible_aliases = ["ls", "ps"])]
+    #[command(visible_alias = "ls")]
     List {
         #[command(flatten)]
         output: Output,
+    },
+    /// The pods of this node with what they really use: memory as the node and as the guest counts it, CPU, devices
+    Ps {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// The same, again and again, the busiest first; once where there is no terminal
+    Top {
+        /// Once, as 'brig ps'
+        #[arg(long)]
+        once: bool,
+        /// Seconds between two looks, each of which wakes every guest
+        #[arg(short, long, value_name = "SECONDS", default_value = "2", value_parser = clap::value_parser!(u16).range(1..))]
+        interval: u16,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// All of one pod: configuration in force and where each value is from, containers, mounts, network, devices, versions
+    Inspect {
+        #[command(flatten)]
+        pod: Pod,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// The log of a pod's shim, with what its VMM, agent and guest kernel said
+    Logs {
+        #[command(flatten)]
+        pod: Pod,
+        #[command(flatten)]
+        how: Lines,
+    },
+    /// What the guest's console said (for handlers with debug = true)
+    Console {
+        #[command(flatten)]
+        pod: Pod,
+        #[command(flatten)]
+        how: Lines,
+    },
+    /// Change how much a living pod's shim logs
+    Level {
+        #[command(flatten)]
+        pod: Pod,
+        /// What is logged, and what is worse
+        #[arg(value_parser = ["error", "warning", "info", "debug"])]
+        level: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// The log of the guest's kernel
+    Dmesg {
+        #[command(flatten)]
+        pod: Pod,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Look into the guest, outside its containers (for handlers with debug = true)
+    ///
+    /// The guest has no shell and no program but its agent, which knows: cat FILE..., ls [DIRECTORY], ps, mounts, ip,
+    /// free, dmesg.
+    Exec {
+        #[command(flatten)]
+        pod: Pod,
+        #[command(flatten)]
+        output: Output,
+        /// What to look at, after --
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<String>,
+    },
+    /// A support bundle of a pod without secrets: also of one that failed and is gone
+    Dump {
+        #[command(flatten)]
+        pod: Pod,
+        /// Where to; - is standard output
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Say what was written as JSON
+        #[arg(long)]
+        json: bool,
     },
     /// How a pod's start spent its time, and its VM exits by reason
     Timeline {
@@ -48,11 +126,18 @@ pub enum Command {
         #[command(flatten)]
         pod: Pod,
     },
-    /// What all pods use and how they started, in the OpenMetrics text format, once
-    Metrics,
+    /// What all pods use and how they started, in the OpenMetrics text format: once, or for each scrape
+    Metrics {
+        /// Serve them to Prometheus at http://ADDRESS/metrics instead, or on the socket that systemd gives
+        #[arg(long, value_name = "ADDRESS", num_args = 0..=1)]
+        listen: Option<Option<String>>,
+    },
     /// The configuration: whether it is right, what is in force, what there is to set
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// The runtime handlers brig, brig-debug and brig-gpu in containerd's configuration
+    #[command(subcommand)]
+    Containerd(ContainerdCommand),
     /// The installed versions, the one that new pods get, and how many pods run each
     Versions {
         #[command(flatten)]
@@ -116,6 +201,39 @@ pub enum ConfigCommand {
     Reference,
 }
 
+/// What can be done about containerd's configuration.
+#[derive(Debug, Subcommand)]
+pub enum ContainerdCommand {
+    /// Put the handlers there: in a file of their own where containerd merges those it imports (from 2.0 on), else in a
+    /// marked block of its configuration. Says whether containerd must be restarted
+    Add {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Take them away again; the file is as it was before
+    Remove {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// The handlers as they are written for the version that the configuration has
+    Print {
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+/// Where containerd's configuration is.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// containerd's configuration
+    #[arg(long, value_name = "FILE", default_value = crate::handlers::CONTAINERD)]
+    pub config: PathBuf,
+}
+
 /// Which configuration.
 #[derive(Debug, Args)]
 pub struct Source {
@@ -132,12 +250,22 @@ pub struct Output {
     pub json: bool,
 }
 
+/// Which lines.
+#[derive(Debug, Args)]
+pub struct Lines {
+    /// And those that come, until the pod ends
+    #[arg(short, long)]
+    pub follow: bool,
+    #[command(flatten)]
+    pub output: Output,
+}
+
 /// A pod.
 #[derive(Debug, Args)]
 pub struct Pod {
     /// containerd's namespace, where the id is in several
     #[arg(short, long, value_name = "NAME")]
     pub namespace: Option<String>,
-    /// The pod's id (that of its sandbox), or the beginning of it
+    /// The beginning of its id or of that of one of its containers, or its name in Kubernetes (web-0 or shop/web-0)
     pub id: String,
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use brig_shim::asked::config::keys::{self, KEYS};
 use brig_shim::asked::config::{Config, DEFAULT_PATH};
 use brig_shim::error::{Error, Result};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 /// The prefix that the documentation shows.
 const PREFIX: &str = "/opt/brig/bin";
@@ -36,26 +36,26 @@ pub fn check(file: Option<&Path>) -> Result<String> {
 /// # Errors
 /// As of [`check`], but for files that are missing.
 pub fn show(file: Option<&Path>, as_json: bool) -> Result<String> {
-    let (config, origins) = Config::load_with_origins(file)?;
-    let from = |name: &str| {
-        let file = origins.get(name);
-        file.map_or_else(|| "default".to_owned(), |file| file.display().to_string())
-    };
+    let shown = keys::in_force(&Config::load(file)?);
     if as_json {
-        let all: Map<String, Value> = KEYS
-            .iter()
-            .map(|key| {
-                let shown = json!({ "value": key.value(&config), "from": from(key.name) });
-                (key.name.to_owned(), shown)
-            })
-            .collect();
-        return Ok(format!("{}\n", Value::from(all)));
+        return Ok(format!("{shown}\n"));
     }
+    Ok(lines(&shown))
+}
+
+/// A line for each key of what [`keys::in_force`] tells.
+#[must_use]
+pub fn lines(in_force: &Value) -> String {
     let line = |key: &keys::KeyDoc| {
-        let value = key.value(&config).to_string();
-        format!("{:<16} = {value:<40} # {}\n", key.name, from(key.name))
+        let shown = &in_force[key.name];
+        let from = shown["from"].as_str().unwrap_or("unknown");
+        format!(
+            "{:<16} = {:<40} # {from}\n",
+            key.name,
+            shown["value"].to_string()
+        )
     };
-    Ok(KEYS.iter().map(line).collect())
+    KEYS.iter().map(line).collect()
 }
 
 /// A documented file with the defaults of this installation.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use brig_shim::error::{Error, Result};
 use brig_shim::node::journal::{self, StateDir};
+use brig_shim::node::remains::Remains;
 use serde_json::{Value, json};
 
 /// The link to the version that new pods get.
@@ -189,6 +190,10 @@ impl Installation {
                 }
             }
         }
+        // Those that were made for the links alone.
+        for dir in [LINKED[1], LINKED[2], "share/bash-completion"] {
+            let _ = fs::remove_dir(links.join(dir));
+        }
         for version in self.versions()? {
             let dir = self.prefix.join(version);
             fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))?;
@@ -201,6 +206,10 @@ impl Installation {
         if let Some(dir) = configuration {
             ignore_absent(fs::remove_dir_all(dir)).map_err(|error| failed(dir, &error))?;
         }
+        let remains = Remains::below(&self.state);
+        remains
+            .remove()
+            .map_err(|error| failed(&self.state, &error))?;
         // What somebody else keeps in these stays.
         let _ = fs::remove_dir(&self.prefix);
         let _ = fs::remove_dir(&self.state);
@@ -261,13 +270,7 @@ mod tests {
         dir.create().unwrap();
         let shim = Identity::of(child.id()).unwrap();
         let running = Running(child);
-        let journal = Journal {
-            shim,
-            vmm: None,
-            cgroup: None,
-            socket: None,
-            netns: None,
-        };
+        let journal = Journal::new(shim);
         dir.write(&journal).unwrap();
         running
     }

@@ -4,34 +4,47 @@
 mod check;
 mod cli;
 mod configuration;
+mod dump;
+mod exporter;
+mod handlers;
+mod inspect;
 mod installed;
+mod look;
 mod metrics;
 mod pods;
+mod processes;
+mod seen;
 mod shims;
+mod terminal;
 mod timelines;
+mod top;
 
 use std::fs;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use brig_shim::asked::config::Config;
+use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::{Error, Result};
+use brig_shim::node::journal::StateDir;
 use brig_shim::pod::timeline::Timeline;
 use clap::{CommandFactory as _, Parser as _};
+use serde_json::Value;
 
-use cli::{Cli, Command, ConfigCommand};
-
-/// How long the shim of one pod may take, which a person waits for.
-const PATIENCE: Duration = Duration::from_secs(10);
+use cli::{Cli, Command, ConfigCommand, ContainerdCommand};
+use handlers::Containerd;
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("brig: {error}");
+            // Some of its words may be a guest's.
+            eprint!(
+                "brig: {}",
+                terminal::printable(format!("{error}\n").as_bytes())
+            );
             ExitCode::from(2)
         }
     }
@@ -41,6 +54,34 @@ fn run(command: Command) -> Result<bool> {
     let text = match command {
         Command::Check { config, output } => return run_check(config.as_deref(), output.json),
         Command::List { output } => pods::list(&base()?, output.json),
+        Command::Ps { output } => top::once(&base()?, output.json)?,
+        Command::Top {
+            once,
+            interval,
+            output,
+        } => {
+            if !once && !output.json && terminal::is_one() {
+                return top::live(&base()?, Duration::from_secs(interval.into())).map(|()| true);
+            }
+            top::once(&base()?, output.json)?
+        }
+        Command::Inspect { pod, output } => inspect::pod(&base()?, &pod, output.json)?,
+        Command::Logs { pod, how } => {
+            return look::logs(&base()?, &pod, &how, false).map(|()| true);
+        }
+        Command::Console { pod, how } => {
+            return look::logs(&base()?, &pod, &how, true).map(|()| true);
+        }
+        Command::Level { pod, level, output } => look::level(&base()?, &pod, &level, output.json)?,
+        Command::Dmesg { pod, output } => {
+            look::guest(&base()?, &pod, &["dmesg".to_owned()], output.json)?
+        }
+        Command::Exec {
+            pod,
+            output,
+            command,
+        } => look::guest(&base()?, &pod, &command, output.json)?,
+        Command::Dump { pod, output, json } => dump::dump(&base()?, &pod, output.as_deref(), json)?,
         Command::Timeline {
             pod,
             compare: Some(other),
@@ -53,14 +94,27 @@ fn run(command: Command) -> Result<bool> {
         } => drawn(&base()?, &pod, &file)?,
         Command::Timeline { pod, output, .. } => timeline(&base()?, &pod, output.json)?,
         Command::Counters { pod } => counters(&base()?, &pod)?,
-        Command::Metrics => metrics::scrape(&base()?)?,
+        Command::Metrics { listen: None } => {
+            metrics::scrape(&base()?, &mut metrics::Starts::default())?
+        }
+        Command::Metrics {
+            listen: Some(address),
+        } => return exporter::serve(&base()?, address.as_deref()).map(|()| true),
         Command::Config(command) => config(&command)?,
+        Command::Containerd(command) => containerd(&command)?,
         Command::Versions { output } => installation()?.list(output.json)?,
         Command::Use { version } => installation()?.switch(&version)?,
         Command::Remove { version } => installation()?.remove(&version)?,
         Command::Uninstall { purge, links } => {
             let configuration = purge.then_some(Path::new("/etc/brig"));
-            installation()?.uninstall(&links, configuration)?
+            let removed = installation()?.uninstall(&links, configuration)?;
+            let handlers = Containerd::new(Path::new(handlers::CONTAINERD)).remove()?;
+            let restart = if handlers.changed.is_empty() {
+                ""
+            } else {
+                "its handlers are gone from containerd's configuration: systemctl restart containerd\n"
+            };
+            removed + restart
         }
         Command::Completion { shell } => completion(shell),
         Command::Man { into } => {
@@ -69,7 +123,7 @@ fn run(command: Command) -> Result<bool> {
         }
         Command::Version => format!("brig {}\n", env!("CARGO_PKG_VERSION")),
     };
-    print(&text).map(|()| true)
+    terminal::print(&text).map(|()| true)
 }
 
 fn config(command: &ConfigCommand) -> Result<String> {
@@ -82,6 +136,35 @@ fn config(command: &ConfigCommand) -> Result<String> {
         ConfigCommand::Schema => Ok(configuration::schema()),
         ConfigCommand::Reference => Ok(configuration::reference()),
     }
+}
+
+fn containerd(command: &ContainerdCommand) -> Result<String> {
+    let (done, what, output) = match command {
+        ContainerdCommand::Print { place } => return Containerd::new(&place.config).print(),
+        ContainerdCommand::Add { place, output } => {
+            (Containerd::new(&place.config).add()?, "there", output)
+        }
+        ContainerdCommand::Remove { place, output } => {
+            (Containerd::new(&place.config).remove()?, "gone", output)
+        }
+    };
+    if output.json {
+        return Ok(format!(
+            "{}\n",
+            serde_json::json!({ "changed": done.changed })
+        ));
+    }
+    if done.changed.is_empty() {
+        return Ok(format!("the handlers are {what} already\n"));
+    }
+    let files = done
+        .changed
+        .iter()
+        .map(|file| format!("changed {}\n", file.display()));
+    Ok(format!(
+        "{}the handlers are {what} once containerd is restarted: systemctl restart containerd\n",
+        files.collect::<String>()
+    ))
 }
 
 fn completion(shell: clap_complete::Shell) -> String {
@@ -104,14 +187,6 @@ fn base() -> Result<PathBuf> {
     Ok(Config::load(None)?.state_dir)
 }
 
-fn print(text: &str) -> Result<()> {
-    let mut stdout = io::stdout();
-    stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-        .map_err(|error| Error::io("standard output", &error))
-}
-
 fn run_check(config: Option<&Path>, as_json: bool) -> Result<bool> {
     let findings = check::node(config);
     let text = if as_json {
@@ -121,7 +196,7 @@ fn run_check(config: Option<&Path>, as_json: bool) -> Result<bool> {
         let lines = findings.iter().map(|finding| format!("{finding}\n"));
         lines.collect()
     };
-    print(&text)?;
+    terminal::print(&text)?;
     Ok(findings.iter().all(|finding| !finding.is_fatal()))
 }
 
@@ -130,7 +205,8 @@ fn damaged(error: serde_json::Error) -> Error {
 }
 
 fn read_timeline(base: &Path, pod: &cli::Pod) -> Result<Timeline> {
-    let bytes = pods::find(base, pod)?.read_timeline()?;
+    let row = pods::find(base, pod)?;
+    let bytes = StateDir::new(base, &row.namespace, &row.id)?.read_timeline()?;
     serde_json::from_slice(&bytes).map_err(damaged)
 }
 
@@ -172,10 +248,9 @@ fn timeline(base: &Path, pod: &cli::Pod, as_json: bool) -> Result<String> {
 }
 
 fn counters(base: &Path, pod: &cli::Pod) -> Result<String> {
-    let journal = pods::find(base, pod)?.read()?;
-    let socket = journal.and_then(|journal| journal.socket);
-    let socket = socket.ok_or_else(|| Error::state("the pod has no shim to ask"))?;
-    Ok(format!("{}\n", shims::counters(&socket, PATIENCE)?))
+    let socket = look::socket(base, pod)?;
+    let counters = shims::ask_json(&socket, Method::Counters, &Value::Null)?;
+    Ok(format!("{counters}\n"))
 }
 
 #[cfg(test)]

@@ -4,12 +4,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use brig_shim::asked::pod_name::PodName;
+use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::{Error, Result};
 use brig_shim::node::identity::Identity;
 use brig_shim::node::journal::{self, StateDir};
 use serde_json::{Value, json};
 
 use crate::cli;
+use crate::processes::pss;
+use crate::shims;
+use crate::terminal::{self, printable_line};
+
+/// How long one pod may keep a search waiting.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// One pod.
 #[derive(Debug)]
@@ -18,6 +26,8 @@ pub struct Row {
     pub namespace: String,
     /// The sandbox's id.
     pub id: String,
+    /// Its name in Kubernetes.
+    pub pod: Option<PodName>,
     shim: u32,
     vmm: Option<u32>,
     /// `starting`, `running`, `ended`, or `abandoned` by a shim that died.
@@ -50,6 +60,7 @@ impl Row {
             vmm: journal.vmm.map(|vmm| vmm.pid),
             state,
             socket: journal.socket,
+            pod: journal.pod,
             living: living.collect(),
             age: shim.and_then(age),
             namespace,
@@ -62,8 +73,7 @@ impl Row {
         self.living.iter().copied()
     }
 
-    /// Whether there is a shim to ask.
-    pub fn living(&self) -> bool {
+    fn living(&self) -> bool {
         self.processes().any(|(name, _)| name == "shim")
     }
 
@@ -72,8 +82,17 @@ impl Row {
         self.processes().filter_map(|(_, pid)| pss(pid)).sum()
     }
 
-    fn json(&self) -> Value {
+    /// Where its shim can be asked, if it lives.
+    #[must_use]
+    pub fn to_ask(&self) -> Option<PathBuf> {
+        self.living().then(|| self.socket.clone()).flatten()
+    }
+
+    /// For programs.
+    #[must_use]
+    pub fn json(&self) -> Value {
         json!({
+            "pod": self.pod,
             "namespace": self.namespace,
             "id": self.id,
             "state": self.state,
@@ -85,13 +104,6 @@ impl Row {
     }
 }
 
-/// In KiB; `None` for a process that has gone.
-pub fn pss(pid: u32) -> Option<u64> {
-    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse().ok()
-}
-
 /// Since a process began.
 fn age(pid: u32) -> Option<Duration> {
     let began = fs::metadata(format!("/proc/{pid}")).ok()?.modified().ok()?;
@@ -99,7 +111,7 @@ fn age(pid: u32) -> Option<Duration> {
 }
 
 /// As kubectl writes it: the two largest units at most.
-fn show_age(age: Duration) -> String {
+pub fn show_age(age: Duration) -> String {
     let seconds = age.as_secs();
     match seconds {
         0..120 => format!("{seconds}s"),
@@ -125,49 +137,91 @@ pub fn list(base: &Path, as_json: bool) -> String {
         let all: Vec<Value> = rows.map(|row| row.json()).collect();
         return format!("{}\n", Value::from(all));
     }
-    let mut text = format!(
-        "{:<12} {:<64} {:>8} {:>8} {:>10} {:>8}  STATE\n",
-        "NAMESPACE", "ID", "SHIM", "VMM", "PSS", "AGE"
-    );
-    for row in rows {
-        let dash = || "-".to_owned();
-        let vmm = row.vmm.map_or_else(dash, |pid| pid.to_string());
-        let pss = format!("{} MiB", row.pss().div_ceil(1024));
-        let age = row.age.map_or_else(dash, show_age);
-        text.push_str(&format!(
-            "{:<12} {:<64} {:>8} {vmm:>8} {pss:>10} {age:>8}  {}\n",
-            row.namespace, row.id, row.shim, row.state
-        ));
-    }
-    text
+    let dash = || "-".to_owned();
+    let rows: Vec<Vec<String>> = rows
+        .map(|row| {
+            vec![
+                row.namespace.clone(),
+                row.id.clone(),
+                row.pod.as_ref().map_or_else(dash, PodName::full),
+                row.shim.to_string(),
+                row.vmm.map_or_else(dash, |pid| pid.to_string()),
+                format!("{} MiB", row.pss().div_ceil(1024)),
+                row.age.map_or_else(dash, show_age),
+                row.state.to_owned(),
+            ]
+        })
+        .collect();
+    let head = [
+        "NAMESPACE",
+        "ID",
+        "POD",
+        "SHIM",
+        "VMM",
+        "PSS",
+        "AGE",
+        "STATE",
+    ];
+    terminal::table(&head, &rows)
 }
 
-/// The directory of the pod that is meant: the one with this id, else the only one whose id begins so.
+/// The pod that is meant: the one with this id, else the only one whose id begins so; else the one that has this
+/// name in Kubernetes (`web-0`, `shop/web-0`); else the one with a container whose id begins so.
 ///
 /// # Errors
 /// `NotFound`; `InvalidArgument` that lists them when several are meant.
-pub fn find(base: &Path, pod: &cli::Pod) -> Result<StateDir> {
-    let mut found: Vec<(String, String)> = journal::list(base)
-        .into_iter()
-        .filter(|(namespace, id)| {
-            let wanted = pod.namespace.as_ref();
-            id.starts_with(&pod.id) && wanted.is_none_or(|wanted| wanted == namespace)
-        })
-        .collect();
-    if found.iter().any(|(_, id)| *id == pod.id) {
-        found.retain(|(_, id)| *id == pod.id);
+pub fn find(base: &Path, pod: &cli::Pod) -> Result<Row> {
+    let wanted = pod.namespace.as_ref();
+    let of_namespace = |row: &Row| wanted.is_none_or(|wanted| *wanted == row.namespace);
+    let all: Vec<Row> = rows(base).into_iter().filter(of_namespace).collect();
+    let word = pod.id.as_str();
+    let by_id = |row: &Row| row.id.starts_with(word);
+    let by_name = |row: &Row| {
+        let name = row.pod.as_ref();
+        name.is_some_and(|name| name.name == word || name.full() == word)
+    };
+    if all.iter().any(by_id) {
+        let exact = all.iter().any(|row| row.id == word);
+        let meant = all.into_iter().filter(by_id);
+        return only(meant.filter(|row| !exact || row.id == word).collect(), word);
     }
-    match &found[..] {
-        [] => Err(Error::not_found(format!("no pod {} on this node", pod.id))),
-        [(namespace, id)] => StateDir::new(base, namespace, id),
-        several => {
-            let several = several
-                .iter()
-                .map(|(namespace, id)| format!("\n  -n {namespace} {id}"));
+    if all.iter().any(by_name) {
+        return only(all.into_iter().filter(by_name).collect(), word);
+    }
+    let sockets = all.iter().map(Row::to_ask).collect();
+    let told = shims::ask_all_json(sockets, Method::Inspect, PATIENCE)?;
+    let having = all.into_iter().zip(told).filter(|(_, told)| {
+        let told = told.as_ref().and_then(|told| told["containers"].as_array());
+        let ids = told.into_iter().flatten();
+        let mut ids = ids.filter_map(|container| container["id"].as_str());
+        ids.any(|id| id.starts_with(word))
+    });
+    only(having.map(|(row, _)| row).collect(), word)
+}
+
+fn only(mut found: Vec<Row>, word: &str) -> Result<Row> {
+    match (found.pop(), found.is_empty()) {
+        (None, _) => Err(Error::not_found(format!(
+            "no pod {word} on this node, by the beginning of its id or of a container's, or by its name"
+        ))),
+        (Some(row), true) => Ok(row),
+        (Some(last), false) => {
+            found.push(last);
+            let several = found.iter().map(|row| {
+                let name = row
+                    .pod
+                    .as_ref()
+                    .map_or_else(String::new, |pod| format!(" ({})", pod.full()));
+                format!(
+                    "\n  -n {} {}{}",
+                    row.namespace,
+                    row.id,
+                    printable_line(&name)
+                )
+            });
+            let several: String = several.collect();
             Err(Error::invalid(format!(
-                "{} may be one of these:{}",
-                pod.id,
-                several.collect::<String>()
+                "{word} may be one of these:{several}"
             )))
         }
     }
@@ -178,13 +232,7 @@ pub fn find(base: &Path, pod: &cli::Pod) -> Result<StateDir> {
 pub fn fake(base: &Path, namespace: &str, id: &str) {
     let dir = StateDir::new(base, namespace, id).unwrap();
     dir.create().unwrap();
-    let journal = journal::Journal {
-        shim: Identity::of(std::process::id()).unwrap(),
-        vmm: None,
-        cgroup: None,
-        socket: None,
-        netns: None,
-    };
+    let journal = journal::Journal::new(Identity::of(std::process::id()).unwrap());
     dir.write(&journal).unwrap();
 }
 
@@ -193,7 +241,7 @@ mod tests {
     use super::fake as pod;
     use super::*;
 
-    fn meant(base: &Path, namespace: Option<&str>, id: &str) -> Result<StateDir> {
+    fn meant(base: &Path, namespace: Option<&str>, id: &str) -> Result<Row> {
         let namespace = namespace.map(str::to_owned);
         let id = id.to_owned();
         find(base, &cli::Pod { namespace, id })
@@ -213,6 +261,31 @@ mod tests {
         assert_eq!(error.message.matches("\n  -n").count(), 2, "{error}");
         let error = meant(base.path(), None, "x").err().unwrap();
         assert!(error.message.contains("no pod x"), "{error}");
+    }
+
+    #[test]
+    fn a_pod_is_found_by_its_name_in_kubernetes_when_no_id_begins_so() {
+        let base = tempfile::tempdir().unwrap();
+        for (id, namespace, name) in [
+            ("abc1", "shop", "web-0"),
+            ("abd2", "test", "web-0"),
+            ("web", "x", "y"),
+        ] {
+            let dir = StateDir::new(base.path(), "k8s.io", id).unwrap();
+            dir.create().unwrap();
+            let journal = journal::Journal {
+                pod: PodName::of_metadata(namespace, name, "u"),
+                ..journal::Journal::new(Identity::of(std::process::id()).unwrap())
+            };
+            dir.write(&journal).unwrap();
+        }
+        assert_eq!(meant(base.path(), None, "test/web-0").unwrap().id, "abd2");
+        assert_eq!(meant(base.path(), None, "web").unwrap().id, "web");
+        let error = meant(base.path(), None, "web-0").err().unwrap();
+        assert!(
+            error.message.contains("k8s.io abc1 (shop/web-0)"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -3,33 +3,61 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use brig_shim::containerd::server::{COUNTERS_METHOD, DEBUG_SERVICE};
+use brig_shim::containerd::debug_service::{self, Method};
 use brig_shim::error::{Error, Result};
 use serde_json::Value;
 use ttrpc::asynchronous::Client;
 
-/// Boot marks and VM exits of the pod whose shim listens on `socket`, as JSON.
+/// How long the shim of one pod may take, which a person waits for.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The answer of the shim that listens on `socket`.
 ///
 /// # Errors
 /// The shim's own, or that it does not answer within `patience`.
-pub fn counters(socket: &Path, patience: Duration) -> Result<String> {
-    let answer = runtime()?.block_on(ask(socket, patience))?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+pub fn ask(socket: &Path, method: Method, request: &Value, patience: Duration) -> Result<Vec<u8>> {
+    runtime()?.block_on(asked(socket, method, request, patience))
+}
+
+/// As [`ask`], of a shim that answers in JSON.
+///
+/// # Errors
+/// As of [`ask`].
+pub fn ask_json(socket: &Path, method: Method, request: &Value) -> Result<Value> {
+    let answer = ask(socket, method, request, PATIENCE)?;
+    serde_json::from_slice(&answer)
+        .map_err(|error| Error::internal(format!("the shim's answer is no JSON: {error}")))
 }
 
 /// The same of many, asked side by side; none for one that has no socket or does not answer.
 ///
 /// # Errors
 /// If no runtime is to be had.
-pub fn counters_of_all(
+pub fn ask_all(
     sockets: Vec<Option<PathBuf>>,
+    method: Method,
+    request: &Value,
+    patience: Duration,
+) -> Result<Vec<Option<Vec<u8>>>> {
+    let answers = sockets
+        .into_iter()
+        .map(|socket| async move { asked(&socket?, method, request, patience).await.ok() });
+    Ok(runtime()?.block_on(futures::future::join_all(answers)))
+}
+
+/// As [`ask_all`], of shims that answer in JSON.
+///
+/// # Errors
+/// As of [`ask_all`].
+pub fn ask_all_json(
+    sockets: Vec<Option<PathBuf>>,
+    method: Method,
     patience: Duration,
 ) -> Result<Vec<Option<Value>>> {
-    let asked = sockets.into_iter().map(|socket| async move {
-        let answer = ask(&socket?, patience).await.ok()?;
-        serde_json::from_slice(&answer).ok()
-    });
-    Ok(runtime()?.block_on(futures::future::join_all(asked)))
+    let answers = ask_all(sockets, method, &Value::Null, patience)?.into_iter();
+    Ok(answers
+        .map(|answer| serde_json::from_slice(&answer?).ok())
+        .collect())
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
@@ -39,12 +67,19 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
     runtime.map_err(|error| Error::io("cannot ask the shim", &error))
 }
 
-async fn ask(socket: &Path, patience: Duration) -> Result<Vec<u8>> {
+async fn asked(
+    socket: &Path,
+    method: Method,
+    request: &Value,
+    patience: Duration,
+) -> Result<Vec<u8>> {
+    let payload = request.to_string().into_bytes();
     let asked = async {
         let client = Client::connect(&format!("unix://{}", socket.display())).await?;
         let mut request = ttrpc::Request::new();
-        request.service = DEBUG_SERVICE.to_owned();
-        request.method = COUNTERS_METHOD.to_owned();
+        request.service = debug_service::NAME.to_owned();
+        request.method = method.name().to_owned();
+        request.payload = payload;
         // Later than ours, which says what is late.
         request.timeout_nano = i64::try_from(2 * patience.as_nanos()).unwrap_or(i64::MAX);
         client.request(request).await
@@ -68,12 +103,12 @@ mod tests {
         let socket = dir.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let patience = Duration::from_millis(50);
-        let error = counters(&socket, patience).unwrap_err();
+        let error = ask(&socket, Method::Counters, &Value::Null, patience).unwrap_err();
         assert!(error.message.contains("50ms"), "{error}");
         let nobody = dir.path().join("nobody");
         let all = vec![Some(socket.clone()), None, Some(nobody), Some(socket)];
         assert_eq!(
-            counters_of_all(all, patience).unwrap(),
+            ask_all_json(all, Method::Inspect, patience).unwrap(),
             [None, None, None, None]
         );
     }

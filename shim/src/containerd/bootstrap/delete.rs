@@ -17,6 +17,8 @@ use crate::asked::spec::{self, Spec};
 use crate::error::{Error, Result};
 use crate::node::hooks::{ContainerHooks, Stage};
 use crate::node::journal::StateDir;
+use crate::node::remains::Remains;
+use crate::pod::account::{KILLED as KILLED_CODE, account_of_killed};
 
 /// 128 + SIGKILL: what became of the container's processes.
 const KILLED: u32 = 137;
@@ -30,7 +32,8 @@ const TIMEOUT: Duration = Duration::from_secs(4);
 pub fn delete(args: &Args) -> Result<Vec<u8>> {
     // An unreadable configuration must not keep a dead pod's remains in place.
     let base = Config::load(None).map_or_else(|_| "/run/brig".into(), |config| config.state_dir);
-    let (pid, was_left) = clean(&StateDir::new(&base, &args.namespace, &args.id)?)?;
+    let names = (args.namespace.as_str(), args.id.as_str());
+    let (pid, was_left) = clean(&StateDir::new(&base, names.0, names.1)?, names)?;
     let bundle = if args.bundle.as_os_str().is_empty() {
         Path::new(".")
     } else {
@@ -60,7 +63,7 @@ fn stopped_hooks(id: &str, bundle: &Path) {
 }
 
 /// Undoes what is left; returns the VMM's pid and whether there was anything.
-fn clean(dir: &StateDir) -> Result<(u32, bool)> {
+fn clean(dir: &StateDir, names: (&str, &str)) -> Result<(u32, bool)> {
     let (mut pid, mut was_left) = (0, false);
     if let Some(journal) = dir.read()? {
         was_left = true;
@@ -68,6 +71,11 @@ fn clean(dir: &StateDir) -> Result<(u32, bool)> {
         journal
             .undo(TIMEOUT)
             .map_err(|error| Error::io("cannot clean up after the shim", &error))?;
+        let at = SystemTime::now();
+        let timeline = dir.read_timeline().unwrap_or_default();
+        let account = account_of_killed(names, at, &journal, &timeline);
+        // For those who look: that it cannot be kept must not keep the pod's remains in place.
+        let _ = Remains::below(dir.base()).keep(at, KILLED_CODE, &account);
     }
     dir.remove();
     Ok((pid, was_left))
@@ -103,6 +111,8 @@ mod tests {
     use crate::node::journal::Journal;
     use std::process::Command;
 
+    const NAMES: (&str, &str) = ("ns", "c1");
+
     #[test]
     fn a_left_vmm_is_killed_and_reported_and_a_second_delete_finds_nothing() {
         let base = tempfile::tempdir().unwrap();
@@ -113,17 +123,22 @@ mod tests {
             pid: vmm.id(),
             start_time: 0,
         };
-        dir.write(&Journal {
-            shim: gone,
+        let journal = Journal {
             vmm: Identity::of(vmm.id()),
-            cgroup: None,
-            socket: None,
-            netns: None,
-        })
-        .unwrap();
-        assert_eq!(clean(&dir).unwrap(), (vmm.id(), true));
+            ..Journal::new(gone)
+        };
+        dir.write(&journal).unwrap();
+        dir.write_timeline(b"{}").unwrap();
+        assert_eq!(clean(&dir, NAMES).unwrap(), (vmm.id(), true));
         assert!(!vmm.wait().unwrap().success());
-        assert_eq!(clean(&dir).unwrap(), (0, false));
+        assert_eq!(clean(&dir, NAMES).unwrap(), (0, false));
+        let remains = Remains::below(base.path());
+        let account = &remains.all()[0];
+        assert_eq!(
+            (&account["id"], &account["code"]),
+            (&"c1".into(), &"killed".into())
+        );
+        assert_eq!(remains.counts()["killed"], 1);
     }
 
     #[test]

@@ -36,6 +36,10 @@ use crate::guest::forward::{ForwardError, Localhost};
 use crate::node::cgroup::Cgroup;
 use crate::node::network::{self, GuestNetwork, Inherited, Known};
 
+/// The moment from which the pod can be used.
+pub const SANDBOX_STARTED: &str = "sandbox.started";
+/// The longest name of a kernel's release in bytes (`__NEW_UTS_LEN`).
+const MAX_RELEASE: usize = 64;
 /// Missed signs of life after which the agent counts as silent.
 const MISSES: u32 = 3;
 
@@ -165,6 +169,16 @@ impl Boot {
     #[must_use]
     pub fn cgroup(&self) -> Option<Cgroup> {
         self.cgroup.get().cloned()
+    }
+
+    /// Why the VM is no use, if it did not come up or has ended.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        match &*self.progress.borrow() {
+            Progress::Failed(error) => Some(error.clone()),
+            Progress::Launched(vm) | Progress::Ready(vm) => vm.death().map(|death| death.error()),
+            Progress::Launching => None,
+        }
     }
 
     /// Whether the agent can be asked.
@@ -386,6 +400,7 @@ fn adopt(
             launched.machine.0.max_memory_bytes,
         ),
         cpus: Cpus::new(launched.machine.0.vcpus, launched.machine.0.max_vcpus),
+        kernel_release: OnceLock::new(),
     });
     tokio::spawn(watch_connection(
         Arc::downgrade(&vm),
@@ -440,7 +455,7 @@ async fn bring_up(
     mark("agent.connected");
     follow_log(vm, logger).await;
     start_sandbox(vm, wanted, logger).await?;
-    mark("sandbox.started");
+    mark(SANDBOX_STARTED);
     subscribe(vm, news.clone(), logger).await?;
     tokio::spawn(report_counters(Arc::clone(vm), news.clone(), executed));
     tokio::spawn(watch_agent(Arc::downgrade(vm), logger.clone()));
@@ -486,6 +501,9 @@ async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> Result<()> {
     if let Some(late) = &vm.late {
         late.loaded(answer.netfilter_generation);
     }
+    let release = answer.kernel_release.chars();
+    let release = release.filter(char::is_ascii_graphic).take(MAX_RELEASE);
+    let _ = vm.kernel_release.set(release.collect());
     let refused = &answer.netfilter_refused;
     Ok(network.filter.accept(refused, netfilter, logger)?)
 }

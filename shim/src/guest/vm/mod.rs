@@ -18,6 +18,7 @@ pub mod host;
 mod kill;
 mod late;
 mod lines;
+mod look;
 mod memory;
 mod passthrough;
 pub mod patience;
@@ -32,8 +33,8 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use brig_agent_protocol::agent::{ShutdownRequest, SignalRequest};
@@ -50,6 +51,7 @@ use crate::asked::config::Config;
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::node::cgroup::Cgroup;
+use crate::node::disk::Numbers;
 use crate::node::network::GuestNetwork;
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
@@ -252,6 +254,8 @@ pub struct Vm {
     disks: Arc<tokio::sync::Mutex<held_disks::Disks>>,
     memory: size::Memory,
     cpus: size::Cpus,
+    /// The guest's kernel, as the agent has told.
+    kernel_release: OnceLock<String>,
 }
 
 impl fmt::Debug for Vm {
@@ -298,6 +302,33 @@ impl Vm {
             Ok(death) => death.clone().unwrap_or_else(Death::unknown),
             Err(_) => Death::unknown(),
         }
+    }
+
+    /// The release of the guest's kernel, as its agent tells it: one line of the guest's.
+    #[must_use]
+    pub fn kernel_release(&self) -> Option<String> {
+        self.kernel_release.get().cloned()
+    }
+
+    /// Devices of the node that the VM has: IOMMU group, functions on the guest's bus, and the container that asked.
+    pub async fn devices(&self) -> Vec<(u32, Vec<u8>, String)> {
+        let held = self.passthrough.lock().await;
+        let groups = held.groups.iter();
+        groups
+            .map(|(number, group)| (*number, group.functions.clone(), group.owner.clone()))
+            .collect()
+    }
+
+    /// Block devices of the node that the VM has as disks: numbers there, whether they may be written to, name in the
+    /// guest (its agent's word), and the containers that asked.
+    pub async fn disks(&self) -> Vec<(Numbers, bool, String, Vec<String>)> {
+        let disks = self.disks.lock().await;
+        let held = disks.held.iter();
+        held.map(|((numbers, write), held)| {
+            let owners = held.owners.iter().cloned().collect();
+            (*numbers, *write, held.disk.name.clone(), owners)
+        })
+        .collect()
     }
 
     /// How long containerd waits for figures of this VM.

@@ -18,7 +18,7 @@ use super::VmProcess;
 use super::death::Death;
 use super::kill::Kill;
 use super::lines;
-use crate::log::Gate;
+use crate::log::{CONSOLE, Gate};
 use crate::node::cgroup::Cgroup;
 use crate::node::watched::watched;
 
@@ -132,7 +132,7 @@ async fn listen(mut events: mpsc::Receiver<Event>, pressure: Arc<Notify>, logger
         match event {
             Event::Console { mut line } => {
                 lines::cut(&mut line);
-                lines::log(&logger, &mut gate, "console", &line);
+                lines::log(&logger, &mut gate, CONSOLE, &line);
                 if heard.console.len() == KEPT_LINES {
                     heard.console.pop_front();
                 }

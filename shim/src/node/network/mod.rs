@@ -33,6 +33,7 @@ pub use error::{MAX_INTERFACES, NetworkError};
 pub use interface::Prefix;
 pub use netfilter::{Ruleset, UNTOUCHED as UNTOUCHED_FILTER, heard as heard_of_filter};
 pub use sysctls::{Inherited, of_node as limits_of_node};
+pub use tap::is_our_name as is_our_tap;
 
 use interface::{Link, mac_text};
 pub(crate) use namespace::Namespace;

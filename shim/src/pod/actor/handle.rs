@@ -1,16 +1,19 @@
 //! The way to the pod's actor: what it can be asked, by containerd's services and by its own tasks.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::asked::config::Config;
+use crate::asked::pod_name::PodName;
 use crate::asked::sandbox_config::PodConfig;
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
 use crate::guest::vm::Vm;
 use crate::guest::vm::death::Death;
+use crate::node::cgroup::Cgroup;
 use crate::pod::container::{ContainerHandle, Creation, Reply};
 use crate::pod::process::Exit;
 
@@ -42,6 +45,33 @@ pub struct SandboxState {
     pub exit: Option<Exit>,
 }
 
+/// The pod as it is now.
+#[derive(Debug)]
+pub struct Inspection {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The pod's id.
+    pub id: String,
+    /// Its name in Kubernetes.
+    pub pod: Option<PodName>,
+    /// `creating`, `starting`, `ready`, `ended`, `stopping` or `stopped`.
+    pub state: &'static str,
+    /// Since when.
+    pub since: SystemTime,
+    /// The configuration that its VM has, once it has one.
+    pub config: Option<Config>,
+    /// Its network namespace.
+    pub netns: Option<PathBuf>,
+    /// Its cgroup.
+    pub cgroup: Option<Cgroup>,
+    /// Why it failed, if it has.
+    pub failure: Option<Error>,
+    /// Its VM, as far as there is one.
+    pub vm: Option<Arc<Vm>>,
+    /// Its containers by id.
+    pub containers: Vec<(String, ContainerHandle)>,
+}
+
 /// What a sandbox is asked.
 pub(super) enum Ask {
     Create(Box<SandboxCreation>, Reply<()>),
@@ -68,6 +98,11 @@ pub(super) enum Message {
         reply: oneshot::Sender<Option<Arc<Vm>>>,
     },
     VmEnded(Death),
+    Inspect {
+        reply: oneshot::Sender<Inspection>,
+    },
+    /// The pod could not be made as it was asked for.
+    Refused(Error),
     Sandbox(Ask),
     Shutdown {
         even_if_busy: bool,
@@ -117,6 +152,22 @@ impl PodHandle {
         let (reply, answer) = oneshot::channel();
         self.mailbox.send(Message::Vm { reply }).await.ok()?;
         answer.await.ok().flatten()
+    }
+
+    /// The pod as it is now.
+    ///
+    /// # Errors
+    /// When the pod has ended.
+    pub async fn inspect(&self) -> Result<Inspection> {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Inspect { reply };
+        self.mailbox.send(message).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    }
+
+    /// Remembers why something of the pod could not be made. The first reason stays.
+    pub async fn refused(&self, error: Error) {
+        let _ = self.mailbox.send(Message::Refused(error)).await;
     }
 
     /// Ends the pod when no container remains (or regardless): the VM is stopped and reaped, and

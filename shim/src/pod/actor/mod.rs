@@ -2,6 +2,7 @@
 //! the first container, ends it after the last, and keeps the journal and the timeline.
 
 mod handle;
+mod inspection;
 mod oom;
 mod sandbox;
 mod sandbox_state;
@@ -18,11 +19,13 @@ use slog::{Logger, info, warn};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::asked::config::{Config, MIB};
+use crate::asked::config::{Config, LogFormat, MIB};
+use crate::asked::pod_name::PodName;
 use crate::asked::spec::{Network, Role};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Host;
-use crate::guest::vm::boot::{Boot, News};
+use crate::guest::vm::boot::{Boot, News, SANDBOX_STARTED};
+use crate::log::Control;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::node::stand_in::StandIn;
@@ -33,7 +36,7 @@ use crate::pod::size::PodSize;
 use crate::pod::stdio::streaming::Streams;
 use crate::pod::timeline::Timeline;
 use handle::Message;
-pub use handle::{PodHandle, SandboxCreation, SandboxState};
+pub use handle::{Inspection, PodHandle, SandboxCreation, SandboxState};
 use sandbox_state::Sandbox;
 use wanted::Wanted;
 
@@ -60,6 +63,8 @@ pub struct Setup {
     pub events: Events,
     /// The log.
     pub logger: Logger,
+    /// What of it can be changed.
+    pub log: Arc<Control>,
     /// containerd's streams.
     pub streams: Streams,
 }
@@ -93,6 +98,13 @@ struct Pod {
     hurry: Arc<Notify>,
     /// The sandbox container of a pod of CRI.
     stub: Option<String>,
+    /// The configuration of its VM.
+    in_force: Option<Config>,
+    /// Why it failed, once that is known.
+    failure: Option<Error>,
+    /// Its state for those who look, and since when.
+    state: &'static str,
+    since: SystemTime,
 }
 
 /// Starts the pod's actor.
@@ -112,7 +124,8 @@ pub fn spawn(setup: Setup) -> PodHandle {
         streams: setup.streams.clone(),
         size: PodSize::default(),
     };
-    let mut timeline = Timeline::new(setup.began);
+    let began = setup.began;
+    let mut timeline = Timeline::new(began);
     timeline.mark("shim.serving", SystemTime::now());
     let pod = Pod {
         setup,
@@ -129,6 +142,10 @@ pub fn spawn(setup: Setup) -> PodHandle {
         waiting: Vec::new(),
         hurry: Arc::default(),
         stub: None,
+        in_force: None,
+        failure: None,
+        state: "creating",
+        since: began,
     };
     tokio::spawn(pod.run(messages, news_in, removed_in));
     PodHandle { mailbox }
@@ -192,7 +209,14 @@ impl Pod {
                 let _ = reply.send(vm);
             }
             Message::Sandbox(ask) => self.sandbox_asked(ask),
+            Message::Inspect { reply } => drop(reply.send(self.inspection())),
+            // What is asked for twice is there.
+            Message::Refused(error) if error.kind == Kind::AlreadyExists => {}
+            Message::Refused(error) => drop(self.failure.get_or_insert(error)),
             Message::VmEnded(death) => {
+                if matches!(self.stage, Stage::Up(_)) {
+                    self.enter("ended");
+                }
                 self.sandbox_ended(death.at);
                 for container in self.containers.values() {
                     container.vm_ended(death.clone()).await;
@@ -215,6 +239,7 @@ impl Pod {
             }
             Message::Stopped => {
                 self.stage = Stage::Stopped;
+                self.enter("stopped");
                 self.sandbox_ended(SystemTime::now());
                 for waiting in self.waiting.drain(..) {
                     let _ = waiting.send(true);
@@ -272,7 +297,10 @@ impl Pod {
                 return;
             }
             _ => match Wanted::of(&creation.spec, &creation.role, config) {
-                Ok(wanted) => self.boot(wanted),
+                Ok(wanted) => {
+                    self.setup.journal.pod = PodName::of_annotations(creation.spec.annotations());
+                    self.boot(wanted)
+                }
                 Err(error) => {
                     let _ = reply.send(Err(error));
                     return;
@@ -319,6 +347,15 @@ impl Pod {
         }
         let (plan, sandbox, size) = wanted.plan(&self.setup.id);
         self.context.size = size;
+        let (level, format) = (plan.config.log_level, plan.config.log_format);
+        self.setup
+            .log
+            .configure(level.level(), format == LogFormat::Json);
+        self.in_force = Some(Config {
+            memory: plan.memory,
+            ..plan.config.clone()
+        });
+        self.enter("starting");
         info!(self.setup.logger, "a VM is started";
             "vcpus" => plan.config.vcpus, "memory_mib" => plan.memory / MIB);
         let host = Arc::clone(&self.setup.host);
@@ -345,6 +382,9 @@ impl Pod {
             }
             News::Mark(name, at) => {
                 self.timeline.mark(&name, at);
+                if name == SANDBOX_STARTED {
+                    self.enter("ready");
+                }
                 if name.starts_with("container.") {
                     self.write_timeline().await;
                 }
@@ -397,6 +437,7 @@ impl Pod {
     /// Ends the VM, with `grace` for its processes, and undoes what the pod left on the host; repeatable, and
     /// the second time without grace cuts that of the first short.
     fn stop(&mut self, grace: Duration) {
+        let account = self.last_account();
         let boot = match std::mem::replace(&mut self.stage, Stage::Stopping) {
             Stage::Up(boot) => Some(boot),
             Stage::Empty => None,
@@ -408,6 +449,7 @@ impl Pod {
                 return;
             }
         };
+        self.enter("stopping");
         let state = self.setup.state.clone();
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
         let mut cgroup = self.setup.journal.cgroup.clone();
@@ -437,6 +479,9 @@ impl Pod {
                     && let Err(error) = crate::node::network::undo(&netns)
                 {
                     warn!(log, "the pod's network is left redirected"; "error" => %error);
+                }
+                if let Some(account) = account {
+                    account();
                 }
                 let left = cgroup.map_or(Ok(()), |cgroup| cgroup.leave_and_remove());
                 state.remove();

@@ -60,6 +60,7 @@ impl Pod {
             config,
             ..
         } = creation;
+        self.setup.journal.pod = pod.name.clone();
         let cgroups_path = pod.cgroups_path(&self.setup.namespace, &self.setup.id);
         let boot = self.boot(Wanted {
             hostname: pod.hostname.clone(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::asked::config::Config;
+use crate::asked::config::{Config, Origin};
 use crate::asked::spec::{Limits, Network, Role, Spec, check_hostname};
 use crate::error::Result;
 use crate::guest::vm::Plan;
@@ -68,7 +68,15 @@ impl Wanted {
         let mut config = self.config;
         let size = PodSize::new(config.memory, config.vcpus, self.limits);
         let memory = guest_memory(&self.limits, config.memory, node_memory());
-        config.vcpus = guest_cpus(&self.limits, config.vcpus, node_cpus());
+        let vcpus = guest_cpus(&self.limits, config.vcpus, node_cpus());
+        let more = [
+            ("memory", memory > config.memory),
+            ("vcpus", vcpus > config.vcpus),
+        ];
+        for (key, _) in more.into_iter().filter(|(_, more)| *more) {
+            config.origins.insert(key.to_owned(), Origin::Limits);
+        }
+        config.vcpus = vcpus;
         let sandbox = Sandbox {
             id: id.to_owned(),
             hostname: own_or_nodes(self.hostname),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CreateTaskRequest, CreateTaskResponse, DeleteRequest, ExecProcessRequest, KillRequest, Mount,
     ShutdownRequest, StartRequest, StateRequest, Status, WaitRequest,
@@ -15,6 +16,7 @@ use protobuf::well_known_types::empty::Empty;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::{Code, context};
 
 use super::super::*;
@@ -62,6 +64,7 @@ impl Harness {
             })));
         containerd.start().await.unwrap();
         let logger = Logger::root(slog::Discard, slog::o!());
+        let log = Arc::new(log::Control::new(false));
         let publisher = Publisher::new(
             address.to_str().map(str::to_owned),
             "ns".into(),
@@ -76,17 +79,12 @@ impl Harness {
             namespace: "ns".into(),
             id: "c".into(),
             state,
-            journal: Journal {
-                shim: Identity::of(std::process::id()).unwrap(),
-                vmm: None,
-                cgroup: None,
-                socket: None,
-                netns: None,
-            },
+            journal: Journal::new(Identity::of(std::process::id()).unwrap()),
             began: SystemTime::now(),
             host: host.clone(),
             events: publisher.events(),
             logger: logger.clone(),
+            log: Arc::clone(&log),
             streams: streams.clone(),
         });
         let socket = dir.path().join("shim");
@@ -100,7 +98,7 @@ impl Harness {
                 socket: Some(&path),
                 streams,
             };
-            run(served, Some(config), for_server, publisher, &logger).await
+            run(served, Some(config), for_server, publisher, (&logger, log)).await
         });
         let address = format!("unix://{}", socket.display());
         let client = TaskClient::new(Client::connect(&address).await.unwrap());

@@ -23,6 +23,7 @@ mod leaks;
 mod mounts;
 mod network;
 mod operator;
+mod operator_look;
 mod passthrough;
 mod plug;
 mod resources;
@@ -51,6 +52,7 @@ const GROUPS: &[&[Case]] = &[
     images::CASES,
     install::CASES,
     operator::CASES,
+    operator_look::CASES,
     devices::CASES,
     plug::CASES,
     passthrough::CASES,

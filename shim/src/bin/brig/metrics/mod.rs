@@ -1,0 +1,246 @@
+//! What all pods of this node use and how they started, in the OpenMetrics text format: once, for a collector that reads
+//! a command's output or a file (node_exporter's textfile collector), or for each scrape of the exporter.
+//!
+//! Figures are read from /proc and from the pods' shims, which are asked side by side and have a second; what one
+//! does not tell is left out. Names in labels come from containerd and from guests' boot marks: they are escaped.
+
+mod family;
+mod starts;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use brig_shim::containerd::debug_service::Method;
+use brig_shim::error::Result;
+use brig_shim::node::journal::StateDir;
+use brig_shim::node::remains::Remains;
+use brig_shim::pod::timeline::Timeline;
+use serde_json::Value;
+
+use crate::pods::{self, Row};
+use crate::processes::{Usage, cpu_wait, disk_bytes, interfaces, largest_mapping, pss as pss_of};
+use crate::shims;
+use family::Family;
+pub use starts::Starts;
+
+/// How long a shim may take.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// All families, of all pods below `base`; `starts` are those that have been counted already, and these are added.
+///
+/// # Errors
+/// If no runtime is to be had to ask the shims with.
+pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
+    let rows = pods::rows(base);
+    let sockets = rows.iter().map(Row::to_ask).collect();
+    let counters = shims::ask_all_json(sockets, Method::Counters, PATIENCE)?;
+    let mut pods = Family::new("brig_pods", "gauge", "", "Pods of this node by state.");
+    let mut pss = Family::new(
+        "brig_pod_pss_bytes",
+        "gauge",
+        "bytes",
+        "Proportional set size of a process; the VMM's has the guest's memory in it.",
+    );
+    let mut guest = Family::new(
+        "brig_pod_guest_memory_bytes",
+        "gauge",
+        "bytes",
+        "Memory of the node that the guest's memory takes up.",
+    );
+    let mut size = Family::new(
+        "brig_pod_guest_memory_size_bytes",
+        "gauge",
+        "bytes",
+        "Size of the VM's memory.",
+    );
+    let mut cpu = Family::new(
+        "brig_pod_cpu_seconds",
+        "counter",
+        "seconds",
+        "CPU time of a process, its guest's in it.",
+    );
+    let mut threads = Family::new("brig_pod_threads", "gauge", "", "Threads of a process.");
+    let mut files = Family::new(
+        "brig_pod_open_files",
+        "gauge",
+        "",
+        "Open descriptors of a process.",
+    );
+    let mut age = Family::new(
+        "brig_pod_age_seconds",
+        "gauge",
+        "seconds",
+        "Time since the pod's shim began.",
+    );
+    let mut start = Family::new(
+        "brig_pod_start_seconds",
+        "gauge",
+        "seconds",
+        "Moments of the pod's start, since containerd asked for it; of a moment that happened again the last.",
+    );
+    let mut exits = Family::new(
+        "brig_pod_vm_exits",
+        "counter",
+        "",
+        "VM exits that the VMM served, by reason.",
+    );
+    let mut wait = Family::new(
+        "brig_pod_cpu_wait_seconds",
+        "counter",
+        "seconds",
+        "Time that threads of a process were ready and had no CPU of the node: what the guest sees as steal.",
+    );
+    let mut disk = Family::new(
+        "brig_pod_disk_bytes",
+        "counter",
+        "bytes",
+        "Bytes that the VMM has had read from and written to the node's disks.",
+    );
+    let mut network = Family::new(
+        "brig_pod_network_bytes",
+        "counter",
+        "bytes",
+        "Bytes of an interface in the pod's network namespace, as the node counts them.",
+    );
+    let mut requests = Family::new(
+        "brig_pod_file_requests",
+        "counter",
+        "",
+        "Requests of the guest to its file server.",
+    );
+    let mut failures = Family::new(
+        "brig_failures",
+        "counter",
+        "",
+        "Pods that failed since the node has booted, by class of error.",
+    );
+    let mut states: BTreeMap<&str, u32> = BTreeMap::new();
+    for (row, counters) in rows.iter().zip(counters) {
+        *states.entry(row.state).or_default() += 1;
+        let pod = [
+            ("namespace", row.namespace.as_str()),
+            ("id", row.id.as_str()),
+        ];
+        let with = |name, value| [pod[0], pod[1], (name, value)];
+        if let Some(seconds) = row.age {
+            age.add(&pod, seconds.as_secs_f64());
+        }
+        for (name, pid) in row.processes() {
+            let labels = with("process", name);
+            if let Some(kib) = pss_of(pid) {
+                pss.add(&labels, bytes(kib));
+            }
+            if let Some(usage) = Usage::read(pid) {
+                cpu.add(&labels, usage.cpu);
+                threads.add(&labels, usage.threads);
+            }
+            if let Some(seconds) = cpu_wait(pid) {
+                wait.add(&labels, seconds);
+            }
+            if let Some(open) = fs::read_dir(format!("/proc/{pid}/fd"))
+                .ok()
+                .and_then(|fds| u32::try_from(fds.count()).ok())
+            {
+                files.add(&labels, f64::from(open));
+            }
+            if name == "vmm"
+                && let Some((whole, touched)) = largest_mapping(pid)
+            {
+                size.add(&pod, bytes(whole));
+                guest.add(&pod, bytes(touched));
+            }
+            if name == "vmm" {
+                for (direction, count) in disk_bytes(pid) {
+                    disk.add(&with("direction", direction), count);
+                }
+                for (interface, received, sent) in interfaces(pid) {
+                    for (direction, count) in [("received", received), ("sent", sent)] {
+                        let labels = [
+                            pod[0],
+                            pod[1],
+                            ("interface", interface.as_str()),
+                            ("direction", direction),
+                        ];
+                        network.add(&labels, count);
+                    }
+                }
+            }
+        }
+        let moments = moments(base, row);
+        starts.count(row, &moments);
+        for (moment, seconds) in moments {
+            start.add(&[pod[0], pod[1], ("moment", &moment)], seconds);
+        }
+        let asked = counters
+            .as_ref()
+            .and_then(|counters| counters["file_requests"].as_f64());
+        if let Some(count) = asked {
+            requests.add(&pod, count);
+        }
+        let reasons = counters.as_ref().and_then(|counters| counters.get("exits"));
+        for (reason, count) in reasons.and_then(Value::as_object).into_iter().flatten() {
+            if let Some(count) = count.as_f64() {
+                exits.add(&with("reason", reason), count);
+            }
+        }
+    }
+    for (state, count) in states {
+        pods.add(&[("state", state)], f64::from(count));
+    }
+    for (code, count) in Remains::below(base).counts() {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        failures.add(&[("code", &code)], f64::from(count));
+    }
+    starts.forget_all_but(&rows);
+    let mut text = String::new();
+    for family in [
+        pods, pss, guest, size, cpu, wait, threads, files, disk, network, requests, age, start,
+        exits, failures,
+    ] {
+        family.write(&mut text);
+    }
+    starts.write(&mut text);
+    text.push_str("# EOF\n");
+    Ok(text)
+}
+
+fn moments(base: &Path, row: &Row) -> BTreeMap<String, f64> {
+    let dir = StateDir::new(base, &row.namespace, &row.id);
+    let bytes = dir.and_then(|dir| dir.read_timeline()).unwrap_or_default();
+    let timeline: Option<Timeline> = serde_json::from_slice(&bytes).ok();
+    let marks = timeline.into_iter().flat_map(|timeline| timeline.marks);
+    marks
+        .map(|mark| (mark.name, Duration::from_micros(mark.micros).as_secs_f64()))
+        .collect()
+}
+
+/// KiB, exact up to 8 EiB divided by 2^10.
+fn bytes(kib: u64) -> f64 {
+    let (high, low) = (kib >> 32, kib & u64::from(u32::MAX));
+    let part = |n: u64| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+    (part(high) * 4_294_967_296.0 + part(low)) * 1024.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_without_a_shim_to_ask_is_counted_and_measured() {
+        let base = tempfile::tempdir().unwrap();
+        pods::fake(base.path(), "default", "web");
+        let text = scrape(base.path(), &mut Starts::default()).unwrap();
+        assert!(text.contains("brig_pods{state=\"starting\"} 1\n"), "{text}");
+        let labels = "{namespace=\"default\",id=\"web\",process=\"shim\"}";
+        for family in [
+            "brig_pod_pss_bytes",
+            "brig_pod_threads",
+            "brig_pod_cpu_seconds_total",
+        ] {
+            assert!(text.contains(&format!("{family}{labels} ")), "{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}

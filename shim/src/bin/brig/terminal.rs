@@ -1,0 +1,123 @@
+//! What is printed for people. Much of it comes from guests or is named by users, and a terminal obeys what it is
+//! sent: nothing reaches it that is no text.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal as _};
+
+use brig_shim::error::{Error, Result};
+
+/// Text of unknown origin, in lines: what could move a cursor, colour, or turn the direction of writing is shown as
+/// its number.
+#[must_use]
+pub fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut safe = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            '\n' | '\t' => safe.push(letter),
+            // Cc, and the marks and overrides of bidirectional text.
+            _ if letter.is_control()
+                || matches!(letter, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
+            {
+                let _ = write!(safe, "\\u{{{:x}}}", u32::from(letter));
+            }
+            _ => safe.push(letter),
+        }
+    }
+    safe
+}
+
+/// The same in one line.
+#[must_use]
+pub fn printable_line(text: &str) -> String {
+    printable(text.as_bytes()).replace(['\n', '\t'], " ")
+}
+
+/// Whether somebody looks.
+#[must_use]
+pub fn is_one() -> bool {
+    io::stdout().is_terminal()
+}
+
+/// Lines of the terminal; enough for anything where there is none.
+#[must_use]
+pub fn height() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stdout());
+    size.map_or(usize::MAX, |size| usize::from(size.ws_row).max(4))
+}
+
+/// Writes to standard output. Nobody who reads it any more is no error.
+///
+/// # Errors
+/// What the system says.
+pub fn print(text: &str) -> Result<()> {
+    use io::Write as _;
+    let mut stdout = io::stdout();
+    let printed = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
+    match printed {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        printed => printed.map_err(|error| Error::io("standard output", &error)),
+    }
+}
+
+/// A table whose columns are as wide as they must be; the last is not filled up. Cells are made printable.
+#[must_use]
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| printable_line(cell)).collect())
+        .collect();
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        let cells = cells.map(|cell| cell.chars().count());
+        cells.chain([head[column].len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let mut text = String::new();
+    let head: Vec<String> = head.iter().map(|&cell| cell.to_owned()).collect();
+    for row in std::iter::once(&head).chain(&rows) {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:<width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown_instead() {
+        let text = printable(b"a\x1b[31mb\r\x07\tc\n\xff\xc2\x9b");
+        assert_eq!(text, "a\\u{1b}[31mb\\u{d}\\u{7}\tc\n\u{fffd}\\u{9b}");
+        assert_eq!(printable("\u{202e}x".as_bytes()), "\\u{202e}x");
+        assert_eq!(printable_line("a\nb\tc"), "a b c");
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_cells() {
+        let rows = [
+            vec!["long name".into(), "1".into()],
+            vec!["é\u{1b}".into(), "22".into()],
+        ];
+        assert_eq!(
+            table(&["NAME", "N"], &rows),
+            "NAME       N\nlong name  1\né\\u{1b}    22\n"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_pass_as_anything_but_text(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let text = printable(&bytes);
+            prop_assert!(!text.chars().any(|letter| letter.is_control() && letter != '\n' && letter != '\t'));
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Brig's own service on the shim's socket, for `brig`, the operator's command: asked by root alone, as the socket
+//! is root's. It answers from what the pod keeps anyway, and costs a pod that is not asked nothing.
+//!
+//! Requests and answers are JSON, but for what is looked at in the guest, which is the guest's bytes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use brig_agent_protocol::OPEN_LOOKS;
+use serde_json::{Value, json};
+use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
+
+use crate::asked::config::{LogLevel, keys};
+use crate::error::{Error, Result};
+use crate::log::{Control, rfc3339};
+use crate::pod::actor::PodHandle;
+use crate::pod::container::{ContainerHandle, Request};
+use crate::pod::process::Phase;
+
+/// The service.
+pub const NAME: &str = "brig.Debug";
+
+/// What it can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// The VMM's counters.
+    Counters,
+    /// The pod: state, configuration in force, containers.
+    Inspect,
+    /// Something of the guest: `{"words": ["dmesg"]}`.
+    Look,
+    /// Lines of the log: `{"from": 0}`.
+    Logs,
+    /// Changes the level of the log: `{"level": "debug"}`.
+    Level,
+}
+
+impl Method {
+    const ALL: [Self; 5] = [
+        Self::Counters,
+        Self::Inspect,
+        Self::Look,
+        Self::Logs,
+        Self::Level,
+    ];
+
+    /// Its name on the wire.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Counters => "Counters",
+            Self::Inspect => "Inspect",
+            Self::Look => "Look",
+            Self::Logs => "Logs",
+            Self::Level => "Level",
+        }
+    }
+}
+
+/// The service for this pod and its log.
+pub fn service(pod: &PodHandle, log: &Arc<Control>) -> HashMap<String, Service> {
+    // The agent keeps one answer at a time.
+    let looking = Arc::new(tokio::sync::Mutex::new(()));
+    let methods = Method::ALL.map(|method| {
+        let handler: Box<dyn MethodHandler + Send + Sync> = Box::new(Handler {
+            method,
+            pod: pod.clone(),
+            log: Arc::clone(log),
+            looking: Arc::clone(&looking),
+        });
+        (method.name().to_owned(), handler)
+    });
+    let service = Service {
+        methods: HashMap::from(methods),
+        streams: HashMap::new(),
+    };
+    HashMap::from([(NAME.to_owned(), service)])
+}
+
+struct Handler {
+    method: Method,
+    pod: PodHandle,
+    log: Arc<Control>,
+    looking: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[async_trait]
+impl MethodHandler for Handler {
+    async fn handler(
+        &self,
+        _: TtrpcContext,
+        request: ttrpc::Request,
+    ) -> ttrpc::Result<ttrpc::Response> {
+        let answer = match self.method {
+            Method::Counters => self.counters().await,
+            Method::Inspect => self.inspect().await,
+            Method::Look => self.look(&request.payload).await,
+            Method::Logs => self.logs(&request.payload),
+            Method::Level => self.level(&request.payload),
+        };
+        let mut response = ttrpc::Response::new();
+        match answer {
+            Ok(payload) => {
+                response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
+                response.payload = payload;
+            }
+            Err(error) => {
+                let code = error.code();
+                response.set_status(ttrpc::get_status(code, error.message));
+            }
+        }
+        Ok(response)
+    }
+}
+
+impl Handler {
+    async fn counters(&self) -> Result<Vec<u8>> {
+        let vm = self.pod.vm().await;
+        let vm = vm.ok_or_else(|| Error::state("the pod has no VM"))?;
+        match vm.control().counters().await {
+            Ok(counters) => bytes(&json!(counters)),
+            Err(error) => Err(vm.explain(error).await),
+        }
+    }
+
+    async fn inspect(&self) -> Result<Vec<u8>> {
+        let pod = self.pod.inspect().await?;
+        let mut containers = Vec::new();
+        for (id, container) in pod.containers {
+            // One that is gone meanwhile is none.
+            if let Ok(container) = described(&id, &container).await {
+                containers.push(container);
+            }
+        }
+        let (devices, disks, release) = match &pod.vm {
+            Some(vm) => (vm.devices().await, vm.disks().await, vm.kernel_release()),
+            None => (Vec::new(), Vec::new(), None),
+        };
+        let devices: Vec<Value> = devices
+            .into_iter()
+            .map(|(group, functions, container)| {
+                let places = functions.iter().map(|function| {
+                    let (device, function) = (function >> 3, function & 7);
+                    format!("{device:02x}.{function}")
+                });
+                json!({
+                    "iommuGroup": group,
+                    "guestFunctions": places.collect::<Vec<_>>(),
+                    "container": container,
+                })
+            })
+            .collect();
+        let disks: Vec<Value> = disks
+            .into_iter()
+            .map(|(numbers, write, name, containers)| {
+                json!({
+                    "device": format!("{}:{}", numbers.0, numbers.1),
+                    "writable": write,
+                    "guestName": name,
+                    "containers": containers,
+                })
+            })
+            .collect();
+        bytes(&json!({
+            "namespace": pod.namespace,
+            "id": pod.id,
+            "pod": pod.pod,
+            "state": pod.state,
+            "stateSince": rfc3339(pod.since),
+            "failure": pod.failure.map(|error| error.message),
+            "version": env!("CARGO_PKG_VERSION"),
+            "kernelRelease": release,
+            "logLevel": self.level_name(),
+            "config": pod.config.as_ref().map(keys::in_force),
+            "netns": pod.netns,
+            "cgroup": pod.cgroup.as_ref().map(|cgroup| cgroup.dirs().to_vec()),
+            "devices": devices,
+            "disks": disks,
+            "containers": containers,
+        }))
+    }
+
+    async fn look(&self, payload: &[u8]) -> Result<Vec<u8>> {
+        let request = read(payload)?;
+        let words = request["words"].as_array();
+        let words = words.and_then(|words| {
+            let words = words.iter().map(|word| Some(word.as_str()?.to_owned()));
+            words.collect::<Option<Vec<String>>>()
+        });
+        let words = words.filter(|words| !words.is_empty());
+        let words = words.ok_or_else(|| Error::invalid("words: what is to be looked at?"))?;
+        let pod = self.pod.inspect().await?;
+        let open = OPEN_LOOKS.contains(&words[0].as_str());
+        if !open && !pod.config.is_some_and(|config| config.debug) {
+            return Err(Error::state(
+                "this pod's runtime handler does not let the node look into its guest: its operator allows it with \
+                 debug = true in the handler's configuration, for pods that start from then on",
+            ));
+        }
+        let vm = pod.vm.ok_or_else(|| Error::state("the pod has no VM"))?;
+        let _one = self.looking.lock().await;
+        vm.look(words).await
+    }
+
+    fn logs(&self, payload: &[u8]) -> Result<Vec<u8>> {
+        let from = read(payload)?["from"].as_u64().unwrap_or(0);
+        bytes(&json!(self.log.from(from)))
+    }
+
+    fn level(&self, payload: &[u8]) -> Result<Vec<u8>> {
+        let request = read(payload)?;
+        let level = request["level"].as_str().and_then(LogLevel::named);
+        let level = level.ok_or_else(|| {
+            let names = LogLevel::ALL.map(LogLevel::name).join(", ");
+            Error::invalid(format!("level: one of {names}"))
+        })?;
+        let was = self.level_name();
+        self.log.set_level(level.level());
+        bytes(&json!({ "level": level.name(), "was": was }))
+    }
+
+    fn level_name(&self) -> &'static str {
+        let level = self.log.level();
+        let named = LogLevel::ALL
+            .into_iter()
+            .find(|named| named.level() == level);
+        named.map_or("info", LogLevel::name)
+    }
+}
+
+async fn described(id: &str, container: &ContainerHandle) -> Result<Value> {
+    let exec_id = String::new();
+    let state = container
+        .ask(|reply| Request::State { exec_id, reply })
+        .await?;
+    let (phase, status) = match state.phase {
+        Phase::Creating => ("creating", None),
+        Phase::Created | Phase::Starting => ("created", None),
+        Phase::Running if state.paused => ("paused", None),
+        Phase::Running => ("running", None),
+        Phase::Stopped(exit) => ("stopped", Some(exit.status)),
+    };
+    Ok(json!({
+        "id": id,
+        "bundle": state.bundle,
+        "state": phase,
+        "exitStatus": status,
+        "pid": state.pid,
+    }))
+}
+
+fn read(payload: &[u8]) -> Result<Value> {
+    serde_json::from_slice(payload)
+        .map_err(|error| Error::invalid(format!("the request is no JSON: {error}")))
+}
+
+fn bytes(value: &Value) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|error| Error::internal(error.to_string()))
+}

@@ -1,0 +1,159 @@
+//! What the operator's command is told by a pod's shim, and what is kept of a pod that failed.
+
+use serde_json::{Value, json};
+use ttrpc::Code;
+use ttrpc::asynchronous::Client;
+
+use super::*;
+use crate::containerd::debug_service::{Method, NAME};
+use crate::node::remains::Remains;
+
+async fn ask(harness: &Harness, method: Method, request: Value) -> ttrpc::Result<Vec<u8>> {
+    let address = format!("unix://{}", harness.dir.path().join("shim").display());
+    let client = Client::connect(&address).await.unwrap();
+    let mut message = ttrpc::Request::new();
+    message.service = NAME.to_owned();
+    message.method = method.name().to_owned();
+    message.payload = request.to_string().into_bytes();
+    message.timeout_nano = 20_000_000_000;
+    Ok(client.request(message).await?.payload)
+}
+
+async fn ask_json(harness: &Harness, method: Method, request: Value) -> Value {
+    serde_json::from_slice(&ask(harness, method, request).await.unwrap()).unwrap()
+}
+
+/// What is kept when the pod has been shut down.
+async fn remembered(harness: &Harness) -> Vec<Value> {
+    let request = ShutdownRequest::default();
+    harness.client.shutdown(ctx(), &request).await.unwrap();
+    Remains::below(&harness.dir.path().join("state")).all()
+}
+
+fn configured(harness: &Harness, text: &str) {
+    let drop_ins = harness.dir.path().join("config.d");
+    fs::create_dir_all(&drop_ins).unwrap();
+    fs::write(drop_ins.join("test.toml"), text).unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_is_looked_into_only_where_its_handler_allows_it() {
+    let harness = Harness::new(Behaviour::default()).await;
+    let look = |words: Value| json!({ "words": words });
+    let error = ask(&harness, Method::Look, look(json!(["dmesg"]))).await;
+    assert_eq!(code(error).0, Code::FAILED_PRECONDITION, "there is no VM");
+    harness.create().await.unwrap();
+    for open in ["dmesg", "free", "ip"] {
+        let answer = ask(&harness, Method::Look, look(json!([open])))
+            .await
+            .unwrap();
+        assert_eq!(answer, format!("{open}\u{1b}[2J").into_bytes());
+    }
+    for closed in ["ps", "ls", "cat", "mounts", "anything"] {
+        let error = ask(&harness, Method::Look, look(json!([closed])))
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("debug = true"), "{error}");
+    }
+    for wrong in [json!([]), json!("dmesg"), json!([1]), Value::Null] {
+        let error = ask(&harness, Method::Look, look(wrong)).await;
+        assert_eq!(code(error).0, Code::INVALID_ARGUMENT);
+    }
+    harness.kill("", 9).await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn an_answer_of_the_guest_without_end_is_cut_off() {
+    let harness = Harness::new(Behaviour::default()).await;
+    configured(&harness, "debug = true");
+    harness.create().await.unwrap();
+    let request = json!({ "words": ["ps"] });
+    assert!(
+        ask(&harness, Method::Look, request)
+            .await
+            .unwrap()
+            .starts_with(b"ps")
+    );
+    let request = json!({ "words": ["cat", "/proc/1/maps"] });
+    let error = ask(&harness, Method::Look, request).await;
+    assert_eq!(code(error).0, Code::RESOURCE_EXHAUSTED);
+    harness.kill("", 9).await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_pod_is_told_with_where_its_configuration_is_from_and_without_what_is_secret() {
+    let harness = Harness::new(Behaviour::default()).await;
+    configured(
+        &harness,
+        "vcpus = 2\npod_annotations = [\"memory\"]\nlog_level = \"warning\"",
+    );
+    let spec = r#"{"process":{"args":["a-secret"],"env":["P=a-secret"]},"root":{"path":"rootfs"},"linux":
+        {"cgroupsPath":"/ns/c","namespaces":[{"type":"network"}]},"annotations":{"io.brig.memory":"300MiB","x":"a-secret",
+        "io.kubernetes.cri.sandbox-name":"web-0","io.kubernetes.cri.sandbox-namespace":"shop"}}"#;
+    harness.create_as("c", spec).await.unwrap();
+    let told = ask_json(&harness, Method::Inspect, Value::Null).await;
+    assert_eq!(told["pod"]["name"], "web-0");
+    assert_eq!(
+        (&told["state"], &told["logLevel"]),
+        (&"ready".into(), &"warning".into())
+    );
+    let config = &told["config"];
+    assert_eq!(
+        config["memory"],
+        json!({ "value": "300MiB", "from": "the pod's annotation" })
+    );
+    let drop_in = harness.dir.path().join("config.d/test.toml");
+    assert_eq!(config["vcpus"], json!({ "value": 2, "from": drop_in }));
+    assert_eq!(config["kernel"]["from"], "default");
+    let container = &told["containers"][0];
+    assert_eq!(
+        (&container["id"], &container["state"]),
+        (&"c".into(), &"created".into())
+    );
+    assert!(!told.to_string().contains("secret"), "{told}");
+    let level = |level: &str| json!({ "level": level });
+    let changed = ask_json(&harness, Method::Level, level("debug")).await;
+    assert_eq!(changed, json!({ "level": "debug", "was": "warning" }));
+    let error = ask(&harness, Method::Level, level("loud"))
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("error, warning, info, debug"),
+        "{error}"
+    );
+    harness.kill("", 9).await.unwrap();
+    harness.delete("").await.unwrap();
+    assert!(remembered(&harness).await.is_empty());
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn of_a_pod_whose_vm_ended_by_itself_an_account_is_kept() {
+    let harness = Harness::new(Behaviour::default()).await;
+    harness.create().await.unwrap();
+    harness.start("").await.unwrap();
+    harness.host.crash("");
+    harness.wait("").await.unwrap();
+    harness.delete("").await.unwrap();
+    let accounts = remembered(&harness).await;
+    assert_eq!(accounts.len(), 1);
+    let account = &accounts[0];
+    assert_eq!(
+        (&account["id"], &account["code"]),
+        (&"c".into(), &"unavailable".into())
+    );
+    assert!(
+        account["reason"]
+            .as_str()
+            .unwrap()
+            .contains("the VM has ended"),
+        "{account}"
+    );
+    assert!(account["timeline"]["marks"].as_array().unwrap().len() > 3);
+    assert_eq!(account["config"]["time_scale"]["value"], 0.1);
+    harness.end().await;
+}
