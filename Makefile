@@ -1,6 +1,6 @@
 # Each target is one line that calls the real thing. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help build demo node test test-all test-kubernetes bench fuzz mutate install uninstall
+.PHONY: help build demo node test test-all test-kubernetes bench fuzz mutate install uninstall deb installer
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,12 @@ mutate: ## break Brig on purpose, one thing at a time: a test fails for each
 
 install: ## install the binaries and the guest under $(PREFIX), default /opt/brig
 	./install $(PREFIX)
+
+deb: ## a Debian package in target/deb
+	deploy/debian/build
+
+installer: ## the image of deploy/daemonset.yaml, which installs Brig on the nodes of a cluster
+	deploy/installer/build
 
 uninstall: ## remove what install put there
 	./install --remove $(PREFIX)

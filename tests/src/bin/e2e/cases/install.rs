@@ -1,5 +1,6 @@
 //! Versions of Brig on a node: installed, upgraded with a pod living through it, rolled back, removed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -15,11 +16,23 @@ use crate::suite::{Case, PROBE, Suite, brig};
 
 const ROOT: &str = "/run/brig-e2e-install";
 
-pub const CASES: &[Case] = &[brig(
-    "install",
-    "a pod keeps its version through an upgrade, and nothing is left when Brig is removed",
-    versions,
-)];
+pub const CASES: &[Case] = &[
+    brig(
+        "install",
+        "a pod keeps its version through an upgrade, and nothing is left when Brig is removed",
+        versions,
+    ),
+    brig(
+        "install",
+        "the Debian package is installed, upgraded under a pod, kept while one runs, and leaves nothing when it is purged",
+        package,
+    ),
+    brig(
+        "install",
+        "containerd reads the handlers that brig adds to its configuration, and the file is as it was without them",
+        handlers,
+    ),
+];
 
 fn run(program: &str, args: &[&str]) -> Result<Outcome> {
     let mut command = Command::new(program);
@@ -29,9 +42,22 @@ fn run(program: &str, args: &[&str]) -> Result<Outcome> {
 
 /// Every name below the places an installation touches.
 fn names() -> Result<String> {
-    let places = ["/etc", "/opt", "/usr/local", "/lib/systemd/system", ROOT];
+    names_below(&["/etc", "/opt", "/usr/local", "/lib/systemd/system", ROOT])
+}
+
+fn names_below(places: &[&str]) -> Result<String> {
     let mut args = places.to_vec();
-    args.extend(["-xdev", "-printf", "%p %l %s\n"]);
+    // The size of a directory is what it once held.
+    args.extend([
+        "-xdev",
+        "-type",
+        "d",
+        "-printf",
+        "%p/\n",
+        "-o",
+        "-printf",
+        "%p %l %s\n",
+    ]);
     let found = run("find", &args)?.success()?.text();
     let mut lines: Vec<&str> = found.lines().collect();
     lines.sort_unstable();
@@ -166,4 +192,157 @@ fn upgraded(suite: &mut Suite) -> Result<()> {
 
 fn text(row: &Value) -> Result<String> {
     Ok(row["version"].as_str().context("no version")?.to_owned())
+}
+
+/// A directory that is elsewhere while this lives, if it is there at all.
+struct Aside(&'static str);
+
+impl Aside {
+    fn of(path: &'static str) -> Result<Self> {
+        if Path::new(path).exists() {
+            fs::rename(path, format!("{path}.aside"))?;
+        }
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        let _ = fs::rename(format!("{}.aside", self.0), self.0);
+    }
+}
+
+/// Removes what a failed run leaves.
+struct Purged;
+
+impl Drop for Purged {
+    fn drop(&mut self) {
+        let _ = run("dpkg", &["--purge", "brig"]);
+        let _ = fs::remove_dir_all("/run/brig-e2e-deb");
+    }
+}
+
+fn package(suite: &mut Suite) -> Result<()> {
+    let places = ["/usr", "/etc", "/opt"];
+    // A purge takes the operator's configuration too, which here is other cases'.
+    let _aside = Aside::of("/etc/brig")?;
+    let purged = Purged;
+    let before = names_below(&places)?;
+    let mut packages = Vec::new();
+    for version in ["0.1.0+1", "0.1.0+2"] {
+        let args = [
+            "--from",
+            "/host/bin",
+            "--quick",
+            "--out",
+            "/run/brig-e2e-deb",
+            "--version",
+            version,
+        ];
+        let made = run("/host/repo/deploy/debian/build", &args)?.success()?;
+        let path = made.text();
+        packages.push(path.lines().next_back().context("no package")?.to_owned());
+    }
+    run("dpkg", &["--install", &packages[0]])?.success()?;
+    let found = fs::canonicalize("/usr/bin/containerd-shim-brig-v2")?;
+    contains(
+        "where the shim is",
+        "/usr/lib/brig/0.1.0+1/bin",
+        &found.display().to_string(),
+    )?;
+    let ctr = Ctr {
+        namespace: suite.ctr.namespace.clone(),
+        runtime: "/usr/bin/containerd-shim-brig-v2".to_owned(),
+    };
+    let pod = ctr.start(&suite.probe("package", &["sleep"]))?;
+    run("dpkg", &["--install", &packages[1]])?.success()?;
+    that("the old version's files are gone", !found.exists())?;
+    alive(&pod).context("the pod that was there before the upgrade")?;
+    let refused = run("dpkg", &["--remove", "brig"])?;
+    that("the package stays while a pod runs", refused.code != 0)?;
+    contains("why it stays", "pods run in its VMs", &refused.stderr)?;
+    run("/usr/bin/brig", &["list"])?.success()?;
+    drop(pod);
+    let end = std::time::Instant::now() + clock::seconds(10);
+    while run("/usr/bin/brig", &["list", "--json"])?
+        .text()
+        .contains("\"id\"")
+        && std::time::Instant::now() < end
+    {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    run("dpkg", &["--purge", "brig"])?.success()?;
+    drop(purged);
+    let after = names_below(&places)?;
+    let difference = |one: &str, other: &str| -> Vec<String> {
+        let there: BTreeSet<&str> = other.lines().collect();
+        let only = one.lines().filter(|line| !there.contains(line));
+        only.map(str::to_owned).collect()
+    };
+    equal(
+        "what is left",
+        Vec::<String>::new(),
+        difference(&after, &before),
+    )?;
+    equal(
+        "what is missing",
+        Vec::<String>::new(),
+        difference(&before, &after),
+    )
+}
+
+/// With the containerd that runs, which does not read the file that is made here.
+fn handlers(_: &mut Suite) -> Result<()> {
+    let _ = fs::remove_dir_all(ROOT);
+    fs::create_dir_all(ROOT)?;
+    let result = added();
+    let _ = fs::remove_dir_all(ROOT);
+    result
+}
+
+fn added() -> Result<()> {
+    let file = format!("{ROOT}/config.toml");
+    // The node's own, whose handlers have other names.
+    let original = fs::read_to_string("/etc/containerd/config.toml")?
+        .replace("runtimes.brig", "runtimes.other");
+    fs::write(&file, &original)?;
+    let before = names()?;
+    let dumped = || -> Result<String> {
+        let outcome = run("containerd", &["--config", &file, "config", "dump"])?;
+        Ok(outcome.success()?.text())
+    };
+    let without = dumped()?;
+    let said = run("brig", &["containerd", "add", "--config", &file])?.success()?;
+    contains(
+        "what is to be done",
+        "systemctl restart containerd",
+        &said.text(),
+    )?;
+    let with = dumped()?;
+    for handler in [
+        "runtimes.brig]",
+        "runtimes.brig-debug]",
+        "runtimes.brig-gpu]",
+        "/etc/brig/debug.toml",
+    ] {
+        contains("what containerd reads", handler, &with)?;
+    }
+    let kept = without
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("imports"));
+    for line in kept {
+        that(
+            &format!("containerd still reads {line}"),
+            with.contains(line),
+        )?;
+    }
+    let again = run("brig", &["containerd", "add", "--config", &file, "--json"])?.success()?;
+    equal(
+        "what the second time changes",
+        "{\"changed\":[]}",
+        again.text().trim(),
+    )?;
+    run("brig", &["containerd", "remove", "--config", &file])?.success()?;
+    equal("the file", original, fs::read_to_string(&file)?)?;
+    equal("what is on the node", before, names()?)
 }
