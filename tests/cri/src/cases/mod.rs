@@ -7,6 +7,7 @@ mod cgroups;
 mod clock;
 pub mod config_volumes;
 mod devices;
+mod failures;
 mod file_systems;
 mod forward;
 mod handlers;
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Case> {
         cgroups::CASES,
         huge_pages::CASES,
         kernel::CASES,
+        failures::CASES,
         modules::CASES,
         stats::CASES,
         life::CASES,
