@@ -100,6 +100,8 @@ pub enum MountSource {
     },
     /// A character device of the guest, or a disk that was given, by its name below /dev.
     Device(String),
+    /// A path in the handler's driver bundle.
+    Bundle(String),
 }
 
 /// See [`Instructions::Exec`].

@@ -87,7 +87,7 @@ fn create(request: &CreateContainerRequest) {
         let path = match &source {
             control::MountSource::Share { path, .. }
             | control::MountSource::Volume { path, .. } => path,
-            control::MountSource::Device(name) => name,
+            control::MountSource::Device(name) | control::MountSource::Bundle(name) => name,
         };
         let climbs = path.starts_with('/') || path.split('/').any(|part| part == "..");
         assert!(!climbs, "{path:?} leaves the share");

@@ -3,6 +3,7 @@
 //! One program, four lives: PID 1 in the guest (no arguments), the `container-init` helper that
 //! becomes a container's process, the kernel's `/sbin/modprobe`, and a server over Unix sockets for component tests. It trusts the
 //! host, and nothing that a container or an image says.
+mod bundle;
 mod cgroup;
 mod clock;
 mod command;
@@ -21,6 +22,7 @@ mod freezer;
 pub mod fuzzing;
 mod given;
 mod huge_pages;
+mod image;
 mod inherited;
 mod init;
 mod launch;

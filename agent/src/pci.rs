@@ -13,6 +13,7 @@ use brig_agent_protocol::agent::{DeviceNode, FoundDevice};
 use tokio::time::{Instant, sleep};
 
 use crate::{
+    bundle::Bundle,
     error::{Error, Result},
     modules,
 };
@@ -46,7 +47,7 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
     let (name, directory) = place(function)?;
     rescan().await?;
     let deadline = Instant::now() + wait.min(MAX_WAIT);
-    let mut wanted = None;
+    let mut loaded = None;
     loop {
         let here = directory.clone();
         let looked = tokio::task::spawn_blocking(move || look(&here)).await;
@@ -57,16 +58,18 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
             }
             _ => Error::io(format_args!("PCI device {name}"), error),
         })?;
-        if is_ready(&found) {
+        // The nodes of one that the handler's bundle is for need not be the kernel's.
+        if is_ready(&found, matches!(loaded, Some(Ok(true)))) {
             return Ok(found);
         }
-        if found.driver.is_empty() && wanted.is_none() {
-            wanted = Some(load_driver(directory.clone()).await);
+        if loaded.is_none() {
+            let has_driver = !found.driver.is_empty();
+            loaded = Some(load_driver(directory.clone(), has_driver).await);
             continue;
         }
         if Instant::now() >= deadline {
             let mut sentence = lacking(&name, &found);
-            if let Some(Err(reason)) = wanted {
+            if let Some(Err(reason)) = loaded {
                 sentence = format!("{sentence}: {reason}");
             }
             return Err(Error::FailedPrecondition(sentence));
@@ -90,14 +93,22 @@ pub async fn nodes(function: u32) -> Result<Vec<DeviceNode>> {
     }
 }
 
-/// Loads the modules that say they drive the device; nobody else in the guest does.
-async fn load_driver(directory: PathBuf) -> std::result::Result<(), String> {
+/// Loads the modules that say they drive the device, unless it has a driver; nobody else in the guest does. Says whether the
+/// handler's driver bundle is for it.
+async fn load_driver(directory: PathBuf, has_driver: bool) -> std::result::Result<bool, String> {
     let loaded = tokio::task::spawn_blocking(move || {
         let alias = fs::read_to_string(directory.join("modalias")).map_err(|e| e.to_string())?;
-        match modules::load(alias.trim()) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err("no module is for it".to_owned()),
-            Err(failure) => Err(failure.to_string()),
+        let alias = alias.trim();
+        let bundle = Bundle::open()?;
+        let found = match &bundle {
+            _ if has_driver => true,
+            Some(bundle) => bundle.load_driver(alias)?,
+            None => modules::load(alias).map_err(|e| e.to_string())?,
+        };
+        if found {
+            Ok(bundle.is_some_and(|bundle| bundle.is_for(alias)))
+        } else {
+            Err("no module is for it".to_owned())
         }
     });
     loaded.await.map_err(|e| e.to_string())?
@@ -131,8 +142,16 @@ fn place(function: u32) -> Result<(String, PathBuf)> {
     Ok((name, directory))
 }
 
-fn is_ready(device: &FoundDevice) -> bool {
-    let promises = WITH_NODES.contains(&(device.class >> 16));
+/// The function of a name in sysfs, if it is on bus 0.
+pub fn number(name: &str) -> Option<u32> {
+    let (slot, function) = name.strip_prefix("0000:00:")?.split_once('.')?;
+    let slot = u32::from_str_radix(slot, 16).ok()?;
+    let function = function.parse::<u32>().ok().filter(|number| *number < 8)?;
+    Some(slot << 3 | function)
+}
+
+fn is_ready(device: &FoundDevice, bundled: bool) -> bool {
+    let promises = WITH_NODES.contains(&(device.class >> 16)) && !bundled;
     !device.driver.is_empty() && (!promises || !device.nodes.is_empty())
 }
 
@@ -280,7 +299,7 @@ mod tests {
                 ("nvme0n1p1", true, 259, 1)
             ]
         );
-        assert!(is_ready(&found));
+        assert!(is_ready(&found, false));
     }
 
     #[test]
@@ -291,21 +310,24 @@ mod tests {
             class: 0x01_0802,
             ..FoundDevice::default()
         };
-        assert!(!is_ready(&found));
+        assert!(!is_ready(&found, false));
         let said = lacking("0000:00:04.0", &found);
         assert!(
             said.contains("no driver") && said.contains("1b36:0010"),
             "{said}"
         );
         found.driver = "nvme".into();
-        assert!(!is_ready(&found));
+        assert!(!is_ready(&found, false));
         assert!(lacking("0000:00:04.0", &found).contains("driver nvme has made no node"));
         found.nodes.push(DeviceNode::default());
-        assert!(is_ready(&found));
+        assert!(is_ready(&found, false));
+        // A bundle may make them.
+        found.nodes.clear();
+        assert!(is_ready(&found, true));
         // An interface has none.
         found.nodes.clear();
         found.class = 0x02_0000;
-        assert!(is_ready(&found));
+        assert!(is_ready(&found, false));
     }
 
     #[test]
@@ -313,6 +335,11 @@ mod tests {
         assert_eq!(place(0x22).unwrap().0, "0000:00:04.2");
         assert_eq!(place(0xff).unwrap().0, "0000:00:1f.7");
         assert!(place(0x100).is_err());
+        for function in [0, 0x22, 0xff] {
+            assert_eq!(number(&place(function).unwrap().0), Some(function));
+        }
+        assert_eq!(number("0000:01:00.0"), None);
+        assert_eq!(number("0000:00:00.8"), None);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use brig_agent_protocol::agent;
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
+    bundle,
     cgroup::{self, Cgroup},
     command::Command,
     container::{self, Container, Parts},
@@ -40,8 +41,9 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
         Error::InvalidArgument(format!("the spec of container {}: {e}", request.id))
     })?;
     let given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
+    let mut mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
+    mount_sources.extend(bundle::apply(&mut spec, &request.devices).await?);
     validate::spec(&spec)?;
-    let mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
     context.claim(&request.id)?;
     let id = request.id.clone();
     let outcome = build(context, request, (spec, given), mount_sources).await;

@@ -43,6 +43,9 @@ pub const SHARE_TAG: &str = "brig";
 /// no modules.
 pub const MODULES_PATH: &str = ".modules";
 
+/// Path under the share of the handler's driver bundle, a read-only erofs file; there is none where none is configured.
+pub const BUNDLE_PATH: &str = ".bundle";
+
 /// I/O port for boot marks: the guest writes one byte of [`BootMark`].
 pub const BOOT_MARK_PORT: u16 = 0x80;
 

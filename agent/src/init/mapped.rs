@@ -119,7 +119,7 @@ fn is_mapped(source: Option<&MountSource>) -> bool {
         Some(
             MountSource::Share { mapped_on_host, .. } | MountSource::Volume { mapped_on_host, .. },
         ) => *mapped_on_host,
-        Some(MountSource::Device(_)) => true,
+        Some(MountSource::Device(_) | MountSource::Bundle(_)) => true,
         // The sandbox's own memory.
         None => false,
     }

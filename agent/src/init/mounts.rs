@@ -29,6 +29,7 @@ use super::{
     root::{Missing, Root},
 };
 use crate::{
+    bundle,
     control::{Create, MountSource},
     detached::{attach_on, clone_from_share, clone_mount, empty_directory},
     mount_attr::{self, Change},
@@ -237,6 +238,9 @@ fn bind_source(
         Some(MountSource::Device(name)) => {
             let node = guest_devices::open(name, &create.disks)?;
             clone_mount(node.as_fd(), false).during(format_args!("the guest's /dev/{name}"))?
+        }
+        Some(MountSource::Bundle(path)) => {
+            bundle::clone(path, recursive).during(format_args!("{path} of the driver bundle"))?
         }
         None if mount.destination.trim_end_matches('/') == "/dev/shm" => {
             let shm = fs::File::open(&create.shm).during("the sandbox's /dev/shm")?;

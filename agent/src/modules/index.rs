@@ -126,7 +126,7 @@ struct Order {
 }
 
 /// The module's name in that of its file.
-fn name_of(file: &str) -> String {
+pub fn name_of(file: &str) -> String {
     let base = file.rsplit('/').next().unwrap_or(file);
     normal(base.split_once('.').map_or(base, |(name, _)| name))
 }

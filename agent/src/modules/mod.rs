@@ -11,6 +11,8 @@ mod index;
 mod pattern;
 
 use std::{
+    collections::HashMap,
+    ffi::{CStr, CString},
     fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -20,20 +22,22 @@ use brig_agent_protocol::MODULES_PATH;
 use nix::{
     errno::Errno,
     kmod::{ModuleInitFlags, finit_module},
-    mount::{MsFlags, mount},
+    mount::MsFlags,
 };
-use rustix::fs::FlockOperation;
 
-use crate::{log::to_kernel, places::SHARE};
+use crate::{image::Image, log::to_kernel, places::SHARE};
 
 use index::Index;
+pub use pattern::matches;
 
 /// Where the kernel looks for it (CONFIG_MODPROBE_PATH).
 pub const MODPROBE: &str = "/sbin/modprobe";
-/// The image, once something needed it.
-const MOUNTED: &str = "/run/brig/modules";
-/// Held while it is being mounted.
-const LOCK: &str = "/run/brig/modules.lock";
+/// The image, mounted once something needs it.
+const IMAGE: Image = Image {
+    name: MODULES_PATH,
+    at: "/run/brig/modules",
+    flags: MsFlags::MS_NOEXEC,
+};
 /// Exists once it was said that there is no image.
 const TOLD: &str = "/run/brig/modules.told";
 /// What a load may take before the kernel's caller gets its error: SIGALRM then ends this process. Of the guest's clock, in
@@ -100,7 +104,7 @@ pub fn directory(share: &Path) -> Option<PathBuf> {
     (share == Path::new(SHARE))
         .then(mounted)?
         .ok()
-        .map(|_| MOUNTED.into())
+        .map(|_| IMAGE.at.into())
 }
 
 /// Loads everything that answers to `name`; says whether anything does. Blocks, as long as the modules take to begin.
@@ -109,17 +113,58 @@ pub fn directory(share: &Path) -> Option<PathBuf> {
 /// Why one of them was not loaded; the others may be.
 pub fn load(name: &str) -> Result<bool, Failure> {
     let modules = mounted()?;
-    let index = Index::read(&modules).map_err(|source| Failure::Io {
+    insert_all(&index(&modules)?, name, |file| {
+        (modules.join(file), CString::default())
+    })
+}
+
+/// The same where `bundle`, a directory as `/lib`, has modules for the running kernel of its own: they, and of those they need the
+/// kernel's. `parameters` has a module's, by its name. A bundle for other kernels has none.
+///
+/// # Errors
+/// See [`load`].
+pub fn load_from(
+    bundle: &Path,
+    name: &str,
+    parameters: &HashMap<String, CString>,
+) -> Result<bool, Failure> {
+    let own = bundle.join("modules").join(release()?);
+    if !own.exists() {
+        return load(name);
+    }
+    let kernels = mounted();
+    insert_all(&index(&own)?, name, |file| {
+        let path = own.join(file);
+        let path = match &kernels {
+            Ok(kernels) if !path.exists() => kernels.join(file),
+            _ => path,
+        };
+        let parameters = parameters.get(&index::name_of(file));
+        (path, parameters.cloned().unwrap_or_default())
+    })
+}
+
+fn index(modules: &Path) -> Result<Index, Failure> {
+    Index::read(modules).map_err(|source| Failure::Io {
         step: "the index of the modules",
         source,
-    })?;
+    })
+}
+
+/// `found` says where a file of the index is, and the parameters of what it holds.
+fn insert_all(
+    index: &Index,
+    name: &str,
+    found: impl Fn(&str) -> (PathBuf, CString),
+) -> Result<bool, Failure> {
     let Some(order) = index.resolve(name) else {
         return Ok(false);
     };
     // Of several that answer to an alias, one that finds no device here does not keep the others from theirs.
     let mut failed = None;
     for module in order {
-        match insert(&modules.join(&module)) {
+        let (path, parameters) = found(&module);
+        match insert(&path, &parameters) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(source) => failed = Some(Failure::Load { module, source }),
         }
@@ -127,50 +172,40 @@ pub fn load(name: &str) -> Result<bool, Failure> {
     failed.map_or(Ok(true), Err)
 }
 
-fn insert(path: &Path) -> Result<(), Errno> {
+fn insert(path: &Path, parameters: &CStr) -> Result<(), Errno> {
     let file = fs::File::open(path)
         .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
-    finit_module(file, c"", ModuleInitFlags::empty())
+    finit_module(file, parameters, ModuleInitFlags::empty())
 }
 
 /// The directory of the running kernel's modules.
 fn mounted() -> Result<PathBuf, Failure> {
-    let release = nix::sys::utsname::uname().map_err(|errno| Failure::Io {
-        step: "uname",
-        source: errno.into(),
-    })?;
-    let modules = Path::new(MOUNTED).join(release.release());
-    if modules.exists() {
-        return Ok(modules);
-    }
-    let failed = |step| move |source| Failure::Io { step, source };
-    fs::create_dir_all(MOUNTED).map_err(failed("the mount point of the modules"))?;
-    let lock = fs::File::create(LOCK).map_err(failed("the lock of the modules"))?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
-        .map_err(|errno| failed("the lock of the modules")(errno.into()))?;
-    if modules.exists() {
-        return Ok(modules);
-    }
-    let image = Path::new(SHARE).join(MODULES_PATH);
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    if fs::read_dir(MOUNTED).is_ok_and(|mut entries| entries.next().is_none()) {
-        mount(Some(&image), MOUNTED, Some("erofs"), flags, None::<&str>).map_err(|errno| {
-            match errno {
-                Errno::ENOENT => Failure::NoImage(
-                    "the node has no image of them (`modules` of Brig's configuration)".into(),
-                ),
-                errno => Failure::NoImage(format!("their image cannot be mounted: {errno}")),
+    let release = release()?;
+    let image = IMAGE.mounted().map_err(|error| {
+        Failure::NoImage(match error.kind() {
+            io::ErrorKind::NotFound => {
+                "the node has no image of them (`modules` of Brig's configuration)".into()
             }
-        })?;
-    }
+            _ => format!("their image cannot be mounted: {error}"),
+        })
+    })?;
+    let modules = image.join(&release);
     if modules.exists() {
         Ok(modules)
     } else {
         Err(Failure::NoImage(format!(
-            "their image holds none for {}",
-            release.release().to_string_lossy()
+            "their image holds none for {release}"
         )))
     }
+}
+
+/// The running kernel's release.
+fn release() -> Result<String, Failure> {
+    let names = nix::sys::utsname::uname().map_err(|errno| Failure::Io {
+        step: "uname",
+        source: errno.into(),
+    })?;
+    Ok(names.release().to_string_lossy().into_owned())
 }
 
 /// Into the kernel's log: this process has no other.

@@ -41,6 +41,8 @@ pub struct Config {
     pub kernel: PathBuf,
     /// The image of its modules; one that is not there is none.
     pub modules: PathBuf,
+    /// The image of drivers and libraries for devices of the node.
+    pub driver_bundle: Option<PathBuf>,
     /// The initramfs that holds the agent.
     pub initramfs: PathBuf,
     /// The brig-vmm binary.
@@ -142,6 +144,7 @@ impl Key {
 struct File {
     kernel: Option<PathBuf>,
     modules: Option<PathBuf>,
+    driver_bundle: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     vmm: Option<PathBuf>,
     kvm: Option<PathBuf>,
@@ -193,6 +196,7 @@ impl Config {
         Self {
             kernel: find("vmlinux"),
             modules: find("modules.erofs"),
+            driver_bundle: None,
             initramfs: find("brig-initramfs.cpio"),
             vmm: find("brig-vmm"),
             kvm: PathBuf::from("/dev/kvm"),
@@ -230,6 +234,9 @@ impl Config {
         set(file.vmm, &mut whole.vmm);
         set(file.kvm, &mut whole.kvm);
         set(file.state_dir, &mut whole.state_dir);
+        if let Some(path) = file.driver_bundle {
+            whole.driver_bundle = Some(path).filter(|path| !path.as_os_str().is_empty());
+        }
         whole.vcpus = file.vcpus.unwrap_or(whole.vcpus);
         whole.max_vcpus = file.max_vcpus.unwrap_or(whole.max_vcpus);
         whole.memory = file.memory.unwrap_or(whole.memory);
@@ -261,6 +268,13 @@ impl Config {
             if !value.is_absolute() {
                 return Err(invalid(format!("{key} must be an absolute path")));
             }
+        }
+        if whole
+            .driver_bundle
+            .as_ref()
+            .is_some_and(|path| !path.is_absolute())
+        {
+            return Err(invalid("driver_bundle must be an absolute path".to_owned()));
         }
         for (key, value) in [("vcpus", whole.vcpus), ("max_vcpus", whole.max_vcpus)] {
             if value == 0 || value > MAX_VCPUS {

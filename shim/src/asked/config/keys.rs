@@ -9,6 +9,7 @@ use super::{Config, MAX_GRACE, MAX_VCPUS, MIB, MIN_MEMORY, units};
 #[derive(Debug, Clone, Copy)]
 enum Form {
     Path,
+    PathOrNone,
     Switch,
     /// Least and most.
     Count(u64, u64),
@@ -79,6 +80,12 @@ pub const KEYS: &[KeyDoc] = &[
         what: "the image of that kernel's modules; without it pods have none",
         form: Form::Path,
         value: |c| path(&c.modules),
+    },
+    KeyDoc {
+        name: "driver_bundle",
+        what: "an image of kernel modules, firmware, libraries and CDI files for devices of the node that pods are given (docs/driver-bundles.md)",
+        form: Form::PathOrNone,
+        value: |c| c.driver_bundle.as_deref().map_or("".into(), path),
     },
     KeyDoc {
         name: "initramfs",
@@ -199,6 +206,7 @@ impl KeyDoc {
     pub fn form(&self) -> String {
         match self.form {
             Form::Path => "an absolute path".to_owned(),
+            Form::PathOrNone => "an absolute path, or `\"\"` for none".to_owned(),
             Form::Switch => "`true` or `false`".to_owned(),
             Form::Count(least, most) => format!("a number, {least} to {most}"),
             Form::Factor(least, most) => format!("a factor, {least} to {most}"),
@@ -218,6 +226,7 @@ impl KeyDoc {
     fn schema(&self, default: &Value) -> Value {
         let mut schema = match self.form {
             Form::Path => json!({ "type": "string", "pattern": "^/" }),
+            Form::PathOrNone => json!({ "type": "string", "pattern": "^(/.*)?$" }),
             Form::Switch => json!({ "type": "boolean" }),
             Form::Count(least, most) => {
                 json!({ "type": "integer", "minimum": least, "maximum": most })

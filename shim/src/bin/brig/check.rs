@@ -93,13 +93,16 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         Finding::of("kvm", kvm(&config.kvm)),
         Finding::of("kernel", kernel.map_err(message)),
         modules(&config.modules),
+    ];
+    findings.extend(config.driver_bundle.as_deref().map(driver_bundle));
+    findings.extend([
         file("initramfs", &config.initramfs),
         file("brig-vmm", &config.vmm),
         Finding::of("user namespaces", user_namespaces()),
         cgroups(),
         port_forward(),
         packet_filter(config.netfilter),
-    ];
+    ]);
     findings.extend(devices());
     findings
 }
@@ -169,6 +172,18 @@ fn modules(path: &Path) -> Finding {
         finding.detail.push_str(
             "; pods have no kernel modules: install it or set modules in Brig's configuration",
         );
+    }
+    finding
+}
+
+/// Pods without devices of the node run without it.
+fn driver_bundle(path: &Path) -> Finding {
+    let mut finding = file("driver bundle", path);
+    if finding.is_fatal() {
+        finding.outcome = Outcome::Note;
+        finding
+            .detail
+            .push_str("; containers that are given a device will be refused");
     }
     finding
 }

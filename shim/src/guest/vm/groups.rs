@@ -15,6 +15,8 @@ pub(super) struct Groups {
     /// Somebody waits for the VM's end, to let go of all of it: the memory of a VM that has died stays pinned as long
     /// as its groups are held.
     pub(super) watched: bool,
+    /// The guest can see the handler's driver bundle.
+    pub(super) has_bundle: bool,
 }
 
 /// A group that the VM has.

@@ -3,9 +3,12 @@
 //! What comes back is only descriptors: the VMM's go with the device or with its process, ours here.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
+use brig_agent_protocol::BUNDLE_PATH;
 use brig_hypervisor::control::{DeviceConfig, VfioConfig};
+use brig_hypervisor::share::Attributes;
 use slog::{Logger, info, warn};
 
 use super::Vm;
@@ -14,17 +17,30 @@ use crate::error::{Error, Result};
 use crate::node::vfio::Node;
 
 impl Vm {
-    /// Gives a group's devices to the guest, for the container `owner`; their functions.
+    /// Gives a group's devices to the guest, for the container `owner`; their functions. `bundle` is the image of drivers that
+    /// the handler has for them.
     ///
     /// # Errors
     /// One sentence: the node's, the VMM's or the guest's. Nothing is left of it then.
-    pub async fn give_group(&self, number: u32, owner: &str, logger: &Logger) -> Result<Vec<u8>> {
+    pub async fn give_group(
+        &self,
+        number: u32,
+        owner: &str,
+        bundle: Option<&Path>,
+        logger: &Logger,
+    ) -> Result<Vec<u8>> {
         let mut passthrough = self.passthrough.lock().await;
         if let Some(held) = passthrough.groups.get(&number) {
             return Err(Error::state(format!(
                 "IOMMU group {number} is with container {} of this pod already",
                 held.owner
             )));
+        }
+        if let Some(bundle) = bundle
+            && !passthrough.has_bundle
+        {
+            self.share_bundle(bundle).await?;
+            passthrough.has_bundle = true;
         }
         let shared = passthrough.container.as_ref().map(OwnedFd::try_clone);
         let shared = shared
@@ -81,6 +97,29 @@ impl Vm {
         };
         passthrough.groups.insert(number, held);
         Ok(functions)
+    }
+
+    /// Puts it where the guest finds it: one mount of the VMM's namespace, which stays as long as the VM.
+    async fn share_bundle(&self, bundle: &Path) -> Result<()> {
+        let (how, image) = (
+            Attributes {
+                readonly: true,
+                ..Attributes::default()
+            },
+            bundle.to_owned(),
+        );
+        let attached = self.with_mounts(move |mounts| mounts.attach(BUNDLE_PATH, &image, how));
+        match attached.await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let message = format!(
+                    "the driver bundle {} (driver_bundle of Brig's configuration): {}",
+                    bundle.display(),
+                    error.message
+                );
+                Err(Error::new(error.kind, message))
+            }
+        }
     }
 
     async fn give_device(

@@ -121,6 +121,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         news: news.clone(),
         removed,
         drain: Duration::from_secs(10),
+        driver_bundle: None,
         streams: setup.streams.clone(),
         size: PodSize::default(),
     };
@@ -341,6 +342,9 @@ impl Pod {
     fn boot(&mut self, wanted: Wanted) -> Boot {
         self.timeline.mark("create.received", SystemTime::now());
         self.context.drain = wanted.config.timeout(10);
+        self.context
+            .driver_bundle
+            .clone_from(&wanted.config.driver_bundle);
         self.grace = wanted.config.scaled(wanted.config.shutdown_grace);
         if let Network::Path(path) = &wanted.network {
             self.setup.journal.netns = Some(path.clone());

@@ -1,5 +1,6 @@
 //! What a container has of its pod.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use slog::Logger;
@@ -28,6 +29,8 @@ pub struct Context {
     pub removed: mpsc::UnboundedSender<String>,
     /// How long output may take to be delivered after an exit.
     pub drain: Duration,
+    /// The handler's image of drivers for devices of the node.
+    pub driver_bundle: Option<PathBuf>,
     /// containerd's streams.
     pub streams: Streams,
     /// The pod's size.

@@ -168,7 +168,7 @@ async fn steps(
     let limits = creation.spec.limits();
     let size = &context.size;
     size.admit(&creation.id, limits, &vm, &context.logger).await;
-    let asked = Asked::by(&creation, disks);
+    let asked = Asked::by(&creation, disks, context.driver_bundle.clone());
     let (for_devices, logger) = (Arc::clone(&vm), context.logger.clone());
     progress.giving = Some(tokio::spawn(asked.give(for_devices, logger)));
     let given = step(&mut progress.giving).await?;

@@ -1,7 +1,7 @@
 //! Devices of the node that a container asks for in its specification: as device plugins and DRA drivers put them there
 //! (VFIO), and block devices, as volumes without a file system are.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use brig_agent_protocol::agent::{GivenDevice, GivenDisk, MountSource};
@@ -22,6 +22,8 @@ pub(super) struct Asked {
     devices: Vec<Device>,
     privileged: bool,
     blocks: Vec<Block>,
+    /// The handler's image of drivers.
+    bundle: Option<PathBuf>,
 }
 
 /// A block device, by an entry or a mount.
@@ -49,7 +51,7 @@ pub(super) struct Given {
 
 impl Asked {
     /// By a container's specification, and by those of its mounts that are block devices.
-    pub(super) fn by(creation: &Creation, mounts: Vec<DiskMount>) -> Self {
+    pub(super) fn by(creation: &Creation, mounts: Vec<DiskMount>, bundle: Option<PathBuf>) -> Self {
         let spec = &creation.spec;
         let entries = spec.devices().iter().filter_map(|device| {
             let (major, minor) = device.block()?;
@@ -79,6 +81,7 @@ impl Asked {
             devices: spec.devices().to_vec(),
             privileged: spec.is_privileged(),
             blocks: entries.chain(mounts).collect(),
+            bundle,
         }
     }
 
@@ -103,7 +106,10 @@ impl Asked {
         for (path, named) in named {
             let functions = match named {
                 Named::Container => Vec::new(),
-                Named::Group(number) => vm.give_group(number, &asked.id, &logger).await?,
+                Named::Group(number) => {
+                    let bundle = asked.bundle.as_deref();
+                    vm.give_group(number, &asked.id, bundle, &logger).await?
+                }
             };
             given.devices.push(GivenDevice {
                 path,

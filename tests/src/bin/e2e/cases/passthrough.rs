@@ -11,6 +11,8 @@ use brig_suite::case::not_here;
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::ctr::Run;
 
+use serde_json::json;
+
 use crate::suite::{Case, Suite, brig};
 
 pub const CASES: &[Case] = &[
@@ -29,19 +31,36 @@ pub const CASES: &[Case] = &[
         "a device that cannot be given is refused with the fix",
         refusals,
     ),
+    brig(
+        "passthrough",
+        "a driver bundle brings a device's module, firmware and library to the container that has it",
+        bundle,
+    ),
+    brig(
+        "passthrough",
+        "a driver bundle that is missing or wrong is named",
+        wrong_bundle,
+    ),
 ];
 
 const BUSYBOX: &str = "docker.io/brig/busybox:test";
 
 const DEVICES: &str = "/sys/bus/pci/devices";
 
-/// A kind of disk.
+/// A kind of device.
 struct Kind {
     vendor: &'static str,
     device: &'static str,
     /// How a shell finds it in the guest.
     node: &'static str,
 }
+
+/// Of an emulated accelerator; `tests/driver-bundle` has a driver for it.
+const EDU: Kind = Kind {
+    vendor: "0x1234",
+    device: "0x11e8",
+    node: "/dev/edu0",
+};
 
 const VIRTIO: Kind = Kind {
     vendor: "0x1af4",
@@ -55,7 +74,7 @@ const NVME: Kind = Kind {
     node: "/dev/nvme?n1",
 };
 
-/// A disk of the node that is with vfio-pci for as long as this lives.
+/// A device of the node that is with vfio-pci for as long as this lives.
 struct Given {
     address: String,
     group: u32,
@@ -189,5 +208,113 @@ fn refusals(suite: &mut Suite) -> Result<()> {
         &format!("it is free again, not: {}", again.stderr),
         again.code == 0,
     )?;
+    Ok(())
+}
+
+const DEBIAN: &str = "docker.io/brig/debian:test";
+/// What tests/driver-bundle/build makes.
+const BUNDLE: &str = "/host/bin/edu.erofs";
+/// Where the node says what its CDI names mean.
+const NAMES: &str = "/etc/cdi/brig-edu.json";
+
+/// What to ask for: the device's name by CDI, where containerd takes one from its client, else its node.
+fn device(suite: &Suite, given: &Given) -> Result<String> {
+    if suite.containerd.starts_with("1.") {
+        return Ok(given.node());
+    }
+    let file = json!({
+        "cdiVersion": "0.5.0",
+        "kind": "brig.io/edu",
+        "devices": [{"name": "one", "containerEdits": {"deviceNodes": [{"path": given.node()}]}}],
+    });
+    fs::create_dir_all("/etc/cdi")?;
+    fs::write(NAMES, file.to_string())?;
+    Ok("brig.io/edu=one".to_owned())
+}
+
+/// A container of a handler with a bundle, that has the device.
+fn with_bundle(device: &str, bundle: &str, image: &str, script: &str) -> Result<Run> {
+    let config = "/run/brig-e2e/bundle.toml";
+    fs::create_dir_all("/run/brig-e2e")?;
+    let scale = brig_tests::node::clock::scale();
+    fs::write(
+        config,
+        format!("driver_bundle = \"{bundle}\"\ntime_scale = {scale}\n"),
+    )?;
+    Ok(Run::new("bundle", image, &["sh", "-c", script])
+        .with("--runtime-config-path", config)
+        .with("--device", device))
+}
+
+fn bundle(suite: &mut Suite) -> Result<()> {
+    if !Path::new(BUNDLE).exists() {
+        return not_here("tests/driver-bundle/build has not made the node's edu.erofs");
+    }
+    let given = Given::take(&EDU)?;
+    let device = device(suite, &given)?;
+    suite.import(DEBIAN, "/host/assets/images/debian.tar")?;
+    // Twice: what a device was given to works for the next.
+    for _ in 0..2 {
+        let script = "edu-factorial 10 && edu-factorial 12 && stat -c %a:%F /dev/edu0 && id -G && ls /dev/vfio 2>&1;
+            cat /sys/module/brig_edu/parameters/mode && grep -c squashfs /proc/filesystems; touch /usr/local/edu/x";
+        let run = with_bundle(&device, BUNDLE, DEBIAN, script)?;
+        let outcome = suite.ctr.run(&run)?;
+        let said: Vec<_> = outcome.text().lines().map(str::to_owned).collect();
+        let expected = [
+            "3628800",
+            "479001600",
+            "666:character special file",
+            "0 4242",
+            "ls: cannot access '/dev/vfio': No such file or directory",
+            "tested",
+            "1",
+        ];
+        equal(
+            "what the container found",
+            expected.map(str::to_owned).to_vec(),
+            said,
+        )
+        .with_context(|| outcome.stderr.clone())?;
+        that(
+            &format!("the library is read-only, not: {}", outcome.stderr),
+            outcome.stderr.contains("Read-only file system"),
+        )?;
+        given.is_with("vfio-pci")?;
+    }
+    // A pod of the same handler that asks for nothing gets nothing of it.
+    let none = Run::new(
+        "none",
+        DEBIAN,
+        &[
+            "sh",
+            "-c",
+            "! ls /usr/local/edu /dev/edu0 /sys/module/brig_edu",
+        ],
+    )
+    .with("--runtime-config-path", "/run/brig-e2e/bundle.toml");
+    suite.ctr.run(&none)?.success().context("a pod without")?;
+    Ok(())
+}
+
+fn wrong_bundle(suite: &mut Suite) -> Result<()> {
+    let given = Given::take(&EDU)?;
+    suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
+    for (bundle, expected) in [
+        ("/run/brig-e2e/none.erofs", "No such file"),
+        ("/etc/passwd", "driver bundle cannot be mounted"),
+        ("/host/assets/kernel/modules.erofs", "no module is for it"),
+    ] {
+        let refused = suite
+            .ctr
+            .run(&with_bundle(&given.node(), bundle, BUSYBOX, "true")?)?;
+        that(
+            &format!(
+                "{bundle} is refused with {expected:?}, not: {}",
+                refused.stderr
+            ),
+            refused.code != 0 && refused.stderr.contains(expected),
+        )?;
+        given.is_with("vfio-pci")?;
+    }
     Ok(())
 }

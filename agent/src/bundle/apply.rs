@@ -1,0 +1,155 @@
+//! The edits of a driver bundle in a container's specification, as CDI says: variables replace those of their name, a node
+//! replaces one at its path, mounts come after the container's own.
+use super::{
+    cdi::{Edits, Mount, Node},
+    numbers::{self, Numbers},
+};
+use crate::{
+    control::MountSource,
+    spec::{self, DeviceRule, Spec},
+};
+
+/// What a mount without options has.
+const OPTIONS: [&str; 4] = ["ro", "nosuid", "nodev", "rbind"];
+
+/// # Errors
+/// Names a device that there is not.
+pub fn apply(spec: &mut Spec, edits: &[Edits]) -> Result<Vec<(u32, MountSource)>, String> {
+    let mut sources = Vec::new();
+    for edits in edits {
+        if let Some(process) = &mut spec.process {
+            for entry in &edits.env {
+                set(&mut process.env, entry);
+            }
+            let gids = &mut process.user.additional_gids;
+            for gid in &edits.additional_gids {
+                if !gids.contains(gid) {
+                    gids.push(*gid);
+                }
+            }
+        }
+        for node in &edits.device_nodes {
+            let numbers =
+                numbers::find(node).map_err(|error| format!("the driver bundle: {error}"))?;
+            add_node(spec, node, numbers);
+        }
+        for mount in &edits.mounts {
+            add_mount(spec, mount, &mut sources);
+        }
+    }
+    Ok(sources)
+}
+
+fn set(env: &mut Vec<String>, entry: &str) {
+    let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
+    let wanted = name(entry);
+    env.retain(|other| name(other) != wanted);
+    env.push(entry.to_owned());
+}
+
+fn add_node(spec: &mut Spec, node: &Node, (kind, major, minor): Numbers) {
+    let (kind, major, minor) = (kind.to_string(), i64::from(major), i64::from(minor));
+    spec.linux.devices.retain(|device| device.path != node.path);
+    spec.linux.devices.push(spec::Device {
+        path: node.path.clone(),
+        kind: kind.clone(),
+        major,
+        minor,
+        file_mode: node.file_mode,
+        uid: node.uid,
+        gid: node.gid,
+    });
+    // Without rules everything is allowed.
+    if let Some(resources) = &mut spec.linux.resources {
+        let access = match node.permissions.as_str() {
+            "" => "rwm",
+            given => given,
+        };
+        resources.devices.push(DeviceRule {
+            allow: true,
+            kind,
+            major: Some(major),
+            minor: Some(minor),
+            access: access.to_owned(),
+        });
+    }
+}
+
+fn add_mount(spec: &mut Spec, mount: &Mount, sources: &mut Vec<(u32, MountSource)>) {
+    let is_bind = matches!(mount.kind.as_str(), "" | "bind" | "none");
+    if is_bind && let Ok(index) = u32::try_from(spec.mounts.len()) {
+        sources.push((index, MountSource::Bundle(mount.host_path.clone())));
+    }
+    let options = match mount.options.as_slice() {
+        [] if is_bind => OPTIONS.map(str::to_owned).to_vec(),
+        given => given.to_vec(),
+    };
+    spec.mounts.push(spec::Mount {
+        destination: mount.container_path.clone(),
+        kind: if is_bind {
+            "bind".into()
+        } else {
+            mount.kind.clone()
+        },
+        source: mount.host_path.clone(),
+        options,
+        ..spec::Mount::default()
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn edits_replace_variables_and_nodes_and_add_mounts_rules_and_groups() {
+        let mut spec: Spec = serde_json::from_value(json!({
+            "process": {"env": ["PATH=/bin", "LIBRARY=old", "LIBRARY_2=x"], "user": {"additionalGids": [5]}},
+            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+            "linux": {
+                "devices": [{"path": "/dev/gpu0", "type": "c", "major": 9, "minor": 9}],
+                "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            },
+        }))
+        .unwrap();
+        let edits: Edits = serde_json::from_value(json!({
+            "env": ["LIBRARY=new"],
+            "additionalGids": [5, 44],
+            "deviceNodes": [{"path": "/dev/gpu0", "hostPath": "/dev/null", "fileMode": 432, "gid": 44, "permissions": "rw"}],
+            "mounts": [
+                {"hostPath": "/usr/lib/libgpu.so", "containerPath": "/usr/lib/libgpu.so"},
+                {"hostPath": "tmpfs", "containerPath": "/run/gpu", "type": "tmpfs", "options": ["size=1m"]},
+            ],
+        }))
+        .unwrap();
+        let sources = apply(&mut spec, &[edits]).unwrap();
+        let process = spec.process.unwrap();
+        assert_eq!(process.env, ["PATH=/bin", "LIBRARY_2=x", "LIBRARY=new"]);
+        assert_eq!(process.user.additional_gids, [5, 44]);
+        let [device] = spec.linux.devices.as_slice() else {
+            panic!("{:?}", spec.linux.devices)
+        };
+        assert_eq!((device.major, device.minor, device.gid), (1, 3, Some(44)));
+        let rules = spec.linux.resources.unwrap().devices;
+        assert_eq!((rules.len(), rules[1].access.as_str()), (2, "rw"));
+        assert_eq!(spec.mounts[1].options, OPTIONS);
+        assert_eq!(spec.mounts[2].kind, "tmpfs");
+        let [(1, MountSource::Bundle(path))] = sources.as_slice() else {
+            panic!("{sources:?}")
+        };
+        assert_eq!(path, "/usr/lib/libgpu.so");
+    }
+
+    #[test]
+    fn a_node_that_the_guest_lacks_is_named() {
+        let mut spec: Spec = serde_json::from_value(json!({"process": {}})).unwrap();
+        let edits: Edits =
+            serde_json::from_value(json!({"deviceNodes": [{"path": "/dev/brig-none"}]})).unwrap();
+        assert!(
+            apply(&mut spec, &[edits])
+                .unwrap_err()
+                .contains("/dev/brig-none")
+        );
+    }
+}
