@@ -16,6 +16,7 @@ mod detached;
 mod device_nodes;
 mod error;
 mod events;
+mod file_cache;
 mod forward;
 mod freezer;
 #[cfg(any(test, feature = "fuzzing"))]

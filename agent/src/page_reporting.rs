@@ -3,11 +3,16 @@
 //! The kernel reports free memory to the host in blocks of 2 MiB, which costs a running guest next to
 //! nothing and leaves the host several MiB in pieces that starting up has left behind. For a short while
 //! after containers have started, and seldom after that, pieces of every size are reported.
-//! Nothing here wakes a guest in which nothing is started.
+//! Where the operator wants it, files that nobody uses are let go before ([`file_cache`]).
+//! Nothing here wakes a guest in which nothing is started; a sign of life, for which it wakes anyway, counts as a start when
+//! files have piled up.
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,6 +20,8 @@ use tokio::{
     sync::Notify,
     time::{sleep, timeout},
 };
+
+use crate::file_cache;
 
 /// The smallest block that is reported, as a power of two of pages.
 pub const ORDER: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
@@ -24,6 +31,8 @@ const REST: Duration = Duration::from_secs(5);
 const WINDOW: Duration = Duration::from_secs(16);
 /// A probe every ten seconds is not to have its pages taken away each time.
 const APART: Duration = Duration::from_secs(600);
+/// As many bytes of files as are worth a look.
+const PILE: u64 = 64 << 20;
 /// A guest that computes more than this part of the time is not at rest.
 const BUSY: f64 = 0.2;
 /// Enough pages to go past the kernel's list of pages a CPU keeps, whose next page freed starts a report.
@@ -31,18 +40,58 @@ const NUDGE: usize = 1 << 20;
 
 /// Told when something happens in the guest.
 #[derive(Clone, Default)]
-pub struct PageReporting(Arc<Notify>);
+pub struct PageReporting(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    stirred: Notify,
+    /// Files that nobody uses are let go.
+    returns_files: AtomicBool,
+}
 
 impl PageReporting {
     /// Something was started, or ended.
     pub fn stirred(&self) {
-        self.0.notify_one();
+        self.0.stirred.notify_one();
+    }
+
+    /// From now on files that nobody uses are let go.
+    pub fn return_files(&self) {
+        self.0.returns_files.store(true, Ordering::Relaxed);
+    }
+
+    /// The guest is awake for a moment anyway: files that have piled up since are looked at.
+    pub fn looked_in(&self) {
+        if self.0.returns_files.load(Ordering::Relaxed)
+            && file_cache::excess().is_ok_and(|bytes| bytes > PILE)
+        {
+            self.stirred();
+        }
+    }
+
+    /// Lets files go that nobody uses.
+    async fn let_files_go(&self, cgroups: &Path) -> io::Result<()> {
+        if !self.0.returns_files.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let root = cgroups.to_owned();
+        let done = tokio::task::spawn_blocking(move || match file_cache::excess()? {
+            0 => Ok(()),
+            bytes => file_cache::reclaim(&root, bytes),
+        });
+        done.await.map_err(io::Error::other)?
     }
 
     /// Waits for stirring and rest, for ever; returns only where the kernel has no page reporting.
     /// `order` is the kernel's parameter, [`ORDER`]; `busy` tells the part of the CPUs' time that was
-    /// not idle since it was asked last.
-    pub async fn run(self, order: PathBuf, mut busy: impl FnMut() -> f64, logger: slog::Logger) {
+    /// not idle since it was asked last, and `cgroups` is their root.
+    pub async fn run(
+        self,
+        order: PathBuf,
+        cgroups: PathBuf,
+        mut busy: impl FnMut() -> f64,
+        logger: slog::Logger,
+    ) {
         let usual = match fs::read_to_string(&order) {
             Ok(order) => order,
             Err(error) => {
@@ -51,8 +100,11 @@ impl PageReporting {
             }
         };
         loop {
-            self.0.notified().await;
+            self.0.stirred.notified().await;
             self.rest(&mut busy).await;
+            if let Err(error) = self.let_files_go(&cgroups).await {
+                slog::warn!(logger, "files that nobody uses stay in memory"; "error" => %error);
+            }
             let done = self.report_all(&order, usual.trim()).await;
             if let Err(error) = done {
                 slog::warn!(logger, "free pages cannot be reported"; "error" => %error);
@@ -66,7 +118,7 @@ impl PageReporting {
     async fn rest(&self, busy: &mut impl FnMut() -> f64) {
         loop {
             busy();
-            if timeout(REST, self.0.notified()).await.is_ok() {
+            if timeout(REST, self.0.stirred.notified()).await.is_ok() {
                 continue;
             }
             if busy() <= BUSY {
@@ -80,10 +132,10 @@ impl PageReporting {
     async fn report_all(&self, order: &Path, usual: &str) -> io::Result<()> {
         fs::write(order, "0")?;
         nudge();
-        let stirred = timeout(WINDOW, self.0.notified()).await.is_ok();
+        let stirred = timeout(WINDOW, self.0.stirred.notified()).await.is_ok();
         fs::write(order, usual)?;
         if stirred {
-            self.0.notify_one();
+            self.0.stirred.notify_one();
         }
         Ok(())
     }
@@ -156,7 +208,11 @@ mod tests {
         fs::write(&path, "9\n").unwrap();
         let reporting = PageReporting::default();
         let logger = slog::Logger::root(slog::Discard, slog::o!());
-        tokio::spawn(reporting.clone().run(path, || 0.0, logger));
+        tokio::spawn(
+            reporting
+                .clone()
+                .run(path, dir.path().to_owned(), || 0.0, logger),
+        );
         (reporting, dir)
     }
 
@@ -182,6 +238,18 @@ mod tests {
         assert_eq!(order(dir.path()), "0");
         pass(WINDOW).await;
         assert_eq!(order(dir.path()), "9");
+    }
+
+    #[tokio::test]
+    async fn files_are_let_go_only_where_that_is_wanted() {
+        let (reporting, dir) = reporter();
+        let asked = dir.path().join("memory.reclaim");
+        reporting.let_files_go(dir.path()).await.unwrap();
+        assert!(!asked.exists());
+        reporting.return_files();
+        reporting.let_files_go(dir.path()).await.unwrap();
+        // A machine that runs tests has files in memory.
+        assert_eq!(asked.exists(), file_cache::excess().unwrap() > 0);
     }
 
     #[tokio::test(start_paused = true)]

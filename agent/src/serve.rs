@@ -54,7 +54,8 @@ impl Parts {
         if context.places.owns_machine {
             let (order, busy) = (page_reporting::ORDER.into(), page_reporting::busy());
             let reporting = context.page_reporting.clone();
-            tokio::spawn(reporting.run(order, busy, logger.clone()));
+            let cgroups = context.places.cgroup_root.clone();
+            tokio::spawn(reporting.run(order, cgroups, busy, logger.clone()));
         }
         Ok(Self {
             streams,

@@ -313,6 +313,7 @@ impl Agent for Service {
     }
 
     async fn ping(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.context.page_reporting.looked_in();
         Ok(Empty::new())
     }
 

@@ -22,6 +22,9 @@ pub async fn sandbox(
     context: &Context,
     request: StartSandboxRequest,
 ) -> Result<StartSandboxResponse> {
+    if request.return_files {
+        context.page_reporting.return_files();
+    }
     init::check_sysctl(request.sysctls.keys()).map_err(Error::InvalidArgument)?;
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname).map_err(|e| Error::io("hostname", e))?;

@@ -57,6 +57,8 @@ pub struct Config {
     pub memory: u64,
     /// How far it may grow later, in bytes; the node's memory is a bound besides.
     pub max_memory: u64,
+    /// What an idle guest keeps of files that nobody uses.
+    pub idle_files: IdleFiles,
     /// Log the guest's early kernel messages too.
     pub debug_console: bool,
     /// The node's root may look into the guest (`brig exec`, `brig console`).
@@ -98,6 +100,28 @@ pub enum Netfilter {
     Warn,
     /// Rules are not looked at.
     Ignore,
+}
+
+/// What becomes of the memory in which an idle guest's kernel keeps what was read of files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IdleFiles {
+    /// It stays, until the guest needs it.
+    #[default]
+    Keep,
+    /// It goes back to the node.
+    Return,
+}
+
+impl IdleFiles {
+    /// As it is written.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Return => "return",
+        }
+    }
 }
 
 /// Keys that may be left to pods: none of them reaches outside the pod's own VM.
@@ -154,6 +178,7 @@ struct File {
     memory: Option<u64>,
     #[serde(default, deserialize_with = "units::size")]
     max_memory: Option<u64>,
+    idle_files: Option<IdleFiles>,
     debug_console: Option<bool>,
     debug: Option<bool>,
     log_level: Option<LogLevel>,
@@ -204,6 +229,7 @@ impl Config {
             max_vcpus: 1,
             memory: 256 * MIB,
             max_memory: MAX_MEMORY,
+            idle_files: IdleFiles::Keep,
             debug_console: false,
             debug: false,
             log_level: LogLevel::Info,
@@ -241,6 +267,7 @@ impl Config {
         whole.max_vcpus = file.max_vcpus.unwrap_or(whole.max_vcpus);
         whole.memory = file.memory.unwrap_or(whole.memory);
         whole.max_memory = file.max_memory.unwrap_or(whole.max_memory);
+        whole.idle_files = file.idle_files.unwrap_or(whole.idle_files);
         whole.debug_console = file.debug_console.unwrap_or(whole.debug_console);
         whole.debug = file.debug.unwrap_or(whole.debug);
         whole.log_level = file.log_level.unwrap_or(whole.log_level);

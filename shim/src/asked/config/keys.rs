@@ -70,6 +70,12 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| units::show_size(c.max_memory).into(),
     },
     KeyDoc {
+        name: "idle_files",
+        what: "what becomes of the memory in which an idle guest keeps what it has read of files: it stays (keep), or goes back to the node, and what is read again is fetched again (return)",
+        form: Form::Word(&["keep", "return"]),
+        value: |c| c.idle_files.name().into(),
+    },
+    KeyDoc {
         name: "kernel",
         what: "the guest's vmlinux",
         form: Form::Path,

@@ -89,6 +89,8 @@ pub struct Sandbox {
     pub sysctls: BTreeMap<String, String>,
     /// Size of its shared memory in bytes; 0: the agent's default.
     pub shm_size: u64,
+    /// What it keeps of files that nobody uses goes back to the node while it is idle.
+    pub return_files: bool,
     /// Its network, once the VM is launched.
     pub network: GuestNetwork,
 }
@@ -485,6 +487,7 @@ async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> Result<()> {
         hostname: sandbox.hostname,
         sysctls: sandbox.sysctls.into_iter().collect(),
         shm_size: sandbox.shm_size,
+        return_files: sandbox.return_files,
         unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         share_tag: SHARE_TAG.to_owned(),
         interfaces: network.interfaces,

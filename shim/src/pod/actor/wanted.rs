@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::asked::config::{Config, Origin};
+use crate::asked::config::{Config, IdleFiles, Origin};
 use crate::asked::spec::{Limits, Network, Role, Spec, check_hostname};
 use crate::error::Result;
 use crate::guest::vm::Plan;
@@ -82,6 +82,7 @@ impl Wanted {
             hostname: own_or_nodes(self.hostname),
             sysctls: self.sysctls,
             shm_size: self.shm_size,
+            return_files: config.idle_files == IdleFiles::Return,
             ..Sandbox::default()
         };
         let plan = Plan {

@@ -12,6 +12,7 @@ mod file_systems;
 mod forward;
 mod handlers;
 mod huge_pages;
+mod idle;
 mod image_paths;
 mod kernel;
 pub mod life;
@@ -56,6 +57,7 @@ pub fn all() -> Vec<Case> {
         user_namespace::CASES,
         resources::CASES,
         resize::CASES,
+        idle::CASES,
         cgroups::CASES,
         huge_pages::CASES,
         kernel::CASES,

@@ -75,7 +75,7 @@ fn total(container: &Container) -> Result<i64> {
 }
 
 /// KiB that are resident of the process whose mappings are the guest's memory.
-fn resident(pod: &Pod) -> Result<u64> {
+pub fn resident(pod: &Pod) -> Result<u64> {
     let procs = fs::read_to_string(pod.cgroup().join("cgroup.procs")).unwrap_or_default();
     let mut pids: Vec<i32> = procs.lines().filter_map(|pid| pid.parse().ok()).collect();
     for entry in fs::read_dir(pod.cgroup())?.flatten() {
