@@ -455,10 +455,17 @@ async fn bring_up(
         let _ = news.try_send(News::Mark(name.to_owned(), SystemTime::now()));
     };
     mark("agent.connected");
-    follow_log(vm, logger).await;
-    start_sandbox(vm, wanted, logger).await?;
-    mark(SANDBOX_STARTED);
-    subscribe(vm, news.clone(), logger).await?;
+    // None of the three waits for another, and each is a way to the guest and back.
+    let log = async {
+        follow_log(vm, logger).await;
+        Ok(())
+    };
+    let sandbox = async {
+        start_sandbox(vm, wanted, logger).await?;
+        mark(SANDBOX_STARTED);
+        Ok(())
+    };
+    tokio::try_join!(log, sandbox, subscribe(vm, news.clone(), logger))?;
     tokio::spawn(report_counters(Arc::clone(vm), news.clone(), executed));
     tokio::spawn(watch_agent(Arc::downgrade(vm), logger.clone()));
     tokio::spawn(clock::keep(Arc::clone(vm), logger.clone()));
