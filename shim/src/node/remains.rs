@@ -1,7 +1,6 @@
-//! What is kept of pods that failed, for `brig dump` after they are gone: the last few, in a directory of root's in the
-//! state directory, and how often each class of failure has been met since the node has booted.
-//!
-//! The directory's name begins with a dot, which no namespace of containerd does.
+//! What is kept of pods that failed, for `brig dump` after they are gone: the last few, in a directory of root's beside the
+//! state directory, and how often each class of failure has been met since the node has booted. Beside it, because
+//! nothing is left in the state directory when the last pod has gone.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
@@ -13,8 +12,8 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
-/// Below the state directory.
-pub const DIRECTORY: &str = ".ended";
+/// Comes after the state directory's name.
+const SUFFIX: &str = ".ended";
 /// The most pods that are remembered.
 pub const KEPT: usize = 16;
 /// The most bytes of one.
@@ -30,10 +29,10 @@ pub struct Remains {
 impl Remains {
     /// Of the pods that have their state below `base`.
     #[must_use]
-    pub fn below(base: &Path) -> Self {
-        Self {
-            dir: base.join(DIRECTORY),
-        }
+    pub fn beside(base: &Path) -> Self {
+        let mut dir = base.as_os_str().to_owned();
+        dir.push(SUFFIX);
+        Self { dir: dir.into() }
     }
 
     /// Keeps an account of a pod that failed with an error of the class `code`, drops the oldest ones, and counts.
@@ -122,7 +121,7 @@ mod tests {
     #[test]
     fn the_last_failures_are_kept_and_all_are_counted() {
         let base = tempfile::tempdir().unwrap();
-        let remains = Remains::below(base.path());
+        let remains = Remains::beside(&base.path().join("brig"));
         assert!(remains.all().is_empty() && remains.counts().is_empty());
         remains.remove().unwrap();
         let at = |n: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(n);
@@ -140,7 +139,7 @@ mod tests {
             remains.counts(),
             BTreeMap::from([("internal".into(), 5), ("unavailable".into(), 15)])
         );
-        let mode = fs::metadata(base.path().join(DIRECTORY))
+        let mode = fs::metadata(base.path().join("brig.ended"))
             .unwrap()
             .permissions();
         assert_eq!(mode.mode() & 0o777, 0o700);
@@ -153,11 +152,11 @@ mod tests {
     #[test]
     fn one_that_is_damaged_hides_no_other() {
         let base = tempfile::tempdir().unwrap();
-        let remains = Remains::below(base.path());
+        let remains = Remains::beside(&base.path().join("brig"));
         remains
             .keep(SystemTime::UNIX_EPOCH, "internal", &json!(1))
             .unwrap();
-        fs::write(base.path().join(DIRECTORY).join("9.json"), "{").unwrap();
+        fs::write(base.path().join("brig.ended").join("9.json"), "{").unwrap();
         assert_eq!(remains.all(), [json!(1)]);
     }
 }

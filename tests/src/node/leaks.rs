@@ -91,10 +91,6 @@ fn files_below(root: &Path, into: &mut BTreeSet<String>) {
         return;
     };
     for entry in entries.flatten() {
-        // What is kept of pods that failed is kept on purpose, and bounded (shim/src/node/remains.rs).
-        if entry.file_name() == ".ended" {
-            continue;
-        }
         into.insert(entry.path().display().to_string());
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             files_below(&entry.path(), into);

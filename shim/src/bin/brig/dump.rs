@@ -117,7 +117,7 @@ pub fn remembered(base: &Path, pod: &cli::Pod) -> Result<Option<Value>> {
         let text = account.pointer(pointer).and_then(Value::as_str);
         text.unwrap_or_default().to_owned()
     };
-    let mut meant: Vec<Value> = Remains::below(base).all();
+    let mut meant: Vec<Value> = Remains::beside(base).all();
     meant.retain(|account| {
         let namespace = text(account, "/namespace");
         let name = text(account, "/pod/name");
@@ -222,8 +222,10 @@ mod tests {
 
     #[test]
     fn a_pod_that_has_failed_and_gone_is_dumped_by_id_or_name() {
-        let base = tempfile::tempdir().unwrap();
-        let remains = Remains::below(base.path());
+        let root = tempfile::tempdir().unwrap();
+        let base = root.path().join("brig");
+        std::fs::create_dir(&base).unwrap();
+        let remains = Remains::beside(&base);
         for (id, reason) in [
             ("abc1", "older"),
             ("abd2", "it panicked"),
@@ -238,19 +240,19 @@ mod tests {
                 .keep(SystemTime::now(), "unavailable", &account)
                 .unwrap();
         }
-        let file = base.path().join("x.tar");
+        let file = base.join("x.tar");
         for word in ["abd", "web-abd2", "shop/web-abd2"] {
-            let said = dump(base.path(), &meant(word), Some(&file), false).unwrap();
+            let said = dump(&base, &meant(word), Some(&file), false).unwrap();
             assert!(said.contains("pod.json, log.txt, timeline.json"), "{said}");
             let parts = read(&file);
             assert_eq!(parts["brig-abd2/log.txt"], "one\ntwo\n");
             assert!(parts["brig-abd2/pod.json"].contains("it panicked"));
         }
-        dump(base.path(), &meant("abc"), Some(&file), false).unwrap();
+        dump(&base, &meant("abc"), Some(&file), false).unwrap();
         assert!(read(&file)["brig-abc1/pod.json"].contains("newer"));
-        let error = dump(base.path(), &meant("ab"), Some(&file), false).unwrap_err();
+        let error = dump(&base, &meant("ab"), Some(&file), false).unwrap_err();
         assert!(error.message.contains("which have failed"), "{error}");
-        let error = dump(base.path(), &meant("nobody"), Some(&file), false).unwrap_err();
+        let error = dump(&base, &meant("nobody"), Some(&file), false).unwrap_err();
         assert!(error.message.contains("no pod nobody"), "{error}");
     }
 

@@ -206,7 +206,7 @@ impl Installation {
         if let Some(dir) = configuration {
             ignore_absent(fs::remove_dir_all(dir)).map_err(|error| failed(dir, &error))?;
         }
-        let remains = Remains::below(&self.state);
+        let remains = Remains::beside(&self.state);
         remains
             .remove()
             .map_err(|error| failed(&self.state, &error))?;

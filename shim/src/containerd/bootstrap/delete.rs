@@ -75,7 +75,7 @@ fn clean(dir: &StateDir, names: (&str, &str)) -> Result<(u32, bool)> {
         let timeline = dir.read_timeline().unwrap_or_default();
         let account = account_of_killed(names, at, &journal, &timeline);
         // For those who look: that it cannot be kept must not keep the pod's remains in place.
-        let _ = Remains::below(dir.base()).keep(at, KILLED_CODE, &account);
+        let _ = Remains::beside(dir.base()).keep(at, KILLED_CODE, &account);
     }
     dir.remove();
     Ok((pid, was_left))
@@ -115,8 +115,9 @@ mod tests {
 
     #[test]
     fn a_left_vmm_is_killed_and_reported_and_a_second_delete_finds_nothing() {
-        let base = tempfile::tempdir().unwrap();
-        let dir = StateDir::new(base.path(), "ns", "c1").unwrap();
+        let root = tempfile::tempdir().unwrap();
+        let base = root.path().join("brig");
+        let dir = StateDir::new(&base, "ns", "c1").unwrap();
         dir.create().unwrap();
         let mut vmm = Command::new("sleep").arg("60").spawn().unwrap();
         let gone = Identity {
@@ -132,7 +133,7 @@ mod tests {
         assert_eq!(clean(&dir, NAMES).unwrap(), (vmm.id(), true));
         assert!(!vmm.wait().unwrap().success());
         assert_eq!(clean(&dir, NAMES).unwrap(), (0, false));
-        let remains = Remains::below(base.path());
+        let remains = Remains::beside(&base);
         let account = &remains.all()[0];
         assert_eq!(
             (&account["id"], &account["code"]),

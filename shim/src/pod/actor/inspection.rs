@@ -81,7 +81,7 @@ impl Pod {
             "timeline": self.timeline,
             "journal": self.setup.journal,
         });
-        let remains = Remains::below(self.setup.state.base());
+        let remains = Remains::beside(self.setup.state.base());
         let (log, logger) = (Arc::clone(&self.setup.log), self.setup.logger.clone());
         Some(move || {
             // With what the end itself has left in it.

@@ -189,7 +189,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
     for (state, count) in states {
         pods.add(&[("state", state)], f64::from(count));
     }
-    for (code, count) in Remains::below(base).counts() {
+    for (code, count) in Remains::beside(base).counts() {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         failures.add(&[("code", &code)], f64::from(count));
     }

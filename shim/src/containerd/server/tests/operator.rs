@@ -27,7 +27,7 @@ async fn ask_json(harness: &Harness, method: Method, request: Value) -> Value {
 async fn remembered(harness: &Harness) -> Vec<Value> {
     let request = ShutdownRequest::default();
     harness.client.shutdown(ctx(), &request).await.unwrap();
-    Remains::below(&harness.dir.path().join("state")).all()
+    Remains::beside(&harness.dir.path().join("state")).all()
 }
 
 fn configured(harness: &Harness, text: &str) {

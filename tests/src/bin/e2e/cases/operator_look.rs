@@ -266,7 +266,7 @@ fn look(suite: &mut Suite) -> Result<()> {
 
 /// How many pods are remembered.
 fn remembered() -> Result<usize> {
-    let entries = fs::read_dir("/run/brig/.ended")?;
+    let entries = fs::read_dir("/run/brig.ended")?;
     let names = entries.flatten().map(|entry| entry.file_name());
     Ok(names
         .filter(|name| name.to_string_lossy().ends_with(".json"))
