@@ -163,7 +163,13 @@ impl PodSize {
         }
         let mut applied = Ok(());
         if needs.cpus > had.cpus {
-            applied = vm.add_cpus(needs.cpus, logger).await;
+            if vm.has_spare_cpus() {
+                applied = vm.add_cpus(needs.cpus, logger).await;
+            } else {
+                // As on a node: a limit beyond its CPUs holds, and adds none.
+                warn!(logger, "a CPU limit is beyond the VM's CPUs, to which max_vcpus lets none be added"; "container" => id,
+                    "needed_vcpus" => needs.cpus, "vcpus" => vm.cpus());
+            }
         }
         if applied.is_ok() {
             applied = apply.await;

@@ -24,6 +24,12 @@ impl Vm {
         self.cpus.most
     }
 
+    /// Its handler lets it have more than it was started with.
+    #[must_use]
+    pub fn has_spare_cpus(&self) -> bool {
+        self.cpus.most > self.cpus.built
+    }
+
     /// Gives the guest more CPUs, if it has fewer than `count`.
     ///
     /// # Errors

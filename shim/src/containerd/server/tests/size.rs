@@ -193,3 +193,18 @@ async fn cpus_come_with_a_limit_that_needs_them_and_go_with_it() {
     record.until("online 1").await;
     assert!(!record.all().iter().any(|entry| entry.starts_with("size")));
 }
+
+#[tokio::test]
+async fn a_cpu_limit_beyond_a_vm_without_spare_cpus_holds_as_on_a_node_and_adds_none() {
+    let harness = running(Behaviour::default(), &[("a", 64 * MIB)]).await;
+    let resources = r#"{"cpu":{"quota":400000,"period":100000}}"#;
+    update(&harness, "a", resources).await.unwrap();
+    assert!(harness.record.has(&format!("update {resources}")));
+    assert!(
+        !harness
+            .record
+            .all()
+            .iter()
+            .any(|entry| entry.starts_with("cpus"))
+    );
+}
