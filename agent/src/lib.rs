@@ -4,6 +4,7 @@
 //! becomes a container's process, the kernel's `/sbin/modprobe`, and a server over Unix sockets for component tests. It trusts the
 //! host, and nothing that a container or an image says.
 mod bundle;
+mod bundled;
 mod cgroup;
 mod clock;
 mod command;

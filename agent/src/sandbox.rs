@@ -11,7 +11,7 @@ use brig_agent_protocol::agent;
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
-    bundle,
+    bundled,
     cgroup::{self, Cgroup},
     command::Command,
     container::{self, Container, Parts},
@@ -42,7 +42,7 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     })?;
     let given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
     let mut mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
-    mount_sources.extend(bundle::apply(&mut spec, &request.devices).await?);
+    mount_sources.extend(bundled::apply(&mut spec, &request.devices).await?);
     validate::spec(&spec)?;
     context.claim(&request.id)?;
     let id = request.id.clone();

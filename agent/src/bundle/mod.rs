@@ -6,9 +6,7 @@
 //!
 //! Trusted as the guest's kernel is: it is the operator's, read-only, and its modules are signed with the kernel's key. A
 //! sentence names what of it cannot be understood.
-mod apply;
-mod cdi;
-mod numbers;
+pub mod cdi;
 mod settings;
 
 use std::{
@@ -17,20 +15,13 @@ use std::{
     path::Path,
 };
 
-use brig_agent_protocol::{BUNDLE_PATH, agent::GivenDevice};
+use brig_agent_protocol::BUNDLE_PATH;
 use nix::mount::MsFlags;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
-use crate::{
-    control::MountSource,
-    detached::clone_mount,
-    error::{Error, Result},
-    image::Image,
-    modules,
-    spec::Spec,
-};
+use crate::{detached::clone_mount, image::Image, modules};
 
-use cdi::{File, Function};
+use cdi::{Edits, File, Function};
 
 /// The image. Containers execute what is bound from it.
 const IMAGE: Image = Image {
@@ -40,8 +31,6 @@ const IMAGE: Image = Image {
 };
 /// Where the kernel reads of a further place for firmware, once the loader is there.
 const FIRMWARE_PATH: &str = "/sys/module/firmware_class/parameters/path";
-/// Functions of the guest's only bus.
-const DEVICES: &str = "/sys/bus/pci/devices";
 
 /// A bundle, mounted.
 pub struct Bundle {
@@ -67,6 +56,18 @@ impl Bundle {
     /// Whether a CDI file is for the device, which then has nodes that the kernel may not know of.
     pub fn is_for(&self, modalias: &str) -> bool {
         self.files.iter().any(|file| file.is_for(modalias))
+    }
+
+    /// What a container has besides that was given `given` of the functions `all`.
+    ///
+    /// # Errors
+    /// See [`cdi::edits`].
+    pub fn edits(
+        &self,
+        given: &[u32],
+        all: &[Function],
+    ) -> std::result::Result<Vec<Edits>, String> {
+        cdi::edits(&self.files, given, all)
     }
 
     /// Loads the modules that drive a device, then those that the bundle wants besides; says whether any drives it. Blocks.
@@ -99,34 +100,6 @@ impl Bundle {
     }
 }
 
-/// Adds to a specification what the bundle has for the devices that the container was given: variables, mounts, nodes and
-/// groups. The answer is what those mounts show, by index into `spec.mounts`.
-///
-/// # Errors
-/// `FailedPrecondition` naming what of the bundle cannot be had.
-pub async fn apply(spec: &mut Spec, given: &[GivenDevice]) -> Result<Vec<(u32, MountSource)>> {
-    let functions: Vec<u32> = given
-        .iter()
-        .flat_map(|device| device.functions.iter().copied())
-        .collect();
-    if functions.is_empty() {
-        return Ok(Vec::new());
-    }
-    let edits = tokio::task::spawn_blocking(move || edits(&functions)).await;
-    let edits = edits
-        .map_err(|error| Error::Internal(error.to_string()))?
-        .map_err(Error::FailedPrecondition)?;
-    apply::apply(spec, &edits).map_err(Error::FailedPrecondition)
-}
-
-fn edits(functions: &[u32]) -> std::result::Result<Vec<cdi::Edits>, String> {
-    let Some(bundle) = Bundle::open()? else {
-        return Ok(Vec::new());
-    };
-    let all = present().map_err(|error| format!("the guest's PCI bus: {error}"))?;
-    cdi::edits(&bundle.files, functions, &all)
-}
-
 /// A detached copy of what the bundle has at `path`, by whatever links of its own.
 ///
 /// # Errors
@@ -137,24 +110,4 @@ pub fn clone(path: &str, recursive: bool) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let found = openat2(&root, path, flags, Mode::empty(), resolve)?;
     clone_mount(found.as_fd(), recursive)
-}
-
-/// The functions of the bus, in their order.
-fn present() -> io::Result<Vec<Function>> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir(DEVICES)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let number = name.to_str().and_then(crate::pci::number);
-        let modalias = fs::read_to_string(entry.path().join("modalias"));
-        // One that goes meanwhile is not there.
-        if let (Some(number), Ok(modalias)) = (number, modalias) {
-            all.push(Function {
-                number,
-                modalias: modalias.trim().to_owned(),
-            });
-        }
-    }
-    all.sort_unstable_by_key(|function| function.number);
-    Ok(all)
 }

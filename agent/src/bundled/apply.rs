@@ -1,10 +1,8 @@
 //! The edits of a driver bundle in a container's specification, as CDI says: variables replace those of their name, a node
 //! replaces one at its path, mounts come after the container's own.
-use super::{
-    cdi::{Edits, Mount, Node},
-    numbers::{self, Numbers},
-};
+use super::numbers::{self, Numbers};
 use crate::{
+    bundle::cdi::{Edits, Mount, Node},
     control::MountSource,
     spec::{self, DeviceRule, Spec},
 };

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 use rustix::fs::{FileType, major, minor};
 
-use super::cdi::Node;
+use crate::bundle::cdi::Node;
 
 /// Character or block device, major and minor.
 pub type Numbers = (char, u32, u32);
