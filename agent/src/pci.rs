@@ -20,6 +20,8 @@ use crate::{
 
 /// The longest wait for a driver: loading its module and its firmware.
 const MAX_WAIT: Duration = Duration::from_secs(600);
+/// For a device of which no module answers: a driver of the kernel's own takes it while the bus is scanned, or soon after.
+const WITHOUT_MODULE: Duration = Duration::from_secs(3);
 /// Between two looks; a link in sysfs has nothing to wait on.
 const LOOK: Duration = Duration::from_millis(5);
 /// Deepest directory below a device that is looked into: a partition of a disk of an NVMe is four down.
@@ -46,7 +48,7 @@ pub async fn rescan() -> Result<()> {
 pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
     let (name, directory) = place(function)?;
     rescan().await?;
-    let deadline = Instant::now() + wait.min(MAX_WAIT);
+    let mut deadline = Instant::now() + wait.min(MAX_WAIT);
     let mut loaded = None;
     loop {
         let here = directory.clone();
@@ -64,7 +66,11 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
         }
         if loaded.is_none() {
             let has_driver = !found.driver.is_empty();
-            loaded = Some(load_driver(directory.clone(), has_driver).await);
+            let outcome = load_driver(directory.clone(), has_driver).await;
+            if outcome.is_err() {
+                deadline = deadline.min(Instant::now() + WITHOUT_MODULE);
+            }
+            loaded = Some(outcome);
             continue;
         }
         if Instant::now() >= deadline {
