@@ -41,15 +41,9 @@ pub struct Node {
 #[derive(Clone, Debug, Default)]
 pub struct Disks {
     disks: Vec<Disk>,
-    whole: Vec<Whole>,
-}
-
-/// A device that was given whole: its rules.
-#[derive(Clone, Debug)]
-struct Whole {
-    kind: String,
-    /// On the node.
-    theirs: (i64, i64),
+    /// Kind and numbers, on the node.
+    whole: Vec<(String, (i64, i64))>,
+    /// What always holds, whatever rules there are: those of nodes that were given whole.
     rules: Vec<DeviceRule>,
 }
 
@@ -122,6 +116,28 @@ pub async fn apply(
     Ok(given)
 }
 
+impl Given {
+    /// A node more, in the place of one at its path, which `access` is allowed to.
+    pub fn add(&mut self, linux: &mut Linux, node: Node, access: &str) {
+        let rule = DeviceRule {
+            allow: true,
+            kind: node.device.kind.clone(),
+            major: Some(node.device.major),
+            minor: Some(node.device.minor),
+            access: access.to_owned(),
+        };
+        // Without rules everything is allowed.
+        if let Some(resources) = &mut linux.resources {
+            resources.devices.push(rule.clone());
+        }
+        self.disks.rules.push(rule);
+        let path = &node.device.path;
+        linux.devices.retain(|device| device.path != *path);
+        self.nodes.retain(|other| other.device.path != *path);
+        self.nodes.push(node);
+    }
+}
+
 impl Disks {
     /// Names below /dev.
     pub fn names(&self) -> Vec<String> {
@@ -166,11 +182,8 @@ impl Disks {
             return Vec::new();
         };
         let entry = devices.remove(place);
-        let mut whole = Whole {
-            kind: entry.kind.clone(),
-            theirs: (entry.major, entry.minor),
-            rules: Vec::new(),
-        };
+        let theirs = (entry.major, entry.minor);
+        self.whole.push((entry.kind.clone(), theirs));
         let mut given = Vec::new();
         for node in nodes {
             let kind = if node.block { "b" } else { "c" };
@@ -186,7 +199,7 @@ impl Disks {
                 },
                 source: path,
             });
-            whole.rules.push(DeviceRule {
+            self.rules.push(DeviceRule {
                 allow: true,
                 kind: kind.to_owned(),
                 major: Some(major),
@@ -194,7 +207,6 @@ impl Disks {
                 access: "rwm".to_owned(),
             });
         }
-        self.whole.push(whole);
         given
     }
 
@@ -220,9 +232,8 @@ impl Disks {
             }
         }
         // An update without rules changes none.
-        let whole = self.whole.iter().filter(|_| !rules.is_empty());
-        for whole in whole {
-            resources.devices.extend(whole.rules.iter().cloned());
+        if !rules.is_empty() {
+            resources.devices.extend(self.rules.iter().cloned());
         }
         let Some(block_io) = &mut resources.block_io else {
             return Ok(());
@@ -257,11 +268,10 @@ impl Disks {
     /// Whether a rule is about one device of the node alone: one that the container was given, or a block device that it
     /// was not given and whose number may be another container's disk here.
     fn is_of_the_node(&self, rule: &DeviceRule) -> bool {
-        let of_one_given = self.whole.iter().any(|whole| {
-            let (major, minor) = whole.theirs;
+        let of_one_given = self.whole.iter().any(|(kind, (major, minor))| {
             rule.allow
-                && rule.kind == whole.kind
-                && (rule.major, rule.minor) == (Some(major), Some(minor))
+                && rule.kind == *kind
+                && (rule.major, rule.minor) == (Some(*major), Some(*minor))
         });
         if of_one_given {
             return true;

@@ -40,9 +40,9 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     let mut spec: Spec = spec::parse(&request.spec).map_err(|e| {
         Error::InvalidArgument(format!("the spec of container {}: {e}", request.id))
     })?;
-    let given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
+    let mut given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
     let mut mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
-    mount_sources.extend(bundled::apply(&mut spec, &request.devices).await?);
+    mount_sources.extend(bundled::apply(&mut spec, &mut given, &request.devices).await?);
     validate::spec(&spec)?;
     context.claim(&request.id)?;
     let id = request.id.clone();

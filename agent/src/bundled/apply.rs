@@ -4,7 +4,8 @@ use super::numbers::{self, Numbers};
 use crate::{
     bundle::cdi::{Edits, Mount, Node},
     control::MountSource,
-    spec::{self, DeviceRule, Spec},
+    given::{self, Given},
+    spec::{self, Spec},
 };
 
 /// What a mount without options has.
@@ -12,7 +13,11 @@ const OPTIONS: [&str; 4] = ["ro", "nosuid", "nodev", "rbind"];
 
 /// # Errors
 /// Names a device that there is not.
-pub fn apply(spec: &mut Spec, edits: &[Edits]) -> Result<Vec<(u32, MountSource)>, String> {
+pub fn apply(
+    spec: &mut Spec,
+    given: &mut Given,
+    edits: &[Edits],
+) -> Result<Vec<(u32, MountSource)>, String> {
     let mut sources = Vec::new();
     for edits in edits {
         if let Some(process) = &mut spec.process {
@@ -29,7 +34,7 @@ pub fn apply(spec: &mut Spec, edits: &[Edits]) -> Result<Vec<(u32, MountSource)>
         for node in &edits.device_nodes {
             let numbers =
                 numbers::find(node).map_err(|error| format!("the driver bundle: {error}"))?;
-            add_node(spec, node, numbers);
+            add_node(spec, given, node, numbers);
         }
         for mount in &edits.mounts {
             add_mount(spec, mount, &mut sources);
@@ -45,32 +50,22 @@ fn set(env: &mut Vec<String>, entry: &str) {
     env.push(entry.to_owned());
 }
 
-fn add_node(spec: &mut Spec, node: &Node, (kind, major, minor): Numbers) {
-    let (kind, major, minor) = (kind.to_string(), i64::from(major), i64::from(minor));
-    spec.linux.devices.retain(|device| device.path != node.path);
-    spec.linux.devices.push(spec::Device {
+fn add_node(spec: &mut Spec, given: &mut Given, node: &Node, (kind, major, minor): Numbers) {
+    let device = spec::Device {
         path: node.path.clone(),
-        kind: kind.clone(),
-        major,
-        minor,
+        kind: kind.to_string(),
+        major: i64::from(major),
+        minor: i64::from(minor),
         file_mode: node.file_mode,
         uid: node.uid,
         gid: node.gid,
-    });
-    // Without rules everything is allowed.
-    if let Some(resources) = &mut spec.linux.resources {
-        let access = match node.permissions.as_str() {
-            "" => "rwm",
-            given => given,
-        };
-        resources.devices.push(DeviceRule {
-            allow: true,
-            kind,
-            major: Some(major),
-            minor: Some(minor),
-            access: access.to_owned(),
-        });
-    }
+    };
+    let source = node.host_path.as_ref().unwrap_or(&node.path).clone();
+    let access = match node.permissions.as_str() {
+        "" => "rwm",
+        given => given,
+    };
+    given.add(&mut spec.linux, given::Node { device, source }, access);
 }
 
 fn add_mount(spec: &mut Spec, mount: &Mount, sources: &mut Vec<(u32, MountSource)>) {
@@ -121,15 +116,27 @@ mod tests {
             ],
         }))
         .unwrap();
-        let sources = apply(&mut spec, &[edits]).unwrap();
+        let mut given = Given::default();
+        let sources = apply(&mut spec, &mut given, &[edits]).unwrap();
         let process = spec.process.unwrap();
         assert_eq!(process.env, ["PATH=/bin", "LIBRARY_2=x", "LIBRARY=new"]);
         assert_eq!(process.user.additional_gids, [5, 44]);
-        let [device] = spec.linux.devices.as_slice() else {
-            panic!("{:?}", spec.linux.devices)
+        assert!(spec.linux.devices.is_empty());
+        let [given::Node { device, source }] = given.nodes.as_slice() else {
+            panic!("{:?}", given.nodes)
         };
         assert_eq!((device.major, device.minor, device.gid), (1, 3, Some(44)));
-        let rules = spec.linux.resources.unwrap().devices;
+        assert_eq!(
+            (device.path.as_str(), source.as_str()),
+            ("/dev/gpu0", "/dev/null")
+        );
+        let mut resources = spec.linux.resources.unwrap();
+        let rules = &resources.devices;
+        assert_eq!((rules.len(), rules[1].access.as_str()), (2, "rw"));
+        // An update of all rules leaves the node to the container.
+        resources.devices.truncate(1);
+        given.disks.translate(&mut resources).unwrap();
+        let rules = &resources.devices;
         assert_eq!((rules.len(), rules[1].access.as_str()), (2, "rw"));
         assert_eq!(spec.mounts[1].options, OPTIONS);
         assert_eq!(spec.mounts[2].kind, "tmpfs");
@@ -145,7 +152,7 @@ mod tests {
         let edits: Edits =
             serde_json::from_value(json!({"deviceNodes": [{"path": "/dev/brig-none"}]})).unwrap();
         assert!(
-            apply(&mut spec, &[edits])
+            apply(&mut spec, &mut Given::default(), &[edits])
                 .unwrap_err()
                 .contains("/dev/brig-none")
         );

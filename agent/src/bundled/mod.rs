@@ -13,6 +13,7 @@ use crate::{
     },
     control::MountSource,
     error::{Error, Result},
+    given::Given,
     pci,
     spec::Spec,
 };
@@ -20,13 +21,17 @@ use crate::{
 /// Functions of the guest's only bus.
 const DEVICES: &str = "/sys/bus/pci/devices";
 
-/// Adds to a specification what the bundle has for the devices that the container was given: variables, mounts, nodes and
-/// groups. The answer is what those mounts show, by index into `spec.mounts`.
+/// Adds to a specification, and to what the container was `given`, what the bundle has for these devices: variables, mounts,
+/// nodes and groups. The answer is what those mounts show, by index into `spec.mounts`.
 ///
 /// # Errors
 /// `FailedPrecondition` naming what of the bundle cannot be had.
-pub async fn apply(spec: &mut Spec, given: &[GivenDevice]) -> Result<Vec<(u32, MountSource)>> {
-    let functions: Vec<u32> = given
+pub async fn apply(
+    spec: &mut Spec,
+    given: &mut Given,
+    devices: &[GivenDevice],
+) -> Result<Vec<(u32, MountSource)>> {
+    let functions: Vec<u32> = devices
         .iter()
         .flat_map(|device| device.functions.iter().copied())
         .collect();
@@ -37,7 +42,7 @@ pub async fn apply(spec: &mut Spec, given: &[GivenDevice]) -> Result<Vec<(u32, M
     let edits = edits
         .map_err(|error| Error::Internal(error.to_string()))?
         .map_err(Error::FailedPrecondition)?;
-    apply::apply(spec, &edits).map_err(Error::FailedPrecondition)
+    apply::apply(spec, given, &edits).map_err(Error::FailedPrecondition)
 }
 
 fn edits(functions: &[u32]) -> std::result::Result<Vec<Edits>, String> {

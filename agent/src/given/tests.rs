@@ -17,7 +17,7 @@ fn disks() -> Disks {
             disk((254, 0), (254, 16), "vdb"),
             disk((7, 3), (254, 0), "vda"),
         ],
-        whole: Vec::new(),
+        ..Disks::default()
     }
 }
 
@@ -206,7 +206,7 @@ proptest! {
     ) {
         let disk = Disk { theirs: number, ours: (254, 0), name: "vda".into() };
         let mut resources = Resources { devices: rules.clone(), ..Resources::default() };
-        let all = Disks { disks: vec![disk], whole: Vec::new() };
+        let all = Disks { disks: vec![disk], ..Disks::default() };
         all.translate(&mut resources).unwrap();
         for letter in "rwm".chars() {
             prop_assert_eq!(
