@@ -212,11 +212,7 @@ pub fn list(base: &Path) -> Vec<(String, String)> {
             .collect()
     };
     let mut pods = Vec::new();
-    // What begins with a dot is no namespace.
-    for namespace in names(base)
-        .into_iter()
-        .filter(|name| !name.starts_with('.'))
-    {
+    for namespace in names(base) {
         for id in names(&base.join(&namespace)) {
             pods.push((namespace.clone(), id));
         }

@@ -155,7 +155,8 @@ impl PodSize {
         let before = self.wishes().clone();
         let mut after = before.clone();
         let old = before.containers.get(id).copied().unwrap_or_default();
-        after.change(id, old.changed_by(resources)?);
+        let limits = old.changed_by(resources)?;
+        after.change(id, limits);
         let (had, needs) = (self.needed(&before), self.needed(&after));
         // One that wants no more than it had is not refused for what it had.
         if needs.memory > had.memory {
@@ -175,8 +176,7 @@ impl PodSize {
             applied = apply.await;
         }
         if applied.is_ok() {
-            let mut wishes = self.wishes();
-            wishes.change(id, old.changed_by(resources)?);
+            self.wishes().change(id, limits);
         }
         // Nobody waits for what a guest gives back.
         let (size, vm, logger) = (self.clone(), Arc::clone(vm), logger.clone());

@@ -4,15 +4,14 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::{Error, Result};
 use serde_json::{Value, json};
 
 use crate::cli;
 use crate::configuration;
+use crate::look;
 use crate::pods;
 use crate::seen::{self, Seen};
-use crate::shims;
 use crate::terminal::printable_line;
 
 /// The pod, as text or JSON.
@@ -42,10 +41,9 @@ pub fn described(base: &Path, pod: &cli::Pod) -> Result<Value> {
     let mut whole = seen.json();
     whole["versions"] = versions(&seen);
     // The guest's own word on its network, which it may have changed.
-    let look = json!({ "words": ["ip"] });
     let asked = found
         .to_ask()
-        .map(|socket| shims::ask(&socket, Method::Look, &look, shims::PATIENCE));
+        .map(|socket| look::bytes(&socket, &["ip".to_owned()]));
     let lines = asked.and_then(Result::ok).map(|answer| {
         let text = String::from_utf8_lossy(&answer).into_owned();
         text.lines().map(str::to_owned).collect::<Vec<_>>()
