@@ -1,10 +1,12 @@
-//! The shim's log: logfmt or JSON lines to containerd's `log` FIFO in the bundle, never blocking.
+//! The shim's log: logfmt or JSON lines to containerd's `log` FIFO in the bundle, never blocking; and to the node's
+//! journal, if the operator wants that.
 //!
 //! containerd copies what it reads there to its own log. The FIFO is opened for reading and writing,
 //! so that it outlives a restart of containerd; when it is full, lines are dropped. Text from the
 //! guest is escaped and goes through a [`Gate`], because the guest may write as much as it likes.
 
 mod control;
+mod journald;
 
 use std::fmt::{self, Write as _};
 use std::os::fd::OwnedFd;
@@ -13,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use control::{Control, Line};
+pub use journald::{Journald, SOCKET as JOURNAL};
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Map, Value};
 use slog::{Drain, KV, Key, Level, Logger, Never, OwnedKVList, Record};
@@ -43,6 +46,9 @@ impl Drain for FifoDrain {
                 entry.text()
             };
             self.control.keep(entry.is_console(), &line);
+            if let Some(journal) = self.control.journal() {
+                journal.send(&entry);
+            }
             line.push('\n');
             if let Some(fd) = &self.fd {
                 // Full, or nobody there: the log must never hold up a pod.

@@ -67,6 +67,8 @@ pub struct Config {
     pub log_level: LogLevel,
     /// What a line of their log looks like.
     pub log_format: LogFormat,
+    /// Their log goes to the node's journal too.
+    pub journald: bool,
     /// Start on a `/dev/kvm` that only emulates.
     pub allow_slow_kvm: bool,
     /// Multiplies every time-out: 1 on hardware, more under emulation.
@@ -183,6 +185,7 @@ struct File {
     debug: Option<bool>,
     log_level: Option<LogLevel>,
     log_format: Option<LogFormat>,
+    journald: Option<bool>,
     allow_slow_kvm: Option<bool>,
     time_scale: Option<f64>,
     #[serde(default, deserialize_with = "units::time")]
@@ -234,6 +237,7 @@ impl Config {
             debug: false,
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
+            journald: false,
             allow_slow_kvm: false,
             time_scale: 1.0,
             shutdown_grace: Duration::from_secs(10),
@@ -272,6 +276,7 @@ impl Config {
         whole.debug = file.debug.unwrap_or(whole.debug);
         whole.log_level = file.log_level.unwrap_or(whole.log_level);
         whole.log_format = file.log_format.unwrap_or(whole.log_format);
+        whole.journald = file.journald.unwrap_or(whole.journald);
         whole.allow_slow_kvm = file.allow_slow_kvm.unwrap_or(whole.allow_slow_kvm);
         whole.time_scale = file.time_scale.unwrap_or(whole.time_scale);
         whole.shutdown_grace = file.shutdown_grace.unwrap_or(whole.shutdown_grace);

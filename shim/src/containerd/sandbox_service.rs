@@ -35,6 +35,7 @@ use crate::containerd::stats;
 use crate::error::{Error, Result};
 use crate::pod::actor::{PodHandle, SandboxCreation, SandboxState};
 use crate::pod::container::Request;
+use crate::pod::spans::TraceParent;
 
 /// CRI's names for the states of a pod (`runtime.v1.PodSandboxState`).
 const READY: &str = "SANDBOX_READY";
@@ -104,9 +105,12 @@ fn info(state: &SandboxState) -> String {
 impl Sandbox for SandboxService {
     async fn create_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
+        if let Some(trace) = TraceParent::of(&context.metadata) {
+            self.pod.part_of(trace).await;
+        }
         let config = self.config.clone();
         let prepared = tokio::task::spawn_blocking(move || prepare(&request, config)).await;
         let ended = |error| Error::internal(format!("a worker ended: {error}"));

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use rustix::fs::{Mode, OFlags};
-use slog::{Logger, error, info};
+use slog::{Logger, error, info, warn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -32,6 +32,7 @@ use crate::containerd::task_service::TaskService;
 use crate::error::{Error, Result, ignore_missing};
 use crate::guest::vm::Host;
 use crate::log::{self, Control};
+use crate::node::collector::Collector;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::pod::actor::{self, PodHandle, Setup};
@@ -92,6 +93,11 @@ fn set_up_and_run(
     let result = runtime.block_on(async {
         let publisher = Publisher::new(ttrpc_address, args.namespace.clone(), logger.clone());
         let streams = Streams::default();
+        let collector = Collector::of(|name| std::env::var(name).ok());
+        let collector = collector.unwrap_or_else(|error| {
+            warn!(logger, "the pod's start is not traced"; "reason" => %error);
+            None
+        });
         let pod = actor::spawn(Setup {
             namespace: args.namespace.clone(),
             id: args.id.clone(),
@@ -103,6 +109,7 @@ fn set_up_and_run(
             logger: logger.clone(),
             log: Arc::clone(&log),
             streams: streams.clone(),
+            collector,
         });
         let config = std::env::var_os(CONFIG_PATH).map(PathBuf::from);
         let served = Served {

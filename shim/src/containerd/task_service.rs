@@ -29,6 +29,7 @@ use crate::error::{Error, Result};
 use crate::pod::actor::PodHandle;
 use crate::pod::container::{Creation, Deleted, Listed, ProcessState, Request};
 use crate::pod::process::{Io, Phase};
+use crate::pod::spans::TraceParent;
 
 /// The service; cheap to clone.
 #[derive(Clone)]
@@ -157,9 +158,12 @@ impl Task for TaskService {
 
     async fn create(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
+        if let Some(trace) = TraceParent::of(&context.metadata) {
+            self.pod.part_of(trace).await;
+        }
         let prepared = tokio::task::spawn_blocking(move || prepare(request)).await;
         let ended = |error| Error::internal(format!("a worker ended: {error}"));
         let created = match prepared.map_err(ended)? {

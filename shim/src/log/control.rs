@@ -3,10 +3,12 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use slog::Level;
+
+use super::journald::Journald;
 
 /// The most lines kept, and the most bytes of them. A pod that has started and idles has about a dozen.
 const MAX_LINES: usize = 400;
@@ -30,6 +32,7 @@ pub struct Control {
     debug: bool,
     level: AtomicUsize,
     json: AtomicBool,
+    journal: OnceLock<Journald>,
     kept: Mutex<Kept>,
 }
 
@@ -49,6 +52,7 @@ impl Control {
             debug,
             level: AtomicUsize::new(level.as_usize()),
             json: AtomicBool::new(false),
+            journal: OnceLock::new(),
             kept: Mutex::default(),
         }
     }
@@ -57,6 +61,16 @@ impl Control {
     pub fn configure(&self, level: Level, json: bool) {
         self.set_level(if self.debug { Level::Debug } else { level });
         self.json.store(json, Ordering::Relaxed);
+    }
+
+    /// Entries of the node's journal from now on, besides.
+    pub fn enter_into(&self, journal: Journald) {
+        // One is as good as another.
+        let _ = self.journal.set(journal);
+    }
+
+    pub(super) fn journal(&self) -> Option<&Journald> {
+        self.journal.get()
     }
 
     /// What the operator wants of a pod that lives.

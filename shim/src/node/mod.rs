@@ -2,6 +2,7 @@
 //! journal of what must be undone. Knows what was asked for, and neither the guest nor containerd.
 
 pub mod cgroup;
+pub mod collector;
 pub mod disk;
 pub mod hooks;
 pub mod identity;

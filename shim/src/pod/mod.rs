@@ -8,6 +8,7 @@ pub mod container;
 pub mod events;
 pub mod process;
 pub mod size;
+pub mod spans;
 pub mod stdio;
 pub mod timeline;
 pub mod volume;

@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+/// The moment from which a container of the pod runs.
+pub const CONTAINER_STARTED: &str = "container.started";
 /// More marks than a boot has: the guest may write boot marks for ever.
 const MAX_MARKS: usize = 64;
 /// Width of the drawn bars in characters.

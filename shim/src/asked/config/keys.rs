@@ -136,6 +136,12 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| c.log_format.name().into(),
     },
     KeyDoc {
+        name: "journald",
+        what: "log to the node's journal too, each field one of the entry (`journalctl -t brig`); for nodes whose containerd does not log there itself",
+        form: Form::Switch,
+        value: |c| c.journald.into(),
+    },
+    KeyDoc {
         name: "allow_slow_kvm",
         what: "start although /dev/kvm only emulates",
         form: Form::Switch,

@@ -16,6 +16,7 @@ use crate::guest::vm::death::Death;
 use crate::node::cgroup::Cgroup;
 use crate::pod::container::{ContainerHandle, Creation, Reply};
 use crate::pod::process::Exit;
+use crate::pod::spans::TraceParent;
 
 /// What containerd asks for when it creates a sandbox.
 #[derive(Debug)]
@@ -101,6 +102,8 @@ pub(super) enum Message {
     Inspect {
         reply: oneshot::Sender<Inspection>,
     },
+    /// A request of the start is part of this trace.
+    PartOf(TraceParent),
     /// The pod could not be made as it was asked for.
     Refused(Error),
     Sandbox(Ask),
@@ -163,6 +166,11 @@ impl PodHandle {
         let message = Message::Inspect { reply };
         self.mailbox.send(message).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())
+    }
+
+    /// Remembers which trace a request of the start is part of.
+    pub async fn part_of(&self, trace: TraceParent) {
+        let _ = self.mailbox.send(Message::PartOf(trace)).await;
     }
 
     /// Remembers why something of the pod could not be made. The first reason stays.

@@ -6,9 +6,11 @@ mod inspection;
 mod oom;
 mod sandbox;
 mod sandbox_state;
+mod tracing;
 mod wanted;
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -25,7 +27,8 @@ use crate::asked::spec::{Network, Role};
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Host;
 use crate::guest::vm::boot::{Boot, News, SANDBOX_STARTED};
-use crate::log::Control;
+use crate::log::{Control, JOURNAL, Journald};
+use crate::node::collector::Collector;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::node::stand_in::StandIn;
@@ -33,11 +36,13 @@ use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply, Req
 use crate::pod::events::Events;
 use crate::pod::process::Exit;
 use crate::pod::size::PodSize;
+use crate::pod::spans::Named;
 use crate::pod::stdio::streaming::Streams;
-use crate::pod::timeline::Timeline;
+use crate::pod::timeline::{CONTAINER_STARTED, Timeline};
 use handle::Message;
 pub use handle::{Inspection, PodHandle, SandboxCreation, SandboxState};
 use sandbox_state::Sandbox;
+use tracing::Tracing;
 use wanted::Wanted;
 
 /// Messages that wait for the pod.
@@ -67,6 +72,8 @@ pub struct Setup {
     pub log: Arc<Control>,
     /// containerd's streams.
     pub streams: Streams,
+    /// Where containerd sends its spans, if it does.
+    pub collector: Option<Collector>,
 }
 
 /// Where the pod's VM is.
@@ -93,6 +100,7 @@ struct Pod {
     /// Between SIGTERM and SIGKILL when the node shuts down.
     grace: Duration,
     timeline: Timeline,
+    tracing: Tracing,
     waiting: Vec<oneshot::Sender<bool>>,
     /// Cuts the grace short.
     hurry: Arc<Notify>,
@@ -126,6 +134,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         size: PodSize::default(),
     };
     let began = setup.began;
+    let tracing = Tracing::new(setup.collector.clone());
     let mut timeline = Timeline::new(began);
     timeline.mark("shim.serving", SystemTime::now());
     let pod = Pod {
@@ -140,6 +149,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         oom_scores: oom::OomScores::default(),
         grace: Duration::ZERO,
         timeline,
+        tracing,
         waiting: Vec::new(),
         hurry: Arc::default(),
         stub: None,
@@ -212,6 +222,7 @@ impl Pod {
             Message::Sandbox(ask) => self.sandbox_asked(ask),
             Message::Inspect { reply } => drop(reply.send(self.inspection())),
             // What is asked for twice is there.
+            Message::PartOf(trace) => self.tracing.part_of(trace),
             Message::Refused(error) if error.kind == Kind::AlreadyExists => {}
             Message::Refused(error) => drop(self.failure.get_or_insert(error)),
             Message::VmEnded(death) => {
@@ -355,6 +366,13 @@ impl Pod {
         self.setup
             .log
             .configure(level.level(), format == LogFormat::Json);
+        if plan.config.journald {
+            match Journald::connect(Path::new(JOURNAL)) {
+                Ok(journal) => self.setup.log.enter_into(journal),
+                Err(error) => warn!(self.setup.logger, "nothing is logged to the journal";
+                    "socket" => JOURNAL, "reason" => %error),
+            }
+        }
         self.in_force = Some(Config {
             memory: plan.memory,
             ..plan.config.clone()
@@ -391,6 +409,15 @@ impl Pod {
                 }
                 if name.starts_with("container.") {
                     self.write_timeline().await;
+                }
+                if name == CONTAINER_STARTED {
+                    let named = Named {
+                        namespace: &self.setup.namespace,
+                        id: &self.setup.id,
+                        pod: self.setup.journal.pod.as_ref(),
+                    };
+                    let logger = &self.setup.logger;
+                    self.tracing.started(&self.timeline, &named, logger);
                 }
             }
             News::Exits(exits) => {

@@ -33,6 +33,7 @@ use crate::node::stand_in::StandIn;
 use crate::pod::events::TaskEvent;
 use crate::pod::process::{Exit, Io, Phase, Process};
 use crate::pod::stdio::Stdio;
+use crate::pod::timeline::CONTAINER_STARTED;
 use crate::pod::volume::Leases;
 pub use context::Context;
 pub use creation::Creation;
@@ -394,7 +395,7 @@ impl Container {
                 member.in_guest = true;
                 let early = member.process.started();
                 if init {
-                    self.mark("container.started");
+                    self.mark(CONTAINER_STARTED);
                     self.publish(TaskEvent::Start { id, pid });
                 } else {
                     let exec_id = exec_id.to_owned();

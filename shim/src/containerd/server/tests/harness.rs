@@ -86,6 +86,7 @@ impl Harness {
             logger: logger.clone(),
             log: Arc::clone(&log),
             streams: streams.clone(),
+            collector: None,
         });
         let socket = dir.path().join("shim");
         let listener = UnixListener::bind(&socket).unwrap();

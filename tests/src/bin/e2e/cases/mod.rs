@@ -24,6 +24,7 @@ mod mounts;
 mod network;
 mod operator;
 mod operator_look;
+mod operator_sent;
 mod passthrough;
 mod plug;
 mod resources;
@@ -53,6 +54,7 @@ const GROUPS: &[&[Case]] = &[
     install::CASES,
     operator::CASES,
     operator_look::CASES,
+    operator_sent::CASES,
     devices::CASES,
     plug::CASES,
     passthrough::CASES,
