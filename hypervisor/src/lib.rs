@@ -4,6 +4,7 @@
 //! guest and knows nothing of containers.
 
 pub mod arch;
+pub mod benchmark;
 pub mod builder;
 pub mod console;
 pub mod control;

@@ -11,7 +11,7 @@ use brig_agent_protocol::OPEN_LOOKS;
 use serde_json::{Value, json};
 use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 
-use crate::asked::config::{LogLevel, keys};
+use crate::asked::config::{LogLevel, MIB, keys};
 use crate::error::{Error, Result};
 use crate::log::{Control, rfc3339};
 use crate::pod::actor::PodHandle;
@@ -137,6 +137,15 @@ impl Handler {
             Some(vm) => (vm.devices().await, vm.disks().await, vm.kernel_release()),
             None => (Vec::new(), Vec::new(), None),
         };
+        let size = pod.vm.as_ref().map(|vm| {
+            json!({
+                "startedWithMiB": vm.first_memory() / MIB,
+                "memoryMiB": vm.memory() / MIB,
+                "maxMemoryMiB": vm.most_memory() / MIB,
+                "vcpus": vm.cpus(),
+                "maxVcpus": vm.most_cpus(),
+            })
+        });
         let devices: Vec<Value> = devices
             .into_iter()
             .map(|(group, functions, container)| {
@@ -171,6 +180,7 @@ impl Handler {
             "failure": pod.failure.map(|error| error.message),
             "version": env!("CARGO_PKG_VERSION"),
             "kernelRelease": release,
+            "size": size,
             "logLevel": self.level_name(),
             "config": pod.config.as_ref().map(keys::in_force),
             "netns": pod.netns,

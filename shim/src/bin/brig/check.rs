@@ -25,6 +25,8 @@ pub struct Finding {
     outcome: Outcome,
     what: &'static str,
     detail: String,
+    /// What to do about it.
+    fix: Option<&'static str>,
 }
 
 impl Finding {
@@ -42,22 +44,38 @@ impl Finding {
             Outcome::Note => "note",
             Outcome::Fatal => "fatal",
         };
-        json!({ "check": self.what, "outcome": outcome, "detail": self.detail })
+        json!({ "check": self.what, "outcome": outcome, "detail": self.detail, "fix": self.fix })
     }
 
-    fn of(what: &'static str, result: Result<String, String>) -> Self {
-        match result {
-            Ok(detail) => Self {
-                outcome: Outcome::Good,
-                what,
-                detail,
-            },
-            Err(detail) => Self {
-                outcome: Outcome::Fatal,
-                what,
-                detail,
-            },
+    /// Something without which no VM can start.
+    #[must_use]
+    pub fn of(what: &'static str, result: Result<String, String>) -> Self {
+        let (outcome, detail) = match result {
+            Ok(detail) => (Outcome::Good, detail),
+            Err(detail) => (Outcome::Fatal, detail),
+        };
+        Self {
+            outcome,
+            what,
+            detail,
+            fix: None,
         }
+    }
+
+    /// What to do about it, if it is not as it should be.
+    fn or(mut self, fix: &'static str) -> Self {
+        if self.outcome != Outcome::Good {
+            self.fix = Some(fix);
+        }
+        self
+    }
+
+    /// Pods run without it, but not as well.
+    fn noted(mut self) -> Self {
+        if self.outcome == Outcome::Fatal {
+            self.outcome = Outcome::Note;
+        }
+        self
     }
 }
 
@@ -68,7 +86,11 @@ impl fmt::Display for Finding {
             Outcome::Note => "note",
             Outcome::Fatal => "FAIL",
         };
-        write!(f, "{sign}  {:<16} {}", self.what, self.detail)
+        write!(f, "{sign}  {:<16} {}", self.what, self.detail)?;
+        match self.fix {
+            Some(fix) => write!(f, "\n      {:<16} fix: {fix}", ""),
+            None => Ok(()),
+        }
     }
 }
 
@@ -77,7 +99,10 @@ impl fmt::Display for Finding {
 pub fn node(config: Option<&Path>) -> Vec<Finding> {
     let config = match Config::load(config) {
         Ok(config) => config,
-        Err(error) => return vec![Finding::of("configuration", Err(error.message))],
+        Err(error) => {
+            let finding = Finding::of("configuration", Err(error.message));
+            return vec![finding.or("mend that line: 'brig config default' explains every key")];
+        }
     };
     let message = |error: Error| error.message;
     let kernel = open_kernel(&config.kernel).map(|_| config.kernel.display().to_string());
@@ -96,9 +121,11 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
     ];
     findings.extend(config.driver_bundle.as_deref().map(driver_bundle));
     findings.extend([
-        file("initramfs", &config.initramfs),
-        file("brig-vmm", &config.vmm),
-        Finding::of("user namespaces", user_namespaces()),
+        file("initramfs", &config.initramfs)
+            .or("install Brig again, or set initramfs in its configuration"),
+        file("brig-vmm", &config.vmm).or("install Brig again, or set vmm in its configuration"),
+        Finding::of("user namespaces", user_namespaces())
+            .or("set the sysctl user.max_user_namespaces above zero"),
         cgroups(),
         port_forward(),
         packet_filter(config.netfilter),
@@ -113,40 +140,30 @@ fn devices() -> impl Iterator<Item = Finding> {
         .survey()
         .into_iter()
         .map(|(what, verdict)| {
-            let (outcome, said) = match verdict {
-                Ok(said) => (Outcome::Good, said),
-                Err(said) => (Outcome::Note, said),
-            };
-            Finding {
-                outcome,
-                what: "pci device",
-                detail: format!("{what}: {said}"),
-            }
+            let say = |said: String| format!("{what}: {said}");
+            // What is missing for it is in the verdict.
+            Finding::of("pci device", verdict.map(say).map_err(say)).noted()
         })
 }
 
 /// What becomes of rules in a pod's network namespace that its guest cannot have.
 fn packet_filter(policy: Netfilter) -> Finding {
-    let (outcome, detail) = match policy {
-        Netfilter::Require => (
-            Outcome::Good,
-            "a pod whose namespace's rules its guest cannot have is refused",
-        ),
-        Netfilter::Warn => (
-            Outcome::Note,
+    let result = match policy {
+        Netfilter::Require => Ok("a pod whose namespace's rules its guest cannot have is refused"),
+        Netfilter::Warn => Err(
             "netfilter = \"warn\": pods start without the rules of their namespace that their guest cannot have; the \
              shim's log names each",
         ),
-        Netfilter::Ignore => (
-            Outcome::Note,
+        Netfilter::Ignore => Err(
             "netfilter = \"ignore\": rules in a pod's network namespace do not hold for the pod",
         ),
     };
-    Finding {
-        outcome,
-        what: "packet filter",
-        detail: detail.to_owned(),
-    }
+    Finding::of(
+        "packet filter",
+        result.map(str::to_owned).map_err(str::to_owned),
+    )
+    .noted()
+    .or("set netfilter = \"require\" in Brig's configuration, if pods need those rules")
 }
 
 fn kvm(path: &Path) -> Result<String, String> {
@@ -166,26 +183,17 @@ fn file(what: &'static str, path: &Path) -> Finding {
 
 /// Pods run without them.
 fn modules(path: &Path) -> Finding {
-    let mut finding = file("modules", path);
-    if finding.is_fatal() {
-        finding.outcome = Outcome::Note;
-        finding.detail.push_str(
-            "; pods have no kernel modules: install it or set modules in Brig's configuration",
-        );
-    }
-    finding
+    file("modules", path).noted().or(
+        "install it, or set modules in Brig's configuration: until then pods have no kernel modules",
+    )
 }
 
 /// Pods without devices of the node run without it.
 fn driver_bundle(path: &Path) -> Finding {
-    let mut finding = file("driver bundle", path);
-    if finding.is_fatal() {
-        finding.outcome = Outcome::Note;
-        finding
-            .detail
-            .push_str("; containers that are given a device will be refused");
-    }
-    finding
+    file("driver bundle", path).noted().or(
+        "put it there, or set driver_bundle in the handler's configuration: until then containers that are given a device \
+         are refused",
+    )
 }
 
 /// The VMM's jail begins with one.
@@ -193,36 +201,28 @@ fn user_namespaces() -> Result<String, String> {
     let path = "/proc/sys/user/max_user_namespaces";
     let limit = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
     if limit.trim() == "0" {
-        return Err("switched off: set the sysctl user.max_user_namespaces above zero".to_owned());
+        return Err("switched off".to_owned());
     }
     Ok(format!("up to {}", limit.trim()))
 }
 
 fn cgroups() -> Finding {
-    let v2 = cgroup::is_v2();
-    Finding {
-        outcome: if v2 { Outcome::Good } else { Outcome::Note },
-        what: "cgroup",
-        detail: if v2 {
-            "v2"
-        } else {
-            "v1: pods are accounted by best effort"
-        }
-        .to_owned(),
-    }
+    let result = if cgroup::is_v2() {
+        Ok("v2".to_owned())
+    } else {
+        Err("v1: pods are accounted by best effort".to_owned())
+    };
+    Finding::of("cgroup", result)
+        .noted()
+        .or("boot the node with systemd.unified_cgroup_hierarchy=1")
 }
 
 /// Pods run without it.
 fn port_forward() -> Finding {
-    let (outcome, detail) = match forward::check() {
-        Ok(()) => (Outcome::Good, "by BPF socket lookup".to_owned()),
-        Err(error) => (Outcome::Note, error.to_string()),
-    };
-    Finding {
-        outcome,
-        what: "port-forward",
-        detail,
-    }
+    let result = forward::check().map(|()| "by BPF socket lookup".to_owned());
+    Finding::of("port-forward", result.map_err(|error| error.to_string()))
+        .noted()
+        .or("run brig as root, on a kernel of 5.9 or later with BPF")
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
 
 /// What pods in Brig's VMs do on this node, what they cost, and what the node lacks.
 #[derive(Debug, Parser)]
@@ -21,6 +22,9 @@ pub enum Command {
         /// The configuration of a runtime handler instead of the default one
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
+        /// What KVM costs here too: makes VMs, and starts one up to its agent
+        #[arg(long)]
+        bench: bool,
         #[command(flatten)]
         output: Output,
     },
@@ -110,8 +114,15 @@ pub enum Command {
     },
     /// How a pod's start spent its time, and its VM exits by reason
     Timeline {
-        #[command(flatten)]
-        pod: Pod,
+        /// containerd's namespace, where the id is in several
+        #[arg(short, long, value_name = "NAME")]
+        namespace: Option<String>,
+        /// As for 'brig inspect'
+        #[arg(required_unless_present = "follow")]
+        id: Option<String>,
+        /// Wait for the next pod that starts, and show its start once it has a container that runs
+        #[arg(short, long, conflicts_with_all = ["id", "compare"])]
+        follow: bool,
         #[command(flatten)]
         output: Output,
         /// Draw it into a file
@@ -120,6 +131,19 @@ pub enum Command {
         /// Beside that of another pod, step by step
         #[arg(long, value_name = "ID", conflicts_with_all = ["json", "svg"])]
         compare: Option<String>,
+    },
+    /// The guest's memory as a core file, for gdb and the like (for handlers with debug = true)
+    ///
+    /// The guest stands still meanwhile. The file has whatever the pod's programs had in memory, secrets too; its symbols
+    /// are those of the guest kernel, vmlinux or System.map.
+    Debug {
+        #[command(flatten)]
+        pod: Pod,
+        /// Where to; must not be there yet
+        #[arg(long, value_name = "FILE", required = true)]
+        dump_memory: PathBuf,
+        #[command(flatten)]
+        output: Output,
     },
     /// Boot marks and VM exits of a running pod, as JSON
     Counters {
@@ -147,11 +171,15 @@ pub enum Command {
     Use {
         /// As 'brig versions' has it
         version: String,
+        #[command(flatten)]
+        output: Output,
     },
     /// Remove an installed version that no pod uses
     Remove {
         /// As 'brig versions' has it
         version: String,
+        #[command(flatten)]
+        output: Output,
     },
     /// Remove all of Brig from this node, if no pod runs
     Uninstall {
@@ -161,6 +189,8 @@ pub enum Command {
         /// Where ./install put its links
         #[arg(long, value_name = "DIR", default_value = "/usr/local")]
         links: PathBuf,
+        #[command(flatten)]
+        output: Output,
     },
     /// A script that completes brig's command line, for a shell to read
     Completion {
@@ -174,7 +204,10 @@ pub enum Command {
         into: PathBuf,
     },
     /// Brig's version
-    Version,
+    Version {
+        #[command(flatten)]
+        output: Output,
+    },
 }
 
 /// What can be asked of the configuration.
@@ -184,6 +217,8 @@ pub enum ConfigCommand {
     Check {
         #[command(flatten)]
         source: Source,
+        #[command(flatten)]
+        output: Output,
     },
     /// Every key with the value in force, and the file that has it from
     Show {
@@ -248,6 +283,14 @@ pub struct Output {
     /// As JSON
     #[arg(long)]
     pub json: bool,
+}
+
+impl Output {
+    /// What was done, for people or for programs.
+    #[must_use]
+    pub fn tell(&self, done: &Value, text: String) -> String {
+        if self.json { format!("{done}\n") } else { text }
+    }
 }
 
 /// Which lines.

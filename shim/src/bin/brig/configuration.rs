@@ -10,7 +10,7 @@ use serde_json::Value;
 /// The prefix that the documentation shows.
 const PREFIX: &str = "/opt/brig/bin";
 
-/// Whether the configuration can be used: a sentence.
+/// Whether the configuration can be used; says which it is.
 ///
 /// # Errors
 /// `InvalidArgument` that names the file and the key, or a file it names that is not there.
@@ -28,7 +28,7 @@ pub fn check(file: Option<&Path>) -> Result<String> {
             )));
         }
     }
-    Ok(format!("{} is right\n", name(file)))
+    Ok(name(file))
 }
 
 /// Every key, its value in force, and where that is from.

@@ -133,6 +133,18 @@ fn text(whole: &Value) -> String {
             shown(&memory["reclaimableKiB"])
         ),
     );
+    let size = &shim["size"];
+    line(
+        "size",
+        format!(
+            "{} MiB, started with {}, at most {}; {} vCPU, at most {}",
+            shown(&size["memoryMiB"]),
+            shown(&size["startedWithMiB"]),
+            shown(&size["maxMemoryMiB"]),
+            shown(&size["vcpus"]),
+            shown(&size["maxVcpus"])
+        ),
+    );
     line("cgroup", shown(&shim["cgroup"][0]));
     line("log level", shown(&shim["logLevel"]));
     let _ = writeln!(text, "\nnetwork (namespace {})", shown(&shim["netns"]));

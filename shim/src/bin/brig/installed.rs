@@ -129,7 +129,7 @@ impl Installation {
     ///
     /// # Errors
     /// `NotFound`; `FailedPrecondition` for a version of which a part is missing.
-    pub fn switch(&self, version: &str) -> Result<String> {
+    pub fn switch(&self, version: &str) -> Result<()> {
         let dir = self.version(version)?;
         if let Some(part) = PARTS.iter().find(|part| !dir.join(part).is_file()) {
             return Err(Error::state(format!(
@@ -141,15 +141,14 @@ impl Installation {
         let switched = ignore_absent(fs::remove_file(&new))
             .and_then(|()| symlink(version, &new))
             .and_then(|()| fs::rename(&new, &link));
-        switched.map_err(|error| failed(&link, &error))?;
-        Ok(format!("pods that start now get {version}\n"))
+        switched.map_err(|error| failed(&link, &error))
     }
 
     /// Removes a version that nothing uses.
     ///
     /// # Errors
     /// `NotFound`; `FailedPrecondition` that says who uses it.
-    pub fn remove(&self, version: &str) -> Result<String> {
+    pub fn remove(&self, version: &str) -> Result<()> {
         let dir = self.version(version)?;
         if self.current().as_deref() == Some(version) {
             return Err(Error::state(format!(
@@ -157,8 +156,7 @@ impl Installation {
             )));
         }
         self.refuse_users(&dir, version)?;
-        fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))?;
-        Ok(format!("removed {version}\n"))
+        fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))
     }
 
     fn refuse_users(&self, dir: &Path, what: &str) -> Result<()> {
@@ -173,11 +171,12 @@ impl Installation {
         )))
     }
 
-    /// Removes all versions and the links to them in `links`, and the operator's `configuration` if given.
+    /// Removes all versions and the links to them in `links`, and the operator's `configuration` if given; says where
+    /// they were.
     ///
     /// # Errors
     /// `FailedPrecondition` that says which pods run; `Internal` with what could not be removed.
-    pub fn uninstall(&self, links: &Path, configuration: Option<&Path>) -> Result<String> {
+    pub fn uninstall(&self, links: &Path, configuration: Option<&Path>) -> Result<PathBuf> {
         self.refuse_users(&self.prefix, "Brig")?;
         for dir in LINKED {
             let dir = links.join(dir);
@@ -213,7 +212,7 @@ impl Installation {
         // What somebody else keeps in these stays.
         let _ = fs::remove_dir(&self.prefix);
         let _ = fs::remove_dir(&self.state);
-        Ok(format!("removed {}\n", self.prefix.display()))
+        Ok(self.prefix.clone())
     }
 }
 

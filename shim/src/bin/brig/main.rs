@@ -1,6 +1,7 @@
 //! `brig`, the operator's command: what this node lacks, which pods run, how one booted, what its VM
 //! did. Runs as root and trusts the files below the state directory.
 
+mod benchmark;
 mod check;
 mod cli;
 mod configuration;
@@ -10,11 +11,14 @@ mod handlers;
 mod inspect;
 mod installed;
 mod look;
+mod memory_dump;
 mod metrics;
+mod next_start;
 mod pods;
 mod processes;
 mod seen;
 mod shims;
+
 mod terminal;
 mod timelines;
 mod top;
@@ -30,7 +34,7 @@ use brig_shim::error::{Error, Result};
 use brig_shim::node::journal::StateDir;
 use brig_shim::pod::timeline::Timeline;
 use clap::{CommandFactory as _, Parser as _};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use cli::{Cli, Command, ConfigCommand, ContainerdCommand};
 use handlers::Containerd;
@@ -52,7 +56,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<bool> {
     let text = match command {
-        Command::Check { config, output } => return run_check(config.as_deref(), output.json),
+        Command::Check {
+            config,
+            bench,
+            output,
+        } => return run_check(config.as_deref(), bench, output.json),
         Command::List { output } => pods::list(&base()?, output.json),
         Command::Ps { output } => top::once(&base()?, output.json)?,
         Command::Top {
@@ -83,16 +91,32 @@ fn run(command: Command) -> Result<bool> {
         } => look::guest(&base()?, &pod, &command, output.json)?,
         Command::Dump { pod, output, json } => dump::dump(&base()?, &pod, output.as_deref(), json)?,
         Command::Timeline {
+            namespace,
+            id,
+            follow: _,
+            output,
+            svg,
+            compare,
+        } => {
+            let base = base()?;
+            let pod = match id {
+                Some(id) => cli::Pod { namespace, id },
+                None => next_start::next(&base, namespace)?,
+            };
+            match (compare, svg) {
+                (Some(other), _) => compared(&base, &pod, other)?,
+                (None, Some(file)) => drawn(&base, &pod, &file)?,
+                (None, None) => timeline(&base, &pod, output.json)?,
+            }
+        }
+        Command::Debug {
             pod,
-            compare: Some(other),
-            ..
-        } => compared(&base()?, &pod, other)?,
-        Command::Timeline {
-            pod,
-            svg: Some(file),
-            ..
-        } => drawn(&base()?, &pod, &file)?,
-        Command::Timeline { pod, output, .. } => timeline(&base()?, &pod, output.json)?,
+            dump_memory,
+            output,
+        } => {
+            let dumped = memory_dump::dump(&base()?, &pod, &dump_memory)?;
+            output.tell(&dumped.json(), dumped.to_string())
+        }
         Command::Counters { pod } => counters(&base()?, &pod)?,
         Command::Metrics { listen: None } => {
             metrics::scrape(&base()?, &mut metrics::Starts::default())?
@@ -103,32 +127,41 @@ fn run(command: Command) -> Result<bool> {
         Command::Config(command) => config(&command)?,
         Command::Containerd(command) => containerd(&command)?,
         Command::Versions { output } => installation()?.list(output.json)?,
-        Command::Use { version } => installation()?.switch(&version)?,
-        Command::Remove { version } => installation()?.remove(&version)?,
-        Command::Uninstall { purge, links } => {
-            let configuration = purge.then_some(Path::new("/etc/brig"));
-            let removed = installation()?.uninstall(&links, configuration)?;
-            let handlers = Containerd::new(Path::new(handlers::CONTAINERD)).remove()?;
-            let restart = if handlers.changed.is_empty() {
-                ""
-            } else {
-                "its handlers are gone from containerd's configuration: systemctl restart containerd\n"
-            };
-            removed + restart
+        Command::Use { version, output } => {
+            installation()?.switch(&version)?;
+            let text = format!("pods that start now get {version}\n");
+            output.tell(&json!({ "current": version }), text)
         }
+        Command::Remove { version, output } => {
+            installation()?.remove(&version)?;
+            let text = format!("removed {version}\n");
+            output.tell(&json!({ "removed": version }), text)
+        }
+        Command::Uninstall {
+            purge,
+            links,
+            output,
+        } => uninstall(purge, &links, &output)?,
         Command::Completion { shell } => completion(shell),
         Command::Man { into } => {
             man(&into)?;
             String::new()
         }
-        Command::Version => format!("brig {}\n", env!("CARGO_PKG_VERSION")),
+        Command::Version { output } => {
+            let version = env!("CARGO_PKG_VERSION");
+            output.tell(&json!({ "version": version }), format!("brig {version}\n"))
+        }
     };
     terminal::print(&text).map(|()| true)
 }
 
 fn config(command: &ConfigCommand) -> Result<String> {
     match command {
-        ConfigCommand::Check { source } => configuration::check(source.file.as_deref()),
+        ConfigCommand::Check { source, output } => {
+            let checked = configuration::check(source.file.as_deref())?;
+            let text = format!("{checked} is right\n");
+            Ok(output.tell(&json!({ "file": checked, "right": true }), text))
+        }
         ConfigCommand::Show { source, output } => {
             configuration::show(source.file.as_deref(), output.json)
         }
@@ -149,10 +182,7 @@ fn containerd(command: &ContainerdCommand) -> Result<String> {
         }
     };
     if output.json {
-        return Ok(format!(
-            "{}\n",
-            serde_json::json!({ "changed": done.changed })
-        ));
+        return Ok(format!("{}\n", json!({ "changed": done.changed })));
     }
     if done.changed.is_empty() {
         return Ok(format!("the handlers are {what} already\n"));
@@ -179,6 +209,23 @@ fn man(into: &Path) -> Result<()> {
     clap_mangen::generate_to(Cli::command(), into).map_err(failed)
 }
 
+fn uninstall(purge: bool, links: &Path, output: &cli::Output) -> Result<String> {
+    let configuration = purge.then_some(Path::new("/etc/brig"));
+    let removed = installation()?.uninstall(links, configuration)?;
+    let handlers = Containerd::new(Path::new(handlers::CONTAINERD)).remove()?;
+    let is_to_restart = !handlers.changed.is_empty();
+    let mut text = format!("removed {}\n", removed.display());
+    if is_to_restart {
+        text.push_str(
+            "its handlers are gone from containerd's configuration: systemctl restart containerd\n",
+        );
+    }
+    Ok(output.tell(
+        &json!({ "removed": removed, "restartContainerd": is_to_restart }),
+        text,
+    ))
+}
+
 fn installation() -> Result<installed::Installation> {
     installed::Installation::own(base()?)
 }
@@ -187,11 +234,14 @@ fn base() -> Result<PathBuf> {
     Ok(Config::load(None)?.state_dir)
 }
 
-fn run_check(config: Option<&Path>, as_json: bool) -> Result<bool> {
-    let findings = check::node(config);
+fn run_check(config: Option<&Path>, bench: bool, as_json: bool) -> Result<bool> {
+    let mut findings = check::node(config);
+    if bench && !findings.iter().any(check::Finding::is_fatal) {
+        findings.extend(benchmark::findings(config));
+    }
     let text = if as_json {
         let all: Vec<_> = findings.iter().map(check::Finding::json).collect();
-        format!("{}\n", serde_json::Value::from(all))
+        format!("{}\n", Value::from(all))
     } else {
         let lines = findings.iter().map(|finding| format!("{finding}\n"));
         lines.collect()

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use brig_hypervisor::arch::x86_64::layout;
 use brig_shim::node::network;
 
 /// Proportional set size in KiB; `None` for a process that has gone.
@@ -84,63 +85,67 @@ fn devices(table: &str) -> Vec<(String, f64, f64)> {
         .collect()
 }
 
-/// Size and resident KiB of the guest's memory, by far the largest mapping of a VMM.
-pub fn largest_mapping(pid: u32) -> Option<(u64, u64)> {
-    largest(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?)
+/// Memory of a guest in its VMM's address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// Where it begins.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Bytes that are resident.
+    pub resident: u64,
 }
 
-fn largest(smaps: &str) -> Option<(u64, u64)> {
-    let mut largest: Option<(u64, u64)> = None;
-    let mut size = 0;
-    // Advice on parts of it makes several mappings of one: anonymous ones that touch belong together, if they
-    // may be used alike.
-    let mut run: Option<Run<'_>> = None;
+/// Size and resident KiB of the guest's memory.
+pub fn guest_memory_size(pid: u32) -> Option<(u64, u64)> {
+    let mappings = guest_memory(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?);
+    let sum = |bytes: fn(&Mapping) -> u64| mappings.iter().map(bytes).sum::<u64>() / 1024;
+    let size = sum(|mapping| mapping.length);
+    (size > 0).then(|| (size, sum(|mapping| mapping.resident)))
+}
+
+/// The guest's memory: what a VMM has that it may write and that no core file of it would have. Advice on parts of it
+/// makes several mappings of one; those that touch are one. All of it is in huge pages' sizes, and what the C library
+/// keeps in such mappings is not.
+pub fn guest_memory(smaps: &str) -> Vec<Mapping> {
+    let mut found: Vec<Mapping> = Vec::new();
+    let mut current: Option<Mapping> = None;
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
-        let first = words.next().unwrap_or("");
-        let kib = |mut words: std::str::SplitWhitespace<'_>| words.next()?.parse::<u64>().ok();
-        match first {
-            "Size:" => size = kib(words)?,
+        match words.next().unwrap_or("") {
             "Rss:" => {
-                if let Some(run) = &mut run {
-                    run.size += size;
-                    run.resident += kib(words)?;
-                    if largest.is_none_or(|(most, _)| most < run.size) {
-                        largest = Some((run.size, run.resident));
-                    }
+                let kib = words.next().and_then(|word| word.parse::<u64>().ok());
+                if let (Some(mapping), Some(kib)) = (&mut current, kib) {
+                    mapping.resident = kib * 1024;
                 }
             }
-            _ => {
-                let Some((start, end)) = range(first) else {
+            "VmFlags:" => {
+                let flags: Vec<&str> = words.collect();
+                let is_guests = flags.contains(&"dd") && !flags.contains(&"io");
+                let Some(mapping) = current.take().filter(|_| is_guests) else {
                     continue;
                 };
-                let permissions = words.next().unwrap_or("");
-                let is_anonymous = words.count() == 3;
-                run = match run {
-                    Some(run)
-                        if is_anonymous && run.end == start && run.permissions == permissions =>
-                    {
-                        Some(Run { end, ..run })
+                match found.last_mut() {
+                    Some(last) if last.start + last.length == mapping.start => {
+                        last.length += mapping.length;
+                        last.resident += mapping.resident;
                     }
-                    _ => is_anonymous.then_some(Run {
-                        end,
-                        permissions,
-                        size: 0,
+                    _ => found.push(mapping),
+                }
+            }
+            first => {
+                if let Some((start, end)) = range(first) {
+                    current = (words.next() == Some("rw-p")).then_some(Mapping {
+                        start,
+                        length: end - start,
                         resident: 0,
-                    }),
-                };
+                    });
+                }
             }
         }
     }
-    largest
-}
-
-/// Mappings that belong together, in KiB.
-struct Run<'a> {
-    end: u64,
-    permissions: &'a str,
-    size: u64,
-    resident: u64,
+    found.retain(|mapping| mapping.length.is_multiple_of(layout::HUGE_PAGE));
+    found
 }
 
 fn range(word: &str) -> Option<(u64, u64)> {
@@ -183,23 +188,43 @@ mod tests {
     fn guest_memory_in_several_mappings_is_one() {
         let smaps = "\
 10000-20000 r-xp 00000000 fe:00 12 /opt/brig/brig-vmm
-Size: 9000 kB
 Rss: 9000 kB
-7f0000-7f1000 rw-p 00000000 00:00 0
-Size: 1000 kB
-Rss: 100 kB
-Pss: 100 kB
-7f1000-7f2000 rw-p 00000000 00:00 0
-Size: 2000 kB
-Rss: 10 kB
-7f2000-7f3000 ---p 00000000 00:00 0
-Size: 2048 kB
+VmFlags: rd ex mr mw me
+7f000000-7f200000 rw-p 00000000 00:00 0
+Rss: 3 kB
+Pss: 3 kB
+VmFlags: rd wr mr mw me ac dd hg
+7f200000-7f600000 rw-p 00000000 00:00 0
+Rss: 1 kB
+VmFlags: rd wr mr mw me ac dd nh
+7f600000-7f601000 ---p 00000000 00:00 0
 Rss: 0 kB
-7f4000-7f5000 rw-p 00000000 00:00 0
-Size: 2500 kB
-Rss: 2500 kB
+VmFlags: mr mw me nr
+7f800000-7fa00000 rw-p 00000000 00:00 0
+Rss: 8 kB
+VmFlags: rd wr mr mw me
+80000000-80200000 rw-p 00000000 00:01 7 /memfd:template
+Rss: 4 kB
+VmFlags: rd wr mr mw me dd
+80400000-80600000 rw-s 00000000 00:0e 7 anon_inode:[vfio-device]
+Rss: 0 kB
+VmFlags: rd wr sh mr mw me pf io dd
+80800000-80801000 rw-p 00000000 00:00 0
+Rss: 4 kB
+VmFlags: rd wr mr mw me wf dd dp
 ";
-        assert_eq!(largest(smaps), Some((3000, 110)));
-        assert_eq!(largest(""), None);
+        let mapping = |start, length, resident| Mapping {
+            start,
+            length,
+            resident,
+        };
+        assert_eq!(
+            guest_memory(smaps),
+            [
+                mapping(0x7f00_0000, 0x60_0000, 4096),
+                mapping(0x8000_0000, 0x20_0000, 4096)
+            ]
+        );
+        assert_eq!(guest_memory(""), []);
     }
 }

@@ -12,7 +12,7 @@ use brig_shim::error::Result;
 use serde_json::{Value, json};
 
 use crate::pods::{self, Row};
-use crate::processes::{Usage, largest_mapping, pss};
+use crate::processes::{Usage, guest_memory_size, pss};
 use crate::shims;
 
 /// How long one pod may keep the others waiting.
@@ -75,7 +75,7 @@ pub fn all(base: &Path, wanted: impl Fn(&Row) -> bool) -> Result<Vec<Seen>> {
                 memory.pss += pss(pid).unwrap_or(0);
                 cpu += Usage::read(pid).map_or(0.0, |usage| usage.cpu);
                 if name == "vmm"
-                    && let Some((size, resident)) = largest_mapping(pid)
+                    && let Some((size, resident)) = guest_memory_size(pid)
                 {
                     (memory.size, memory.resident) = (Some(size), Some(resident));
                 }

@@ -23,6 +23,12 @@ impl Vm {
         self.memory.now.load(Ordering::Relaxed)
     }
 
+    /// Bytes of memory that it was started with.
+    #[must_use]
+    pub fn first_memory(&self) -> u64 {
+        self.memory.built
+    }
+
     /// Bytes of memory that it may have.
     #[must_use]
     pub fn most_memory(&self) -> u64 {

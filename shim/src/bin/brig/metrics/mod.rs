@@ -20,7 +20,7 @@ use brig_shim::pod::timeline::Timeline;
 use serde_json::Value;
 
 use crate::pods::{self, Row};
-use crate::processes::{Usage, cpu_wait, disk_bytes, interfaces, largest_mapping, pss as pss_of};
+use crate::processes::{Usage, cpu_wait, disk_bytes, guest_memory_size, interfaces, pss as pss_of};
 use crate::shims;
 use family::Family;
 pub use starts::Starts;
@@ -146,7 +146,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
                 files.add(&labels, f64::from(open));
             }
             if name == "vmm"
-                && let Some((whole, touched)) = largest_mapping(pid)
+                && let Some((whole, touched)) = guest_memory_size(pid)
             {
                 size.add(&pod, bytes(whole));
                 guest.add(&pod, bytes(touched));

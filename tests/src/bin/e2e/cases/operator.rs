@@ -1,12 +1,14 @@
 //! What an operator sees of pods with `brig`.
 
 use std::fs;
-use std::process::Command;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
-use brig_tests::node::check::{contains, that};
+use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::clock;
 use brig_tests::node::process;
+use serde_json::Value;
 
 use crate::suite::{Case, Suite, brig};
 
@@ -18,7 +20,7 @@ pub const CASES: &[Case] = &[
     ),
     brig(
         "operator",
-        "brig timeline draws a start, and compares two",
+        "brig timeline draws a start, compares two, and waits for the next",
         timelines,
     ),
 ];
@@ -84,7 +86,31 @@ fn timelines(suite: &mut Suite) -> Result<()> {
         suite.probe("other", &["sleep"]),
     ];
     let _one = suite.ctr.start(&runs[0])?;
-    let _other = suite.ctr.start(&runs[1])?;
+    let mut follower = Command::new("brig")
+        .args(["timeline", "--follow", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    // From then on it knows which pods there were.
+    let mut said = String::new();
+    let stderr = follower.stderr.take().context("no standard error")?;
+    BufReader::new(stderr).read_line(&mut said)?;
+    contains("what it says first", "waiting for the next pod", &said)?;
+    let other = suite.ctr.start(&runs[1]);
+    if other.is_err() {
+        follower.kill()?;
+    }
+    let followed = follower.wait_with_output()?;
+    let _other = other?;
+    let followed: Value = serde_json::from_slice(&followed.stdout)?;
+    let own = ask(&["timeline", &runs[1].id, "--json"])?;
+    let own: Value = serde_json::from_str(&own)?;
+    equal(
+        "the start that was followed",
+        &followed["zero_unix_ns"],
+        &own["zero_unix_ns"],
+    )?;
+    contains("its moments", "container.started", &followed.to_string())?;
     let file = format!("/run/{}.svg", runs[0].id);
     ask(&["timeline", &runs[0].id, "--svg", &file])?;
     let picture = fs::read_to_string(&file)?;

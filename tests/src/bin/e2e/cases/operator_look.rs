@@ -1,7 +1,9 @@
 //! What an operator sees of one pod with `brig`, however the pod is named: while it lives, and after it failed. What
 //! is secret is in none of it.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -207,6 +209,32 @@ fn look(suite: &mut Suite) -> Result<()> {
         "Linux version",
         &ask(&["console", &open.id])?,
     )?;
+
+    // All of the guest's memory, where the guest may be looked into, which lives on.
+    let core = format!("{DIR}/core");
+    let dump = ["debug", &open.id, "--dump-memory", &core, "--json"];
+    let told = ask_json(&dump)?;
+    let size = 192 << 20;
+    equal("bytes of memory", told["memoryBytes"].as_u64(), Some(size))?;
+    equal("left out", told["leftOutBytes"].as_u64(), Some(0))?;
+    let metadata = fs::metadata(&core)?;
+    equal("who may read it", metadata.mode() & 0o777, 0o600)?;
+    that("its size", metadata.len() > size)?;
+    that("holes where nothing was", metadata.blocks() * 512 < size)?;
+    let banner = ask(&["exec", &open.id, "--", "cat", "/proc/version"])?;
+    let banner = banner.trim();
+    // The kernel's image is not far from the beginning.
+    let mut bytes = Vec::new();
+    File::open(&core)?.take(64 << 20).read_to_end(&mut bytes)?;
+    let found = bytes
+        .windows(banner.len())
+        .any(|window| window == banner.as_bytes());
+    that("the kernel's banner is in it", found)?;
+    contains("a second into the same file", "exists", &refused(&dump)?)?;
+    let forbidden = format!("{DIR}/forbidden");
+    let sentence = refused(&["debug", &plain.id, "--dump-memory", &forbidden])?;
+    contains("why a dump is refused", "debug = true", &sentence)?;
+    that("nothing is left of it", !fs::exists(&forbidden)?)?;
 
     // The log: a line for each state, and its level while the pod lives.
     let log = ask(&["logs", &plain.id])?;
