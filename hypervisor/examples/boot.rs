@@ -20,8 +20,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use brig_hypervisor::control::{
-    self, DiskConfig, Event, FromVmm, NetConfig, ReplyBody, Request, RequestBody, StreamConfig,
-    VmConfig,
+    self, DiskConfig, DiskPiece, Event, FromVmm, NetConfig, ReplyBody, Request, RequestBody,
+    StreamConfig, VmConfig,
 };
 use brig_hypervisor::launch::{LaunchOptions, VmmExit, launch};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -197,7 +197,7 @@ fn main() {
             disks: disk
                 .iter()
                 .map(|_| DiskConfig {
-                    file: 4,
+                    pieces: vec![DiskPiece::whole(4)],
                     readonly: false,
                     serial: "disk0".into(),
                     block_size: 512,

@@ -19,7 +19,7 @@ pub const CONTROL_FD: RawFd = 3;
 /// The largest message in bytes; a longer one is an error on the sending side.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// The most descriptors one message may carry (`SCM_MAX_FD` is 253).
-pub const MAX_FDS: usize = 64;
+pub const MAX_FDS: usize = 253;
 
 /// Index into the descriptors that came with a message.
 pub type FdIndex = usize;
@@ -153,11 +153,11 @@ pub struct NetConfig {
     pub mtu: u16,
 }
 
-/// A virtio-blk device over a raw file or block device.
+/// A virtio-blk device over raw files or a block device.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct DiskConfig {
-    /// The file or block device.
-    pub file: FdIndex,
+    /// What it is made of, one behind the other. A single one without a length may grow; more of them are read-only.
+    pub pieces: Vec<DiskPiece>,
     /// Refuse writes.
     pub readonly: bool,
     /// At most 20 bytes; the guest finds the disk by it.
@@ -165,6 +165,27 @@ pub struct DiskConfig {
     /// Bytes of a logical block: a power of two from 512 to 4096, that of a device of the node.
     pub block_size: u32,
 }
+
+/// A file or block device that a disk is made of.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DiskPiece {
+    /// The file or block device.
+    pub file: FdIndex,
+    /// Bytes that it has on the disk: its own, filled up with zeros to a multiple of [`PIECE_ALIGNMENT`]. None: whole
+    /// sectors of what it has.
+    pub length: Option<u64>,
+}
+
+impl DiskPiece {
+    /// All of a file or device, as it is and will be.
+    #[must_use]
+    pub fn whole(file: FdIndex) -> Self {
+        Self { file, length: None }
+    }
+}
+
+/// In bytes.
+pub const PIECE_ALIGNMENT: u64 = 4096;
 
 /// One host-initiated vsock stream.
 #[derive(Debug, Serialize, Deserialize)]

@@ -20,7 +20,7 @@ use self::plug::Plugged;
 use super::descriptors::{self, Descriptors};
 use super::error::StartError;
 use crate::arch::x86_64::layout;
-use crate::control::{DiskConfig, NetConfig, VmConfig, exit};
+use crate::control::{DiskConfig, DiskPiece, NetConfig, VmConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kvm::{KvmIoEventFds, KvmMemorySlots, KvmRoutes};
 use crate::notice::{Notice, Notifier};
@@ -209,11 +209,11 @@ impl Board {
         Ok(())
     }
 
-    /// Each disk has its own thread: its I/O is synchronous.
+    /// Each disk has its own thread, which starts others for what takes its time.
     fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
         for disk in &config.disks {
             let device = new_disk(disk, fds)?;
-            self.add("block", ThreadKind::Worker, vec![Box::new(device)])?;
+            self.add("block", ThreadKind::Disk, vec![Box::new(device)])?;
         }
         Ok(())
     }
@@ -302,8 +302,22 @@ fn new_net(net: &NetConfig, fds: &mut Descriptors) -> Result<Net, StartError> {
 }
 
 fn new_disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, StartError> {
-    let file = fds.take(disk.file, "disk")?;
-    Block::new(file, disk.readonly, &disk.serial, disk.block_size).map_err(device_error("block"))
+    let made = if let [DiskPiece { file, length: None }] = disk.pieces[..] {
+        let file = fds.take(file, "disk")?;
+        Block::new(file, disk.readonly, &disk.serial, disk.block_size)
+    } else {
+        let mut files = Vec::new();
+        for piece in &disk.pieces {
+            let Some(length) = piece.length.filter(|_| disk.readonly) else {
+                return Err(StartError::Invalid(
+                    "a disk of pieces is read-only, and each has a length".to_owned(),
+                ));
+            };
+            files.push((fds.take(piece.file, "disk")?, length));
+        }
+        Block::of_pieces(files, &disk.serial)
+    };
+    Ok(made.map_err(device_error("block"))?.with_helpers())
 }
 
 fn device_error<E: std::fmt::Display>(device: &'static str) -> impl Fn(E) -> StartError {

@@ -79,8 +79,10 @@ pub enum ThreadKind {
     MainWithBoth,
     /// A CPU of the guest.
     Vcpu,
-    /// Queues of vsock, net, blk, rng, balloon, console.
+    /// Queues of vsock, net, rng, balloon, console.
     Worker,
+    /// A disk's queue, and what of it takes its time.
+    Disk,
     /// The file server's thread.
     Fs,
     /// The thread of a device of the node.
@@ -105,6 +107,12 @@ impl ThreadKind {
         self.gives_devices() || self.gives_cpus() || self == Self::Main
     }
 
+    /// Whether it starts threads that do a part of its work: they inherit its list.
+    #[must_use]
+    pub fn has_helpers(self) -> bool {
+        self == Self::Disk
+    }
+
     /// Whether it starts threads of devices of the node.
     #[must_use]
     pub fn gives_devices(self) -> bool {
@@ -120,7 +128,7 @@ impl ThreadKind {
 
 /// All of them.
 #[cfg(any(test, feature = "jail-probe"))]
-pub(super) const KINDS: [ThreadKind; 8] = [
+pub(super) const KINDS: [ThreadKind; 9] = [
     ThreadKind::Main,
     ThreadKind::MainWithDevices,
     ThreadKind::MainWithCpus,
@@ -128,6 +136,7 @@ pub(super) const KINDS: [ThreadKind; 8] = [
     ThreadKind::Vfio,
     ThreadKind::Vcpu,
     ThreadKind::Worker,
+    ThreadKind::Disk,
     ThreadKind::Fs,
 ];
 
@@ -258,15 +267,20 @@ const MAIN: &[Allowed] = allow![
     SYS_recvfrom,
     SYS_shutdown,
     SYS_ioctl one_of(1, &MAIN_IOCTL),
-    // A thread for a device that is plugged into the running machine: a thread and nothing else, as the C
-    // libraries start one. It inherits this list and takes its own besides, so all of WORKER is on it too.
+    // A thread for a device that is plugged into the running machine inherits this list and takes its own besides, so
+    // all of WORKER is on it too.
+    SYS_epoll_create1,
+    SYS_prctl one_of(0, &NO_NEW_PRIVS),
+    SYS_seccomp one_of(0, &SET_FILTER),
+];
+
+/// Another thread: a thread and nothing else, as the C libraries start one.
+const THREADS: &[Allowed] = allow![
     SYS_clone one_of(0, &NEW_THREAD),
     // Its arguments cannot be looked at; see `WITHOUT_CLONE3`.
     SYS_clone3,
-    SYS_epoll_create1,
     SYS_sched_getaffinity,
-    SYS_prctl one_of(0, &NEW_THREAD_PRCTL),
-    SYS_seccomp one_of(0, &SET_FILTER),
+    SYS_prctl one_of(0, &SET_NAME),
 ];
 
 /// Answered with `ENOSYS` where it is allowed, so that the C library takes `clone`, whose flags are in an argument.
@@ -286,11 +300,10 @@ const THREAD_FLAGS: u32 = (libc::CLONE_VM
     | libc::CLONE_CHILD_CLEARTID)
     .cast_unsigned();
 
-/// Its name, and what its own filter asks for.
-const NEW_THREAD_PRCTL: [u32; 2] = [
-    libc::PR_SET_NAME.cast_unsigned(),
-    libc::PR_SET_NO_NEW_PRIVS.cast_unsigned(),
-];
+const SET_NAME: [u32; 1] = [libc::PR_SET_NAME.cast_unsigned()];
+
+/// What its own filter asks for.
+const NO_NEW_PRIVS: [u32; 1] = [libc::PR_SET_NO_NEW_PRIVS.cast_unsigned()];
 
 const SET_FILTER: [u32; 1] = [libc::SECCOMP_SET_MODE_FILTER];
 
@@ -336,6 +349,8 @@ const WORKER: &[Allowed] = allow![
     SYS_pread64,
     SYS_pwrite64,
     SYS_preadv,
+    // What can be read without waiting.
+    SYS_preadv2,
     SYS_pwritev,
     SYS_fdatasync,
     SYS_fsync,
@@ -433,15 +448,16 @@ const FS_IOCTL: [u32; 6] = [
 
 /// What a kind of thread may call.
 pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> {
-    let own: [&'static [Allowed]; 6] = match kind {
-        ThreadKind::Main => [EPOLL, MAIN, WORKER, &[], &[], &[]],
-        ThreadKind::MainWithDevices => [EPOLL, MAIN, WORKER, VFIO, &[], &[]],
-        ThreadKind::MainWithCpus => [EPOLL, MAIN, WORKER, VCPU, NEW_VCPU, &[]],
-        ThreadKind::MainWithBoth => [EPOLL, MAIN, WORKER, VCPU, NEW_VCPU, VFIO],
-        ThreadKind::Vfio => [VFIO, &[], &[], &[], &[], &[]],
-        ThreadKind::Vcpu => [VCPU, &[], &[], &[], &[], &[]],
-        ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[]],
-        ThreadKind::Fs => [EPOLL, FS, &[], &[], &[], &[]],
+    let own: [&'static [Allowed]; 7] = match kind {
+        ThreadKind::Main => [EPOLL, MAIN, THREADS, WORKER, &[], &[], &[]],
+        ThreadKind::MainWithDevices => [EPOLL, MAIN, THREADS, WORKER, VFIO, &[], &[]],
+        ThreadKind::MainWithCpus => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, &[]],
+        ThreadKind::MainWithBoth => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, VFIO],
+        ThreadKind::Vfio => [VFIO, &[], &[], &[], &[], &[], &[]],
+        ThreadKind::Vcpu => [VCPU, &[], &[], &[], &[], &[], &[]],
+        ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[], &[]],
+        ThreadKind::Disk => [EPOLL, WORKER, THREADS, &[], &[], &[], &[]],
+        ThreadKind::Fs => [EPOLL, FS, &[], &[], &[], &[], &[]],
     };
     EVERY.iter().chain(own.into_iter().flatten())
 }
@@ -499,17 +515,20 @@ mod tests {
     }
 
     #[test]
-    fn only_the_control_loop_starts_threads_and_nothing_starts_a_process_or_a_namespace() {
-        let own = [
-            libc::SYS_clone,
-            libc::SYS_clone3,
-            libc::SYS_prctl,
-            libc::SYS_seccomp,
-            libc::SYS_epoll_create1,
-        ];
+    fn who_has_helpers_starts_threads_like_itself_and_nothing_starts_a_process_or_a_namespace() {
+        let starts = [libc::SYS_clone, libc::SYS_clone3, libc::SYS_prctl];
+        // To start one of another kind.
+        let confines = [libc::SYS_seccomp, libc::SYS_epoll_create1];
         for kind in KINDS {
-            let has = system_calls(kind).any(|call| own.contains(&call.number));
-            assert_eq!(has, kind.is_main(), "{kind:?}");
+            let has = |calls: &[libc::c_long]| {
+                system_calls(kind).any(|call| calls.contains(&call.number))
+            };
+            assert_eq!(
+                has(&starts),
+                kind.is_main() || kind.has_helpers(),
+                "{kind:?}"
+            );
+            assert_eq!(has(&confines), kind.is_main(), "{kind:?}");
         }
         let spaces = libc::CLONE_NEWUSER
             | libc::CLONE_NEWNS
@@ -523,7 +542,7 @@ mod tests {
             assert_ne!(flags & libc::CLONE_THREAD.cast_unsigned(), 0);
         }
         for call in system_calls(ThreadKind::Main).filter(|call| call.number == libc::SYS_prctl) {
-            assert!(matches!(call.when, When::OneOf(0, [15, 38])));
+            assert!(matches!(call.when, When::OneOf(0, [15] | [38])));
         }
     }
 

@@ -55,7 +55,7 @@ fn chain(
 ) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
     let list = compile(system_calls(kind), mismatch)?;
     Ok(match kind {
-        kind if kind.is_main() => vec![without_clone3()?, list],
+        kind if kind.is_main() || kind.has_helpers() => vec![without_clone3()?, list],
         _ => vec![list],
     })
 }
@@ -121,7 +121,7 @@ pub(super) fn programs(
     for mismatch in [SeccompAction::KillProcess, SeccompAction::Trap] {
         let own = chain(kind, mismatch.clone())?;
         let starters: &[ThreadKind] = match kind {
-            ThreadKind::Worker => &LOOPS,
+            ThreadKind::Worker | ThreadKind::Disk => &LOOPS,
             ThreadKind::Vfio => &[ThreadKind::MainWithDevices, ThreadKind::MainWithBoth],
             ThreadKind::Vcpu => &[ThreadKind::MainWithCpus, ThreadKind::MainWithBoth],
             // A VM's control loop has one of these lists.
@@ -360,6 +360,15 @@ mod tests {
             });
             let _ = thread.join();
         }));
+        // One that helps is as the one that it helps.
+        assert!(survives(ThreadKind::Disk, || {
+            let thread = std::thread::spawn(|| bare(libc::SYS_fdatasync, usize::MAX, 0, 0));
+            thread.join().unwrap();
+        }));
+        assert!(!survives(ThreadKind::Disk, || {
+            let thread = std::thread::spawn(|| bare(libc::SYS_epoll_create1, 0, 0, 0));
+            let _ = thread.join();
+        }));
         // A process, and a thread in a namespace.
         assert!(!survives(ThreadKind::Main, || bare(
             libc::SYS_clone,
@@ -429,6 +438,7 @@ mod tests {
             ThreadKind::Main,
             ThreadKind::Vcpu,
             ThreadKind::Worker,
+            ThreadKind::Disk,
             ThreadKind::Fs,
         ] {
             assert!(!survives(kind, || bare(libc::SYS_socket, 1, 1, 0)));

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use virtio_queue::DescriptorChain;
@@ -59,8 +60,8 @@ impl<'m> Chain<'m> {
     ///
     /// # Errors
     /// If it breaks a rule of the specification.
-    pub fn parse(
-        descriptors: DescriptorChain<&'m GuestMemoryMmap>,
+    pub fn parse<M: Clone + Deref<Target = GuestMemoryMmap>>(
+        descriptors: DescriptorChain<M>,
         memory: &'m GuestMemoryMmap,
     ) -> Result<Self, ChainError> {
         let mut chain = Chain {
@@ -295,6 +296,27 @@ impl<'m> Buffers<'m> {
             )
         };
         self.advance(result)
+    }
+
+    /// `preadv2` with `RWF_NOWAIT`: as [`Self::read_at`], what can be had without waiting.
+    ///
+    /// # Errors
+    /// What the system call says: `EAGAIN`, or that the file has no such thing.
+    pub fn read_now(&mut self, fd: BorrowedFd<'_>, offset: i64) -> io::Result<usize> {
+        let vectors = self.vectors(usize::MAX);
+        // SAFETY: as in `read_from`. The offset's upper half is looked at on 32-bit machines alone.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_preadv2,
+                fd.as_raw_fd(),
+                vectors.as_ptr(),
+                vectors.len(),
+                offset,
+                0,
+                libc::RWF_NOWAIT,
+            )
+        };
+        self.advance(isize::try_from(result).map_err(io::Error::other)?)
     }
 
     /// `pwritev`: as [`Self::write_to`], at a file offset in bytes.

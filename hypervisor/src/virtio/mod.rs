@@ -9,6 +9,7 @@ pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod fs;
+pub mod helpers;
 pub mod mem;
 pub mod net;
 pub mod pci;

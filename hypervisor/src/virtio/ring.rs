@@ -18,6 +18,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain::{Chain, ChainError};
 use super::{Activation, ActiveQueue, DeviceError, GuestMemory, Interrupt, Sources};
 
+/// A chain that nobody has read, with the memory that it is in.
+pub type Descriptors = virtio_queue::DescriptorChain<Arc<GuestMemoryMmap>>;
+
 /// One active queue of a device.
 pub struct Ring {
     active: ActiveQueue,
@@ -104,16 +107,15 @@ impl Ring {
         }
     }
 
-    /// The next available chain as virtio-queue has it, unchecked: for the fs device, whose library
-    /// reads chains itself.
+    /// The next available chain as virtio-queue has it, unchecked: for who reads it elsewhere, or more than once.
     ///
     /// # Errors
     /// If the ring breaks the rules.
-    pub fn pop_descriptors<'m>(
+    pub fn pop_descriptors(
         &mut self,
-        memory: &'m GuestMemoryMmap,
-    ) -> Result<Option<virtio_queue::DescriptorChain<&'m GuestMemoryMmap>>, DeviceError> {
-        match self.active.queue.iter(memory) {
+        memory: &Arc<GuestMemoryMmap>,
+    ) -> Result<Option<Descriptors>, DeviceError> {
+        match self.active.queue.iter(Arc::clone(memory)) {
             Ok(mut available) => Ok(available.next()),
             Err(_) => Err(self.guest(ChainError::AvailableIndex)),
         }

@@ -131,6 +131,24 @@ impl DriverQueue {
             .unwrap();
     }
 
+    /// Whether the device asks to be told of the next chain, whenever it comes (event index only).
+    pub fn wants_next_kick(&self) -> bool {
+        let at = self.used + 4 + u64::from(self.size) * 8;
+        let event: u16 = self
+            .memory
+            .memory()
+            .load(GuestAddress(at), Ordering::Acquire)
+            .unwrap();
+        event == self.next_available
+    }
+
+    /// Head of the chain that was made available last.
+    pub fn last_head(&self) -> u16 {
+        let slot = u64::from(self.next_available.wrapping_sub(1) % self.size);
+        let at = GuestAddress(self.available + 4 + slot * 2);
+        self.memory.memory().read_obj(at).unwrap()
+    }
+
     /// Entries of its table.
     pub fn size(&self) -> u16 {
         self.size

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use brig_hypervisor::control::{
-    self, Counters, DeviceConfig, DiskConfig, Event, FromVmm, NetConfig, ReplyBody, Request,
-    RequestBody, VmConfig,
+    self, Counters, DeviceConfig, DiskConfig, DiskPiece, Event, FromVmm, NetConfig, ReplyBody,
+    Request, RequestBody, VmConfig,
 };
 use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch};
 use brig_hypervisor::share::{Attributes, FileSystems, Share};
@@ -160,7 +160,7 @@ impl Machine {
         let mut disks = Vec::new();
         for (number, (file, (_, readonly))) in files.iter().zip(&boot.disks).enumerate() {
             disks.push(DiskConfig {
-                file: fds.len(),
+                pieces: vec![DiskPiece::whole(fds.len())],
                 readonly: *readonly,
                 serial: format!("disk{number}"),
                 block_size: 512,
@@ -319,7 +319,7 @@ impl Machine {
     pub fn plug_disk(&mut self, path: &Path, readonly: bool, serial: &str) -> Result<u8> {
         let file = File::options().read(true).write(!readonly).open(path)?;
         let disk = DiskConfig {
-            file: 0,
+            pieces: vec![DiskPiece::whole(0)],
             readonly,
             serial: serial.to_owned(),
             block_size: 512,

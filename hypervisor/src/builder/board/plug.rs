@@ -63,7 +63,7 @@ pub(super) enum Place {
     /// On that of quiet devices.
     Quiet,
     /// On a thread of its own, because its I/O blocks.
-    Own(&'static str),
+    Own(&'static str, ThreadKind),
 }
 
 impl Board {
@@ -90,7 +90,8 @@ impl Board {
             }
             DeviceConfig::Disk(disk) => {
                 let device = new_disk(disk, fds)?;
-                let (function, _) = self.plug_virtio(Box::new(device), Place::Own("block"))?;
+                let (function, _) =
+                    self.plug_virtio(Box::new(device), Place::Own("block", ThreadKind::Disk))?;
                 Ok(Plugging::Done(function))
             }
             DeviceConfig::Vfio(vfio) => Ok(Plugging::Later(self.prepare_passthrough(vfio, fds)?)),
@@ -118,8 +119,8 @@ impl Board {
                 let handle = self.workers[self.quiet_worker].add(slot);
                 (handle.clone(), Behind::Virtio(handle, None))
             }
-            Place::Own(thread) => {
-                let (handle, worker) = self.start_worker(thread, slot)?;
+            Place::Own(thread, kind) => {
+                let (handle, worker) = self.start_worker(thread, kind, slot)?;
                 (handle.clone(), Behind::Virtio(handle, Some(worker)))
             }
         };
@@ -149,6 +150,7 @@ impl Board {
     fn start_worker(
         &self,
         thread: &'static str,
+        kind: ThreadKind,
         slot: Slot,
     ) -> Result<(DeviceHandle, Worker), StartError> {
         let failed = |source| StartError::Thread {
@@ -159,9 +161,7 @@ impl Board {
         let (worker, mut handles) = worker::spawn(
             thread,
             vec![slot],
-            Box::new(move || {
-                seccomp::narrow(ThreadKind::Worker).map_err(|error| error.to_string())
-            }),
+            Box::new(move || seccomp::narrow(kind).map_err(|error| error.to_string())),
             Box::new(move |reason| notifier.end(exit::INTERNAL, reason)),
             self.log.new(o!("thread" => thread)),
         )

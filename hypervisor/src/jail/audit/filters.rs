@@ -117,6 +117,7 @@ pub fn kind(name: &str) -> ThreadKind {
     match name {
         "brig-vmm" => ThreadKind::Main,
         "fs" => ThreadKind::Fs,
+        "block" | "block-io" => ThreadKind::Disk,
         "vfio" => ThreadKind::Vfio,
         name if name.starts_with("vcpu") => ThreadKind::Vcpu,
         _ => ThreadKind::Worker,

@@ -8,25 +8,29 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::backend::Backend;
-use super::request::{Limits, MAX_RANGE_SECTORS, MAX_RANGES, Request, SERIAL, Status};
-use crate::virtio::ring::Ring;
-use crate::virtio::{
-    Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice,
-};
+use super::request::{Limits, MAX_RANGE_SECTORS, MAX_RANGES, SERIAL};
+use super::service::{Active, Job, NAME, Service};
+use crate::virtio::helpers::{self, Helpers};
+use crate::virtio::{Activation, ConfigSpace, DeviceError, Sources, VirtioDevice};
 
-const NAME: &str = "block";
 /// Device id (§5.2.1).
 const DEVICE_TYPE: u16 = 2;
 const QUEUE_SIZE: u16 = 256;
 const REQUESTS: u32 = 0;
-/// Requests per event.
-const BUDGET: usize = 32;
 /// Data descriptors per request that the driver is told to stay below.
 const SEG_MAX: u32 = 254;
+
+/// Requests of a disk that are in flight at once.
+const IN_FLIGHT: helpers::Limits = helpers::Limits {
+    threads: 4,
+    of_lane: 4,
+};
+
+/// Bytes of the smallest logical block.
+const MIN_BLOCK: u32 = 512;
 
 /// Feature bits (§5.2.3).
 mod feature {
@@ -50,6 +54,9 @@ pub enum BlockError {
     /// The file has no whole sector.
     #[error("a disk of less than one sector")]
     Empty,
+    /// Something is wrong with what it is made of.
+    #[error("a disk of pieces: {0}")]
+    Pieces(String),
     /// The size of its blocks is none.
     #[error("a disk with blocks of {0} bytes: 512 to 4096 are possible")]
     Blocks(u32),
@@ -76,18 +83,11 @@ impl ConfigSpace for Config {
     }
 }
 
-struct Active {
-    memory: GuestMemory,
-    interrupt: Arc<dyn Interrupt>,
-    ring: Ring,
-}
-
 /// A disk.
 pub struct Block {
-    backend: Backend,
-    limits: Limits,
+    service: Arc<Service>,
     config: Arc<Config>,
-    active: Option<Active>,
+    helpers: Option<Helpers<Job>>,
 }
 
 impl Block {
@@ -101,71 +101,71 @@ impl Block {
         serial: &str,
         block_size: u32,
     ) -> Result<Self, BlockError> {
-        if !block_size.is_power_of_two() || !(512..=4096).contains(&block_size) {
+        let backend = Backend::new(file, padded(serial)?);
+        Self::over(backend, readonly, block_size)
+    }
+
+    /// A read-only disk of files with the bytes that each has on it.
+    ///
+    /// # Errors
+    /// As of [`Self::new`]; a length that is not the file's size rounded up.
+    pub fn of_pieces(files: Vec<(OwnedFd, u64)>, serial: &str) -> Result<Self, BlockError> {
+        let backend = Backend::of_pieces(files, padded(serial)?);
+        let backend = backend.map_err(|error| BlockError::Pieces(error.to_string()))?;
+        Self::over(backend, true, MIN_BLOCK)
+    }
+
+    fn over(backend: Backend, readonly: bool, block_size: u32) -> Result<Self, BlockError> {
+        if !block_size.is_power_of_two() || !(MIN_BLOCK..=4096).contains(&block_size) {
             return Err(BlockError::Blocks(block_size));
         }
-        let mut padded = [0; SERIAL];
-        padded
-            .get_mut(..serial.len())
-            .ok_or(BlockError::Serial(serial.len()))?
-            .copy_from_slice(serial.as_bytes());
-        let backend = Backend::new(file, padded);
         let sectors = backend.sectors().map_err(BlockError::Size)?;
         if sectors == 0 {
             return Err(BlockError::Empty);
         }
         Ok(Self {
-            backend,
-            limits: Limits { sectors, readonly },
+            service: Arc::new(Service::new(backend, Limits { sectors, readonly })),
             config: Arc::new(Config {
                 capacity: AtomicU64::new(sectors),
                 generation: AtomicU8::new(0),
                 bytes: configuration(block_size),
             }),
-            active: None,
+            helpers: None,
         })
     }
 
-    fn serve(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_mut() else {
-            return Ok(());
-        };
-        let memory = active.memory.memory();
-        active.ring.disable_kick(&memory)?;
-        active
-            .ring
-            .drain(&memory, &*active.interrupt, BUDGET, |chain| {
-                let request =
-                    Request::parse(chain, self.limits).map_err(|_| DeviceError::Guest {
-                        device: NAME,
-                        reason: "a request has no status byte".to_owned(),
-                    })?;
-                Ok(complete(&self.backend, request))
-            })
-            .map(drop)
+    /// With threads for what takes its time, which are started when there is such a thing. Without, the worker does
+    /// everything.
+    #[must_use]
+    pub fn with_helpers(mut self) -> Self {
+        let service = Arc::clone(&self.service);
+        self.helpers = Some(Helpers::new(
+            "block-io",
+            IN_FLIGHT,
+            || (),
+            move |job| service.help(job),
+        ));
+        self
+    }
+
+    /// A flush waits at the gate.
+    #[cfg(test)]
+    pub fn gated(mut self, gate: Arc<std::sync::Barrier>) -> Self {
+        if let Some(service) = Arc::get_mut(&mut self.service) {
+            service.set_gate(gate);
+        }
+        self
     }
 }
 
-/// Runs a request and writes its status; the head of its chain and the bytes written.
-fn complete(backend: &Backend, request: Request<'_>) -> (u16, u32) {
-    let Request {
-        head,
-        operation,
-        readable,
-        writable,
-        mut status,
-    } = request;
-    let (outcome, written) = match operation {
-        Ok(operation) => backend.run(&operation, readable, writable),
-        Err(status) => (status, 0),
-    };
-    status.copy_from(&[match outcome {
-        Status::Ok => 0,
-        Status::IoError => 1,
-        Status::Unsupported => 2,
-    }]);
-    // Bounded by the largest request.
-    (head, u32::try_from(written + 1).unwrap_or(1))
+/// A serial number as the guest reads it.
+fn padded(serial: &str) -> Result<[u8; SERIAL], BlockError> {
+    let mut padded = [0; SERIAL];
+    padded
+        .get_mut(..serial.len())
+        .ok_or(BlockError::Serial(serial.len()))?
+        .copy_from_slice(serial.as_bytes());
+    Ok(padded)
 }
 
 /// `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
@@ -204,7 +204,7 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let changes = if self.limits.readonly {
+        let changes = if self.service.limits().readonly {
             feature::RO
         } else {
             feature::DISCARD | feature::WRITE_ZEROES
@@ -232,7 +232,7 @@ impl VirtioDevice for Block {
     ) -> Result<(), DeviceError> {
         let opened = activation.open(NAME, sources)?;
         let [ring] = opened.rings;
-        self.active = Some(Active {
+        self.service.activate(Active {
             memory: opened.memory,
             interrupt: opened.interrupt,
             ring,
@@ -247,34 +247,27 @@ impl VirtioDevice for Block {
         _sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
         if token == REQUESTS {
-            self.serve()?;
+            self.service.serve(self.helpers.as_ref())?;
         }
         Ok(())
     }
 
     fn refresh(&mut self) -> Result<(), DeviceError> {
-        let host = |source| DeviceError::Host {
-            device: NAME,
-            source,
-        };
         // One that is gone has no size: what the guest asks of it then fails by itself.
-        let sectors = self.backend.sectors().unwrap_or(0);
-        if sectors == self.limits.sectors {
+        let sectors = self.service.backend().sectors().unwrap_or(0);
+        if sectors == self.service.limits().sectors {
             return Ok(());
         }
-        self.limits.sectors = sectors;
         self.config.capacity.store(sectors, Ordering::SeqCst);
         self.config.generation.fetch_add(1, Ordering::SeqCst);
-        match &self.active {
-            Some(active) => active.interrupt.config().map_err(host),
-            None => Ok(()),
-        }
+        self.service.resize(sectors)
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
-        // Nothing is in flight: an operation has ended when `serve` returns.
-        if let Some(active) = self.active.take() {
-            active.ring.release(sources);
+        if let Some(helpers) = &self.helpers {
+            // The driver has given up what nobody has begun.
+            drop(helpers.settle());
         }
+        self.service.deactivate(sources);
     }
 }

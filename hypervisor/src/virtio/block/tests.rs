@@ -2,7 +2,10 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
@@ -27,6 +30,10 @@ impl Disk {
         let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
         file.write_all(&bytes).unwrap();
         let device = Block::new(file.try_clone().unwrap().into(), readonly, "disk-1", 512).unwrap();
+        Self::over(device, file)
+    }
+
+    fn over(device: Block, file: File) -> Self {
         let mut harness = Harness::new(device);
         let features = harness.device.features();
         harness.activate(features);
@@ -339,7 +346,236 @@ fn a_block_has_the_size_that_was_asked_for() {
     }
 }
 
+/// A disk of 256 sectors with helpers, a flush of which waits at the gate if there is one.
+fn helped(gate: Option<&Arc<Barrier>>) -> Disk {
+    let mut file = tempfile::tempfile().unwrap();
+    let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
+    file.write_all(&bytes).unwrap();
+    let mut device = Block::new(file.try_clone().unwrap().into(), false, "helped", 512).unwrap();
+    if let Some(gate) = gate {
+        device = device.gated(Arc::clone(gate));
+    }
+    Disk::over(device.with_helpers(), file)
+}
+
+impl Disk {
+    /// Adds a request with its own header and status, at most 60 of them; returns where its status is.
+    fn add(&mut self, number: u64, kind: u32, sector: u64, parts: &[Part]) -> u64 {
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        let at = self.page + number * 64;
+        self.harness.write(at, &header);
+        self.harness.write(at + 32, &[0xee]);
+        let mut all = vec![(at, 16, false)];
+        all.extend(parts);
+        all.push((at + 32, 1, true));
+        self.harness.queues[0].add(&all);
+        at + 32
+    }
+
+    /// Serves until so many requests were returned; false when they are not in time.
+    fn returned(&mut self, wanted: usize) -> bool {
+        let end = Instant::now() + Duration::from_secs(20);
+        let mut returned = 0;
+        while Instant::now() < end {
+            self.harness.step(5).unwrap();
+            returned += self.harness.queues[0].used().len();
+            if returned == wanted {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+#[test]
+fn requests_that_take_their_time_are_in_flight_together_and_hold_no_read_up() {
+    let gate = Arc::new(Barrier::new(3));
+    let mut disk = helped(Some(&gate));
+    let data = disk.data;
+    let first = disk.add(0, 4, 0, &[]);
+    let second = disk.add(1, 4, 0, &[]);
+    while disk.harness.step(5).unwrap() > 0 {}
+    // Both wait at the gate, and what is in memory is read all the same: the driver says that it has come.
+    assert!(disk.harness.queues[0].wants_next_kick());
+    let read = disk.add(2, 0, 7, &[(data, 512, true)]);
+    assert!(disk.returned(1));
+    assert_eq!(disk.harness.read(read, 1), [OK]);
+    assert_eq!(disk.harness.read(data, 512), [7; 512]);
+    assert_eq!(disk.harness.read(first, 1), [0xee]);
+    gate.wait();
+    assert!(disk.returned(2));
+    assert_eq!(disk.harness.read(first, 1), [OK]);
+    assert_eq!(disk.harness.read(second, 1), [OK]);
+}
+
+#[test]
+fn a_deactivation_waits_for_what_is_in_flight() {
+    let gate = Arc::new(Barrier::new(2));
+    let mut disk = helped(Some(&gate));
+    let status = disk.add(0, 4, 0, &[]);
+    while disk.harness.step(5).unwrap() > 0 {}
+    let opener = Arc::clone(&gate);
+    let opened = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        opener.wait();
+    });
+    disk.harness.deactivate();
+    assert_eq!(disk.harness.read(status, 1), [OK]);
+    opened.join().unwrap();
+}
+
+#[test]
+fn a_request_that_is_changed_after_it_was_taken_is_judged_as_it_is_when_it_is_done() {
+    let gate = Arc::new(Barrier::new(5));
+    let mut disk = helped(Some(&gate));
+    let (page, data) = (disk.page, disk.data);
+    for number in 0..4 {
+        disk.add(number, 4, 0, &[]);
+    }
+    // All helpers wait at the gate, so this one waits for them.
+    disk.add(4, 1, 0, &[(data, 512, false)]);
+    let head = disk.harness.queues[0].last_head();
+    while disk.harness.step(5).unwrap() > 0 {}
+    disk.harness.queues[0].raw_descriptor(head, page, 16, 0, 0);
+    gate.wait();
+    let end = Instant::now() + Duration::from_secs(20);
+    let error = loop {
+        assert!(Instant::now() < end, "nobody told");
+        if let Err(error) = disk.harness.step(5) {
+            break error;
+        }
+    };
+    assert!(matches!(error, DeviceError::Guest { .. }));
+    disk.harness.deactivate();
+    assert_eq!(disk.sector(0), [0; 512]);
+}
+
+#[test]
+fn a_driver_that_asks_for_more_at_once_than_there_are_descriptors_is_stopped() {
+    let gate = Arc::new(Barrier::new(5));
+    let mut disk = helped(Some(&gate));
+    disk.add(0, 4, 0, &[]);
+    let head = disk.harness.queues[0].last_head();
+    let size = usize::from(disk.harness.queues[0].size());
+    let mut stopped = false;
+    // The same descriptors again and again.
+    for _ in 0..4 * size {
+        disk.harness.queues[0].make_available(head);
+        disk.harness.queues[0].kick();
+        stopped |= disk.harness.step(5).is_err();
+        if stopped {
+            break;
+        }
+    }
+    assert!(stopped);
+    gate.wait();
+    disk.harness.deactivate();
+}
+
+/// A file of so many bytes, each telling the file and its place.
+fn piece(number: u8, size: usize) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&content(number, size)).unwrap();
+    file
+}
+
+fn content(number: u8, size: usize) -> Vec<u8> {
+    let byte = |at: usize| u8::try_from(at % 251).unwrap().wrapping_add(number);
+    (0..size).map(byte).collect()
+}
+
+#[test]
+fn pieces_must_have_the_lengths_that_they_are_said_to_have() {
+    let of = |length| Block::of_pieces(vec![(piece(1, 5000).into(), length)], "");
+    assert!(of(8192).is_ok());
+    for wrong in [0, 4096, 5000, 12288, u64::MAX, u64::MAX - 4095] {
+        assert!(matches!(of(wrong), Err(BlockError::Pieces(_))), "{wrong}");
+    }
+    assert!(matches!(
+        Block::of_pieces(Vec::new(), ""),
+        Err(BlockError::Pieces(_))
+    ));
+}
+
 proptest! {
+    /// Whatever is asked for at once, all of it is done, and each sector has what was written to it.
+    #[test]
+    fn nothing_is_lost_or_mixed_up_among_helpers(
+        rounds in prop::collection::vec(prop::collection::vec((0u32..3, 0u64..60), 1..50), 1..6),
+    ) {
+        let mut disk = helped(None);
+        let data = disk.data;
+        let mut model: Vec<u8> = (0..=255).collect();
+        for (round, requests) in (1u8..).zip(rounds) {
+            let mut seen = std::collections::BTreeSet::new();
+            let mut added = Vec::new();
+            for (number, (kind, sector)) in (0u64..).zip(requests) {
+                // Two of one round for a sector have no order.
+                if !seen.insert(sector) {
+                    continue;
+                }
+                let at = data + number * 512;
+                let byte = u8::try_from(sector).unwrap().wrapping_mul(3).wrapping_add(round);
+                disk.harness.write(at, &[byte; 512]);
+                let status = match kind {
+                    0 => disk.add(number, 0, sector, &[(at, 512, true)]),
+                    1 => disk.add(number, 1, sector, &[(at, 512, false)]),
+                    _ => disk.add(number, 4, 0, &[]),
+                };
+                if kind == 1 {
+                    model[usize::try_from(sector).unwrap()] = byte;
+                }
+                added.push((kind, sector, at, status));
+            }
+            prop_assert!(disk.returned(added.len()));
+            for (kind, sector, at, status) in added {
+                prop_assert_eq!(disk.harness.read(status, 1), [OK]);
+                if kind == 0 {
+                    let wanted = [model[usize::try_from(sector).unwrap()]; 512];
+                    prop_assert_eq!(disk.harness.read(at, 512), wanted);
+                }
+            }
+        }
+        for (sector, byte) in (0u64..).zip(&model) {
+            prop_assert_eq!(disk.sector(sector), [*byte; 512]);
+        }
+    }
+
+    /// A disk of pieces reads as the files one behind the other, each filled up with zeros, and changes none.
+    #[test]
+    fn pieces_read_as_one_disk(
+        sizes in prop::collection::vec(1usize..20_000, 1..6),
+        reads in prop::collection::vec((0u64..200, 1u32..60), 1..8),
+    ) {
+        let mut model = Vec::new();
+        let mut files = Vec::new();
+        for (number, size) in (0u8..).zip(&sizes) {
+            model.extend(content(number, *size));
+            model.resize(model.len().next_multiple_of(4096), 0);
+            let length = u64::try_from(size.next_multiple_of(4096)).unwrap();
+            files.push((OwnedFd::from(piece(number, *size)), length));
+        }
+        let device = Block::of_pieces(files, "layers").unwrap();
+        let mut disk = Disk::over(device, tempfile::tempfile().unwrap());
+        let data = disk.data;
+        for (sector, count) in reads {
+            disk.harness.write(data, &vec![0xee; 60 * 512]);
+            let (status, _) = disk.request(0, sector, &[(data, 512, true), (data + 512, (count - 1) * 512, true)][..if count > 1 { 2 } else { 1 }]);
+            let range = usize::try_from(sector * 512).unwrap()..usize::try_from((sector + u64::from(count)) * 512).unwrap();
+            match model.get(range) {
+                Some(wanted) => {
+                    prop_assert_eq!(status, OK);
+                    prop_assert_eq!(disk.harness.read(data, wanted.len()), wanted);
+                }
+                None => prop_assert_eq!(status, IOERR),
+            }
+        }
+        prop_assert_eq!(disk.request(1, 0, &[(data, 512, false)]).0, IOERR);
+        prop_assert_eq!(disk.ranges(11, &[(0, 8, 0)]), IOERR);
+    }
+
     /// No request changes anything beyond the sectors it names or the size of the file.
     #[test]
     fn requests_stay_on_the_disk(

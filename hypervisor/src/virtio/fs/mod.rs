@@ -24,12 +24,11 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
-use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::chain::Chain;
-use super::ring::Ring;
+use super::ring::{Descriptors, Ring};
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
 use requests::Session;
 use served::Served;
@@ -263,7 +262,7 @@ struct Answerer<'a> {
 
 impl Active {
     fn requests(&mut self, answerer: &Answerer<'_>) -> Result<(), DeviceError> {
-        let memory = self.memory.memory();
+        let memory = self.memory.memory().into_inner();
         if !std::mem::replace(&mut self.busy, true) {
             self.hiprio.disable_kick(&memory)?;
         }
@@ -299,7 +298,7 @@ impl Active {
     fn some_forgets(
         &mut self,
         answerer: &Answerer<'_>,
-        memory: &GuestMemoryMmap,
+        memory: &Arc<GuestMemoryMmap>,
     ) -> Result<bool, DeviceError> {
         for _ in 0..BATCH {
             let Some(descriptors) = self.hiprio.pop_descriptors(memory)? else {
@@ -317,7 +316,7 @@ impl Active {
             // The last one that the guest was asked to tell of.
             return Ok(());
         }
-        let memory = self.memory.memory();
+        let memory = self.memory.memory().into_inner();
         self.hiprio.disable_kick(&memory)?;
         loop {
             if self.some_forgets(answerer, &memory)? {
@@ -357,7 +356,7 @@ impl Answerer<'_> {
         &self,
         ring: &mut Ring,
         memory: &GuestMemoryMmap,
-        descriptors: DescriptorChain<&GuestMemoryMmap>,
+        descriptors: Descriptors,
     ) -> Result<Option<Waits>, DeviceError> {
         let head = descriptors.head_index();
         // Checked once as a whole: the library stops at a broken link as if it were the end.
@@ -369,13 +368,9 @@ impl Answerer<'_> {
     }
 
     /// Serves one request; the bytes of its reply, 0 for none, and who waits for it. None for what is no request.
-    fn answer(
-        &self,
-        memory: &GuestMemoryMmap,
-        descriptors: DescriptorChain<&GuestMemoryMmap>,
-    ) -> Option<(u32, Waits)> {
-        let read = |from| Reader::from_descriptor_chain::<&GuestMemoryMmap>(memory, from);
-        let writer = VirtioFsWriter::new::<&GuestMemoryMmap>(memory, descriptors.clone());
+    fn answer(&self, memory: &GuestMemoryMmap, descriptors: Descriptors) -> Option<(u32, Waits)> {
+        let read = |from| Reader::from_descriptor_chain::<Arc<GuestMemoryMmap>>(memory, from);
+        let writer = VirtioFsWriter::new::<Arc<GuestMemoryMmap>>(memory, descriptors.clone());
         // A buffer over the end of a region of RAM: no driver does that.
         let (mut reader, writer) = (read(descriptors.clone()).ok()?, writer.ok()?);
         // Too short for a header: there is nobody to answer.

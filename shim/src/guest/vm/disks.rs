@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Weak};
 
-use brig_hypervisor::control::{DeviceConfig, DiskConfig, RequestBody};
+use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece, RequestBody};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
@@ -78,7 +78,7 @@ impl Vm {
             opened.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
         let (major, minor) = numbers;
         let config = DiskConfig {
-            file: 0,
+            pieces: vec![DiskPiece::whole(0)],
             readonly: opened.readonly,
             serial: format!("{major}:{minor}"),
             block_size: opened.block_size,
