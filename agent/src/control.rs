@@ -18,8 +18,8 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::given;
 use crate::spec::{IdMapping, Process, Seccomp, Spec};
+use crate::{given, root_disks};
 
 /// Descriptor of the helper's end of the message socket.
 pub const CONTROL_FD: i32 = 3;
@@ -55,6 +55,8 @@ pub struct Create {
     pub share: PathBuf,
     /// Path of the root file system under the share.
     pub rootfs: String,
+    /// The mounts of one that is on disks, the last being the root; else empty.
+    pub root: Vec<root_disks::Mount>,
     /// What bind mounts show, by index into `spec.mounts`.
     pub mount_sources: BTreeMap<u32, MountSource>,
     /// Where the sandbox's volumes are.

@@ -44,6 +44,7 @@ mod places;
 mod process;
 mod readiness;
 mod reaper;
+mod root_disks;
 mod sandbox;
 mod serve;
 mod server;

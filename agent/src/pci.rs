@@ -22,6 +22,8 @@ use crate::{
 const MAX_WAIT: Duration = Duration::from_secs(600);
 /// For a device of which no module answers: a driver of the kernel's own takes it while the bus is scanned, or soon after.
 const WITHOUT_MODULE: Duration = Duration::from_secs(3);
+/// The longest wait for a disk that is still mounted somewhere.
+const MAX_RELEASE: Duration = Duration::from_secs(10);
 /// Between two looks; a link in sysfs has nothing to wait on.
 const LOOK: Duration = Duration::from_millis(5);
 /// Deepest directory below a device that is looked into: a partition of a disk of an NVMe is four down.
@@ -120,18 +122,43 @@ async fn load_driver(directory: PathBuf, has_driver: bool) -> std::result::Resul
     loaded.await.map_err(|e| e.to_string())?
 }
 
-/// Takes the device of a function from its driver and off the bus.
+/// Takes the device of a function from its driver and off the bus. A disk is first waited for: what was mounted of it
+/// is given up a moment after the last process that saw it has gone.
 ///
 /// # Errors
 /// `Internal`. One that is not there is none.
 pub async fn remove(function: u32) -> Result<()> {
     let (name, directory) = place(function)?;
+    if let Ok(nodes) = nodes(function).await
+        && let Some(disk) = nodes.iter().find(|node| node.block)
+    {
+        let (path, deadline) = (
+            Path::new("/dev").join(&disk.name),
+            Instant::now() + MAX_RELEASE,
+        );
+        loop {
+            let path = path.clone();
+            let held = tokio::task::spawn_blocking(move || is_held(&path)).await;
+            if !matches!(held, Ok(true)) || Instant::now() >= deadline {
+                break;
+            }
+            sleep(LOOK).await;
+        }
+    }
     match write(directory.join("remove")).await {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format_args!("removing PCI device {name}"), error))
         }
         _ => Ok(()),
     }
+}
+
+/// Whether a disk, or a part of it, is mounted or otherwise one user's alone.
+fn is_held(disk: &Path) -> bool {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = fs::OpenOptions::new();
+    let opened = options.read(true).custom_flags(libc::O_EXCL).open(disk);
+    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// Drivers take their time in both: never on the agent's own thread.

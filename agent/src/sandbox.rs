@@ -20,7 +20,7 @@ use crate::{
     error::{Error, Result},
     given::{self, Given},
     huge_pages::Reservation,
-    inherited, names,
+    inherited, names, root_disks,
     spec::{self, Spec},
     stdio::ChildEnds,
     submounts::Entered,
@@ -43,10 +43,11 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     let mut given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
     let mut mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
     mount_sources.extend(bundled::apply(&mut spec, &mut given, &request.devices).await?);
+    let root = root_disks::resolve(&request.root, &request.root_disks).await?;
     validate::spec(&spec)?;
     context.claim(&request.id)?;
     let id = request.id.clone();
-    let outcome = build(context, request, (spec, given), mount_sources).await;
+    let outcome = build(context, request, (spec, given, root), mount_sources).await;
     match &outcome {
         Ok(pid) => {
             slog::info!(context.logger, "container created"; "container" => &id, "pid" => pid)
@@ -62,7 +63,7 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
 async fn build(
     context: &Arc<Context>,
     request: agent::CreateContainerRequest,
-    (spec, given): (Spec, Given),
+    (spec, given, root): (Spec, Given, Vec<root_disks::Mount>),
     mount_sources: BTreeMap<u32, MountSource>,
 ) -> Result<u32> {
     let id = request.id;
@@ -108,6 +109,7 @@ async fn build(
         root_mount,
         share: context.places.share.clone(),
         rootfs: request.rootfs,
+        root,
         mount_sources,
         volumes: volume::directory(&context.places.run),
         given: given.nodes,

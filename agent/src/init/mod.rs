@@ -7,6 +7,7 @@ mod agent;
 mod caps;
 mod devices;
 mod failure;
+mod file_system;
 mod filter;
 mod guest_devices;
 mod holder;
@@ -20,6 +21,7 @@ mod options;
 mod place;
 mod process;
 mod root;
+mod root_mounts;
 mod sched;
 mod seccomp;
 mod shared_pids;
@@ -113,6 +115,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     let ids = Ids::new(&spec.linux.uid_mappings, &spec.linux.gid_mappings);
     let maps = mapped::Maps::prepare(create)?;
     let shared_pids = SharedPids::open(create)?;
+    let root_disks = root_mounts::open_disks(create)?;
     let mut user_namespace = namespaces::prepare(spec)?;
     let mut prepared = BTreeMap::new();
     // A pid namespace of others is entered later, when there is nothing of the guest to be seen.
@@ -137,7 +140,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     // Before the mounts become private: a copy of a shared one hears of what is mounted below it.
     prepared.append(&mut mounts::clone_volumes(create)?);
-    let container_root = root::Root::prepare(create, &ids)?;
+    let container_root = root::Root::prepare(create, &ids, root_disks)?;
     let needs_devices = mounts::mount_all(create, &container_root, prepared, (&ids, &maps))?;
     if needs_devices {
         devices::make(agent, &container_root, (&spec.linux, &create.given), &ids)?;

@@ -25,6 +25,7 @@ use super::{
     idmap::Ids,
     mapped, options,
     place::{self, Last, Place},
+    root_mounts,
 };
 use crate::{
     control::Create,
@@ -53,10 +54,15 @@ pub enum Missing {
 
 impl Root {
     /// In the child's new mount namespace: attaches the root file system at the agent's place for it.
-    pub fn prepare(create: &Create, ids: &Ids) -> Result<Self> {
+    /// `disks` are those that it is on, if it is.
+    pub fn prepare(create: &Create, ids: &Ids, disks: Vec<Option<OwnedFd>>) -> Result<Self> {
         make_private()?;
-        let tree = clone_from_share(&create.share, &create.rootfs, true)
-            .during(format_args!("{} in the share", create.rootfs))?;
+        let tree = if create.root.is_empty() {
+            clone_from_share(&create.share, &create.rootfs, true)
+                .during(format_args!("{} in the share", create.rootfs))?
+        } else {
+            root_mounts::assemble(create, disks)?
+        };
         Self::attach(&tree, &create.root_mount, ids.root()?)
     }
 

@@ -20,7 +20,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::{
     failure::{Context as _, Failure, Result},
-    mounts,
+    file_system, mounts,
     namespaces::Cgroups,
     options::Options,
     root::Root,
@@ -93,7 +93,7 @@ impl SharedPids {
     fn maker(&self, mount: &Mount, options: &Options, socket: BorrowedFd<'_>) -> ! {
         let outcome = self.forked_inside(socket).and_then(|inside| match inside {
             true => {
-                let tree = mounts::new_file_system(mount, options)?;
+                let tree = file_system::new_file_system(mount, options)?;
                 control::send_fd(socket, b"made", tree.as_fd()).during("handing it over")
             }
             false => Ok(()),

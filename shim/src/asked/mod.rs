@@ -4,5 +4,6 @@
 
 pub mod config;
 pub mod pod_name;
+pub mod rootfs;
 pub mod sandbox_config;
 pub mod spec;

@@ -66,6 +66,18 @@ fn place(numbers: Numbers) -> Result<PathBuf> {
 /// # Errors
 /// `InvalidArgument` for one that is not there or has nothing in it, `FailedPrecondition` for one that cannot be opened.
 pub fn open(numbers: Numbers, write: bool) -> Result<Opened> {
+    open_with(numbers, write, OFlag::empty())
+}
+
+/// As [`open`], so that nobody else mounts it as long as it is open.
+///
+/// # Errors
+/// As of [`open`]; one that is mounted or otherwise in use on the node.
+pub fn open_alone(numbers: Numbers, write: bool) -> Result<Opened> {
+    open_with(numbers, write, OFlag::O_EXCL)
+}
+
+fn open_with(numbers: Numbers, write: bool, how: OFlag) -> Result<Opened> {
     let path = place(numbers)?;
     let (major, minor) = numbers;
     let what = format!(
@@ -76,20 +88,18 @@ pub fn open(numbers: Numbers, write: bool) -> Result<Opened> {
         let message = format!("{what} cannot be given to the pod: {error}{fix}");
         Error::new(Kind::FailedPrecondition, message)
     };
-    let (file, readonly) = match open_sealed(&path, OFlag::O_RDWR) {
+    let (file, readonly) = match open_sealed(&path, OFlag::O_RDWR | how) {
         Ok(file) if write => (file, false),
         Err(error) if write && !is_readonly(&error) => {
             let fix = match error.raw_os_error() {
-                Some(libc::EBUSY) => {
-                    "; it is in use on the node, and its kernel allows no second writer"
-                }
+                Some(libc::EBUSY) => "; it is mounted or otherwise in use on the node",
                 Some(libc::ENXIO | libc::ENOMEDIUM) => "; attach something to it first",
                 _ => "",
             };
             return Err(failed(error, fix));
         }
         _ => {
-            let opened = open_sealed(&path, OFlag::O_RDONLY);
+            let opened = open_sealed(&path, OFlag::O_RDONLY | how);
             (opened.map_err(|error| failed(error, ""))?, true)
         }
     };

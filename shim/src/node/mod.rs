@@ -6,6 +6,7 @@ pub mod collector;
 pub mod disk;
 pub mod hooks;
 pub mod identity;
+pub mod image;
 pub mod journal;
 pub mod network;
 pub mod remains;

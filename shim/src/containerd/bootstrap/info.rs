@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 /// The type containerd registers for the features document.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
+/// What containerd (2.2 and later) leaves to the shim of a root file system's mounts.
+const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
+
 /// The features document (runtime-spec features.md).
 #[must_use]
 pub fn features() -> serde_json::Value {
@@ -77,6 +80,8 @@ pub fn encode(stdin: &[u8]) -> Result<Vec<u8>> {
             value: features().to_string().into_bytes(),
             ..Any::default()
         }),
+        // Such mounts of a root file system reach Create as they are: a guest makes them.
+        annotations: [(ALLOW_MOUNTS.to_owned(), "mkdir/*,format/*,erofs".to_owned())].into(),
         options: options.into(),
         ..RuntimeInfo::default()
     }

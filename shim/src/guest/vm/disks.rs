@@ -19,7 +19,7 @@ use tokio::sync::Mutex;
 
 use super::Vm;
 use super::control::Control;
-use super::held_disks::{Disk, Disks, Held, Watch};
+use super::held_disks::{Disk, Disks, Held, Root, Watch};
 use crate::error::{Error, Result};
 use crate::node::disk::{self, Numbers};
 use crate::node::watched::watched;
@@ -99,6 +99,32 @@ impl Vm {
         })
     }
 
+    /// Plugs a disk that a root file system is on, unless the guest has one of the same files; its function.
+    pub(super) async fn hold_root(
+        &self,
+        files: Option<Vec<(u64, u64)>>,
+        device: DeviceConfig,
+        fds: Vec<OwnedFd>,
+        owner: &str,
+    ) -> Result<u8> {
+        let mut disks = self.disks.lock().await;
+        let mut roots = disks.roots.iter_mut();
+        if let Some(root) = roots.find(|root| files.is_some() && root.files == files) {
+            root.owners.insert(owner.to_owned());
+            return Ok(root.function);
+        }
+        let (function, _) = self.plug_and_find(device, fds).await.map_err(|error| {
+            let message = format!("a disk of the root file system: {}", error.message);
+            Error::new(error.kind, message)
+        })?;
+        disks.roots.push(Root {
+            files,
+            function,
+            owners: BTreeSet::from([owner.to_owned()]),
+        });
+        Ok(function)
+    }
+
     /// Takes the disks of a container back that no other has. With the VM they are back by themselves.
     pub async fn take_disks(&self, owner: &str, logger: &Logger) {
         let mut disks = self.disks.lock().await;
@@ -113,6 +139,12 @@ impl Vm {
         if disks.held.is_empty() {
             disks.watch = None;
         }
+        disks.roots.retain_mut(|root| {
+            if root.owners.remove(owner) && root.owners.is_empty() {
+                free.push(root.function);
+            }
+            !root.owners.is_empty()
+        });
         if self.death().is_some() {
             return;
         }

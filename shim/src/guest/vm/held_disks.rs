@@ -10,6 +10,7 @@ use crate::node::disk::Numbers;
 #[derive(Debug, Default)]
 pub(super) struct Disks {
     pub(super) held: BTreeMap<Key, Held>,
+    pub(super) roots: Vec<Root>,
     /// While there is one.
     pub(super) watch: Option<Watch>,
 }
@@ -23,6 +24,15 @@ pub(super) type Key = (Numbers, bool);
 pub(super) struct Held {
     pub(super) disk: Disk,
     /// The containers that have it.
+    pub(super) owners: BTreeSet<String>,
+}
+
+/// A disk that root file systems are on.
+#[derive(Debug)]
+pub(super) struct Root {
+    /// The files of one that several containers may have, by device and inode.
+    pub(super) files: Option<Vec<(u64, u64)>>,
+    pub(super) function: u8,
     pub(super) owners: BTreeSet<String>,
 }
 

@@ -13,9 +13,10 @@ use super::context::Context;
 use super::creation::{Creation, Made};
 use super::devices::{Asked, Given};
 use super::work;
+use crate::asked::rootfs::{self, Plan};
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::boot::Boot;
-use crate::guest::vm::{Attributes, Mounts, RootfsMount, Vm, rootfs_path};
+use crate::guest::vm::{Attributes, Mounts, RootGiven, RootfsMount, Vm, rootfs_path};
 use crate::node::hooks::{ContainerHooks, Stage};
 use crate::pod::stdio::{Ends, Stdio};
 use crate::pod::volume::Leases;
@@ -63,7 +64,7 @@ struct Progress {
     attaching: Option<JoinHandle<Result<()>>>,
     hooks: Option<Arc<ContainerHooks>>,
     hooking: Option<JoinHandle<Result<()>>>,
-    giving: Option<JoinHandle<Result<Given>>>,
+    giving: Option<JoinHandle<Result<(RootGiven, Given)>>>,
     /// The hooks of a creation have begun to run, so those of its end follow.
     hooked: bool,
     stdio: Option<Stdio>,
@@ -127,6 +128,8 @@ async fn steps(
     progress: &mut Progress,
 ) -> Result<(Arc<Vm>, Stdio)> {
     let binds = creation.spec.bind_mounts()?;
+    let mut rootfs = Rootfs::of(&creation)?;
+    let root_plan = rootfs.take_plan();
     // Read while the VM starts.
     let mut planned = context.volumes.plan(binds, &boot).await?;
     let ends = Ends::open(
@@ -139,7 +142,6 @@ async fn steps(
     .await?;
     let vm = boot.launched().await?;
     progress.vm = Some(Arc::clone(&vm));
-    let rootfs = Rootfs::of(&creation);
     // Noted before they are made: taking away what is not there is no error.
     progress.attached.push(rootfs_path(&creation.id));
     let volumes = context
@@ -170,8 +172,15 @@ async fn steps(
     size.admit(&creation.id, limits, &vm, &context.logger).await;
     let asked = Asked::by(&creation, disks, context.driver_bundle.clone());
     let (for_devices, logger) = (Arc::clone(&vm), context.logger.clone());
-    progress.giving = Some(tokio::spawn(asked.give(for_devices, logger)));
-    let given = step(&mut progress.giving).await?;
+    let id = creation.id.clone();
+    progress.giving = Some(tokio::spawn(async move {
+        let root = match root_plan {
+            Some(plan) => for_devices.give_root(plan, &id, &logger).await?,
+            None => RootGiven::default(),
+        };
+        Ok((root, asked.give(for_devices, logger).await?))
+    }));
+    let (root, given) = step(&mut progress.giving).await?;
     sources.extend(given.sources);
     let stdio = ends.connect(&vm).await?;
     let request = CreateContainerRequest {
@@ -183,6 +192,8 @@ async fn steps(
         pid_namespace_of: creation.pid_namespace_of.unwrap_or_default(),
         devices: given.devices,
         disks: given.disks,
+        root: root.mounts,
+        root_disks: root.disks,
         ..CreateContainerRequest::default()
     };
     progress.stdio = Some(stdio);
@@ -206,19 +217,44 @@ async fn steps(
 enum Rootfs {
     Mounts(Vec<RootfsMount>),
     Directory(std::path::PathBuf),
+    /// It is mounted in the guest; a directory of the node may hold what is written.
+    Disks {
+        plan: Option<Plan>,
+        shared: Option<std::path::PathBuf>,
+    },
 }
 
 impl Rootfs {
-    fn of(creation: &Creation) -> Self {
+    fn of(creation: &Creation) -> Result<Self> {
         if creation.rootfs.is_empty() {
-            return Self::Directory(creation.spec.root_path(&creation.bundle));
+            return Ok(Self::Directory(creation.spec.root_path(&creation.bundle)));
+        }
+        let mounts = creation.rootfs.iter().map(|mount| rootfs::Mount {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            options: mount.options.clone(),
+        });
+        if let Some(plan) = Plan::of(&mounts.collect::<Vec<_>>())? {
+            let shared = plan.shared.clone();
+            return Ok(Self::Disks {
+                plan: Some(plan),
+                shared,
+            });
         }
         let mounts = creation.rootfs.iter().map(|mount| RootfsMount {
             kind: mount.type_.clone(),
             source: mount.source.clone(),
             options: mount.options.clone(),
         });
-        Self::Mounts(mounts.collect())
+        Ok(Self::Mounts(mounts.collect()))
+    }
+
+    /// What is to be plugged, if it is on disks.
+    fn take_plan(&mut self) -> Option<Plan> {
+        match self {
+            Self::Disks { plan, .. } => plan.take(),
+            _ => None,
+        }
     }
 }
 
@@ -227,6 +263,13 @@ fn attach_rootfs(mounts: &dyn Mounts, id: &str, rootfs: &Rootfs) -> Result<()> {
     let path = rootfs_path(id);
     match rootfs {
         Rootfs::Mounts(list) => mounts.attach_rootfs(&path, list),
+        Rootfs::Disks { shared: None, .. } => Ok(()),
+        Rootfs::Disks {
+            shared: Some(directory),
+            ..
+        } => mounts
+            .attach(&path, directory, Attributes::default())
+            .map(drop),
         Rootfs::Directory(directory) => {
             if !is_directory(directory) {
                 return Err(Error::invalid(format!(

@@ -174,6 +174,19 @@ impl<'a> Pod<'a> {
     /// # Errors
     /// What the shim says.
     pub fn container(&self, name: &str, args: &[&str]) -> Result<Container<'a>> {
+        self.container_from(name, args, None)
+    }
+
+    /// As [`Self::container`], with this root file system.
+    ///
+    /// # Errors
+    /// What the shim says.
+    pub fn container_from(
+        &self,
+        name: &str,
+        args: &[&str],
+        rootfs: Option<Vec<Mount>>,
+    ) -> Result<Container<'a>> {
         let fifo = |stream| Output::at(self.bundle.path.join(format!("{name}-{stream}")));
         let (output, errors) = (fifo("stdout")?, fifo("stderr")?);
         let streams = Streams {
@@ -181,7 +194,7 @@ impl<'a> Pod<'a> {
             stderr: errors.path.display().to_string(),
             ..Streams::default()
         };
-        self.container_on(name, args, &streams, Some((output, errors)))
+        self.container_on(name, args, &streams, Some((output, errors)), rootfs)
     }
 
     /// Creates a container with these streams.
@@ -194,7 +207,7 @@ impl<'a> Pod<'a> {
         args: &[&str],
         streams: &Streams,
     ) -> Result<Container<'a>> {
-        self.container_on(name, args, streams, None)
+        self.container_on(name, args, streams, None, None)
     }
 
     fn container_on(
@@ -203,6 +216,7 @@ impl<'a> Pod<'a> {
         args: &[&str],
         streams: &Streams,
         fifos: Option<(Output, Output)>,
+        rootfs: Option<Vec<Mount>>,
     ) -> Result<Container<'a>> {
         let id = format!("{}-{name}", self.id);
         let place = Place::Member {
@@ -211,7 +225,10 @@ impl<'a> Pod<'a> {
         };
         let bundle = self.daemon.bundle(&id, Some(&spec(&id, args, place)))?;
         let connection = self.join(&bundle)?;
-        let rootfs = bundle.rootfs(self.daemon.image())?;
+        let rootfs = match rootfs {
+            Some(rootfs) => rootfs,
+            None => bundle.rootfs(self.daemon.image())?,
+        };
         let pid = create(
             &connection,
             &bundle,

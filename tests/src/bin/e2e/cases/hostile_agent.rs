@@ -59,7 +59,8 @@ fn has(pid: i32) -> Result<Has> {
     })
 }
 
-fn shim_of(suite: &Suite, id: &str) -> Result<i32> {
+/// The shim of a container, by Brig's journal.
+pub fn shim_of(suite: &Suite, id: &str) -> Result<i32> {
     let file = format!("/run/brig/{}/{id}/pod.json", suite.ctr.namespace);
     let text = fs::read_to_string(&file).with_context(|| format!("cannot read {file}"))?;
     let pod: Value = serde_json::from_str(&text)?;

@@ -28,6 +28,8 @@ mod operator_sent;
 mod passthrough;
 mod plug;
 mod resources;
+mod root_disks;
+mod root_snapshotters;
 mod security;
 mod signals;
 mod stdio;
@@ -64,6 +66,8 @@ const GROUPS: &[&[Case]] = &[
     daemon_faults::CASES,
     daemon_logs::CASES,
     daemon_streams::CASES,
+    root_disks::CASES,
+    root_snapshotters::CASES,
     errors::CASES,
     hostile::CASES,
     hostile_agent::CASES,

@@ -1,0 +1,360 @@
+//! A root file system on disks: what the mounts of a request are in this guest, and the cutting of a disk into its pieces.
+//!
+//! A piece is a partition that the kernel is told of (BLKPG): no table of them is on the disk, and nothing parses one.
+//! Trusts the host in meaning, not in form.
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+};
+
+use brig_agent_protocol::agent::{RootDevice, RootDisk, RootMount, RootPlace};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Result},
+    names, pci,
+};
+
+/// `linux/blkpg.h`: `_IO(0x12, 105)` and the operations.
+const BLKPG: libc::Ioctl = 0x1269;
+const ADD_PARTITION: libc::c_int = 1;
+const DELETE_PARTITION: libc::c_int = 2;
+/// What sysfs counts in, bytes.
+const SECTOR: i64 = 512;
+/// `DISK_MAX_PARTS` of the kernel, of which 0 is the disk.
+const MAX_PIECES: usize = 255;
+/// In bytes.
+const ALIGNMENT: u64 = 4096;
+/// A stacking of this many layers is what overlayfs takes (`OVL_MAX_STACK`), and some for those around it.
+const MAX_MOUNTS: usize = 520;
+
+/// One of the mounts that a root file system is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Mount {
+    /// File system type, "overlay" or "bind".
+    pub kind: String,
+    /// Nodes of the guest, of a file system; the first is its source.
+    pub devices: Vec<PathBuf>,
+    /// As in fstab.
+    pub options: Vec<String>,
+    /// Lower layers, the uppermost first; of a bind mount its source.
+    pub lower: Vec<Place>,
+    /// Upper and work directory.
+    pub upper: Option<(Place, Place)>,
+    /// To be made first, with their permissions.
+    pub directories: Vec<(Place, u32)>,
+}
+
+/// A directory of an earlier mount.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Place {
+    /// Its index; none: what the host shares as the root file system.
+    pub mount: Option<usize>,
+    /// Below it.
+    pub path: String,
+}
+
+/// What the mounts of a request are here. Cuts disks that are to be cut.
+///
+/// # Errors
+/// `InvalidArgument` for what has no meaning, `NotFound` for a disk that is not there.
+pub async fn resolve(mounts: &[RootMount], disks: &[RootDisk]) -> Result<Vec<Mount>> {
+    if mounts.len() > MAX_MOUNTS {
+        return Err(Error::InvalidArgument(format!(
+            "a root file system of {} mounts is over the limit of {MAX_MOUNTS}",
+            mounts.len()
+        )));
+    }
+    let mut nodes = Vec::new();
+    for disk in disks {
+        let found = pci::nodes(disk.function).await?;
+        let node = found.into_iter().find(|node| node.block).ok_or_else(|| {
+            Error::NotFound(format!(
+                "function {} of the guest's bus is no disk",
+                disk.function
+            ))
+        })?;
+        let pieces = ranges(&disk.pieces)?;
+        let path = Path::new("/dev").join(&node.name);
+        let cut = tokio::task::spawn_blocking(move || cut(&path, &pieces));
+        let parts = cut.await.map_err(|e| Error::Internal(e.to_string()))?;
+        nodes.push(parts.map_err(|e| Error::io(format_args!("cutting /dev/{}", node.name), e))?);
+    }
+    (0..)
+        .zip(mounts)
+        .map(|(index, mount)| one(index, mount, &nodes))
+        .collect()
+}
+
+/// Begin and length of each piece in bytes.
+fn ranges(lengths: &[u64]) -> Result<Vec<(i64, i64)>> {
+    let wrong = || Error::InvalidArgument("the pieces of a disk have no meaning".into());
+    if lengths.len() > MAX_PIECES {
+        return Err(wrong());
+    }
+    let mut start = 0i64;
+    let mut ranges = Vec::new();
+    for length in lengths {
+        let length = i64::try_from(*length)
+            .ok()
+            .filter(|_| *length > 0 && length.is_multiple_of(ALIGNMENT))
+            .ok_or_else(wrong)?;
+        ranges.push((start, length));
+        start = start.checked_add(length).ok_or_else(wrong)?;
+    }
+    Ok(ranges)
+}
+
+/// The node of a disk and those of its pieces, which are made unless they are there: another container may have the
+/// same disk. What the kernel has taken for a table of partitions in the first piece is none.
+fn cut(disk: &Path, pieces: &[(i64, i64)]) -> io::Result<Vec<PathBuf>> {
+    let mut nodes = vec![disk.to_owned()];
+    if pieces.is_empty() {
+        return Ok(nodes);
+    }
+    let file = File::open(disk)?;
+    let name = disk.file_name().unwrap_or_default();
+    let there = partitions(&Path::new("/sys/class/block").join(name))?;
+    let wanted = |number: i32| {
+        let index = usize::try_from(number).ok()?.checked_sub(1)?;
+        pieces.get(index).copied()
+    };
+    for (number, range) in &there {
+        if wanted(*number) != Some(*range) {
+            change_partition(&file, DELETE_PARTITION, *number, *range)?;
+        }
+    }
+    for (number, range) in (1..).zip(pieces) {
+        if !there.contains(&(number, *range)) {
+            change_partition(&file, ADD_PARTITION, number, *range)?;
+        }
+        nodes.push(PathBuf::from(format!("{}{number}", disk.display())));
+    }
+    Ok(nodes)
+}
+
+/// The partitions that the kernel has of a disk: number, and begin and length in bytes. `disk` is its directory in sysfs.
+fn partitions(disk: &Path) -> io::Result<Vec<(i32, (i64, i64))>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(disk)? {
+        let path = entry?.path();
+        let figure = |file: &str| {
+            let text = fs::read_to_string(path.join(file)).ok()?;
+            text.trim().parse::<i64>().ok()
+        };
+        if let (Some(number), Some(start), Some(size)) =
+            (figure("partition"), figure("start"), figure("size"))
+        {
+            let number = i32::try_from(number).map_err(io::Error::other)?;
+            found.push((
+                number,
+                (start.saturating_mul(SECTOR), size.saturating_mul(SECTOR)),
+            ));
+        }
+    }
+    Ok(found)
+}
+
+/// `struct blkpg_partition`.
+#[repr(C)]
+struct Partition {
+    start: libc::c_longlong,
+    length: libc::c_longlong,
+    number: libc::c_int,
+    names: [u8; 128],
+}
+
+/// `struct blkpg_ioctl_arg`.
+#[repr(C)]
+struct Argument {
+    operation: libc::c_int,
+    flags: libc::c_int,
+    length: libc::c_int,
+    data: *const Partition,
+}
+
+fn change_partition(
+    disk: &File,
+    operation: libc::c_int,
+    number: i32,
+    (start, length): (i64, i64),
+) -> io::Result<()> {
+    let partition = Partition {
+        start,
+        length,
+        number,
+        names: [0; 128],
+    };
+    let argument = Argument {
+        operation,
+        flags: 0,
+        length: i32::try_from(size_of::<Partition>()).map_err(io::Error::other)?,
+        data: &raw const partition,
+    };
+    // SAFETY: the kernel reads both structures, which have its layout and outlive the call.
+    let result = unsafe { libc::ioctl(disk.as_raw_fd(), BLKPG, &raw const argument) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn one(index: usize, mount: &RootMount, nodes: &[Vec<PathBuf>]) -> Result<Mount> {
+    let invalid = |what: &str| {
+        Error::InvalidArgument(format!("mount {index} of the root file system: {what}"))
+    };
+    let device = |device: &RootDevice| {
+        let find = || {
+            let disk = nodes.get(usize::try_from(device.disk).ok()?)?;
+            disk.get(usize::try_from(device.piece).ok()?)
+        };
+        find().cloned().ok_or_else(|| invalid("it names no disk"))
+    };
+    let place = |place: &RootPlace| {
+        if !place.path.is_empty() {
+            names::share_path(&place.path)?;
+        }
+        let mount = usize::try_from(place.mount)
+            .unwrap_or(usize::MAX)
+            .checked_sub(1);
+        if mount.is_some_and(|mount| mount >= index) {
+            return Err(invalid("it names a later one"));
+        }
+        Ok(Place {
+            mount,
+            path: place.path.clone(),
+        })
+    };
+    let upper = match (mount.upper.as_ref(), mount.work.as_ref()) {
+        (Some(upper), Some(work)) => Some((place(upper)?, place(work)?)),
+        (None, None) => None,
+        _ => {
+            return Err(invalid(
+                "an upper directory and a work directory go together",
+            ));
+        }
+    };
+    let directories = mount.directories.iter().map(|directory| {
+        let made = directory
+            .place
+            .as_ref()
+            .ok_or_else(|| invalid("a directory without a place"))?;
+        Ok((place(made)?, directory.mode & 0o7777))
+    });
+    let resolved = Mount {
+        kind: mount.type_.clone(),
+        devices: mount.devices.iter().map(device).collect::<Result<_>>()?,
+        options: mount.options.clone(),
+        lower: mount.lower.iter().map(place).collect::<Result<_>>()?,
+        upper,
+        directories: directories.collect::<Result<_>>()?,
+    };
+    match resolved.kind.as_str() {
+        "overlay" if !resolved.lower.is_empty() => Ok(resolved),
+        "bind" if resolved.lower.len() == 1 => Ok(resolved),
+        "overlay" | "bind" => Err(invalid("it has no source")),
+        _ if resolved.devices.is_empty() => Err(invalid("it has no device")),
+        _ => Ok(resolved),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn nodes() -> Vec<Vec<PathBuf>> {
+        let disk = |names: &[&str]| names.iter().map(PathBuf::from).collect();
+        vec![
+            disk(&["/dev/vda"]),
+            disk(&["/dev/vdb", "/dev/vdb1", "/dev/vdb2"]),
+        ]
+    }
+
+    fn mount(kind: &str) -> RootMount {
+        RootMount {
+            type_: kind.to_owned(),
+            ..RootMount::default()
+        }
+    }
+
+    fn place(mount: u32, path: &str) -> RootPlace {
+        RootPlace {
+            mount,
+            path: path.to_owned(),
+            ..RootPlace::default()
+        }
+    }
+
+    #[test]
+    fn devices_and_places_are_those_that_there_are() {
+        let piece = |disk, piece| RootDevice {
+            disk,
+            piece,
+            ..RootDevice::default()
+        };
+        let mut erofs = mount("erofs");
+        erofs.devices = vec![piece(1, 1), piece(1, 2)];
+        let resolved = one(0, &erofs, &nodes()).unwrap();
+        assert_eq!(
+            resolved.devices,
+            [Path::new("/dev/vdb1"), Path::new("/dev/vdb2")]
+        );
+        for wrong in [piece(2, 0), piece(1, 3), piece(0, 1)] {
+            erofs.devices = vec![wrong];
+            assert!(one(0, &erofs, &nodes()).is_err());
+        }
+        assert!(one(0, &mount("ext4"), &nodes()).is_err());
+        let mut overlay = mount("overlay");
+        assert!(one(3, &overlay, &nodes()).is_err(), "no layer");
+        overlay.lower = vec![place(2, ""), place(3, "")];
+        overlay.upper = Some(place(1, "upper")).into();
+        assert!(one(3, &overlay, &nodes()).is_err(), "no work directory");
+        overlay.work = Some(place(1, "work")).into();
+        let resolved = one(3, &overlay, &nodes()).unwrap();
+        assert_eq!(resolved.lower[1].mount, Some(2));
+        assert_eq!(resolved.upper.unwrap().0.path, "upper");
+        // Itself, a later one, and a way out.
+        for wrong in [place(4, ""), place(9, ""), place(1, "../x"), place(1, "/x")] {
+            overlay.lower = vec![wrong];
+            assert!(one(3, &overlay, &nodes()).is_err());
+        }
+        overlay.lower = vec![place(0, "fs")];
+        assert_eq!(one(3, &overlay, &nodes()).unwrap().lower[0].mount, None);
+    }
+
+    #[test]
+    fn the_partitions_of_a_disk_are_those_that_the_kernel_shows() {
+        let disk = tempfile::tempdir().unwrap();
+        let put = |name: &str, figures: &[(&str, &str)]| {
+            fs::create_dir(disk.path().join(name)).unwrap();
+            for (file, text) in figures {
+                fs::write(disk.path().join(name).join(file), text).unwrap();
+            }
+        };
+        put(
+            "vda2",
+            &[("partition", "2\n"), ("start", "8\n"), ("size", "16\n")],
+        );
+        put("queue", &[("size", "9")]);
+        assert_eq!(partitions(disk.path()).unwrap(), [(2, (4096, 8192))]);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_lie_one_behind_the_other_or_are_refused(
+            lengths in prop::collection::vec(prop_oneof![any::<u64>(), (0u64..9).prop_map(|n| n * 4096)], 0..5),
+        ) {
+            if let Ok(ranges) = ranges(&lengths) {
+                let mut end = 0;
+                for (start, length) in ranges {
+                    prop_assert!(start == end && length > 0 && length % 4096 == 0);
+                    end = start.checked_add(length).unwrap();
+                }
+            }
+        }
+    }
+}

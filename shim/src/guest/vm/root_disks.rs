@@ -1,0 +1,194 @@
+//! The disks of a container's root file system, where its snapshotter hands over devices and images: all files that are
+//! read are one disk, however many layers there are.
+
+use std::os::fd::OwnedFd;
+
+use brig_agent_protocol::agent::{RootDevice, RootDirectory, RootDisk, RootMount, RootPlace};
+use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece};
+use slog::{Logger, info};
+
+use super::Vm;
+use super::root_given::RootGiven;
+use crate::asked::rootfs::{Place, Plan};
+use crate::error::{Error, Result};
+use crate::node::disk::Opened;
+use crate::node::image::{self, Image};
+
+/// Bytes of a logical block of a disk of files.
+const BLOCK: u32 = 512;
+
+/// The images of a plan, open.
+struct Images {
+    plan: Plan,
+    /// Files that are read with their lengths, and which they are.
+    files: Vec<(OwnedFd, u64)>,
+    identities: Vec<(u64, u64)>,
+    disks: Vec<Opened>,
+    /// By mount and image.
+    places: Vec<Vec<Where>>,
+}
+
+enum Where {
+    File(usize),
+    Disk(usize),
+}
+
+impl Images {
+    /// Blocking.
+    fn open(plan: Plan) -> Result<Self> {
+        let (mut files, mut identities, mut disks) = (Vec::new(), Vec::new(), Vec::new());
+        let mut places = Vec::new();
+        for mount in &plan.mounts {
+            let mut of_mount = Vec::new();
+            for path in &mount.images {
+                of_mount.push(match image::open(path, mount.readonly)? {
+                    Image::Disk(opened) => {
+                        disks.push(opened);
+                        Where::Disk(disks.len() - 1)
+                    }
+                    Image::File {
+                        file,
+                        identity,
+                        length,
+                    } => {
+                        files.push((file, length));
+                        identities.push(identity);
+                        Where::File(files.len() - 1)
+                    }
+                });
+            }
+            places.push(of_mount);
+        }
+        Ok(Self {
+            plan,
+            files,
+            identities,
+            disks,
+            places,
+        })
+    }
+}
+
+impl Vm {
+    /// Gives the guest the disks of a root file system, for the container `owner`. [`Self::take_disks`] takes them back,
+    /// also when this fails.
+    ///
+    /// # Errors
+    /// One sentence: the node's, the VMM's or the guest's.
+    pub async fn give_root(&self, plan: Plan, owner: &str, logger: &Logger) -> Result<RootGiven> {
+        let opened = tokio::task::spawn_blocking(move || Images::open(plan)).await;
+        let images =
+            opened.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
+        let Images {
+            plan,
+            files,
+            identities,
+            disks,
+            places,
+        } = images;
+        let mut given = RootGiven::default();
+        let lengths: Vec<u64> = files.iter().map(|(_, length)| *length).collect();
+        let layers = files.len();
+        if layers > 0 {
+            let function = self.give_layers(files, identities, owner).await?;
+            given.disks.push(RootDisk {
+                function: function.into(),
+                // A single file is the whole disk.
+                pieces: if layers > 1 { lengths } else { Vec::new() },
+                ..RootDisk::default()
+            });
+        }
+        // The disk of files is the first.
+        let before = given.disks.len();
+        for disk in disks {
+            let function = self.give_one(disk, owner).await?;
+            given.disks.push(RootDisk {
+                function: function.into(),
+                ..RootDisk::default()
+            });
+        }
+        let device = |place: &Where| {
+            let number = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
+            let (disk, piece) = match place {
+                Where::File(_) if layers == 1 => (0, 0),
+                Where::File(index) => (0, number(index + 1)),
+                Where::Disk(index) => (number(before + index), 0),
+            };
+            RootDevice {
+                disk,
+                piece,
+                ..RootDevice::default()
+            }
+        };
+        for (mount, places) in plan.mounts.into_iter().zip(&places) {
+            let (upper, work) = mount
+                .upper
+                .as_ref()
+                .map(|(upper, work)| (told(upper), told(work)))
+                .unzip();
+            let directories = mount.directories.iter().map(|(place, mode)| RootDirectory {
+                place: Some(told(place)).into(),
+                mode: *mode,
+                ..RootDirectory::default()
+            });
+            given.mounts.push(RootMount {
+                type_: mount.kind,
+                devices: places.iter().map(device).collect(),
+                options: mount.options,
+                lower: mount.lower.iter().map(told).collect(),
+                upper: upper.into(),
+                work: work.into(),
+                directories: directories.collect(),
+                ..RootMount::default()
+            });
+        }
+        info!(logger, "the root file system is on disks"; "container" => owner, "disks" => given.disks.len(),
+            "layers" => layers);
+        Ok(given)
+    }
+
+    /// One disk of files, the same for all containers of the pod that have these.
+    async fn give_layers(
+        &self,
+        files: Vec<(OwnedFd, u64)>,
+        identities: Vec<(u64, u64)>,
+        owner: &str,
+    ) -> Result<u8> {
+        let (files, lengths): (Vec<_>, Vec<_>) = files.into_iter().unzip();
+        let pieces = lengths
+            .into_iter()
+            .enumerate()
+            .map(|(file, length)| DiskPiece {
+                file,
+                length: Some(length),
+            });
+        let config = DiskConfig {
+            pieces: pieces.collect(),
+            readonly: true,
+            serial: "layers".to_owned(),
+            block_size: BLOCK,
+        };
+        self.hold_root(Some(identities), DeviceConfig::Disk(config), files, owner)
+            .await
+    }
+
+    async fn give_one(&self, disk: Opened, owner: &str) -> Result<u8> {
+        let config = DiskConfig {
+            pieces: vec![DiskPiece::whole(0)],
+            readonly: disk.readonly,
+            serial: "root".to_owned(),
+            block_size: disk.block_size,
+        };
+        self.hold_root(None, DeviceConfig::Disk(config), vec![disk.file], owner)
+            .await
+    }
+}
+
+fn told(place: &Place) -> RootPlace {
+    let mount = place.mount.map_or(0, |index| index + 1);
+    RootPlace {
+        mount: u32::try_from(mount).unwrap_or(u32::MAX),
+        path: place.path.clone(),
+        ..RootPlace::default()
+    }
+}

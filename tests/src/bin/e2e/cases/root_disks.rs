@@ -1,0 +1,336 @@
+//! Root file systems that are disks of the guest, as the erofs snapshotter of containerd 2.2 and later hands them over:
+//! unmounted. The suite is the daemon.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use brig_tests::node::check::{contains, equal, that};
+use brig_tests::node::daemon::Daemon;
+use brig_tests::node::daemon::generation::Generation;
+use brig_tests::node::daemon::pod::Pod;
+use brig_tests::node::{clock, process};
+use containerd_shim_protos::api::Mount;
+
+use super::daemon_pods::config;
+use super::leaks::baseline;
+use crate::suite::{Case, Suite, brig, patience};
+
+pub const CASES: &[Case] = &[
+    brig(
+        "disks",
+        "2.2: a hundred erofs layers are one disk of the pod, the overlay is made in the guest",
+        erofs,
+    ),
+    brig(
+        "disks",
+        "2.2: a root file system that cannot be is refused, and the pod goes on",
+        refused,
+    ),
+];
+
+/// Where what these cases need is made.
+pub const DIRECTORY: &str = "/var/lib/brig-e2e-disks";
+
+/// Runs a program of the node, which must succeed.
+pub fn run(program: &str, args: &[&str]) -> Result<String> {
+    let mut command = Command::new(program);
+    // The node has no udev: dmsetup makes the nodes itself.
+    command.args(args).env("DM_DISABLE_UDEV", "1");
+    let outcome = process::run(command, clock::seconds(20))?
+        .success()
+        .with_context(|| format!("{program} {}", args.join(" ")))?;
+    Ok(outcome.text())
+}
+
+/// The node's mounts.
+pub fn mounts() -> Result<BTreeSet<String>> {
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(table.lines().map(str::to_owned).collect())
+}
+
+/// Images of erofs, as the differ of containerd makes them.
+struct Layers {
+    directory: PathBuf,
+}
+
+impl Layers {
+    fn new() -> Result<Self> {
+        let directory = PathBuf::from(DIRECTORY);
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir_all(&directory)?;
+        Ok(Self { directory })
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.join(name).display().to_string()
+    }
+
+    fn make(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<String> {
+        let tree = self.directory.join(format!("{name}.tree"));
+        fs::create_dir_all(&tree)?;
+        fill(&tree)?;
+        let image = self.path(&format!("{name}.erofs"));
+        run(
+            "mkfs.erofs",
+            &["--quiet", "-b4096", &image, &tree.display().to_string()],
+        )?;
+        Ok(image)
+    }
+
+    /// A layer with a shell, and with the places of what a pod mounts.
+    fn base(&self) -> Result<String> {
+        self.make("base", |tree| {
+            for directory in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
+                fs::create_dir(tree.join(directory))?;
+            }
+            for file in ["hostname", "hosts", "resolv.conf"] {
+                fs::write(tree.join("etc").join(file), "")?;
+            }
+            fs::copy("/usr/bin/busybox", tree.join("bin/busybox"))?;
+            std::os::unix::fs::symlink("busybox", tree.join("bin/sh"))?;
+            Ok(fs::write(tree.join("which"), "base\n")?)
+        })
+    }
+
+    fn writable(&self, name: &str) -> Result<String> {
+        let path = self.path(name);
+        File::create(&path)?.set_len(32 << 20)?;
+        run("mkfs.ext4", &["-q", "-F", &path])?;
+        Ok(path)
+    }
+}
+
+impl Drop for Layers {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
+    Mount {
+        type_: kind.to_owned(),
+        source: source.to_owned(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+        ..Mount::default()
+    }
+}
+
+/// What the snapshotter gives for a writable container in block mode.
+fn on_disks(writable: &str, layers: &[String]) -> Vec<Mount> {
+    let mut all = vec![mount("ext4", writable, &["rw", "loop"])];
+    all.extend(
+        layers
+            .iter()
+            .map(|layer| mount("erofs", layer, &["ro", "loop"])),
+    );
+    let lower = format!("lowerdir={{{{ overlay 1 {} }}}}", layers.len());
+    let options = [
+        "X-containerd.mkdir.path={{ mount 0 }}/upper:0755",
+        "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
+        "workdir={{ mount 0 }}/work",
+        "upperdir={{ mount 0 }}/upper",
+        &lower,
+    ];
+    all.push(mount("format/mkdir/overlay", "overlay", &options));
+    all
+}
+
+fn erofs(suite: &mut Suite) -> Result<()> {
+    let layers = Layers::new()?;
+    let base = layers.base()?;
+    let middle = layers.make("middle", |tree| {
+        Ok(fs::write(tree.join("which"), "middle\n")?)
+    })?;
+    let top = layers.make("top", |tree| Ok(fs::write(tree.join("which"), "top\n")?))?;
+    // The uppermost first.
+    let mut stack = vec![top];
+    for number in 0..98 {
+        let copy = layers.path(&format!("middle-{number}.erofs"));
+        fs::copy(&middle, &copy)?;
+        stack.push(copy);
+    }
+    stack.push(base.clone());
+
+    let daemon = Daemon::new(Generation::V2_2, &suite.ctr.runtime, "disks")?;
+    let before = baseline(suite)?;
+    let pod = Pod::by_sandbox_api(&daemon, "disks", &config())?;
+    let shell = |script| ["/bin/busybox", "sh", "-c", script];
+    let disks = "busybox ls /sys/block | busybox grep -c vd";
+    let wait = |container: &brig_tests::node::daemon::pod::Container<'_>| -> Result<String> {
+        let ended = container.waiting();
+        container.start()?;
+        let said = container.written(patience())?;
+        let status = ended.recv_timeout(patience())??;
+        equal("exit status", 0, status.exit_status).with_context(|| said.clone())?;
+        Ok(said)
+    };
+
+    let mounted = mounts()?;
+    let one = layers.writable("one.img")?;
+    let script = format!("busybox cat /which; echo written > /new; busybox rm /which; {disks}");
+    let first = pod.container_from("one", &shell(&script), Some(on_disks(&one, &stack)))?;
+    let added: Vec<_> = mounts()?.difference(&mounted).cloned().collect();
+    equal("mounts of the node", Vec::<String>::new(), added)?;
+    equal(
+        "of a hundred layers and one disk",
+        "top\n2\n",
+        wait(&first)?.as_str(),
+    )?;
+    let two = layers.writable("two.img")?;
+    let second = pod.container_from("two", &shell(&script), Some(on_disks(&two, &stack)))?;
+    equal(
+        "the layers are there once",
+        "top\n3\n",
+        wait(&second)?.as_str(),
+    )?;
+    first.delete()?;
+    second.delete()?;
+    that("no loop device is left", !loops()?.contains(DIRECTORY))?;
+    run("e2fsck", &["-f", "-n", &one]).context("the writable disk")?;
+    let new = run("debugfs", &["-R", "cat /upper/new", &one])?;
+    equal("on the writable disk", "written", new.trim())?;
+
+    // What is written goes to a directory of the node.
+    let (upper, work) = (layers.directory.join("fs"), layers.directory.join("work"));
+    fs::create_dir(&upper)?;
+    fs::create_dir(&work)?;
+    let (upper_option, work_option) = (
+        format!("upperdir={}", upper.display()),
+        format!("workdir={}", work.display()),
+    );
+    let shared = vec![
+        mount("erofs", &stack[0], &["ro", "loop"]),
+        mount("erofs", &base, &["ro", "loop"]),
+        mount(
+            "format/mkdir/overlay",
+            "overlay",
+            &[&work_option, &upper_option, "lowerdir={{ overlay 0 1 }}"],
+        ),
+    ];
+    let third = pod.container_from("three", &shell(&script), Some(shared))?;
+    equal("with a directory", "top\n1\n", wait(&third)?.as_str())?;
+    third.delete()?;
+    equal(
+        "on the node",
+        "written\n",
+        fs::read_to_string(upper.join("new"))?.as_str(),
+    )?;
+
+    // A view of one layer.
+    let view = vec![mount("erofs", &base, &["ro", "loop"])];
+    let script = "busybox cat /which; echo x > /new && echo written";
+    let fourth = pod.container_from("four", &shell(script), Some(view))?;
+    let ended = fourth.waiting();
+    fourth.start()?;
+    equal(
+        "a layer alone",
+        "base\n",
+        fourth.written(patience())?.as_str(),
+    )?;
+    equal(
+        "nothing is written to it",
+        1,
+        ended.recv_timeout(patience())??.exit_status,
+    )?;
+    fourth.delete()?;
+
+    pod.end()?;
+    drop(daemon);
+    before.nothing_left(patience())
+}
+
+/// Each is refused with what helps, and the next container is made in the same pod.
+fn refused(suite: &mut Suite) -> Result<()> {
+    let layers = Layers::new()?;
+    let base = layers.base()?;
+    let garbage = layers.path("garbage.img");
+    fs::write(&garbage, vec![0x5a; 1 << 20])?;
+    let empty = layers.path("empty.img");
+    File::create(&empty)?;
+    let gone = layers.path("gone.erofs");
+    let layer = |path: &str| mount("erofs", path, &["ro", "loop"]);
+    let overlay = |lower: &str| {
+        let lower = format!("lowerdir={lower}");
+        mount("format/overlay", "overlay", &[&lower])
+    };
+    let wrong: Vec<(Vec<Mount>, &str)> = vec![
+        (
+            vec![mount(
+                "erofs",
+                &base,
+                &["ro", "loop", "X-containerd.dmverity=/x"],
+            )],
+            "dmverity_mode",
+        ),
+        (vec![layer(&gone)], "gone.erofs"),
+        (vec![layer(&empty)], "empty.img"),
+        (
+            vec![mount("ext4", "/dev/mapper/brig-e2e-gone", &[])],
+            "brig-e2e-gone",
+        ),
+        // The guest's kernel does not find what it is said to be.
+        (
+            vec![mount("ext4", &garbage, &["rw", "loop"])],
+            "ext4 of the root file system",
+        ),
+        (
+            vec![mount("xfs", &garbage, &["rw", "loop"])],
+            "xfs of the root file system",
+        ),
+        (
+            vec![layer(&base), mount("f2fs", &base, &["ro"])],
+            "f2fs of the root file system",
+        ),
+        (
+            vec![layer(&base), overlay("{{ mount 1 }}")],
+            "no place in an earlier mount",
+        ),
+        (vec![layer(&base); 251], "251 layers"),
+        (
+            vec![mount("ext4", &garbage, &["rw", "loop", "nonsense=1"])],
+            "nonsense",
+        ),
+    ];
+    let daemon = Daemon::new(Generation::V2_2, &suite.ctr.runtime, "refused")?;
+    let before = baseline(suite)?;
+    let pod = Pod::by_sandbox_api(&daemon, "refused", &config())?;
+    for (number, (rootfs, reason)) in wrong.into_iter().enumerate() {
+        let name = format!("wrong{number}");
+        let outcome = pod.container_from(&name, &["true"], Some(rootfs));
+        let error = outcome
+            .err()
+            .with_context(|| format!("taken, and not refused for {reason:?}"))?;
+        contains("the refusal", reason, &format!("{error:#}"))?;
+        that("no loop device is left", !loops()?.contains(DIRECTORY))?;
+    }
+    let args = [
+        "/bin/busybox",
+        "sh",
+        "-c",
+        "busybox ls /sys/block | busybox grep -c vd",
+    ];
+    let right = pod.container_from("right", &args, Some(vec![layer(&base)]))?;
+    let ended = right.waiting();
+    right.start()?;
+    equal("disks", "1\n", right.written(patience())?.as_str())?;
+    equal(
+        "exit status",
+        0,
+        ended.recv_timeout(patience())??.exit_status,
+    )?;
+    right.delete()?;
+    pod.end()?;
+    drop(daemon);
+    before.nothing_left(patience())
+}
+
+/// Files behind the node's loop devices.
+pub fn loops() -> Result<String> {
+    run(
+        "losetup",
+        &["--list", "--noheadings", "--output", "BACK-FILE"],
+    )
+}
