@@ -68,7 +68,7 @@ impl Bar {
 pub struct Function {
     directory: PathBuf,
     config: File,
-    /// Virtio device id: 1 net, 2 block, 4 rng, 5 balloon, 19 vsock, 26 fs.
+    /// Virtio device id: 1 net, 2 block, 4 rng, 5 balloon, 19 vsock, 24 memory, 26 fs.
     pub kind: u16,
     /// Common configuration.
     pub common: Region,

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use brig_hypervisor::control::{Event, exit};
@@ -242,6 +242,7 @@ fn devices(suite: &mut Suite) -> Result<()> {
     boot.initramfs = initramfs;
     boot.debug_console = true;
     boot.vcpus = 2;
+    boot.max_memory = boot.memory + (64 << 20);
     boot.volume = Some(grounds.directory.join("served"));
     boot.tap = Some(tap::open("brig-hostile0", "10.77.0.1/24")?);
     boot.disks = vec![
@@ -322,6 +323,8 @@ fn said(text: &str) -> Result<Option<Said>> {
 /// One boot, up to the end of the attacks or of the VMM; returns the last attack that began.
 fn attack(boot: &Boot, story: &mut Story) -> Result<usize> {
     let mut machine = Machine::start(boot)?;
+    // The device for it is on the bus before the guest looks.
+    machine.resize_memory(boot.max_memory)?;
     let mut current: Option<(usize, String)> = None;
     let mut before = Held::of(&machine, boot)?;
     loop {
@@ -335,9 +338,8 @@ fn attack(boot: &Boot, story: &mut Story) -> Result<usize> {
                     Some(Said::End(number, count, name)) => {
                         let held = Held::of(&machine, boot)?;
                         let honest = *story.honest.get_or_insert(held);
-                        held.bounded(&honest, &before)
+                        before = settled(&machine, boot, &honest, &before)
                             .with_context(|| format!("attack {number}, {name}"))?;
-                        before = held;
                         story.survived += count;
                         let outcome = format!("{name}: survived {count} times");
                         println!("      attack {number}: {outcome}");
@@ -370,6 +372,20 @@ fn attack(boot: &Boot, story: &mut Story) -> Result<usize> {
                     "attack {number} ({name}): the VMM neither went on nor ended"
                 )));
             }
+        }
+    }
+}
+
+/// What a VMM holds once it is no more than it may. The guest does not wait for the judge: what its next attack holds
+/// for a moment is let go again, and what an attack leaves behind is not.
+fn settled(machine: &Machine, boot: &Boot, honest: &Held, before: &Held) -> Result<Held> {
+    let deadline = Instant::now() + clock::seconds(5);
+    loop {
+        let held = Held::of(machine, boot)?;
+        match held.bounded(honest, before) {
+            Ok(()) => return Ok(held),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     }
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::files::Files;
-use super::{BALLOON, BLOCK, FS, NET, RNG, VSOCK};
+use super::mem::{self, Space};
+use super::{BALLOON, BLOCK, FS, MEM, NET, RNG, VSOCK};
 use crate::dma::Page;
 use crate::pci::Function;
 use crate::virtio::{NEXT, WRITE};
@@ -28,6 +29,7 @@ pub fn works(function: &Function) -> Result<()> {
         BLOCK => sector(function)?,
         NET => neighbour(function)?,
         BALLOON => reported(function)?,
+        MEM => plugged(function)?,
         VSOCK => refused(function)?,
         FS => Files::open(function)?.canary()?,
         other => anyhow::bail!("nothing is known of devices of kind {other}"),
@@ -118,6 +120,28 @@ fn reported(function: &Function) -> Result<()> {
     function.kick(2);
     ensure!(ring.wait_used(1, PATIENCE), "a report is not taken");
     ensure!(page.read(0, 64) == [0; 64], "a reported page is kept");
+    Ok(())
+}
+
+/// A block is taken, seen to be the guest's, and given back.
+fn plugged(function: &Function) -> Result<()> {
+    let rings = function.start()?;
+    let ring = rings.first().context("no queue")?;
+    let page = Page::new()?;
+    let at = Space::of(function).start;
+    for (kind, expected) in [
+        (mem::UNPLUG_ALL, (0, 0)),
+        (mem::STATE, (0, 1)),
+        (mem::PLUG, (0, 0)),
+        (mem::STATE, (0, 0)),
+        (mem::UNPLUG, (0, 0)),
+    ] {
+        let answer = mem::ask(function, ring, &page, (kind, at, 1))?;
+        ensure!(
+            answer == expected,
+            "memory request {kind} is answered by {answer:?}"
+        );
+    }
     Ok(())
 }
 

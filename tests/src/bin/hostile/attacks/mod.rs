@@ -6,6 +6,7 @@ mod bars;
 mod block;
 mod files;
 mod health;
+mod mem;
 mod net;
 mod platform;
 mod rings;
@@ -29,6 +30,8 @@ pub const RNG: u16 = 4;
 pub const BALLOON: u16 = 5;
 /// Socket device.
 pub const VSOCK: u16 = 19;
+/// Memory.
+pub const MEM: u16 = 24;
 /// File system.
 pub const FS: u16 = 26;
 
@@ -240,6 +243,18 @@ pub const ALL: &[Attack] = &[
     Attack {
         name: "reports of parts of pages",
         run: balloon::reports,
+    },
+    Attack {
+        name: "memory blocks that are not there",
+        run: mem::ranges,
+    },
+    Attack {
+        name: "more memory than was asked for",
+        run: mem::greed,
+    },
+    Attack {
+        name: "memory requests of any shape",
+        run: mem::shapes,
     },
     Attack {
         name: "BARs moved onto RAM, to 0 and onto each other",
