@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod ctr;
 pub mod daemon;
 pub mod events;
+pub mod given;
 pub mod leaks;
 pub mod machine;
 pub mod memory;

@@ -20,6 +20,7 @@ mod modules;
 mod mounts;
 mod network;
 mod networks;
+mod passthrough;
 mod process;
 mod resize;
 mod resources;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Case> {
         mounts::CASES,
         image_paths::CASES,
         devices::CASES,
+        passthrough::CASES,
         block::CASES,
         file_systems::CASES,
         security::CASES,

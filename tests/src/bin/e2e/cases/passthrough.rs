@@ -4,12 +4,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use brig_suite::case::not_here;
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::ctr::Run;
+use brig_tests::node::given::{EDU, Given, Kind, NVME, VIRTIO};
 
 use serde_json::json;
 
@@ -19,12 +19,12 @@ pub const CASES: &[Case] = &[
     brig(
         "passthrough",
         "a disk of the node is written in one pod and read in the next, also after the VMM was killed",
-        |suite| disk(suite, &VIRTIO),
+        |suite| disk(suite, VIRTIO, "/dev/vd?"),
     ),
     brig(
         "passthrough",
         "an NVMe disk has its driver loaded, is written in one pod and read in the next",
-        |suite| disk(suite, &NVME),
+        |suite| disk(suite, NVME, "/dev/nvme?n1"),
     ),
     brig(
         "passthrough",
@@ -45,102 +45,6 @@ pub const CASES: &[Case] = &[
 
 const BUSYBOX: &str = "docker.io/brig/busybox:test";
 
-const DEVICES: &str = "/sys/bus/pci/devices";
-
-/// A kind of device.
-struct Kind {
-    vendor: &'static str,
-    device: &'static str,
-    /// How a shell finds it in the guest.
-    node: &'static str,
-}
-
-/// Of an emulated accelerator; `tests/driver-bundle` has a driver for it.
-const EDU: Kind = Kind {
-    vendor: "0x1234",
-    device: "0x11e8",
-    node: "/dev/edu0",
-};
-
-const VIRTIO: Kind = Kind {
-    vendor: "0x1af4",
-    device: "0x1042",
-    node: "/dev/vd?",
-};
-
-const NVME: Kind = Kind {
-    vendor: "0x1b36",
-    device: "0x0010",
-    node: "/dev/nvme?n1",
-};
-
-/// A device of the node that is with vfio-pci for as long as this lives.
-struct Given {
-    address: String,
-    group: u32,
-}
-
-impl Given {
-    fn take(kind: &Kind) -> Result<Self> {
-        let address = find(kind)?;
-        load()?;
-        let device = Path::new(DEVICES).join(&address);
-        fs::write(device.join("driver_override"), "vfio-pci")?;
-        rebind(&device, &address)?;
-        let group = fs::canonicalize(device.join("iommu_group"))?;
-        let name = group.file_name().and_then(|name| name.to_str());
-        let group = name
-            .and_then(|name| name.parse().ok())
-            .context("no group")?;
-        let given = Self { address, group };
-        given.is_with("vfio-pci")?;
-        Ok(given)
-    }
-
-    fn node(&self) -> String {
-        format!("/dev/vfio/{}", self.group)
-    }
-
-    fn is_with(&self, wanted: &str) -> Result<()> {
-        let driver = fs::read_link(Path::new(DEVICES).join(&self.address).join("driver"))?;
-        let name = driver.file_name().and_then(|name| name.to_str());
-        equal("the device's driver", Some(wanted), name)
-    }
-}
-
-impl Drop for Given {
-    fn drop(&mut self) {
-        let device = Path::new(DEVICES).join(&self.address);
-        let _ = fs::write(device.join("driver_override"), "\n");
-        let _ = rebind(&device, &self.address);
-    }
-}
-
-fn load() -> Result<()> {
-    let loaded = Command::new("modprobe").arg("vfio-pci").status()?;
-    ensure!(loaded.success(), "vfio-pci cannot be loaded");
-    Ok(())
-}
-
-fn rebind(device: &Path, address: &str) -> Result<()> {
-    if device.join("driver").exists() {
-        fs::write(device.join("driver/unbind"), address)?;
-    }
-    Ok(fs::write("/sys/bus/pci/drivers_probe", address)?)
-}
-
-/// One in an IOMMU group; the node's own disk is a virtio device of another number.
-fn find(kind: &Kind) -> Result<String> {
-    for entry in fs::read_dir(DEVICES)?.flatten() {
-        let id = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
-        let is_one = id("vendor").trim() == kind.vendor && id("device").trim() == kind.device;
-        if is_one && entry.path().join("iommu_group").exists() {
-            return Ok(entry.file_name().to_string_lossy().into_owned());
-        }
-    }
-    not_here("the node has no IOMMU and disk to give away (BRIG_NODE_VFIO=1)")
-}
-
 fn run(node: &str, args: &[&str]) -> Run {
     Run::new("given", BUSYBOX, args)
         .with("--device", node)
@@ -149,9 +53,9 @@ fn run(node: &str, args: &[&str]) -> Run {
 
 const MARK: &str = "written by the first pod";
 
-fn disk(suite: &mut Suite, kind: &Kind) -> Result<()> {
+/// `disk` is how a shell finds it in the guest.
+fn disk(suite: &mut Suite, kind: Kind, disk: &str) -> Result<()> {
     let given = Given::take(kind)?;
-    let disk = kind.node;
     suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
     let ctr = suite.ctr.clone();
     let node = given.node();
@@ -192,7 +96,7 @@ fn disk(suite: &mut Suite, kind: &Kind) -> Result<()> {
 }
 
 fn refusals(suite: &mut Suite) -> Result<()> {
-    let given = Given::take(&VIRTIO)?;
+    let given = Given::take(VIRTIO)?;
     suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
     let ctr = suite.ctr.clone();
     let holder = ctr.start(&run(&given.node(), &["sleep", "1000"]))?;
@@ -250,7 +154,7 @@ fn bundle(suite: &mut Suite) -> Result<()> {
     if !Path::new(BUNDLE).exists() {
         return not_here("tests/driver-bundle/build has not made the node's edu.erofs");
     }
-    let given = Given::take(&EDU)?;
+    let given = Given::take(EDU)?;
     let device = device(suite, &given)?;
     suite.import(DEBIAN, "/host/assets/images/debian.tar")?;
     // Twice: what a device was given to works for the next.
@@ -297,7 +201,7 @@ fn bundle(suite: &mut Suite) -> Result<()> {
 }
 
 fn wrong_bundle(suite: &mut Suite) -> Result<()> {
-    let given = Given::take(&EDU)?;
+    let given = Given::take(EDU)?;
     suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
     for (bundle, expected) in [
         ("/run/brig-e2e/none.erofs", "No such file"),
