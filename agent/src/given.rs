@@ -171,19 +171,24 @@ impl Disks {
     }
 
     /// Takes the entry of a device out that was given whole: its nodes have the owner of the entry, and rules of their
-    /// own.
+    /// own. One without a path was given without having been asked for.
     fn replace(
         &mut self,
         devices: &mut Vec<Device>,
         path: &str,
         nodes: &[DeviceNode],
     ) -> Vec<Node> {
-        let Some(place) = devices.iter().position(|entry| entry.path == path) else {
-            return Vec::new();
+        let place = devices.iter().position(|entry| entry.path == path);
+        let entry = match place {
+            Some(place) => {
+                let entry = devices.remove(place);
+                let theirs = (entry.major, entry.minor);
+                self.whole.push((entry.kind.clone(), theirs));
+                entry
+            }
+            None if path.is_empty() => Device::default(),
+            None => return Vec::new(),
         };
-        let entry = devices.remove(place);
-        let theirs = (entry.major, entry.minor);
-        self.whole.push((entry.kind.clone(), theirs));
         let mut given = Vec::new();
         for node in nodes {
             let kind = if node.block { "b" } else { "c" };

@@ -207,6 +207,7 @@ fn main() {
             debug_console: options.debug,
             allow_slow_kvm: false,
             passthrough: false,
+            devices: Vec::new(),
         })),
         &fds,
     );

@@ -9,6 +9,7 @@ mod error;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use kvm_bindings::CpuId;
@@ -24,7 +25,7 @@ use crate::arch::x86_64::acpi::Platform;
 use crate::arch::x86_64::boot::{self, BootInfo};
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{cpuid, layout};
-use crate::control::{DeviceConfig, VmConfig, exit};
+use crate::control::{DeviceConfig, DeviceWord, VmConfig, exit};
 use crate::exits::ExitCounters;
 use crate::jail::seccomp::{self, SeccompError, ThreadKind};
 use crate::kernel;
@@ -52,6 +53,8 @@ pub struct Vm {
     handles: Handles,
     board: Board,
     cpus: Cpus,
+    /// Functions of the devices of the node that were there from the start.
+    given: Vec<u8>,
 }
 
 /// What it takes to make a CPU.
@@ -102,6 +105,24 @@ impl Vm {
     #[must_use]
     pub fn takes_devices(&self) -> bool {
         self.board.takes_devices()
+    }
+
+    /// Functions of the devices of the node that the guest booted with, in the order of the configuration.
+    #[must_use]
+    pub fn given(&self) -> &[u8] {
+        &self.given
+    }
+
+    /// What to wait on for what the node says of a device.
+    #[must_use]
+    pub fn words(&self, function: u8) -> Vec<(DeviceWord, RawFd)> {
+        self.board.words(function)
+    }
+
+    /// Whether the node has said this of a device since this was last asked.
+    #[must_use]
+    pub fn hears(&self, function: u8, word: DeviceWord) -> bool {
+        self.board.hears(function, word)
     }
 
     /// To be called at [`Notice::Prepared`]: puts the device on the bus.
@@ -235,6 +256,7 @@ pub fn build(
     )?;
     let handles = board.add_devices(config, &mut fds)?;
     board.mirror_configuration(&vm, ram_regions)?;
+    let given = board.add_passthrough(&config.devices, &mut fds, seccomp::apply)?;
     let cpus = Cpus {
         kvm: vm,
         supported,
@@ -255,6 +277,7 @@ pub fn build(
             handles,
             board,
             cpus,
+            given,
         },
     })
 }
@@ -361,6 +384,7 @@ mod tests {
             debug_console: false,
             allow_slow_kvm: false,
             passthrough: false,
+            devices: Vec::new(),
         }
     }
 

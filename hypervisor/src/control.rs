@@ -118,6 +118,8 @@ pub struct VmConfig {
     /// The VM may be given devices of the node while it runs: the control loop may start a thread that makes VFIO's
     /// calls.
     pub passthrough: bool,
+    /// Devices of the node that are there when the guest boots. Its memory is pinned before it runs.
+    pub devices: Vec<VfioConfig>,
 }
 
 /// A device that is plugged into the running machine.
@@ -225,6 +227,11 @@ pub struct Reply {
 pub enum ReplyBody {
     /// Nothing to tell.
     Done,
+    /// Answer to [`RequestBody::Start`].
+    Started {
+        /// Where on the guest's bus 0 its devices of the node are, in the order of [`VmConfig::devices`].
+        functions: Vec<u8>,
+    },
     /// Answer to [`RequestBody::Plug`].
     Plugged {
         /// Where on the guest's bus 0: its device number (five bits) and function number (three).
@@ -291,6 +298,13 @@ pub enum Event {
     /// The guest's cached inodes take most of the descriptors the file server may have: its kernel
     /// should drop what it does not use. Repeated now and then while that lasts.
     SharePressure,
+    /// Something has become of a device of the node that the VM has.
+    Device {
+        /// As [`ReplyBody::Plugged`] told it.
+        function: u8,
+        /// What.
+        word: DeviceWord,
+    },
     /// The VM is at its end; the process exits with this code next. Not sent if it dies by a signal.
     Ended {
         /// One of [`exit`].
@@ -304,6 +318,15 @@ pub enum Event {
         /// The line without its end.
         line: String,
     },
+}
+
+/// What the node's kernel says of a device that it has lent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceWord {
+    /// The node wants it back: somebody unbinds or removes it there, and waits. Repeated while that lasts.
+    Wanted,
+    /// It has reported an error that it does not recover from by itself.
+    Failed,
 }
 
 /// Counters of one VM since it started.

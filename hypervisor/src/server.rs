@@ -17,8 +17,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::builder::{self, Descriptors, Plugging, Vm};
 use crate::control::{
-    self, Counters, ErrorKind, ErrorReply, Event, FromVmm, Reply, ReplyBody, Request, RequestBody,
-    StreamConfig, VmConfig, exit, mark,
+    self, Counters, DeviceWord, ErrorKind, ErrorReply, Event, FromVmm, Reply, ReplyBody, Request,
+    RequestBody, StreamConfig, VmConfig, exit, mark,
 };
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::log::LAST_WORDS;
@@ -27,6 +27,9 @@ use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
 
 const CONTROL: u64 = 0;
 const NOTICES: u64 = 1;
+/// Words of devices of the node: below it the function, and the word.
+const WORDS: u64 = 1 << 16;
+const FAILED: u64 = 1 << 8;
 /// Messages that may wait for a slow shim.
 const MAX_OUTBOX: usize = 8192;
 /// How long the last messages may take.
@@ -113,6 +116,9 @@ impl Server {
             NOTICES,
             EventSet::IN,
         )?;
+        for function in vm.given() {
+            watch_words(&epoll, &vm, *function)?;
+        }
         fcntl(
             &self.control,
             FcntlArg::F_SETFL(OFlag::O_NONBLOCK | OFlag::O_RDWR),
@@ -149,7 +155,11 @@ impl Server {
                 let flow = match event.data() {
                     NOTICES => {
                         let _ = wake.read();
-                        self.take_notices(&notices, &mut vm)
+                        self.take_notices(&notices, &mut vm, &epoll)
+                    }
+                    token if token & WORDS != 0 => {
+                        self.take_word(token, &vm);
+                        Flow::Continue
                     }
                     _ => self.take_requests(&mut vm),
                 };
@@ -211,7 +221,8 @@ impl Server {
             });
         match built {
             Ok(vm) => {
-                self.reply(id, Ok(ReplyBody::Done));
+                let functions = vm.given().to_vec();
+                self.reply(id, Ok(ReplyBody::Started { functions }));
                 info!(self.log, "VM started"; "vcpus" => config.vcpus,
                     "micros" => self.clock.micros());
                 Ok(vm)
@@ -305,7 +316,19 @@ impl Server {
         })
     }
 
-    fn take_notices(&mut self, notices: &Receiver<Notice>, vm: &mut Vm) -> Flow {
+    fn take_word(&mut self, token: u64, vm: &Vm) {
+        let function = u8::try_from(token & 0xff).unwrap_or(0);
+        let word = if token & FAILED == 0 {
+            DeviceWord::Wanted
+        } else {
+            DeviceWord::Failed
+        };
+        if vm.hears(function, word) {
+            self.event(Event::Device { function, word });
+        }
+    }
+
+    fn take_notices(&mut self, notices: &Receiver<Notice>, vm: &mut Vm, epoll: &Epoll) -> Flow {
         while let Ok(notice) = notices.try_recv() {
             match notice {
                 Notice::Mark { mark, micros } => {
@@ -327,6 +350,12 @@ impl Server {
                         .prepared(function)
                         .map(|()| ReplyBody::Plugged { function })
                         .map_err(|error| error.reply("the device was not added"));
+                    // Unheard, it is still given back when the pod ends.
+                    if result.is_ok()
+                        && let Err(error) = watch_words(epoll, vm, function)
+                    {
+                        warn!(self.log, "the node cannot ask for a device"; "error" => %error);
+                    }
                     if let Some(id) = self.plugging.remove(&function) {
                         self.reply(id, result);
                     }
@@ -432,6 +461,23 @@ fn open_stream(stream: StreamConfig, fds: Vec<OwnedFd>, vm: &Vm) -> Result<Reply
         message: error.to_string(),
     })?;
     Ok(ReplyBody::Done)
+}
+
+/// Waits for what the node says of a device. The events leave with it.
+fn watch_words(epoll: &Epoll, vm: &Vm, function: u8) -> io::Result<()> {
+    for (word, fd) in vm.words(function) {
+        let said = match word {
+            DeviceWord::Wanted => 0,
+            DeviceWord::Failed => FAILED,
+        };
+        let token = WORDS | said | u64::from(function);
+        epoll.ctl(
+            ControlOperation::Add,
+            fd,
+            EpollEvent::new(EventSet::IN, token),
+        )?;
+    }
+    Ok(())
 }
 
 fn state(reason: &str) -> ErrorReply {

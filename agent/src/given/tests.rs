@@ -32,6 +32,36 @@ fn shown(rules: &[DeviceRule]) -> Vec<String> {
 }
 
 #[test]
+fn a_device_that_nobody_asked_for_is_shown_with_a_rule_and_the_mode_of_any_device() {
+    let node = DeviceNode {
+        name: "dri/card0".to_owned(),
+        major: 226,
+        ..DeviceNode::default()
+    };
+    let mut devices = vec![Device {
+        path: "/dev/other".to_owned(),
+        ..Device::default()
+    }];
+    let mut given = Disks::default();
+    let nodes = given.replace(&mut devices, "", std::slice::from_ref(&node));
+    assert_eq!(devices.len(), 1);
+    let own = &nodes[0].device;
+    assert_eq!(
+        (own.path.as_str(), own.kind.as_str()),
+        ("/dev/dri/card0", "c")
+    );
+    assert_eq!((own.major, own.minor, own.file_mode), (226, 0, None));
+    assert_eq!(shown(&given.rules), ["+c 226:0 rwm"]);
+    assert!(given.whole.is_empty());
+    // One that was asked for under a path that is not there is none.
+    assert!(
+        given
+            .replace(&mut devices, "/dev/vfio/1", &[node])
+            .is_empty()
+    );
+}
+
+#[test]
 fn a_disk_is_shown_where_it_was_asked_for_with_the_number_that_it_has_here() {
     let mut devices: Vec<Device> = serde_json::from_value(json!([
         {"path": "/dev/data", "type": "b", "major": 7, "minor": 3, "fileMode": 384, "uid": 1000, "gid": 7},

@@ -92,6 +92,8 @@ pub struct Board {
     plugged: BTreeMap<u8, Plugged>,
     /// Descriptors that the process may have open.
     max_files: u64,
+    /// Bytes that it may lock, if that is limited.
+    lockable: Option<u64>,
     vcpus: u8,
     notifier: Notifier,
     log: Logger,
@@ -131,6 +133,7 @@ impl Board {
             nets: 0,
             plugged: BTreeMap::new(),
             max_files: descriptors::limit(),
+            lockable: descriptors::lockable(),
             vcpus: 1,
             notifier: notifier.clone(),
             log: log.clone(),
@@ -168,14 +171,12 @@ impl Board {
             Some(tag) => Some(self.add_share(tag)?),
             None => None,
         };
-        self.add(
-            "memory",
-            ThreadKind::Worker,
-            vec![
-                Box::new(Rng::new()),
-                Box::new(Balloon::new(Arc::clone(&self.reclaim))),
-            ],
-        )?;
+        let mut quiet: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng::new())];
+        // A device pins all memory from the start: there is nothing to give back.
+        if config.devices.is_empty() {
+            quiet.push(Box::new(Balloon::new(Arc::clone(&self.reclaim))));
+        }
+        self.add("memory", ThreadKind::Worker, quiet)?;
         self.quiet_worker = self.workers.len() - 1;
         self.net_worker = self.quiet_worker;
         self.add_nets(config, fds)?;

@@ -37,6 +37,13 @@ pub fn limit() -> u64 {
     getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft)
 }
 
+/// Bytes that this process may lock, if that is limited. To be asked likewise.
+#[must_use]
+pub fn lockable() -> Option<u64> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
+    (soft != nix::libc::RLIM_INFINITY).then_some(soft)
+}
+
 /// Whether the process can open `count` more descriptors: a device that is half made when they run out would
 /// fail in the guest's hands.
 ///

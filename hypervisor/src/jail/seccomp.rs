@@ -138,9 +138,7 @@ pub(super) fn programs(
             inherited.extend(own.iter().cloned());
             all.push(inherited);
         }
-        if kind != ThreadKind::Vfio {
-            all.push(own);
-        }
+        all.push(own);
     }
     Ok(all)
 }

@@ -60,6 +60,7 @@ fn start(vcpus: u8) -> RequestBody {
         debug_console: false,
         allow_slow_kvm: true,
         passthrough: false,
+        devices: Vec::new(),
     }))
 }
 

@@ -25,6 +25,15 @@ pub enum Kind {
     Msix,
 }
 
+/// What the node's kernel says of a device by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// It is wanted back.
+    Wanted,
+    /// It has failed.
+    Failed,
+}
+
 /// Interrupts of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Vectors {
@@ -78,6 +87,11 @@ pub trait Device: Send {
     /// # Errors
     /// What the kernel says.
     fn disable(&self, kind: Kind) -> io::Result<()>;
+    /// From now on `event` is signalled when the node's kernel has this to say.
+    ///
+    /// # Errors
+    /// What the kernel says, also if it never says that of this device.
+    fn hear(&self, word: Word, event: RawFd) -> io::Result<()>;
     /// Resets the function.
     ///
     /// # Errors

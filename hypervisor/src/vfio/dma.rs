@@ -30,16 +30,16 @@ pub trait Dma: Send + Sync {
 pub enum DmaError {
     /// A limit.
     #[error(
-        "a device needs all {needed} bytes of the VM's memory pinned, and the node let only {pinned} be: raise \
-         RLIMIT_MEMLOCK of containerd (LimitMEMLOCK=infinity) or the pod's memory limit ({source})"
+        "a device needs all {} MiB of the VM's memory pinned, and {} MiB are missing: {}",
+        mebibytes(*needed), mebibytes(needed.saturating_sub(*pinned)), fix(*lockable)
     )]
     Limit {
         /// Bytes that have to be.
         needed: u64,
         /// Bytes that were.
         pinned: u64,
-        /// What the kernel said.
-        source: io::Error,
+        /// Bytes that the VMM may lock, if that is what limits it.
+        lockable: Option<u64>,
     },
     /// Something else.
     #[error(
@@ -55,6 +55,21 @@ pub enum DmaError {
     },
 }
 
+/// Rounded up.
+fn mebibytes(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
+}
+
+fn fix(lockable: Option<u64>) -> String {
+    match lockable {
+        Some(bytes) => format!(
+            "RLIMIT_MEMLOCK lets the VMM lock {} MiB; raise it for containerd (LimitMEMLOCK=infinity)",
+            bytes >> 20
+        ),
+        None => "the node has no memory left, or the pod's limit is below the VM's size".to_owned(),
+    }
+}
+
 /// The memory of a VM, mapped for devices. Dropping it takes it from them.
 pub struct GuestDma {
     dma: Box<dyn Dma>,
@@ -65,7 +80,7 @@ pub struct GuestDma {
 
 impl GuestDma {
     /// Maps all of guest memory, as far as the guest has it: `has` tells the parts of a region that it has. Takes its
-    /// time: every page is made and pinned.
+    /// time: every page is made and pinned. `lockable` is what the process may lock, for the error.
     ///
     /// # Errors
     /// [`DmaError`]; nothing is mapped then.
@@ -73,6 +88,7 @@ impl GuestDma {
         dma: Box<dyn Dma>,
         memory: &GuestMemory,
         reclaim: &Arc<Reclaim>,
+        lockable: Option<u64>,
         has: impl Fn(Range<u64>) -> Vec<Range<u64>>,
     ) -> Result<Self, DmaError> {
         let mut guest = Self {
@@ -103,7 +119,7 @@ impl GuestDma {
                     Some(libc::ENOMEM) => DmaError::Limit {
                         needed,
                         pinned,
-                        source,
+                        lockable,
                     },
                     _ => DmaError::Map { iova, size, source },
                 });
@@ -173,6 +189,7 @@ mod tests {
             Box::new(Fake(Arc::clone(&seen))),
             &memory(),
             &reclaim,
+            Some(5 << 20),
             |part| vec![part],
         )
         .unwrap();
@@ -198,7 +215,7 @@ mod tests {
                 start + (1 << 20)..start + (1 << 20) + 4096,
             ],
         };
-        let guest = GuestDma::new(fake, &memory(), &reclaim, has).unwrap();
+        let guest = GuestDma::new(fake, &memory(), &reclaim, None, has).unwrap();
         assert_eq!(
             *lock(&seen.mapped),
             [
@@ -221,16 +238,21 @@ mod tests {
             Box::new(Fake(Arc::clone(&seen))),
             &memory(),
             &reclaim,
+            Some(5 << 20),
             |part| vec![part],
         )
         .err()
         .unwrap()
         .to_string();
+        // One of three was pinned.
         assert!(
-            error.contains("3145728") && error.contains("1048576"),
+            error.contains("all 3 MiB") && error.contains("2 MiB are missing"),
             "{error}"
         );
-        assert!(error.contains("MEMLOCK"), "{error}");
+        assert!(
+            error.contains("RLIMIT_MEMLOCK lets the VMM lock 5 MiB"),
+            "{error}"
+        );
         assert!(lock(&seen.mapped).is_empty() && reclaim.is_allowed());
     }
 }

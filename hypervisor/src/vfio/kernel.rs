@@ -10,7 +10,7 @@ use std::ptr;
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as sys;
 
-use super::device::{CONFIG_REGION, Device, Kind, Mapping, Region, Vectors};
+use super::device::{CONFIG_REGION, Device, Kind, Mapping, Region, Vectors, Word};
 use super::dma::Dma;
 
 /// `VFIO_TYPE` and `VFIO_BASE`: all requests are `_IO(';', 100 + n)`.
@@ -118,6 +118,19 @@ impl KernelDevice {
         put(&mut bytes, 8, region);
         ask(&self.fd, GET_REGION_INFO, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Interrupts `first..` of an index signal these events.
+    fn trigger(&self, index: u32, first: u16, events: &[Option<RawFd>]) -> io::Result<()> {
+        let count = u32::try_from(events.len()).map_err(io::Error::other)?;
+        let flags = sys::VFIO_IRQ_SET_DATA_EVENTFD | sys::VFIO_IRQ_SET_ACTION_TRIGGER;
+        let mut bytes = irq_set(index, flags, first.into(), count);
+        for event in events {
+            bytes.extend(event.unwrap_or(-1).to_le_bytes());
+        }
+        let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+        put(&mut bytes, 0, length);
+        ask(&self.fd, SET_IRQS, &mut bytes)
     }
 
     fn place(&self, region: u32, offset: u64) -> io::Result<libc::off_t> {
@@ -275,20 +288,20 @@ impl Device for KernelDevice {
     }
 
     fn set_triggers(&self, kind: Kind, first: u16, events: &[Option<RawFd>]) -> io::Result<()> {
-        let count = u32::try_from(events.len()).map_err(io::Error::other)?;
-        let flags = sys::VFIO_IRQ_SET_DATA_EVENTFD | sys::VFIO_IRQ_SET_ACTION_TRIGGER;
-        let mut bytes = irq_set(kind, flags, first.into(), count);
-        for event in events {
-            bytes.extend(event.unwrap_or(-1).to_le_bytes());
-        }
-        let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-        put(&mut bytes, 0, length);
-        ask(&self.fd, SET_IRQS, &mut bytes)
+        self.trigger(index(kind), first, events)
     }
 
     fn disable(&self, kind: Kind) -> io::Result<()> {
         let flags = sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_TRIGGER;
-        ask(&self.fd, SET_IRQS, &mut irq_set(kind, flags, 0, 0))
+        ask(&self.fd, SET_IRQS, &mut irq_set(index(kind), flags, 0, 0))
+    }
+
+    fn hear(&self, word: Word, event: RawFd) -> io::Result<()> {
+        let index = match word {
+            Word::Wanted => sys::VFIO_PCI_REQ_IRQ_INDEX,
+            Word::Failed => sys::VFIO_PCI_ERR_IRQ_INDEX,
+        };
+        self.trigger(index, 0, &[Some(event)])
     }
 
     fn reset(&self) -> io::Result<()> {
@@ -297,15 +310,9 @@ impl Device for KernelDevice {
 }
 
 /// `vfio_irq_set` without data.
-fn irq_set(kind: Kind, flags: u32, start: u32, count: u32) -> Vec<u8> {
+fn irq_set(index: u32, flags: u32, start: u32, count: u32) -> Vec<u8> {
     let mut bytes = vec![0; IRQ_SET_HEADER];
-    for (at, value) in [
-        (0, 20),
-        (4, flags),
-        (8, index(kind)),
-        (12, start),
-        (16, count),
-    ] {
+    for (at, value) in [(0, 20), (4, flags), (8, index), (12, start), (16, count)] {
         put(&mut bytes, at, value);
     }
     bytes
@@ -404,7 +411,7 @@ mod tests {
         assert_eq!(size_of::<sys::vfio_irq_info>(), 16);
         assert_eq!(size_of::<sys::vfio_iommu_type1_dma_map>(), 32);
         assert_eq!(size_of::<sys::vfio_iommu_type1_dma_unmap>(), 24);
-        assert_eq!(irq_set(Kind::Msix, 36, 1, 2).len(), IRQ_SET_HEADER);
+        assert_eq!(irq_set(2, 36, 1, 2).len(), IRQ_SET_HEADER);
     }
 
     #[test]

@@ -14,8 +14,11 @@ pub mod config;
 pub mod device;
 pub mod dma;
 pub mod function;
+#[cfg(test)]
+mod hostile;
 pub mod interrupts;
 pub mod kernel;
 pub mod owner;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod words;

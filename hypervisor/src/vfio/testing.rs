@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 
-use super::device::{CONFIG_REGION, Device, Kind, Mapping, Region, Vectors};
+use super::device::{CONFIG_REGION, Device, Kind, Mapping, Region, Vectors, Word};
 use crate::pci::config::SIZE;
 use crate::sync::lock;
 
@@ -166,6 +166,11 @@ impl Device for Mock {
     fn disable(&self, _: Kind) -> io::Result<()> {
         self.record.add("disable");
         lock(&self.record.live).clear();
+        Ok(())
+    }
+
+    fn hear(&self, word: Word, _: RawFd) -> io::Result<()> {
+        self.record.add(format!("hear {word:?}"));
         Ok(())
     }
 

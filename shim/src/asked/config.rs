@@ -19,11 +19,13 @@ mod load;
 mod logging;
 mod origin;
 mod units;
+mod wish;
 
 pub use load::DEFAULT_PATH;
 pub use logging::{LogFormat, LogLevel};
 pub use origin::{Origin, Origins};
 pub use units::MIB;
+pub use wish::Wish;
 
 /// The least guest memory in bytes: below it the kernel and the agent do not fit.
 pub const MIN_MEMORY: u64 = 64 * MIB;
@@ -31,6 +33,8 @@ pub const MIN_MEMORY: u64 = 64 * MIB;
 const MAX_GRACE: u32 = 600;
 /// More than any node has, in bytes.
 const MAX_MEMORY: u64 = 1 << 44;
+/// The most devices of a handler's list: each brings its group, and all come to the VMM in one message.
+const MAX_GIVEN: usize = 16;
 /// The most guest CPUs.
 pub const MAX_VCPUS: u8 = 64;
 
@@ -43,6 +47,8 @@ pub struct Config {
     pub modules: PathBuf,
     /// The image of drivers and libraries for devices of the node.
     pub driver_bundle: Option<PathBuf>,
+    /// Devices of the node that each pod has.
+    pub devices: Vec<Wish>,
     /// The initramfs that holds the agent.
     pub initramfs: PathBuf,
     /// The brig-vmm binary.
@@ -171,6 +177,7 @@ struct File {
     kernel: Option<PathBuf>,
     modules: Option<PathBuf>,
     driver_bundle: Option<PathBuf>,
+    devices: Option<Vec<String>>,
     initramfs: Option<PathBuf>,
     vmm: Option<PathBuf>,
     kvm: Option<PathBuf>,
@@ -225,6 +232,7 @@ impl Config {
             kernel: find("vmlinux"),
             modules: find("modules.erofs"),
             driver_bundle: None,
+            devices: Vec::new(),
             initramfs: find("brig-initramfs.cpio"),
             vmm: find("brig-vmm"),
             kvm: PathBuf::from("/dev/kvm"),
@@ -266,6 +274,17 @@ impl Config {
         set(file.state_dir, &mut whole.state_dir);
         if let Some(path) = file.driver_bundle {
             whole.driver_bundle = Some(path).filter(|path| !path.as_os_str().is_empty());
+        }
+        if let Some(names) = file.devices {
+            let wishes: std::result::Result<Vec<Wish>, String> =
+                names.iter().map(|name| name.parse()).collect();
+            whole.devices = wishes.map_err(|error| invalid(format!("devices: {error}")))?;
+            if whole.devices.len() > MAX_GIVEN {
+                return Err(invalid(format!(
+                    "devices: {} were named, but a pod can have at most {MAX_GIVEN}",
+                    whole.devices.len()
+                )));
+            }
         }
         whole.vcpus = file.vcpus.unwrap_or(whole.vcpus);
         whole.max_vcpus = file.max_vcpus.unwrap_or(whole.max_vcpus);

@@ -13,6 +13,7 @@ use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 
 use crate::asked::config::{LogLevel, MIB, keys};
 use crate::error::{Error, Result};
+use crate::guest::vm::Holder;
 use crate::log::{Control, rfc3339};
 use crate::pod::actor::PodHandle;
 use crate::pod::container::{ContainerHandle, Request};
@@ -148,11 +149,15 @@ impl Handler {
         });
         let devices: Vec<Value> = devices
             .into_iter()
-            .map(|(group, functions, container)| {
+            .map(|(group, functions, holder)| {
                 let places = functions.iter().map(|function| {
                     let (device, function) = (function >> 3, function & 7);
                     format!("{device:02x}.{function}")
                 });
+                let container = match holder {
+                    Holder::Container(id) => Some(id),
+                    Holder::Pod => None,
+                };
                 json!({
                     "iommuGroup": group,
                     "guestFunctions": places.collect::<Vec<_>>(),

@@ -205,6 +205,7 @@ impl Host for FakeHost {
             debug_console: false,
             allow_slow_kvm: false,
             passthrough: false,
+            devices: Vec::new(),
         };
         Ok(Launched {
             process: Box::new(process),
@@ -215,6 +216,7 @@ impl Host for FakeHost {
             machine: (machine, Vec::new()),
             network: crate::node::network::GuestNetwork::default(),
             netns: None,
+            given: None,
         })
     }
 
@@ -306,7 +308,9 @@ impl FakeVmm {
                             self.start_agent(&socket);
                             tell(&socket, VmmEvent::AgentConnected { micros: 5 });
                         }
-                        Ok(ReplyBody::Done)
+                        Ok(ReplyBody::Started {
+                            functions: Vec::new(),
+                        })
                     }
                 },
                 RequestBody::OpenStream(stream) => {

@@ -119,6 +119,25 @@ impl Cgroup {
         count().unwrap_or(0)
     }
 
+    /// The lowest limit of memory that holds in here, in bytes, and the cgroup that has it. Blocking.
+    #[must_use]
+    pub fn memory_limit(&self) -> Option<(u64, PathBuf)> {
+        self.memory_limit_below(Path::new(ROOT))
+    }
+
+    fn memory_limit_below(&self, root: &Path) -> Option<(u64, PathBuf)> {
+        let places = self.dirs.iter().flat_map(|dir| dir.ancestors());
+        let below = places.filter(|place| place.starts_with(root));
+        let limits = below.filter_map(|place| {
+            let read = |file: &str| fs::read_to_string(place.join(file));
+            // v2's, or v1's, which has a number where there is none.
+            let text = read("memory.max").or_else(|_| read("memory.limit_in_bytes"));
+            let limit = text.ok()?.trim().parse().ok()?;
+            Some((limit, place.to_owned()))
+        });
+        limits.min_by_key(|(limit, _)| *limit)
+    }
+
     /// Moves this process out and removes the cgroup, which must hold nobody else.
     ///
     /// # Errors
@@ -405,6 +424,26 @@ mod tests {
             assert_eq!(told(), expected);
         }
         assert_eq!(huge_pages_below(root.path(), "/../etc"), None);
+    }
+
+    #[test]
+    fn the_lowest_limit_above_a_pod_holds_for_it() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = root.path().join("kubepods/pod1");
+        let own = pod.join("sandbox");
+        fs::create_dir_all(&own).unwrap();
+        let cgroup = Cgroup {
+            dirs: vec![own.clone()],
+            parents: Vec::new(),
+            home: None,
+        };
+        let told = || cgroup.memory_limit_below(root.path());
+        assert_eq!(told(), None);
+        fs::write(own.join("memory.max"), "max\n").unwrap();
+        fs::write(root.path().join("kubepods/memory.max"), "8388608\n").unwrap();
+        assert_eq!(told(), Some((8 << 20, root.path().join("kubepods"))));
+        fs::write(pod.join("memory.max"), "4194304\n").unwrap();
+        assert_eq!(told(), Some((4 << 20, pod)));
     }
 
     #[test]

@@ -16,6 +16,10 @@ use nix::fcntl::OFlag;
 
 use crate::error::{Error, Kind, Result};
 
+mod choose;
+
+pub use choose::Opened;
+
 /// `linux/vfio.h`: `_IO(';', 100 + n)`.
 const GET_API_VERSION: libc::Ioctl = 0x3b64;
 const CHECK_EXTENSION: libc::Ioctl = 0x3b65;
@@ -60,6 +64,16 @@ pub struct Group {
     _group: OwnedFd,
     /// Its devices by their PCI addresses, each until it is given to a VMM.
     pub devices: Vec<(String, OwnedFd)>,
+}
+
+impl Group {
+    /// One that is open.
+    pub(crate) fn new(group: OwnedFd, devices: Vec<(String, OwnedFd)>) -> Self {
+        Self {
+            _group: group,
+            devices,
+        }
+    }
 }
 
 impl Node {
@@ -295,10 +309,7 @@ impl Node {
             // SAFETY: the kernel has just made this descriptor for us alone.
             devices.push((name, unsafe { OwnedFd::from_raw_fd(fd) }));
         }
-        Ok(Group {
-            _group: group,
-            devices,
-        })
+        Ok(Group::new(group, devices))
     }
 }
 
@@ -316,13 +327,13 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    struct Fake {
+    pub(super) struct Fake {
         root: tempfile::TempDir,
-        node: Node,
+        pub(super) node: Node,
     }
 
     impl Fake {
-        fn new() -> Self {
+        pub(super) fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
             let node = Node {
                 sys: root.path().join("sys"),
@@ -343,6 +354,29 @@ mod tests {
             fs::write(device.join("class"), format!("{class}\n")).unwrap();
             if let Some(driver) = driver {
                 symlink(format!("/drivers/{driver}"), device.join("driver")).unwrap();
+            }
+        }
+
+        /// An NVMe.
+        pub(super) fn device(
+            &self,
+            name: &str,
+            class: &str,
+            driver: Option<&str>,
+            group: Option<u32>,
+        ) {
+            let place = self.directory(&format!("bus/pci/devices/{name}"));
+            for (file, text) in [("class", class), ("vendor", "0x1b36"), ("device", "0x0010")] {
+                fs::write(place.join(file), format!("{text}\n")).unwrap();
+            }
+            if let Some(driver) = driver {
+                let target = self.directory(&format!("bus/pci/drivers/{driver}"));
+                symlink(target, place.join("driver")).unwrap();
+            }
+            if let Some(group) = group {
+                let target = self.directory(&format!("kernel/iommu_groups/{group}"));
+                symlink(target, place.join("iommu_group")).unwrap();
+                self.member(group, name, class, driver);
             }
         }
 
@@ -402,26 +436,11 @@ mod tests {
     #[test]
     fn every_device_but_bridges_is_told_with_what_it_takes() {
         let fake = Fake::new();
-        let device = |name: &str, class: &str, driver: Option<&str>, group: Option<u32>| {
-            let place = fake.directory(&format!("bus/pci/devices/{name}"));
-            for (file, text) in [("class", class), ("vendor", "0x1b36"), ("device", "0x0010")] {
-                fs::write(place.join(file), format!("{text}\n")).unwrap();
-            }
-            if let Some(driver) = driver {
-                let target = fake.directory(&format!("bus/pci/drivers/{driver}"));
-                symlink(target, place.join("driver")).unwrap();
-            }
-            if let Some(group) = group {
-                let target = fake.directory(&format!("kernel/iommu_groups/{group}"));
-                symlink(target, place.join("iommu_group")).unwrap();
-                fake.member(group, name, class, driver);
-            }
-        };
-        device("0000:00:00.0", "0x060000", None, Some(0));
-        device("0000:00:02.0", "0x010802", Some("vfio-pci"), Some(2));
-        device("0000:00:03.0", "0x020000", Some("e1000e"), Some(3));
-        device("0000:00:04.0", "0x030000", None, Some(4));
-        device("0000:00:05.0", "0x030000", None, None);
+        fake.device("0000:00:00.0", "0x060000", None, Some(0));
+        fake.device("0000:00:02.0", "0x010802", Some("vfio-pci"), Some(2));
+        fake.device("0000:00:03.0", "0x020000", Some("e1000e"), Some(3));
+        fake.device("0000:00:04.0", "0x030000", None, Some(4));
+        fake.device("0000:00:05.0", "0x030000", None, None);
         let said: Vec<String> = fake
             .node
             .survey()

@@ -36,6 +36,8 @@ pub fn profile(kind: ProfileType) -> SecurityProfile {
 pub struct PodSpec {
     handler: String,
     config: PodSandboxConfig,
+    /// In bytes, of the pod's cgroup.
+    memory: Option<&'static str>,
 }
 
 impl PodSpec {
@@ -73,7 +75,14 @@ impl PodSpec {
         Self {
             handler: handler.to_owned(),
             config,
+            memory: None,
         }
+    }
+
+    /// Limits the pod's cgroup, as kubelet does for all of the pod's limits and its overhead.
+    pub fn memory_limit(mut self, bytes: &'static str) -> Self {
+        self.memory = Some(bytes);
+        self
     }
 
     /// Changes anything.
@@ -130,6 +139,9 @@ impl PodSpec {
         fs::create_dir_all(&self.config.log_directory)?;
         let cgroup = cgroup_path(&self.config);
         make_cgroup(&cgroup)?;
+        if let Some(bytes) = self.memory {
+            fs::write(cgroup.join("memory.max"), bytes)?;
+        }
         let request = RunPodSandboxRequest {
             config: Some(self.config.clone()),
             runtime_handler: self.handler.clone(),

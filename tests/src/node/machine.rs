@@ -183,6 +183,7 @@ impl Machine {
             debug_console: boot.debug_console,
             allow_slow_kvm: false,
             passthrough: false,
+            devices: Vec::new(),
         };
         let id = machine.number();
         control::send(
@@ -194,7 +195,7 @@ impl Machine {
             &fds,
         )?;
         match machine.reply(id, super::clock::seconds(6))? {
-            ReplyBody::Done => Ok(machine),
+            ReplyBody::Started { .. } => Ok(machine),
             other => bail!("unexpected reply {other:?}"),
         }
     }

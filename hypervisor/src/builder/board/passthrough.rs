@@ -1,9 +1,9 @@
-//! Devices of the node come to the running machine. All that takes long is done on the device's own thread, which tells
-//! when it is through ([`Notice::Prepared`]): the reset, and the pinning of the guest's memory.
+//! Devices of the node come to the machine, before it runs or while it does. All that takes long is done on the device's
+//! own thread, which tells when it is through ([`Notice::Prepared`]): the reset, and the pinning of the guest's memory.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Weak};
 
@@ -13,17 +13,22 @@ use super::plug::{Base, Behind, Plugged};
 use super::{Board, check_vectors};
 use crate::builder::descriptors::{self, Descriptors};
 use crate::builder::error::StartError;
-use crate::control::{VfioConfig, exit};
-use crate::jail::seccomp::{self, ThreadKind};
+use crate::control::{DeviceWord, VfioConfig, exit};
+use crate::jail::seccomp::{SeccompError, ThreadKind};
 use crate::notice::Notice;
 use crate::vfio::bars::MemorySlots;
+use crate::vfio::device::Word;
 use crate::vfio::dma::{DmaError, GuestDma};
 use crate::vfio::function::{PassedThrough, Prepared};
 use crate::vfio::kernel::{Container, KernelDevice};
 use crate::vfio::owner::{self, Owner};
+use crate::vfio::words::Words;
 
 /// Events beside those of interrupts.
 const DESCRIPTORS: usize = 4;
+
+/// How a device's thread puts its filter in force: beside that of the loop that starts it, or first of all.
+pub(super) type Confine = fn(ThreadKind) -> Result<(), SeccompError>;
 
 /// What the machine has of the node's devices.
 #[derive(Default)]
@@ -39,6 +44,7 @@ pub(super) struct Passthrough {
 struct Preparing {
     name: String,
     owner: Owner,
+    words: Arc<Words>,
     outcome: Receiver<Result<(Prepared, Weak<GuestDma>), StartError>>,
 }
 
@@ -56,7 +62,58 @@ impl Board {
         self.passthrough.allowed
     }
 
-    /// Begins to make a device ready; the number that its function will have.
+    /// Puts devices on the bus of a machine that does not run yet; their functions.
+    ///
+    /// # Errors
+    /// See [`StartError`]: the machine is not to run then.
+    pub fn add_passthrough(
+        &mut self,
+        devices: &[VfioConfig],
+        fds: &mut Descriptors,
+        confine: Confine,
+    ) -> Result<Vec<u8>, StartError> {
+        let mut functions = Vec::new();
+        // One after another: the memory that the first one pins is the others' too.
+        for device in devices {
+            let function = self.prepare_passthrough(device, fds, confine, false)?;
+            self.prepared(function)?;
+            functions.push(function);
+        }
+        Ok(functions)
+    }
+
+    /// What to wait on for what the node's kernel says of a device.
+    pub fn words(&self, function: u8) -> Vec<(DeviceWord, RawFd)> {
+        let Some(words) = self.words_of(function) else {
+            return Vec::new();
+        };
+        let descriptors = words.descriptors().into_iter();
+        descriptors
+            .map(|(word, fd)| match word {
+                Word::Wanted => (DeviceWord::Wanted, fd),
+                Word::Failed => (DeviceWord::Failed, fd),
+            })
+            .collect()
+    }
+
+    /// Whether it has said this since it was last asked.
+    pub fn hears(&self, function: u8, word: DeviceWord) -> bool {
+        let word = match word {
+            DeviceWord::Wanted => Word::Wanted,
+            DeviceWord::Failed => Word::Failed,
+        };
+        self.words_of(function)
+            .is_some_and(|words| words.take(word))
+    }
+
+    fn words_of(&self, function: u8) -> Option<&Words> {
+        match &self.plugged.get(&function)?.behind {
+            Behind::Device(_, words) => Some(words),
+            _ => None,
+        }
+    }
+
+    /// Begins to make a device ready; the number that its function will have. `tells`: [`Notice::Prepared`] is to follow.
     ///
     /// # Errors
     /// See [`StartError`].
@@ -64,10 +121,14 @@ impl Board {
         &mut self,
         vfio: &VfioConfig,
         fds: &mut Descriptors,
+        confine: Confine,
+        tells: bool,
     ) -> Result<u8, StartError> {
         if !self.passthrough.allowed {
             return Err(StartError::State(
-                "this VM was started on a node without devices to pass through, and its jail allows none".to_owned(),
+                "when this VM was started the node had no device with vfio-pci, and the VM's jail allows none: bind the \
+                 device first, then start the pod"
+                    .to_owned(),
             ));
         }
         let device = fds.take(vfio.device, "device")?;
@@ -79,6 +140,9 @@ impl Board {
                 )
             })?),
         };
+        let words = Arc::new(Words::new().map_err(failed)?);
+        let to_connect = Arc::clone(&words);
+        let lockable = self.lockable;
         let function = self.bus.reserve()?;
         let (owner, orders) = owner::pair();
         let (told, outcome) = channel();
@@ -89,7 +153,7 @@ impl Board {
         let started = std::thread::Builder::new()
             .name("vfio".to_owned())
             .spawn(move || {
-                if let Err(error) = seccomp::narrow(ThreadKind::Vfio) {
+                if let Err(error) = confine(ThreadKind::Vfio) {
                     notifier.end(exit::INTERNAL, error.to_string());
                     return;
                 }
@@ -99,13 +163,15 @@ impl Board {
                         let dma = match source {
                             Source::New(container) => {
                                 let container = Box::new(Container(container));
-                                Arc::new(GuestDma::new(container, &memory, &reclaim, |part| {
-                                    plugged.within(&part)
-                                })?)
+                                let has = |part| plugged.within(&part);
+                                Arc::new(GuestDma::new(
+                                    container, &memory, &reclaim, lockable, has,
+                                )?)
                             }
                             Source::Shared(dma) => dma,
                         };
                         let prepared = Prepared::new(&device, slots).map_err(failed)?;
+                        to_connect.connect(&device);
                         Ok((device, dma, prepared))
                     });
                 let (served, outcome) = match made {
@@ -115,8 +181,12 @@ impl Board {
                     }
                     Err(error) => (None, Err(error)),
                 };
+                // Its descriptors go with the device.
+                drop(to_connect);
                 let _ = told.send(outcome);
-                notifier.send(Notice::Prepared(function));
+                if tells {
+                    notifier.send(Notice::Prepared(function));
+                }
                 if let Some((device, dma)) = served {
                     orders.serve(Box::new(device), dma);
                 }
@@ -130,6 +200,7 @@ impl Board {
         let preparing = Preparing {
             name,
             owner,
+            words,
             outcome,
         };
         self.passthrough.preparing.insert(function, preparing);
@@ -159,6 +230,7 @@ impl Board {
         let Preparing {
             name,
             owner,
+            words,
             outcome,
         } = preparing;
         let outcome = outcome.recv().map_err(failed)?;
@@ -182,7 +254,7 @@ impl Board {
         info!(self.log, "device plugged"; "device" => &name, "function" => function);
         let plugged = Plugged {
             name,
-            behind: Behind::Device(owner),
+            behind: Behind::Device(owner, words),
             vectors: vectors.into(),
             bases,
             leaving: false,

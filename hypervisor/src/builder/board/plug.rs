@@ -16,6 +16,7 @@ use crate::control::{DeviceConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::notice::Notice;
 use crate::vfio::owner::Owner;
+use crate::vfio::words::Words;
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::Description;
 use crate::virtio::pci::interrupt::VirtioInterrupt;
@@ -43,8 +44,8 @@ pub(super) enum Behind {
     Virtio(DeviceHandle, Option<Worker>),
     /// As that, an interface.
     Net(DeviceHandle),
-    /// A device of the node.
-    Device(Owner),
+    /// A device of the node, and what is said of it there.
+    Device(Owner, Arc<Words>),
 }
 
 /// What becomes of a device that is plugged.
@@ -94,7 +95,10 @@ impl Board {
                     self.plug_virtio(Box::new(device), Place::Own("block", ThreadKind::Disk))?;
                 Ok(Plugging::Done(function))
             }
-            DeviceConfig::Vfio(vfio) => Ok(Plugging::Later(self.prepare_passthrough(vfio, fds)?)),
+            DeviceConfig::Vfio(vfio) => {
+                let function = self.prepare_passthrough(vfio, fds, seccomp::narrow, true)?;
+                Ok(Plugging::Later(function))
+            }
         }
     }
 
@@ -191,7 +195,7 @@ impl Board {
         let removed = Box::new(move || notifier.send(Notice::Removed(function)));
         match &plugged.behind {
             Behind::Virtio(handle, _) | Behind::Net(handle) => handle.remove(removed),
-            Behind::Device(owner) => owner.retire(removed),
+            Behind::Device(owner, _) => owner.retire(removed),
         }
         Ok(())
     }
@@ -228,7 +232,7 @@ impl Board {
             // Its thread, if it has one, has nothing left to do: this does not wait.
             Behind::Virtio(_, worker) => drop(worker),
             Behind::Net(_) => self.nets -= 1,
-            Behind::Device(_) => {}
+            Behind::Device(..) => {}
         }
         self.bus.release(function);
         info!(self.log, "device removed"; "device" => plugged.name, "function" => function);

@@ -94,6 +94,15 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| c.driver_bundle.as_deref().map_or("".into(), path),
     },
     KeyDoc {
+        name: "devices",
+        what: "PCI devices of the node that each pod of the handler has from its start, for all its containers (docs/devices.md): by address (0000:3b:00.0), or the first free one by vendor and device (10de:2330)",
+        form: Form::Names,
+        value: |c| {
+            let names = c.devices.iter().map(ToString::to_string);
+            names.collect::<Vec<_>>().into()
+        },
+    },
+    KeyDoc {
         name: "initramfs",
         what: "the guest's initramfs, which holds the agent",
         form: Form::Path,

@@ -197,6 +197,25 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_devices_is_read_and_bounded() {
+        let config = applied("devices = [\"3b:00.0\", \"10de:2330\", \"10de:2330\"]").unwrap();
+        let shown: Vec<_> = config.devices.iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["0000:3b:00.0", "10de:2330", "10de:2330"]);
+        assert!(applied("devices = []").unwrap().devices.is_empty());
+        let error = applied("devices = [\"gpu0\"]").unwrap_err().message;
+        assert!(
+            error.contains("devices: \"gpu0\" names no PCI device"),
+            "{error}"
+        );
+        let many = format!("devices = [{}]", "\"10de:2330\", ".repeat(17));
+        let error = applied(&many).unwrap_err().message;
+        assert!(
+            error.contains("17 were named") && error.contains("at most 16"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn drop_ins_apply_in_the_order_of_their_names_over_the_handlers_file() {
         let dir = tempfile::tempdir().unwrap();
         let main = dir.path().join("gpu.toml");

@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use brig_shim::asked::config::{Config, Netfilter};
+use brig_shim::asked::config::{Config, Netfilter, Wish};
 use brig_shim::error::Error;
 use brig_shim::guest::forward;
 use brig_shim::guest::vm::host::{open_kernel, open_kvm};
@@ -131,7 +131,24 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         packet_filter(config.netfilter),
     ]);
     findings.extend(devices());
+    findings.extend(listed(&vfio::Node::new(), &config.devices));
     findings
+}
+
+/// Entries of the handler's list that no device of the node is meant by: none of its pods can start.
+fn listed(node: &vfio::Node, wishes: &[Wish]) -> Vec<Finding> {
+    let missing = wishes
+        .iter()
+        .filter(|wish| node.candidates(wish).is_empty());
+    let finding = |wish: &Wish| {
+        let detail = format!(
+            "{wish} is on the configuration's list, and this node has no such device: pods are refused"
+        );
+        Finding::of("devices", Err(detail))
+            .or("name one that lspci -nn lists")
+            .noted()
+    };
+    missing.map(finding).collect()
 }
 
 /// Each PCI device: whether a pod can have it. Pods run without.
@@ -254,5 +271,10 @@ mod tests {
         assert!(!modules.is_fatal(), "{modules}");
         fs::write(&path, "vcpus = 0").unwrap();
         assert!(node(Some(&path))[0].is_fatal());
+        fs::write(&path, "devices = [\"ffff:ff:1f.7\"]").unwrap();
+        let findings = node(Some(&path));
+        let listed = findings.iter().find(|finding| finding.what == "devices");
+        let said = listed.map(ToString::to_string).unwrap_or_default();
+        assert!(said.contains("ffff:ff:1f.7 is on the"), "{said}");
     }
 }

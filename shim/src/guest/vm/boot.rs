@@ -2,6 +2,7 @@
 //! work such as the root file system needs only the process and runs while the guest boots.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock, Weak};
@@ -10,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use brig_agent_protocol::agent::{Empty, Event, StartSandboxRequest};
 use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_agent_protocol::{LOG_STREAM, MODULES_PATH, SHARE_TAG};
-use brig_hypervisor::control::{RequestBody, mark};
+use brig_hypervisor::control::{VmConfig, mark};
 use slog::{Logger, debug, error, warn};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch as watch_channel};
 use tokio::task::JoinHandle;
@@ -25,10 +26,11 @@ use super::frames::{Ending, Guarded};
 use super::kill::Kill;
 use super::late::Late;
 use super::lines;
+use super::passthrough;
 use super::patience::Patience;
 use super::size::{Cpus, Memory};
 use super::watch::Watch;
-use super::{Attributes, Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
+use super::{Attributes, Given, Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
 use crate::asked::config::Netfilter;
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
@@ -40,6 +42,8 @@ use crate::node::network::{self, GuestNetwork, Inherited, Known};
 pub const SANDBOX_STARTED: &str = "sandbox.started";
 /// The longest name of a kernel's release in bytes (`__NEW_UTS_LEN`).
 const MAX_RELEASE: usize = 64;
+/// Words of devices that wait for what is done about them.
+const WORDS: usize = 64;
 /// Missed signs of life after which the agent counts as silent.
 const MISSES: u32 = 3;
 
@@ -325,7 +329,12 @@ fn worker_ended(error: tokio::task::JoinError) -> Error {
     Error::internal(format!("a worker of the launch ended: {error}"))
 }
 
-type Machine = (RequestBody, Vec<std::os::fd::OwnedFd>);
+/// What the VMM is asked to build.
+struct Machine {
+    config: Box<VmConfig>,
+    fds: Vec<OwnedFd>,
+    given: Option<Given>,
+}
 
 /// What a VM is told of its pod.
 struct Parts {
@@ -361,13 +370,15 @@ fn adopt(
     let (death_sender, death) = watch_channel::channel(None);
     let kill = Arc::new(Kill::default());
     let pressure = Arc::new(Notify::new());
+    let (words, heard) = mpsc::channel(WORDS);
     let watch = Watch {
         process: launched.process,
         events,
         stderr: launched.stderr,
-        cgroup,
+        cgroup: cgroup.clone(),
         kill: Arc::clone(&kill),
         pressure: Arc::clone(&pressure),
+        words,
         death: death_sender,
         logger: logger.clone(),
     };
@@ -402,6 +413,7 @@ fn adopt(
             launched.machine.0.max_memory_bytes,
         ),
         cpus: Cpus::new(launched.machine.0.vcpus, launched.machine.0.max_vcpus),
+        cgroup,
         kernel_release: OnceLock::new(),
     });
     tokio::spawn(watch_connection(
@@ -410,8 +422,17 @@ fn adopt(
         logger.clone(),
     ));
     tokio::spawn(relieve(Arc::downgrade(&vm), pressure, logger.clone()));
-    let (machine, fds) = launched.machine;
-    let machine = (RequestBody::Start(Box::new(machine)), fds);
+    tokio::spawn(passthrough::heed(
+        Arc::downgrade(&vm),
+        heard,
+        logger.clone(),
+    ));
+    let (config, fds) = launched.machine;
+    let machine = Machine {
+        config: Box::new(config),
+        fds,
+        given: launched.given,
+    };
     Ok((vm, machine, agent_connected))
 }
 
@@ -419,7 +440,7 @@ type AgentConnected = tokio::sync::oneshot::Receiver<()>;
 
 async fn bring_up(
     vm: &Arc<Vm>,
-    (body, fds): Machine,
+    machine: Machine,
     agent_connected: AgentConnected,
     wanted: Wanted,
     news: &mpsc::Sender<News>,
@@ -428,9 +449,15 @@ async fn bring_up(
 ) -> Result<()> {
     let boot_time = vm.timeouts.boot;
     let connected = async {
-        let asked = vm.control.request(body, fds).await;
-        let connected = match asked {
-            Ok(()) => agent_connected.await.map_err(|_| ControlError::Ended),
+        let Machine { config, fds, given } = machine;
+        let begun = vm.control.begin(config, fds).await;
+        let connected = match begun {
+            Ok(functions) => {
+                if let Some(given) = given {
+                    vm.hold(given, &functions).await;
+                }
+                agent_connected.await.map_err(|_| ControlError::Ended)
+            }
             Err(error) => Err(error),
         };
         match connected {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::node::watched::watched;
 use brig_hypervisor::control::{
     self, Counters, DeviceConfig, ErrorReply, Event, FromVmm, ReplyBody, Request, RequestBody,
-    StreamConfig,
+    StreamConfig, VmConfig,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -127,6 +127,17 @@ impl Control {
     /// [`ControlError`].
     pub async fn request(&self, body: RequestBody, fds: Vec<OwnedFd>) -> Result<()> {
         self.send(body, fds, None).await.map(drop)
+    }
+
+    /// Builds the machine and starts it; the functions of its devices of the node.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn begin(&self, machine: Box<VmConfig>, fds: Vec<OwnedFd>) -> Result<Vec<u8>> {
+        match self.send(RequestBody::Start(machine), fds, None).await? {
+            ReplyBody::Started { functions } => Ok(functions),
+            _ => Err(ControlError::Confused),
+        }
     }
 
     /// Opens a stream; the returned future resolves at its end.

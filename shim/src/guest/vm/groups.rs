@@ -1,6 +1,7 @@
 //! Which IOMMU groups of the node a VM has, and for whom.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::os::fd::OwnedFd;
 
 use crate::node::vfio::Group;
@@ -19,13 +20,33 @@ pub(super) struct Groups {
     pub(super) has_bundle: bool,
 }
 
+/// Whom a group is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    /// All containers of the pod: the handler's list names it.
+    Pod,
+    /// The container that asked.
+    Container(String),
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod => f.write_str("all containers of this pod"),
+            Self::Container(id) => write!(f, "container {id} of this pod"),
+        }
+    }
+}
+
 /// A group that the VM has.
 #[derive(Debug)]
 pub(super) struct Held {
     /// Held open.
     pub(super) _group: Group,
-    /// Of the guest's bus.
+    /// Of the guest's bus; those that the node has taken back are not there.
     pub(super) functions: Vec<u8>,
-    /// The container that asked for it.
-    pub(super) owner: String,
+    /// For whom.
+    pub(super) holder: Holder,
+    /// The guest's drivers have its devices, as far as anybody has looked.
+    pub(super) found: bool,
 }

@@ -18,6 +18,7 @@ use nix::fcntl::OFlag;
 use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 
+use super::given::Given;
 use super::{Host, Launched, Plan, shown};
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
@@ -79,6 +80,12 @@ impl Host for Node {
             Network::New => format!("/proc/{}/ns/net", process.pid()).into(),
         };
         let mut fds = vec![kvm, kernel, initramfs, vmm_agent.into()];
+        let nets = network.devices(&mut fds);
+        let mut given = Given::open(&config.devices, plan.memory, cgroup)?;
+        let devices = match &mut given {
+            Some(given) => given.describe(&mut fds)?,
+            None => Vec::new(),
+        };
         let machine = VmConfig {
             vcpus: config.vcpus,
             max_vcpus: config.max_vcpus,
@@ -89,12 +96,13 @@ impl Host for Node {
             initramfs: 2,
             cmdline: String::new(),
             agent: 3,
-            nets: network.devices(&mut fds),
+            nets,
             disks: Vec::new(),
             share_tag: Some(SHARE_TAG.to_owned()),
             debug_console: config.debug_console,
             allow_slow_kvm: config.allow_slow_kvm,
             passthrough: vfio::Node::new().has_devices(),
+            devices,
         };
         Ok(Launched {
             process: Box::new(process),
@@ -105,6 +113,7 @@ impl Host for Node {
             machine: (machine, fds),
             network: guest_network,
             netns: Some(netns_path),
+            given,
         })
     }
 

@@ -12,6 +12,7 @@ pub mod death;
 mod disks;
 mod filter;
 pub(crate) mod frames;
+mod given;
 mod groups;
 mod held_disks;
 pub mod host;
@@ -59,6 +60,8 @@ use crate::node::network::GuestNetwork;
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
 use frames::Ahead;
+pub use given::Given;
+pub use groups::Holder;
 use kill::Kill;
 use patience::Patience;
 
@@ -196,6 +199,8 @@ pub struct Launched {
     pub network: GuestNetwork,
     /// Where more interfaces may appear before the container is started.
     pub netns: Option<PathBuf>,
+    /// The devices of the node that the machine has.
+    pub given: Option<Given>,
 }
 
 /// Time-outs of one VM.
@@ -257,6 +262,8 @@ pub struct Vm {
     disks: Arc<tokio::sync::Mutex<held_disks::Disks>>,
     memory: size::Memory,
     cpus: size::Cpus,
+    /// The pod's.
+    cgroup: Option<Cgroup>,
     /// The guest's kernel, as the agent has told.
     kernel_release: OnceLock<String>,
 }
@@ -313,12 +320,12 @@ impl Vm {
         self.kernel_release.get().cloned()
     }
 
-    /// Devices of the node that the VM has: IOMMU group, functions on the guest's bus, and the container that asked.
-    pub async fn devices(&self) -> Vec<(u32, Vec<u8>, String)> {
+    /// Devices of the node that the VM has: IOMMU group, functions on the guest's bus, and for whom.
+    pub async fn devices(&self) -> Vec<(u32, Vec<u8>, Holder)> {
         let held = self.passthrough.lock().await;
         let groups = held.groups.iter();
         groups
-            .map(|(number, group)| (*number, group.functions.clone(), group.owner.clone()))
+            .map(|(number, group)| (*number, group.functions.clone(), group.holder.clone()))
             .collect()
     }
 

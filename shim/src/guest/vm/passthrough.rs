@@ -1,22 +1,118 @@
 //! Devices of the node that a VM has, by IOMMU group. One container for all of them: the guest's memory is pinned once.
 //!
-//! What comes back is only descriptors: the VMM's go with the device or with its process, ours here.
+//! What comes back is only descriptors: the VMM's go with the device or with its process, ours here. One that somebody
+//! takes from vfio-pci on the node while a pod has it is taken from the guest, which its containers see as a device that
+//! was unplugged.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use brig_agent_protocol::BUNDLE_PATH;
-use brig_hypervisor::control::{DeviceConfig, VfioConfig};
+use brig_hypervisor::control::{DeviceConfig, DeviceWord, VfioConfig};
 use brig_hypervisor::share::Attributes;
 use slog::{Logger, info, warn};
+use tokio::sync::mpsc;
 
 use super::Vm;
-use super::groups::Held;
+use super::given::{Given, room_for};
+use super::groups::{Held, Holder};
 use crate::error::{Error, Result};
 use crate::node::vfio::Node;
 
+/// Does what the node says of devices that the VM has.
+pub(super) async fn heed(
+    vm: Weak<Vm>,
+    mut words: mpsc::Receiver<(u8, DeviceWord)>,
+    logger: Logger,
+) {
+    while let Some((function, word)) = words.recv().await {
+        let Some(vm) = vm.upgrade() else { return };
+        let why = match word {
+            DeviceWord::Wanted => "it is being taken from vfio-pci, or removed, on the node",
+            DeviceWord::Failed => "it has reported an error that it does not recover from",
+        };
+        vm.withdraw(function, why, &logger).await;
+    }
+}
+
 impl Vm {
+    /// Notes what the VM has from its start.
+    pub(super) async fn hold(&self, given: Given, functions: &[u8]) {
+        let mut passthrough = self.passthrough.lock().await;
+        *passthrough = given.hold(functions);
+        self.let_go_at_the_end(&mut passthrough.watched);
+    }
+
+    /// Has all groups let go when the VM has ended, once.
+    fn let_go_at_the_end(&self, watched: &mut bool) {
+        if std::mem::replace(watched, true) {
+            return;
+        }
+        let (mut death, held) = (self.death.clone(), Arc::clone(&self.passthrough));
+        tokio::spawn(async move {
+            let _ = death.wait_for(Option::is_some).await;
+            let mut held = held.lock().await;
+            held.groups.clear();
+            held.container = None;
+        });
+    }
+
+    /// Takes one device from the guest, whoever uses it there.
+    async fn withdraw(&self, function: u8, why: &str, logger: &Logger) {
+        let mut passthrough = self.passthrough.lock().await;
+        let mut groups = passthrough.groups.iter_mut();
+        let Some((number, held)) = groups.find(|(_, held)| held.functions.contains(&function))
+        else {
+            return;
+        };
+        let number = *number;
+        held.functions.retain(|other| *other != function);
+        warn!(logger, "a device of the node is taken from the pod"; "group" => number,
+            "holder" => %held.holder, "reason" => why);
+        let last = held.functions.is_empty();
+        self.take_functions(&[function], logger).await;
+        if last {
+            passthrough.groups.remove(&number);
+            if passthrough.groups.is_empty() {
+                passthrough.container = None;
+            }
+        }
+    }
+
+    /// The functions of the devices that all containers of the pod have, with their drivers.
+    ///
+    /// # Errors
+    /// The guest's: that no driver takes one, with its name.
+    pub async fn devices_of_pod(&self, bundle: Option<&Path>) -> Result<Vec<u8>> {
+        let mut passthrough = self.passthrough.lock().await;
+        let groups = passthrough.groups.values();
+        let mine = groups.filter(|held| held.holder == Holder::Pod);
+        if mine.clone().all(|held| held.found) {
+            return Ok(mine.flat_map(|held| held.functions.clone()).collect());
+        }
+        if let Some(bundle) = bundle
+            && !passthrough.has_bundle
+        {
+            self.share_bundle(bundle).await?;
+            passthrough.has_bundle = true;
+        }
+        let mut functions = Vec::new();
+        for held in passthrough.groups.values_mut() {
+            if held.holder != Holder::Pod {
+                continue;
+            }
+            for function in &held.functions {
+                if !held.found {
+                    self.find(*function).await?;
+                }
+                functions.push(*function);
+            }
+            held.found = true;
+        }
+        Ok(functions)
+    }
+
     /// Gives a group's devices to the guest, for the container `owner`; their functions. `bundle` is the image of drivers that
     /// the handler has for them.
     ///
@@ -31,11 +127,18 @@ impl Vm {
     ) -> Result<Vec<u8>> {
         let mut passthrough = self.passthrough.lock().await;
         if let Some(held) = passthrough.groups.get(&number) {
+            // It has them without asking.
+            if held.holder == Holder::Pod {
+                return Ok(Vec::new());
+            }
             return Err(Error::state(format!(
-                "IOMMU group {number} is with container {} of this pod already",
-                held.owner
+                "IOMMU group {number} is with {} already",
+                held.holder
             )));
         }
+        let (memory, cgroup) = (self.memory(), self.cgroup.clone());
+        let room = tokio::task::spawn_blocking(move || room_for(memory, cgroup.as_ref())).await;
+        room.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
         if let Some(bundle) = bundle
             && !passthrough.has_bundle
         {
@@ -81,19 +184,12 @@ impl Vm {
         if first {
             passthrough.container = Some(container);
         }
-        if !std::mem::replace(&mut passthrough.watched, true) {
-            let (mut death, held) = (self.death.clone(), Arc::clone(&self.passthrough));
-            tokio::spawn(async move {
-                let _ = death.wait_for(Option::is_some).await;
-                let mut held = held.lock().await;
-                held.groups.clear();
-                held.container = None;
-            });
-        }
+        self.let_go_at_the_end(&mut passthrough.watched);
         let held = Held {
             _group: group,
             functions: functions.clone(),
-            owner: owner.to_owned(),
+            holder: Holder::Container(owner.to_owned()),
+            found: true,
         };
         passthrough.groups.insert(number, held);
         Ok(functions)
@@ -159,7 +255,7 @@ impl Vm {
         let numbers: Vec<u32> = passthrough
             .groups
             .iter()
-            .filter(|(_, held)| held.owner == owner)
+            .filter(|(_, held)| held.holder == Holder::Container(owner.to_owned()))
             .map(|(number, _)| *number)
             .collect();
         for number in numbers {

@@ -38,6 +38,21 @@ impl Vm {
         fds: Vec<OwnedFd>,
     ) -> Result<(u8, FoundDevice)> {
         let function = self.plug(device, fds).await?;
+        match self.find(function).await {
+            Ok(found) => Ok((function, found)),
+            Err(error) => {
+                // The first error is the one to be told.
+                let _ = self.unplug(function).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until a driver of the guest has the device of a function; what it found.
+    ///
+    /// # Errors
+    /// The agent's: that no driver takes the device, with its name.
+    pub async fn find(&self, function: u8) -> Result<FoundDevice> {
         let wait = self.timeouts.boot;
         let request = FindDeviceRequest {
             function: function.into(),
@@ -47,14 +62,7 @@ impl Vm {
         let answer = self
             .agent
             .find_device(context::Context::default(), &request);
-        match self.call_within(wait * 2, "FindDevice", answer).await {
-            Ok(found) => Ok((function, found)),
-            Err(error) => {
-                // The first error is the one to be told.
-                let _ = self.unplug(function).await;
-                Err(error)
-            }
-        }
+        self.call_within(wait * 2, "FindDevice", answer).await
     }
 
     /// Takes a plugged device from the guest and from the VMM; when it returns, the VMM holds nothing of it. A

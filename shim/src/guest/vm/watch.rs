@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use brig_hypervisor::control::Event;
+use brig_hypervisor::control::{DeviceWord, Event};
 use brig_hypervisor::launch::VmmExit;
 use slog::{Logger, info, warn};
 use tokio::io::Interest;
@@ -41,6 +41,8 @@ pub struct Watch {
     pub kill: Arc<Kill>,
     /// Notified when the guest should let go of cached files.
     pub pressure: Arc<Notify>,
+    /// What becomes of devices of the node. More than fit are dropped: the VMM repeats that one is wanted.
+    pub words: mpsc::Sender<(u8, DeviceWord)>,
     /// Where the end is told.
     pub death: watch::Sender<Option<Death>>,
     /// The log.
@@ -53,7 +55,7 @@ impl Watch {
         let before = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
         let errors = lines::forward(self.stderr, "vmm", self.logger.clone());
         let mut errors = tokio::spawn(errors);
-        let heard = listen(self.events, self.pressure, self.logger.clone());
+        let heard = listen(self.events, self.pressure, self.words, self.logger.clone());
         let mut heard = tokio::spawn(heard);
         let exit = loop {
             match wait_readable(&*self.process, &self.kill).await {
@@ -125,7 +127,12 @@ struct Heard {
 }
 
 /// Listens until the connection ends; console lines are logged within the gate's rate.
-async fn listen(mut events: mpsc::Receiver<Event>, pressure: Arc<Notify>, logger: Logger) -> Heard {
+async fn listen(
+    mut events: mpsc::Receiver<Event>,
+    pressure: Arc<Notify>,
+    words: mpsc::Sender<(u8, DeviceWord)>,
+    logger: Logger,
+) -> Heard {
     let mut heard = Heard::default();
     let mut gate = Gate::new();
     while let Some(event) = events.recv().await {
@@ -139,6 +146,7 @@ async fn listen(mut events: mpsc::Receiver<Event>, pressure: Arc<Notify>, logger
                 heard.console.push_back(line);
             }
             Event::SharePressure => pressure.notify_one(),
+            Event::Device { function, word } => drop(words.try_send((function, word))),
             Event::Ended { reason, .. } => heard.reason = Some(reason),
             Event::BootMark { .. } | Event::AgentConnected { .. } | Event::StreamClosed { .. } => {}
         }
@@ -228,6 +236,7 @@ pub(crate) mod tests {
             cgroup: None,
             kill: wished,
             pressure: Arc::default(),
+            words: mpsc::channel(1).0,
             death,
             logger: Logger::root(slog::Discard, slog::o!()),
         };

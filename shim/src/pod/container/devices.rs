@@ -91,6 +91,16 @@ impl Asked {
     /// One sentence with the fix.
     pub(super) async fn give(mut self, vm: Arc<Vm>, logger: Logger) -> Result<Given> {
         let mut given = Given::default();
+        // A privileged one sees all that the guest has.
+        if !self.privileged {
+            let functions = vm.devices_of_pod(self.bundle.as_deref()).await?;
+            if !functions.is_empty() {
+                given.devices.push(GivenDevice {
+                    functions: functions.into_iter().map(u32::from).collect(),
+                    ..GivenDevice::default()
+                });
+            }
+        }
         // Most containers ask for none, and then nothing is looked at.
         if self.devices.is_empty() && self.blocks.is_empty() {
             return Ok(given);

@@ -21,6 +21,7 @@ mod mounts;
 mod network;
 mod networks;
 mod passthrough;
+mod passthrough_list;
 mod process;
 mod resize;
 mod resources;
@@ -53,6 +54,7 @@ pub fn all() -> Vec<Case> {
         image_paths::CASES,
         devices::CASES,
         passthrough::CASES,
+        passthrough_list::CASES,
         block::CASES,
         file_systems::CASES,
         security::CASES,

@@ -1,0 +1,189 @@
+//! Devices of the node that a VM has from its start: those of the handler's list. They are open before the VMM is asked
+//! for the machine, and its memory is pinned before the guest runs.
+
+use brig_hypervisor::control::{MAX_FDS, VfioConfig};
+use std::os::fd::OwnedFd;
+
+use super::groups::{Groups, Held, Holder};
+use crate::asked::config::{MIB, Wish};
+use crate::error::{Error, Kind, Result};
+use crate::node::cgroup::Cgroup;
+use crate::node::vfio::{Node, Opened};
+
+/// What the VMM and the kernel's structures for it take beside the guest's memory (docs/overhead.md), in bytes.
+const BESIDE: u64 = 2 * MIB;
+
+/// Devices for a VM that does not run yet.
+#[derive(Debug)]
+pub struct Given {
+    opened: Opened,
+    /// The group of each device, as they were described.
+    order: Vec<u32>,
+}
+
+impl Given {
+    /// Opens what the handler's list names, for a VM of `memory` bytes; none if it names nothing. Blocking.
+    ///
+    /// # Errors
+    /// One sentence with the fix.
+    pub(super) fn open(
+        list: &[Wish],
+        memory: u64,
+        cgroup: Option<&Cgroup>,
+    ) -> Result<Option<Self>> {
+        if list.is_empty() {
+            return Ok(None);
+        }
+        room_for(memory, cgroup)?;
+        let opened = Node::new().open_all(list)?;
+        Ok(Some(Self {
+            opened,
+            order: Vec::new(),
+        }))
+    }
+
+    /// Hands the devices' descriptors over, behind those that are in `fds`.
+    ///
+    /// # Errors
+    /// If they are too many for one message.
+    pub(super) fn describe(&mut self, fds: &mut Vec<OwnedFd>) -> Result<Vec<VfioConfig>> {
+        let mut devices = Vec::new();
+        for (number, group) in &mut self.opened.groups {
+            for (name, device) in std::mem::take(&mut group.devices) {
+                fds.push(device);
+                let device = fds.len() - 1;
+                let container = if devices.is_empty() {
+                    let container = self.opened.container.try_clone();
+                    fds.push(container.map_err(|error| Error::io("the VFIO container", &error))?);
+                    Some(fds.len() - 1)
+                } else {
+                    None
+                };
+                self.order.push(*number);
+                devices.push(VfioConfig {
+                    device,
+                    container,
+                    name,
+                });
+            }
+        }
+        if fds.len() > MAX_FDS {
+            return Err(Error::new(
+                Kind::FailedPrecondition,
+                format!(
+                    "the IOMMU groups of the devices of Brig's configuration have {} members, too many for one VM's start: \
+                     name fewer devices",
+                    devices.len()
+                ),
+            ));
+        }
+        Ok(devices)
+    }
+
+    /// What the VM has once it runs; `functions` are the devices' on the guest's bus, in the order in which they were
+    /// described.
+    pub(super) fn hold(self, functions: &[u8]) -> Groups {
+        let mut groups = Groups {
+            container: Some(self.opened.container),
+            ..Groups::default()
+        };
+        for (number, group) in self.opened.groups {
+            let places = self.order.iter().zip(functions);
+            let own = places.filter(|(of, _)| **of == number);
+            let held = Held {
+                _group: group,
+                functions: own.map(|(_, function)| *function).collect(),
+                holder: Holder::Pod,
+                found: false,
+            };
+            groups.groups.insert(number, held);
+        }
+        groups
+    }
+}
+
+/// Refuses a device to a pod whose limit is below its VM's size: the VM would be killed while its memory is pinned.
+///
+/// # Errors
+/// With the numbers.
+pub(super) fn room_for(memory: u64, cgroup: Option<&Cgroup>) -> Result<()> {
+    let Some((limit, place)) = cgroup.and_then(Cgroup::memory_limit) else {
+        return Ok(());
+    };
+    let needed = memory + BESIDE;
+    if limit >= needed {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::ResourceExhausted,
+        format!(
+            "a device needs all {} MiB of the VM's memory pinned, and {} MiB are missing: the cgroup {} is limited to {} \
+             MiB; give the RuntimeClass its overhead (docs/overhead.md), or the handler less memory",
+            memory.div_ceil(MIB),
+            (needed - limit).div_ceil(MIB),
+            place.display(),
+            limit / MIB
+        ),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::node::vfio::Group;
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn devices_are_described_behind_what_is_there_and_held_by_their_groups() {
+        let group = |names: &[&str]| {
+            let devices = names.iter().map(|name| ((*name).to_owned(), null()));
+            Group::new(null(), devices.collect())
+        };
+        let mut given = Given {
+            opened: Opened {
+                container: null(),
+                groups: vec![(7, group(&["a", "b"])), (3, group(&["c"]))],
+            },
+            order: Vec::new(),
+        };
+        let mut fds = vec![null()];
+        let devices = given.describe(&mut fds).unwrap();
+        let shown: Vec<_> = devices
+            .iter()
+            .map(|device| (device.name.as_str(), device.device, device.container))
+            .collect();
+        // The first brings the container along.
+        assert_eq!(shown, [("a", 1, Some(2)), ("b", 3, None), ("c", 4, None)]);
+        assert_eq!(fds.len(), 5);
+        let groups = given.hold(&[0xf8, 0xf0, 0xe8]);
+        let held = |number: u32| groups.groups[&number].functions.clone();
+        assert_eq!((held(7), held(3)), (vec![0xf8, 0xf0], vec![0xe8]));
+        assert!(
+            groups
+                .groups
+                .values()
+                .all(|held| held.holder == Holder::Pod && !held.found)
+        );
+        assert!(groups.container.is_some());
+    }
+
+    #[test]
+    fn more_devices_than_one_message_carries_are_refused() {
+        let devices = (0..MAX_FDS).map(|number| (number.to_string(), null()));
+        let mut given = Given {
+            opened: Opened {
+                container: null(),
+                groups: vec![(1, Group::new(null(), devices.collect()))],
+            },
+            order: Vec::new(),
+        };
+        let error = given.describe(&mut Vec::new()).unwrap_err();
+        let said = format!("{MAX_FDS} members");
+        assert!(error.message.contains(&said), "{}", error.message);
+    }
+}
