@@ -21,6 +21,7 @@ mod mounts;
 mod network;
 mod networks;
 mod passthrough;
+mod passthrough_back;
 mod passthrough_list;
 mod process;
 mod resize;
@@ -55,6 +56,7 @@ pub fn all() -> Vec<Case> {
         devices::CASES,
         passthrough::CASES,
         passthrough_list::CASES,
+        passthrough_back::CASES,
         block::CASES,
         file_systems::CASES,
         security::CASES,
