@@ -189,6 +189,7 @@ impl Board {
 
     fn add_share(&mut self, tag: &str) -> Result<FsHandle, StartError> {
         let (device, handle) = Fs::new(tag).map_err(device_error("fs"))?;
+        let device = device.with_helpers();
         let notifier = self.notifier.clone();
         handle.on_pressure(move || notifier.send(Notice::SharePressure));
         self.add("fs", ThreadKind::Fs, vec![Box::new(device)])?;

@@ -2,7 +2,7 @@
 //! system calls by kind of thread. `tests/jail` compares it with a running process.
 //!
 //! To widen it, add a line here with its reason. Denied by not being here, whatever the arguments:
-//! mounts, `setns`, `unshare`, new processes, `socket`, `execve`, `io_uring_setup`, `ptrace`, `process_vm_*`,
+//! mounts, `setns`, `unshare` of anything but a umask, new processes, `socket`, `execve`, `io_uring_setup`, `ptrace`, `process_vm_*`,
 //! `bpf`, `keyctl`, `open_by_handle_at`, `userfaultfd`, `perf_event_open`, `memfd_create`, and
 //! executable memory.
 
@@ -83,7 +83,7 @@ pub enum ThreadKind {
     Worker,
     /// A disk's queue, and what of it takes its time.
     Disk,
-    /// The file server's thread.
+    /// The file server's thread, and what of it takes its time.
     Fs,
     /// The thread of a device of the node.
     Vfio,
@@ -110,7 +110,7 @@ impl ThreadKind {
     /// Whether it starts threads that do a part of its work: they inherit its list.
     #[must_use]
     pub fn has_helpers(self) -> bool {
-        self == Self::Disk
+        matches!(self, Self::Disk | Self::Fs)
     }
 
     /// Whether it starts threads of devices of the node.
@@ -407,6 +407,8 @@ const FS: &[Allowed] = allow![
     SYS_pread64,
     SYS_pwrite64,
     SYS_preadv,
+    // What can be read without waiting.
+    SYS_preadv2,
     SYS_pwritev,
     SYS_ftruncate,
     SYS_fallocate,
@@ -430,12 +432,16 @@ const FS: &[Allowed] = allow![
     SYS_listxattr,
     SYS_removexattr,
     SYS_umask,
+    // A helper's umask becomes its own, and nothing else.
+    SYS_unshare one_of(0, &OWN_UMASK),
     // The guest's user owns what it creates.
     SYS_setresuid one_of(0, &UNCHANGED),
     SYS_setresgid one_of(0, &UNCHANGED),
     // Interrupts, and the flags of files.
     SYS_ioctl one_of(1, &FS_IOCTL),
 ];
+
+const OWN_UMASK: [u32; 1] = [libc::CLONE_FS.cast_unsigned()];
 
 const FS_IOCTL: [u32; 6] = [
     KVM_VM[1],
@@ -457,7 +463,7 @@ pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> 
         ThreadKind::Vcpu => [VCPU, &[], &[], &[], &[], &[], &[]],
         ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[], &[]],
         ThreadKind::Disk => [EPOLL, WORKER, THREADS, &[], &[], &[], &[]],
-        ThreadKind::Fs => [EPOLL, FS, &[], &[], &[], &[], &[]],
+        ThreadKind::Fs => [EPOLL, FS, THREADS, &[], &[], &[], &[]],
     };
     EVERY.iter().chain(own.into_iter().flatten())
 }
@@ -478,7 +484,6 @@ mod tests {
             libc::SYS_pivot_root,
             libc::SYS_chroot,
             libc::SYS_setns,
-            libc::SYS_unshare,
             libc::SYS_fork,
             libc::SYS_vfork,
             libc::SYS_execve,
@@ -510,6 +515,10 @@ mod tests {
         for kind in KINDS {
             for call in system_calls(kind) {
                 assert!(!denied.contains(&call.number), "{kind:?}: {}", call.name);
+                if call.number == libc::SYS_unshare {
+                    assert_eq!(kind, ThreadKind::Fs);
+                    assert!(matches!(call.when, When::OneOf(0, [0x200])), "no namespace");
+                }
             }
         }
     }

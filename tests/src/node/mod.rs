@@ -12,6 +12,7 @@ pub mod ctr;
 pub mod daemon;
 pub mod events;
 pub mod given;
+pub mod hanging;
 pub mod leaks;
 pub mod machine;
 pub mod memory;

@@ -116,7 +116,7 @@ pub fn differences(pid: u32) -> io::Result<Vec<String>> {
 pub fn kind(name: &str) -> ThreadKind {
     match name {
         "brig-vmm" => ThreadKind::Main,
-        "fs" => ThreadKind::Fs,
+        "fs" | "fs-io" => ThreadKind::Fs,
         "block" | "block-io" => ThreadKind::Disk,
         "vfio" => ThreadKind::Vfio,
         name if name.starts_with("vcpu") => ThreadKind::Vcpu,

@@ -82,7 +82,7 @@ const ACL_KILL_SGID: u32 = 1;
 const LONGEST: usize = (64 << 10) + 512;
 const HEADER: usize = size_of::<InHeader>();
 /// Of the answer.
-const OUT_HEADER: usize = 16;
+pub(super) const OUT_HEADER: usize = 16;
 /// As much as IOCTL's longest argument.
 const LONGEST_ARGUMENT: u32 = 32;
 
@@ -94,7 +94,7 @@ pub(super) struct Session {
 
 type Reply = io::Result<Vec<u8>>;
 
-fn invalid() -> io::Error {
+pub(super) fn invalid() -> io::Error {
     io::Error::from_raw_os_error(libc::EINVAL)
 }
 
@@ -124,14 +124,22 @@ pub(super) fn answer(
         return 0;
     }
     let mut bytes = Vec::with_capacity(length);
-    bytes.extend(told.to_le_bytes());
-    bytes.extend(error.to_le_bytes());
-    bytes.extend(header.unique.to_le_bytes());
+    bytes.extend(out_header(told, error, header.unique));
     bytes.extend(payload);
     writer.write_all(&bytes).map_or(0, |()| told)
 }
 
-fn body_of(header: InHeader, mut reader: Reader<'_>) -> Reply {
+/// `struct fuse_out_header`: the answer's bytes, an error or 0, whose answer it is.
+pub(super) fn out_header(length: u32, error: i32, unique: u64) -> [u8; OUT_HEADER] {
+    let mut bytes = [0; OUT_HEADER];
+    bytes[..4].copy_from_slice(&length.to_le_bytes());
+    bytes[4..8].copy_from_slice(&error.to_le_bytes());
+    bytes[8..].copy_from_slice(&unique.to_le_bytes());
+    bytes
+}
+
+/// A request's bytes behind its header.
+pub(super) fn body_of(header: InHeader, mut reader: Reader<'_>) -> Reply {
     let length = (header.len as usize)
         .checked_sub(HEADER)
         .filter(|length| *length <= LONGEST.min(reader.available_bytes()))
@@ -156,7 +164,7 @@ fn serve(served: &Served, session: &Session, header: InHeader, body: &[u8]) -> R
 }
 
 /// A request behind its header, read from the front.
-struct Body<'a>(&'a [u8]);
+pub(super) struct Body<'a>(pub(super) &'a [u8]);
 
 impl<'a> Body<'a> {
     fn take(&mut self, count: usize) -> io::Result<&'a [u8]> {
@@ -165,13 +173,13 @@ impl<'a> Body<'a> {
         Ok(front)
     }
 
-    fn u32(&mut self) -> io::Result<u32> {
+    pub(super) fn u32(&mut self) -> io::Result<u32> {
         let (front, rest) = self.0.split_first_chunk().ok_or_else(invalid)?;
         self.0 = rest;
         Ok(u32::from_le_bytes(*front))
     }
 
-    fn u64(&mut self) -> io::Result<u64> {
+    pub(super) fn u64(&mut self) -> io::Result<u64> {
         let (front, rest) = self.0.split_first_chunk().ok_or_else(invalid)?;
         self.0 = rest;
         Ok(u64::from_le_bytes(*front))

@@ -20,6 +20,7 @@ mod umask;
 
 use std::ffi::CStr;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,17 +31,16 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader,
-    ZeroCopyWriter,
 };
 use rustix::fs::Statx;
 
 use super::xattr;
 use budget::Budget;
 use exports::{Export, Exports, NodeId};
-use tree::{Opened, Tree, Writing};
+use tree::{Open, Opened, Tree, Writing};
 
 /// The longest reply a guest may ask for: 256 pages, FUSE's own limit.
-const MAX_REPLY: u32 = 1 << 20;
+pub(super) const MAX_REPLY: u32 = 1 << 20;
 /// An entry of READDIRPLUS takes at least this many times what the host's directory has of it.
 const PLUS_PER_ENTRY: u32 = 4;
 
@@ -53,6 +53,37 @@ pub(super) struct Served {
     exports: Exports,
     budget: Budget,
     requests: AtomicU64,
+    #[cfg(test)]
+    gate: std::sync::OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+/// An open file while it is read.
+pub(super) struct Readable {
+    export: Arc<Export>,
+    open: Arc<Open>,
+}
+
+impl Readable {
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.open.file.as_fd()
+    }
+
+    /// Whether it can be tried to read what is in memory alone.
+    pub(super) fn reads_at_once(&self) -> bool {
+        self.export.tree.reads_at_once.load(Ordering::Relaxed)
+    }
+
+    /// Its file system cannot: not to be tried again.
+    pub(super) fn never_reads_at_once(&self) {
+        let tree = &self.export.tree;
+        tree.reads_at_once.store(false, Ordering::Relaxed);
+    }
+}
+
+/// To be called first by a thread that helps: it has the ids and the umask of the one that has started it.
+pub(super) fn helper_begins() {
+    caller::inherited();
+    umask::inherited();
 }
 
 type Opening = (Option<u64>, OpenOptions, Option<u32>);
@@ -63,10 +94,12 @@ impl Served {
             exports: Exports::new(root)?,
             budget: Budget::new()?,
             requests: AtomicU64::new(0),
+            #[cfg(test)]
+            gate: std::sync::OnceLock::new(),
         })
     }
 
-    /// How many requests there were.
+    /// How many requests were served.
     pub(super) fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
     }
@@ -75,7 +108,11 @@ impl Served {
         self.exports.forget_path(path);
     }
 
-    pub(super) fn request_ended(&self) {
+    /// To be called when something has been done about a request: it was served, or else it will be, or cannot be.
+    pub(super) fn request_ended(&self, served: bool) {
+        if served {
+            self.requests.fetch_add(1, Ordering::Relaxed);
+        }
         self.exports.request_ended();
     }
 
@@ -87,12 +124,45 @@ impl Served {
     ///
     /// # Errors
     /// If the thread cannot have root's ids back.
-    pub(super) fn request_begins(&self, opcode: u32) -> io::Result<()> {
-        self.requests.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn request_begins(opcode: u32) -> io::Result<()> {
         if caller::ANYBODYS.contains(&opcode) {
             return Ok(());
         }
         caller::as_root()
+    }
+
+    /// Number of the mount that a request is about, of 24 bits.
+    pub(super) fn mount_of(node: u64) -> u32 {
+        NodeId::from_guest(node).export
+    }
+
+    /// Whether the file system of a mount has its answers from elsewhere: from a server or a process.
+    pub(super) fn is_remote(&self, mount: u32) -> bool {
+        let export = self.exports.get(mount);
+        export.is_ok_and(|export| export.tree.is_remote())
+    }
+
+    /// A mount is taken for a remote one.
+    #[cfg(test)]
+    pub(super) fn pretend_remote(&self, node: u64) {
+        let export = self.exports.get(Self::mount_of(node)).unwrap();
+        export.tree.pretend_remote();
+    }
+
+    /// Called in each FSYNC.
+    #[cfg(test)]
+    pub(super) fn at_sync(&self, gate: Box<dyn Fn() + Send + Sync>) {
+        assert!(self.gate.set(gate).is_ok());
+    }
+
+    /// An open file, to be read.
+    ///
+    /// # Errors
+    /// `EBADF` for a handle that the guest has not, or has for another file.
+    pub(super) fn readable(&self, node: u64, handle: u64) -> io::Result<Readable> {
+        let (export, inode) = self.at(node)?;
+        let open = export.tree.opened_as(inode, handle)?;
+        Ok(Readable { export, open })
     }
 
     /// Nothing is asked at the moment: the thread is root's again.
@@ -391,22 +461,6 @@ impl FileSystem for Served {
         Ok((opened.entry, Some(opened.handle), options, None))
     }
 
-    fn read(
-        &self,
-        _ctx: &Context,
-        node: u64,
-        handle: u64,
-        writer: &mut dyn ZeroCopyWriter,
-        size: u32,
-        offset: u64,
-        _lock_owner: Option<u64>,
-        _flags: u32,
-    ) -> io::Result<usize> {
-        let (export, inode) = self.at(node)?;
-        let size = size.min(MAX_REPLY) as usize;
-        export.tree.read(inode, handle, writer, size, offset)
-    }
-
     fn write(
         &self,
         ctx: &Context,
@@ -436,6 +490,10 @@ impl FileSystem for Served {
     }
 
     fn fsync(&self, _ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(gate) = self.gate.get() {
+            gate();
+        }
         let (export, inode) = self.at(node)?;
         export.tree.fsync(inode, handle, datasync)
     }

@@ -5,6 +5,7 @@ mod churn;
 mod client;
 mod mounts;
 mod requests;
+mod slow;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -12,6 +13,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
+use super::queues::MOST_PUT_OFF;
 use super::*;
 use client::*;
 pub(super) use mounts::mounted_share;

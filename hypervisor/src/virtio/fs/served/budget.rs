@@ -74,9 +74,11 @@ impl Budget {
     /// # Errors
     /// `ENFILE` at the end of the budget.
     pub(super) fn admit(&self) -> io::Result<()> {
-        let left = self.left.load(Ordering::Relaxed);
-        if left > 0 {
-            self.left.store(left - 1, Ordering::Relaxed);
+        let one_less = |left: u64| left.checked_sub(1);
+        let left = self
+            .left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
+        if left.is_ok() {
             return Ok(());
         }
         self.judge(open_descriptors()?, Instant::now())

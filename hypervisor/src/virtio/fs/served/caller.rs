@@ -15,6 +15,13 @@ thread_local! {
 }
 
 const ROOT: (u32, u32) = (0, 0);
+/// No id: whatever is wanted is not what the thread has.
+const UNKNOWN: (u32, u32) = (u32::MAX, u32::MAX);
+
+/// This thread has been started by one that had somebody's ids, and has them too.
+pub(super) fn inherited() {
+    CURRENT.set(UNKNOWN);
+}
 
 /// Requests (linux/fuse.h) that end alike whoever the thread is, because its capabilities let it look at, list and
 /// remove everything, or that become their caller themselves: LOOKUP, FORGET, GETATTR, MKNOD, MKDIR, UNLINK, RMDIR,

@@ -12,6 +12,7 @@ mod nodes;
 mod open;
 mod stat;
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
@@ -19,11 +20,11 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, stat64};
-use fuse_backend_rs::api::filesystem::{Context, Entry, ZeroCopyReader, ZeroCopyWriter};
+use fuse_backend_rs::api::filesystem::{Context, Entry, ZeroCopyReader};
 use rustix::fs::{
     AtFlags, CWD, Dev, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom,
     Statx, StatxFlags, chmodat, fallocate, fdatasync, fstatfs, fsync, linkat, mkdirat, mknodat,
@@ -34,7 +35,8 @@ use super::caller;
 use super::{errno, umask};
 pub(super) use nodes::NUMBER_BITS;
 use nodes::{Node, Nodes};
-use open::{Open, Opens};
+pub(super) use open::Open;
+use open::Opens;
 
 /// Flags of open(2) that are the host's affair. The guest's O_DIRECT means "not through the guest's cache"; the
 /// host's needs alignment that a guest buffer does not have. O_ASYNC would send signals to the VMM.
@@ -70,6 +72,25 @@ const SILENT: [u64; 8] = [
     0xca45_1a4e,
 ];
 
+/// And those that ask a server, or a process, which may never answer: FUSE, NFS, SMB (three of them), Ceph, AFS, 9P, Coda,
+/// OCFS2, GFS2, Lustre, OrangeFS, VirtualBox.
+const REMOTE: [u64; 14] = [
+    0x6573_5546,
+    0x6969,
+    0x517b,
+    0xfe53_4d42,
+    0xff53_4d42,
+    0x00c3_6400,
+    0x5346_414f,
+    0x0102_1997,
+    0x7375_7245,
+    0x7461_636f,
+    0x0116_1970,
+    0x0bd0_0bd0,
+    0x2003_0528,
+    0x786f_4256,
+];
+
 /// One mount, and what the guest knows and has open of it.
 pub(super) struct Tree {
     /// `/proc/self/fd` of the jail's own procfs: a descriptor's name there is its file.
@@ -86,6 +107,12 @@ pub(super) struct Tree {
     flushes: bool,
     /// There are files of another mount in it, and so perhaps of another kind of file system.
     mixed: AtomicBool,
+    /// Its file system, or that of a mount in it, is one of [`REMOTE`].
+    remote: AtomicBool,
+    /// Mounts in it that were looked at for that.
+    others: Mutex<BTreeSet<u64>>,
+    /// What is in the node's memory can be read without waiting for the rest, as far as is known.
+    pub(super) reads_at_once: AtomicBool,
 }
 
 /// An entry of a directory.
@@ -146,6 +173,9 @@ impl Tree {
             mount: identity.mount,
             flushes: !SILENT.contains(&file_system),
             mixed: AtomicBool::new(false),
+            remote: AtomicBool::new(REMOTE.contains(&file_system)),
+            others: Mutex::default(),
+            reads_at_once: AtomicBool::new(true),
         })
     }
 
@@ -207,9 +237,25 @@ impl Tree {
         let identity = stat::identity(&seen);
         if identity.mount != self.mount {
             self.mixed.store(true, Ordering::Relaxed);
+            self.look_at_other(&file, identity.mount)?;
         }
         let node = self.nodes.found(file, stat::kind(&seen), identity)?;
         Ok((node, seen))
+    }
+
+    /// A file of another mount was found here.
+    fn look_at_other(&self, file: &OwnedFd, mount: u64) -> io::Result<()> {
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        // The guest makes no mounts; the node's are few.
+        if others.contains(&mount) {
+            return Ok(());
+        }
+        others.insert(mount);
+        drop(others);
+        if REMOTE.contains(&fstatfs(file)?.f_type.cast_unsigned()) {
+            self.remote.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn find(&self, parent: &Node, name: &CStr) -> io::Result<(Arc<Node>, Statx)> {
@@ -307,7 +353,7 @@ impl Tree {
         mode: u32,
         mask: u32,
     ) -> io::Result<Entry> {
-        umask::set(mask);
+        umask::set(mask)?;
         self.made(ctx, parent, name, |parent| {
             mkdirat(&parent.file, name, Mode::from_raw_mode(mode))
         })
@@ -322,7 +368,7 @@ impl Tree {
         device: u32,
         mask: u32,
     ) -> io::Result<Entry> {
-        umask::set(mask);
+        umask::set(mask)?;
         let (kind, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode));
         self.made(ctx, parent, name, |parent| {
             mknodat(&parent.file, name, kind, mode, Dev::from(device))
@@ -391,7 +437,7 @@ impl Tree {
     ) -> io::Result<Opened> {
         let parent = self.nodes.get(parent)?;
         let flags = passed_on(args.flags);
-        umask::set(args.umask);
+        umask::set(args.umask)?;
         let fresh = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(args.mode);
         match self.as_caller(ctx, || Ok(openat(&parent.file, name, fresh, mode)?)) {
@@ -418,7 +464,7 @@ impl Tree {
     pub(super) fn tmpfile(&self, ctx: &Context, parent: u64, args: CreateIn) -> io::Result<Opened> {
         let parent = self.nodes.get(parent)?;
         let flags = passed_on(args.flags) - OFlags::TRUNC;
-        umask::set(args.umask);
+        umask::set(args.umask)?;
         let exclusive = OFlags::from_bits_retain(args.flags) & OFlags::EXCL;
         let all = flags | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(args.mode);
@@ -430,7 +476,9 @@ impl Tree {
         let path = OFlags::PATH | OFlags::CLOEXEC;
         let name = Self::name_of(&file);
         let (node, seen) = self.known(openat(&self.descriptors, name, path, Mode::empty())?)?;
-        node.incapable.store(self.alone(&node), Ordering::Relaxed);
+        if self.alone(&node) {
+            node.incapable.fetch_or(1, Ordering::Relaxed);
+        }
         Ok(self.opened(&node, &seen, file.into(), flags))
     }
 
@@ -451,16 +499,19 @@ impl Tree {
         self.opens.release(handle, number)
     }
 
-    pub(super) fn read(
-        &self,
-        number: u64,
-        handle: u64,
-        writer: &mut dyn ZeroCopyWriter,
-        size: usize,
-        offset: u64,
-    ) -> io::Result<usize> {
-        let open = self.opens.get(handle, number)?;
-        writer.write_from(&mut *lent(&open.file), size, offset)
+    /// What the guest has open by this handle.
+    pub(super) fn opened_as(&self, number: u64, handle: u64) -> io::Result<Arc<Open>> {
+        self.opens.get(handle, number)
+    }
+
+    #[cfg(test)]
+    pub(super) fn pretend_remote(&self) {
+        self.remote.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether answers come from elsewhere.
+    pub(super) fn is_remote(&self) -> bool {
+        self.remote.load(Ordering::Relaxed)
     }
 
     /// Writes `size` bytes at `offset`, or at the end.
@@ -474,7 +525,8 @@ impl Tree {
         how: Writing,
     ) -> io::Result<usize> {
         let (node, open) = (self.nodes.get(number)?, self.opens.get(handle, number)?);
-        open.append(how.appends)?;
+        // Held until it is written: another write may be asked to be made elsewhere.
+        let _appends = open.append(how.appends)?;
         let mut write = || {
             self.keeping_set_id(&node, how.kills, || {
                 reader.read_to(&mut *lent(&open.file), size, offset)

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::super::{Fs, FsHandle, HIPRIO, REQUEST};
 use crate::virtio::testing::Harness;
@@ -84,9 +85,28 @@ impl Found {
 
 impl Client {
     pub(super) fn bare(root: &Path) -> Self {
+        let (device, handle) = Fs::with_root("share", root).unwrap();
+        Self::of(device, handle)
+    }
+
+    /// Of a device with helpers, which do all that is asked of the share's own files.
+    pub(super) fn by_helpers(root: &Path) -> Self {
+        let client = Self::with_helpers(root);
+        client.handle.served.pretend_remote(ROOT);
+        client
+    }
+
+    /// Of a device with helpers.
+    pub(super) fn with_helpers(root: &Path) -> Self {
+        let (device, handle) = Fs::with_root("share", root).unwrap();
+        let mut client = Self::of(device.with_helpers(), handle);
+        client.begin(&[!INIT_EXT]);
+        client
+    }
+
+    fn of(device: Fs, handle: FsHandle) -> Self {
         // The umask is the process's, and each of its tests has a file server.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
-        let (device, handle) = Fs::with_root("share", root).unwrap();
         let mut harness = Harness::new(device);
         harness.activate(0);
         let request = harness.alloc(u64::from(BUFFER));
@@ -109,13 +129,17 @@ impl Client {
     /// A guest of 7.31 whose INIT has these words of flags.
     pub(super) fn offering(root: &Path, flags: &[u32]) -> Self {
         let mut client = Self::bare(root);
+        client.begin(flags);
+        client
+    }
+
+    fn begin(&mut self, flags: &[u32]) {
         let mut body = Vec::new();
         for word in [7u32, 31, 0x2_0000].iter().chain(flags) {
             body.extend(word.to_le_bytes());
         }
-        let reply = client.call(INIT, 0, &body).unwrap();
+        let reply = self.call(INIT, 0, &body).unwrap();
         assert_eq!(u32_at(&reply, 0), 7);
-        client
     }
 
     pub(super) fn header(&self, length: u32, opcode: u32, node: u64) -> Vec<u8> {
@@ -164,10 +188,30 @@ impl Client {
         }
         let head = self.harness.queues[usize::from(REQUEST)].add(&parts);
         self.harness.run();
-        let used = self.harness.queues[usize::from(REQUEST)].used();
+        let mut used = self.harness.queues[usize::from(REQUEST)].used();
+        // A helper's answer comes by itself.
+        let end = Instant::now() + Duration::from_secs(20);
+        while used.is_empty() && self.harness.device.helpers.is_some() && Instant::now() < end {
+            std::thread::yield_now();
+            used = self.harness.queues[usize::from(REQUEST)].used();
+        }
         assert_eq!(used.len(), 1);
         assert_eq!(used[0].0, head);
         used[0].1 as usize
+    }
+
+    /// Sends a request of its own place, at most 40 bytes behind its header, and does not wait; its reply's place.
+    pub(super) fn send(&mut self, opcode: u32, node: u64, body: &[u8]) -> u64 {
+        self.unique += 1;
+        let length = u32::try_from(40 + body.len()).unwrap();
+        let bytes = [self.header(length, opcode, node), body.to_vec()].concat();
+        let place = self.harness.alloc(128 + u64::from(BUFFER));
+        self.harness.write(place, &bytes);
+        let reply = place + 128;
+        self.harness.write(reply, &[0; HEADER]);
+        let parts = [(place, length, false), (reply, BUFFER, true)];
+        self.harness.queues[usize::from(REQUEST)].add(&parts);
+        reply
     }
 
     pub(super) fn lookup(&mut self, parent: u64, name: &str) -> Result<Found, i32> {

@@ -67,7 +67,10 @@ fn vsock(suite: &mut Suite) -> Result<()> {
 #[derive(Debug, Clone, Copy)]
 struct Held {
     descriptors: usize,
+    /// But for helpers.
     threads: usize,
+    /// Threads for what takes long, which end when they have had nothing for a while.
+    helpers: usize,
     /// Without guest RAM, in KiB.
     memory: u64,
     /// Bytes of its log.
@@ -76,6 +79,8 @@ struct Held {
 
 /// What heaps and page tables may take beyond what an honest guest needs, in KiB.
 const MEMORY_SLACK: u64 = 8 << 10;
+/// Of two disks and the share.
+const MOST_HELPERS: usize = 2 * 4 + 48;
 /// What one group of attacks may write to the log, in bytes.
 const LOG_SLACK: u64 = 128 << 10;
 
@@ -85,9 +90,15 @@ impl Held {
         let count = |what: &str| -> Result<usize> {
             Ok(fs::read_dir(format!("/proc/{pid}/{what}"))?.count())
         };
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
+        let names = tasks.map(|task| fs::read_to_string(task.path().join("comm")));
+        let names: Vec<String> = names.filter_map(Result::ok).collect();
+        let helpers = names.iter().filter(|name| name.trim().ends_with("-io"));
+        let helpers = helpers.count();
         Ok(Self {
             descriptors: count("fd")?,
-            threads: count("task")?,
+            threads: names.len() - helpers,
+            helpers,
             memory: memory::of(pid, boot.memory >> 10)?.own(),
             log: fs::metadata(&boot.log)?.len(),
         })
@@ -105,6 +116,10 @@ impl Held {
         that(
             &format!("threads stay {}, not {}", honest.threads, self.threads),
             self.threads <= honest.threads,
+        )?;
+        that(
+            &format!("helpers are at most {MOST_HELPERS}, not {}", self.helpers),
+            self.helpers <= MOST_HELPERS,
         )?;
         that(
             &format!(

@@ -32,6 +32,7 @@ mod root_disks;
 mod root_snapshotters;
 mod security;
 mod signals;
+mod slow_volumes;
 mod stdio;
 mod terminal;
 
@@ -49,6 +50,7 @@ const GROUPS: &[&[Case]] = &[
     resources::CASES,
     mounts::CASES,
     files::CASES,
+    slow_volumes::CASES,
     network::CASES,
     hooks::CASES,
     events::CASES,

@@ -106,7 +106,8 @@ impl Tree {
     pub(in super::super) fn getxattr(&self, number: u64, name: &CStr) -> io::Result<Vec<u8>> {
         let node = self.nodes.get(number)?;
         // The guest asks before the first write to each file it has looked at again.
-        if name == CAPABILITY && node.incapable.load(Ordering::Relaxed) {
+        let known = node.incapable.load(Ordering::SeqCst);
+        if name == CAPABILITY && known & 1 != 0 {
             return Err(errno(libc::ENODATA));
         }
         let path = path_of(&node.file);
@@ -118,7 +119,15 @@ impl Tree {
                 Err(errno(libc::ENODATA))
             }
             Err(error) if name == CAPABILITY && error.raw_os_error() == Some(libc::ENODATA) => {
-                node.incapable.store(self.alone(&node), Ordering::Relaxed);
+                if self.alone(&node) {
+                    // Unless it has been given one meanwhile.
+                    let _ = node.incapable.compare_exchange(
+                        known,
+                        known | 1,
+                        Ordering::SeqCst,
+                        Ordering::SeqCst,
+                    );
+                }
                 Err(error)
             }
             value => value,
@@ -141,11 +150,16 @@ impl Tree {
         kill_sgid: bool,
     ) -> io::Result<()> {
         let node = self.nodes.get(number)?;
-        if name == CAPABILITY {
-            node.incapable.store(false, Ordering::Relaxed);
-        }
+        let capable = || {
+            if name == CAPABILITY {
+                node.may_be_capable();
+            }
+        };
+        capable();
         let flags = XattrFlags::from_bits_retain(flags);
-        setxattr(path_of(&node.file), name, value, flags)?;
+        let set = setxattr(path_of(&node.file), name, value, flags);
+        capable();
+        set?;
         if kill_sgid && name.to_bytes() == ACCESS_ACL {
             self.clear_sgid(&node)?;
         }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
@@ -36,8 +36,20 @@ pub(super) struct Node {
     pub(super) identity: Identity,
     /// It had set-id bits when it was looked at last.
     pub(super) set_id: AtomicBool,
-    /// It has no `security.capability`, and nobody but the guest could give it one.
-    pub(super) incapable: AtomicBool,
+    /// Odd: it has no `security.capability`, and nobody but the guest could give it one. Each time that it is given one
+    /// makes the number larger, so that who has asked before does not say what is no longer so.
+    pub(super) incapable: AtomicU32,
+}
+
+impl Node {
+    /// It may have a `security.capability` from now on.
+    pub(super) fn may_be_capable(&self) {
+        let next = |number: u32| Some((number | 1).wrapping_add(1));
+        // It never refuses.
+        let _ = self
+            .incapable
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+    }
 }
 
 struct Known {
@@ -167,7 +179,7 @@ impl Table {
             kind,
             identity,
             set_id: AtomicBool::new(false),
-            incapable: AtomicBool::new(false),
+            incapable: AtomicU32::new(0),
         });
         self.numbers.insert(identity, number);
         self.known.insert(

@@ -12,8 +12,8 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use super::super::errno;
 
 /// An open file or directory.
-pub(super) struct Open {
-    pub(super) file: File,
+pub(in super::super) struct Open {
+    pub(in super::super) file: File,
     node: u64,
     /// Whether the host's description appends. The guest's kernel may change its own description's flag,
     /// and writes cached pages back through any, each at its place.
@@ -35,8 +35,8 @@ impl Open {
         }
     }
 
-    /// Has the next write append, or not.
-    pub(super) fn append(&self, wanted: bool) -> io::Result<()> {
+    /// Has the next write append, or not, for as long as the result lives.
+    pub(super) fn append(&self, wanted: bool) -> io::Result<impl Drop> {
         let mut appends = lock(&self.appends);
         if *appends != wanted {
             let mut flags = self.flags;
@@ -44,7 +44,7 @@ impl Open {
             fcntl_setfl(&self.file, flags)?;
             *appends = wanted;
         }
-        Ok(())
+        Ok(appends)
     }
 }
 
@@ -132,9 +132,9 @@ mod tests {
             flags.contains(OFlags::APPEND)
         };
         assert!(appends());
-        open.append(false).unwrap();
+        drop(open.append(false).unwrap());
         assert!(!appends());
-        open.append(true).unwrap();
+        drop(open.append(true).unwrap());
         assert!(appends());
     }
 }
