@@ -4,7 +4,7 @@ use std::{
     fs, io,
     os::fd::OwnedFd,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
+    sync::{Arc, Mutex, MutexGuard, atomic::AtomicBool},
 };
 
 use tokio::sync::{OnceCell, oneshot};
@@ -25,6 +25,7 @@ use crate::{
     reaper::Reaper,
     streams::Streams,
     submounts::Submounts,
+    sync::lock,
     volume::Volumes,
 };
 
@@ -109,9 +110,7 @@ impl Context {
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
-        self.containers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.containers)
     }
 
     /// Where to send commands for a container.

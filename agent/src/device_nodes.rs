@@ -13,7 +13,7 @@ use std::{
         unix::fs::{MetadataExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use nix::sys::socket::{
@@ -32,6 +32,7 @@ use tokio::{
 };
 
 use crate::readiness;
+use crate::sync::lock;
 
 /// The multicast group of the kernel's own events.
 const KERNEL_EVENTS: u32 = 1;
@@ -76,10 +77,7 @@ impl DeviceNodes {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.shared
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.state)
     }
 
     /// From now on `directory`, the /dev of container `id`, follows the guest's.

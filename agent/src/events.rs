@@ -1,6 +1,6 @@
 //! The event queue: exits and OOM kills, in order, for the one subscriber.
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -10,6 +10,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use crate::{
     error::{Error, Result},
     reaper::Exit,
+    sync::lock,
 };
 
 /// Sends events. What a guest can cause is bounded: one exit for each process the host started,
@@ -35,11 +36,7 @@ impl Events {
     /// # Errors
     /// `FailedPrecondition` at the second call.
     pub fn subscribe(&self) -> Result<UnboundedReceiver<Event>> {
-        let taken = self
-            .rx
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let taken = lock(&self.rx).take();
         taken
             .ok_or_else(|| Error::FailedPrecondition("the events have a subscriber already".into()))
     }

@@ -4,6 +4,8 @@
 //! Trusts the guest's kernel.
 use std::{fs, io, path::Path};
 
+use crate::memory;
+
 /// What is left of it, in bytes: less is not worth fetching anything again.
 const KEPT: u64 = 16 << 20;
 
@@ -28,11 +30,7 @@ pub fn reclaim(root: &Path, bytes: u64) -> io::Result<()> {
 }
 
 fn excess_of(meminfo: &str) -> u64 {
-    let field = |name: &str| -> u64 {
-        let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
-        let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-        kib.unwrap_or(0).saturating_mul(1024)
-    };
+    let field = |name: &str| memory::field(meminfo, name).unwrap_or(0);
     let cached = field("Cached:").saturating_add(field("Buffers:"));
     ["Shmem:", "Mapped:", "Dirty:", "Writeback:"]
         .into_iter()

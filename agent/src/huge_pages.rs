@@ -6,12 +6,13 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use crate::{
     error::{Error, Result},
     spec::Resources,
+    sync::lock,
 };
 
 /// Bytes of one page. Others need memory set aside at boot, or are not of this architecture.
@@ -74,7 +75,7 @@ impl HugePages {
         let Some(pool) = self.pool.as_ref().filter(|_| pages > 0) else {
             return Ok(None);
         };
-        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reserved = lock(&self.reserved);
         let wanted = reserved.saturating_add(pages);
         // Not even tried beyond that: it would leave nothing to anybody for a while.
         let most = spare()?;
@@ -98,7 +99,7 @@ impl HugePages {
     }
 
     fn give_back(&self, pages: u64) {
-        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reserved = lock(&self.reserved);
         *reserved = reserved.saturating_sub(pages);
         if let Some(pool) = &self.pool {
             // Pages in use stay until they are free.

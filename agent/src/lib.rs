@@ -54,6 +54,7 @@ mod stdio;
 mod stream;
 mod streams;
 mod submounts;
+mod sync;
 mod validate;
 mod volume;
 

@@ -5,7 +5,7 @@ use std::{
     fmt, fs,
     io::{self, Write as _},
     panic::{RefUnwindSafe, UnwindSafe},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -14,6 +14,7 @@ use slog::{Drain, KV, Key, Logger, OwnedKVList, Record, Serializer};
 use tokio::{io::AsyncWriteExt as _, sync::Notify};
 
 use crate::stream::Stream;
+use crate::sync::lock;
 
 /// Lines kept while nobody reads; older ones are dropped and counted.
 const RING_LINES: usize = 512;
@@ -69,10 +70,7 @@ impl LogRing {
     }
 
     fn lines(&self) -> MutexGuard<'_, Lines> {
-        self.shared
-            .lines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.lines)
     }
 
     fn push(&self, line: String) {

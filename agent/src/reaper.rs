@@ -5,12 +5,14 @@
 use std::{
     collections::HashMap,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::SystemTime,
 };
 
 use nix::{errno::Errno, unistd::Pid};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::sync::lock;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +57,7 @@ impl Drop for Launch {
 
 impl Reaper {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 
     /// Announces that a process is about to be started whose pid becomes known only later.

@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -18,6 +18,7 @@ use crate::{
     error::{Error, Result},
     log::LogRing,
     stream::Stream,
+    sync::lock,
 };
 
 /// How long a peer may take to send the header.
@@ -40,7 +41,7 @@ pub struct Streams {
 
 impl Streams {
     fn slots(&self) -> MutexGuard<'_, HashMap<u64, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slots)
     }
 
     /// Hands over the stream `number`, waiting for the host to open it.

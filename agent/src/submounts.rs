@@ -7,11 +7,13 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use nix::mount::{MntFlags, umount2};
 use rustix::fs::{Mode, OFlags, openat};
+
+use crate::sync::lock;
 
 /// How many containers have a volume.
 type Users = Arc<Mutex<usize>>;
@@ -28,10 +30,6 @@ pub struct Submounts {
 pub struct Entered {
     submounts: Arc<Submounts>,
     paths: Vec<String>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Submounts {

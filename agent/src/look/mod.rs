@@ -9,13 +9,14 @@ mod interfaces;
 mod kernel_log;
 mod processes;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bounded::bounded;
 use brig_agent_protocol::{LOOK_PIECE, LOOKS, agent::LookResponse};
 use tokio::sync::Semaphore;
 
 use crate::error::{Error, Result};
+use crate::sync::lock;
 
 /// The answers, of which one is read in pieces.
 #[derive(Clone)]
@@ -69,7 +70,7 @@ impl Looker {
     }
 
     fn rest(&self) -> std::sync::MutexGuard<'_, Vec<u8>> {
-        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.rest)
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
     fs,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeEntry, update_volume_request::Kind};
@@ -29,6 +29,7 @@ use crate::{
     mount_attr::{self, Change},
     names,
     submounts::{Entered, Submounts},
+    sync::lock,
 };
 use entry::Entry;
 use replica::Replica;
@@ -83,10 +84,6 @@ impl Volume {
         self.pending = Vec::new();
         self.pending_bytes = 0;
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where the volumes of an agent with this directory are.

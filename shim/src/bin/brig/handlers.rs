@@ -121,15 +121,14 @@ impl Containerd {
             }
         }
         let tables = self.tables(version);
-        let imported = merges
-            .then(|| self.imported(&table))
-            .flatten()
+        let imported = merges.then(|| self.imported(&table)).flatten();
+        let covered = imported.is_some();
+        let imported = imported
             .or_else(|| (merges && !table.contains_key("imports")).then(|| self.own_directory()));
         let (new, drop_in) = match imported {
             Some(dir) => {
                 let text =
                     format!("# Made by 'brig containerd add'.\nversion = {version}\n\n{tables}");
-                let covered = self.imported(&table).is_some();
                 let line = format!("{BEGIN}imports = [\"{}/*.toml\"]\n{END}", dir.display());
                 let new = match (covered, without.is_empty()) {
                     (true, _) => without.clone(),

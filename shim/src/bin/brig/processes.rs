@@ -9,7 +9,12 @@ use brig_shim::node::network;
 pub fn pss(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse().ok()
+    kib(line)
+}
+
+/// A size as the kernel writes it, `12 kB`, in KiB.
+pub fn kib(text: &str) -> Option<u64> {
+    text.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
 /// From `/proc/PID/stat`.

@@ -12,7 +12,7 @@ use brig_shim::error::Result;
 use serde_json::{Value, json};
 
 use crate::pods::{self, Row};
-use crate::processes::{Usage, guest_memory_size, pss};
+use crate::processes::{Usage, guest_memory_size, kib, pss};
 use crate::shims;
 
 /// How long one pod may keep the others waiting.
@@ -177,8 +177,7 @@ fn used(meminfo: &str) -> Option<u64> {
         .lines()
         .filter_map(|line| {
             let (name, value) = line.split_once(':')?;
-            let value = value.trim().trim_end_matches(" kB").parse().ok()?;
-            Some((name, value))
+            Some((name, kib(value)?))
         })
         .collect();
     fields
