@@ -3,6 +3,7 @@
 //! One program, four lives: PID 1 in the guest (no arguments), the `container-init` helper that
 //! becomes a container's process, the kernel's `/sbin/modprobe`, and a server over Unix sockets for component tests. It trusts the
 //! host, and nothing that a container or an image says.
+mod boot_mark;
 mod bundle;
 mod bundled;
 mod cgroup;
@@ -55,6 +56,7 @@ mod stream;
 mod streams;
 mod submounts;
 mod sync;
+mod template;
 mod validate;
 mod volume;
 

@@ -10,7 +10,7 @@ use std::{
     process::ExitCode,
 };
 
-use brig_agent_protocol::{AGENT_PORT, BOOT_MARK_PORT, BootMark, HOST_CID};
+use brig_agent_protocol::{AGENT_PORT, BootMark, CAPTURE, HOST_CID};
 use nix::{
     mount::{MsFlags, mount},
     sys::reboot::{RebootMode, reboot},
@@ -19,18 +19,22 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use tokio_vsock::{VsockAddr, VsockStream};
 
 use crate::{
+    boot_mark::boot_mark,
     launch,
     log::{LogRing, to_kernel},
     modules, network,
     places::{Places, SHARE},
-    serve, streams,
+    serve, streams, template,
 };
 
 /// Everything from the first instruction to power-off.
 pub fn main() -> ExitCode {
-    boot_mark(BootMark::Init);
+    let clone = std::env::var_os(template::CLONE).is_some();
+    if !clone {
+        boot_mark(BootMark::Init);
+    }
     std::panic::set_hook(Box::new(|panic| complain(&panic.to_string())));
-    if let Err(error) = boot() {
+    if let Err(error) = boot(clone) {
         complain(&error.to_string());
     }
     power_off();
@@ -59,9 +63,15 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
-fn boot() -> Result<(), BootError> {
-    let binary = leave_initramfs()?;
-    mount_kernel_file_systems()?;
+fn boot(clone: bool) -> Result<(), BootError> {
+    if !clone {
+        leave_initramfs()?;
+        mount_kernel_file_systems()?;
+        if std::env::var_os(CAPTURE).is_some() {
+            template::stand_still().step("going on as a clone")?;
+        }
+    }
+    let binary = launch::open_binary("/init").step("the agent's binary")?;
     // The agent outlives every container's hunger for memory.
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
@@ -78,10 +88,10 @@ fn boot() -> Result<(), BootError> {
         .enable_all()
         .build()
         .step("runtime")?;
-    runtime.block_on(run(places, binary))
+    runtime.block_on(run(places, binary, clone))
 }
 
-async fn run(places: Places, binary: OwnedFd) -> Result<(), BootError> {
+async fn run(places: Places, binary: OwnedFd, clone: bool) -> Result<(), BootError> {
     network::loopback_up()
         .await
         .map_err(io::Error::other)
@@ -99,13 +109,16 @@ async fn run(places: Places, binary: OwnedFd) -> Result<(), BootError> {
     let host = VsockStream::connect(VsockAddr::new(HOST_CID, AGENT_PORT))
         .await
         .step("dialling the host")?;
-    boot_mark(BootMark::AgentReady);
+    // No process of a clone may reach a port where the node's CPU is emulated: QEMU does not know the task register that a saved CPU has. The
+    // host sees the connection itself.
+    if !clone {
+        boot_mark(BootMark::AgentReady);
+    }
     serve::serve(parts, host).await.step("serving")
 }
 
-/// A root that can be pivoted from: a fresh tmpfs over the initramfs, which cannot. Returns the
-/// agent's binary, as helpers will execute it.
-fn leave_initramfs() -> Result<OwnedFd, BootError> {
+/// A root that can be pivoted from: a fresh tmpfs over the initramfs, which cannot.
+fn leave_initramfs() -> Result<(), BootError> {
     fs::create_dir_all("/newroot").step("new root")?;
     mount(
         Some("root"),
@@ -144,8 +157,7 @@ fn leave_initramfs() -> Result<OwnedFd, BootError> {
     std::env::set_current_dir("/newroot").step("new root")?;
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).step("new root")?;
     nix::unistd::chroot(".").step("new root")?;
-    std::env::set_current_dir("/").step("new root")?;
-    launch::open_binary("/init").step("the agent's binary")
+    std::env::set_current_dir("/").step("new root")
 }
 
 fn mount_kernel_file_systems() -> Result<(), BootError> {
@@ -194,23 +206,6 @@ fn raise_descriptor_limit() -> io::Result<()> {
             maximum: many,
         },
     )?)
-}
-
-/// Reports a moment of the boot to the host by a port write. Without the port the host knows less.
-fn boot_mark(mark: BootMark) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        // SAFETY: ioperm changes only this thread's access to one port that the VMM owns.
-        if unsafe { libc::ioperm(u64::from(BOOT_MARK_PORT), 1, 1) } != 0 {
-            return;
-        }
-        let value = mark as u8;
-        // SAFETY: the access was just granted; the VMM treats the write as a time stamp.
-        unsafe {
-            std::arch::asm!("out dx, al", in("dx") BOOT_MARK_PORT, in("al") value, options(nomem, nostack, preserves_flags));
-            libc::ioperm(u64::from(BOOT_MARK_PORT), 1, 0);
-        }
-    }
 }
 
 /// The last words: into the kernel's log at the level that reaches every console.

@@ -185,6 +185,8 @@ fn main() {
             kernel: 1,
             initramfs: 2,
             cmdline: options.cmdline.clone(),
+            template: None,
+            capture: None,
             agent: 3,
             nets: tap
                 .iter()

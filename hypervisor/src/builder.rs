@@ -4,6 +4,8 @@
 //! wrong one should end in a sentence and not in a guest that hangs.
 
 mod board;
+mod capture;
+mod clone;
 mod descriptors;
 mod error;
 
@@ -13,12 +15,13 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use kvm_bindings::CpuId;
-use kvm_ioctls::{VcpuFd, VmFd};
-use slog::{Logger, debug};
-use vm_memory::{GuestMemory, GuestMemoryAtomic};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use slog::{Logger, debug, warn};
+use vm_memory::{GuestMemory, GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use self::board::plug::Plugging;
 use self::board::{Board, Handles, MAX_DEVICES, Space};
+use self::capture::Capture;
 pub use self::descriptors::Descriptors;
 pub use self::error::StartError;
 use crate::arch::x86_64::acpi::Platform;
@@ -32,6 +35,7 @@ use crate::kernel;
 use crate::kvm;
 use crate::memory;
 use crate::notice::{Notice, Notifier};
+use crate::template::Shape;
 use crate::vcpu::{self, Machine};
 use crate::virtio::fs::FsHandle;
 use crate::virtio::vsock::VsockHandle;
@@ -44,6 +48,8 @@ pub const MIN_MEMORY: u64 = 64 << 20;
 pub struct Built {
     vcpus: Vec<VcpuFd>,
     vm: Vm,
+    /// What became of the template, if there was one: used, or why not.
+    template: Option<Result<(), String>>,
 }
 
 /// A running machine.
@@ -55,6 +61,7 @@ pub struct Vm {
     cpus: Cpus,
     /// Functions of the devices of the node that were there from the start.
     given: Vec<u8>,
+    capture: Option<Capture>,
 }
 
 /// What it takes to make a CPU.
@@ -182,10 +189,18 @@ impl Vm {
         }
         let there = u8::try_from(self.counters.len()).unwrap_or(u8::MAX);
         for id in there..count {
-            let vcpu = self.cpus.make(id, None)?;
+            let vcpu = self.cpus.make(id)?;
             let counters = Arc::<ExitCounters>::default();
             let machine = Arc::clone(&self.machine);
-            spawn_vcpu(id, vcpu, machine, Arc::clone(&counters), seccomp::narrow)?;
+            let kind = ThreadKind::Vcpu;
+            spawn_vcpu(
+                id,
+                vcpu,
+                machine,
+                Arc::clone(&counters),
+                kind,
+                seccomp::narrow,
+            )?;
             self.counters.push(counters);
         }
         Ok(())
@@ -203,6 +218,13 @@ impl Vm {
     }
 }
 
+/// A machine without devices, its CPUs about to run.
+struct Bare {
+    vm: Arc<VmFd>,
+    ram: GuestMemoryMmap,
+    vcpus: Vec<VcpuFd>,
+}
+
 /// Builds the machine.
 ///
 /// # Errors
@@ -218,17 +240,104 @@ pub fn build(
     let supported = kvm
         .get_supported_cpuid(cpuid::MAX_ENTRIES)
         .map_err(kvm::failed("KVM_GET_SUPPORTED_CPUID"))?;
-    let vm = Arc::new(kvm::create_vm(&kvm)?);
+    let phys_bits = cpuid::phys_bits(&supported);
+    let growth = layout::growth(ram_bytes, config.max_memory_bytes, phys_bits);
+    let shape = Shape {
+        ram_bytes,
+        mmio64: layout::mmio64(ram_bytes, &growth, phys_bits),
+        growth,
+        most_cpus: config.vcpus.max(config.max_vcpus),
+        share_tag: config.share_tag.clone(),
+    };
+    let capture = config
+        .capture
+        .map(|index| Capture::prepare(File::from(fds.take(index, "capture")?), &kvm, &shape))
+        .transpose()?;
+    let template = config
+        .template
+        .map(|index| fds.take(index, "template"))
+        .transpose()?
+        .map(|file| clone::bare(File::from(file), &kvm, &supported, &shape));
+    let (bare, devices, template) = match template {
+        Some(Ok((bare, devices))) => (bare, Some(devices), Some(Ok(()))),
+        Some(Err(error)) => {
+            warn!(log, "the template is of no use, the guest boots"; "reason" => %error);
+            let bare = boot(config, &mut fds, &kvm, &supported, &shape, log)?;
+            (bare, None, Some(Err(error.to_string())))
+        }
+        None => (
+            boot(config, &mut fds, &kvm, &supported, &shape, log)?,
+            None,
+            None,
+        ),
+    };
+    let Bare { vm, ram, vcpus } = bare;
+    let ram_regions = u32::try_from(ram.num_regions()).unwrap_or(u32::MAX);
+    let told = match devices {
+        Some(_) => clone::resumption(!config.nets.is_empty() || !config.disks.is_empty())?,
+        None => Vec::new(),
+    };
+    let mut board = Board::new(
+        &vm,
+        GuestMemoryAtomic::new(ram),
+        Space {
+            mmio64: shape.mmio64,
+            growth: shape.growth,
+        },
+        ram_regions,
+        &told,
+        notifier,
+        log,
+    )?;
+    let handles = board.add_devices(config, &mut fds)?;
+    board.mirror_configuration(&vm, ram_regions)?;
+    let given = board.add_passthrough(&config.devices, &mut fds, seccomp::apply)?;
+    let mut machine = Machine::new(Arc::clone(&board.bus), notifier.clone());
+    if let Some(devices) = devices {
+        devices.resume(&board)?;
+    }
+    let cpus = Cpus {
+        kvm: vm,
+        supported,
+        most: shape.most_cpus,
+    };
+    let capture = match capture {
+        Some(prepared) => Some(prepared.arm(&cpus, &mut machine)?),
+        None => None,
+    };
+    let counters = vcpus.iter().map(|_| Arc::default()).collect();
+    Ok(Built {
+        vcpus,
+        vm: Vm {
+            machine: Arc::new(machine),
+            counters,
+            handles,
+            board,
+            cpus,
+            given,
+            capture,
+        },
+        template,
+    })
+}
 
+/// A machine that is about to enter the kernel.
+fn boot(
+    config: &VmConfig,
+    fds: &mut Descriptors,
+    kvm: &Kvm,
+    supported: &CpuId,
+    shape: &Shape,
+    log: &Logger,
+) -> Result<Bare, StartError> {
+    let vm = Arc::new(kvm::create_vm(kvm)?);
+    let ram_bytes = shape.ram_bytes;
     let ram = memory::allocate(ram_bytes)?;
     memory::register(&vm, &ram)?;
     let kernel_file = File::from(fds.take(config.kernel, "kernel")?);
     let kernel = kernel::load(&ram, &kernel_file)?;
     let initramfs_file = File::from(fds.take(config.initramfs, "initramfs")?);
     let (initramfs, length) = kernel::load_initramfs(&ram, &initramfs_file, ram_bytes, &kernel)?;
-    let phys_bits = cpuid::phys_bits(&supported);
-    let growth = layout::growth(ram_bytes, config.max_memory_bytes, phys_bits);
-    let mmio64 = layout::mmio64(ram_bytes, &growth, phys_bits);
     let cmdline = boot::with_cpus(&config.cmdline, config.vcpus, config.max_vcpus);
     let start_info = boot::write(
         &ram,
@@ -238,48 +347,24 @@ pub fn build(
             debug_console: config.debug_console,
             initramfs: Some((initramfs, length)),
             platform: Platform {
-                vcpus: config.vcpus.max(config.max_vcpus),
-                mmio64: mmio64.clone(),
+                vcpus: shape.most_cpus,
+                mmio64: shape.mmio64.clone(),
             },
         },
     )?;
     debug!(log, "guest memory ready"; "ram_bytes" => ram_bytes, "initramfs_bytes" => length);
-
-    let ram_regions = u32::try_from(ram.num_regions()).unwrap_or(u32::MAX);
-    let mut board = Board::new(
-        &vm,
-        GuestMemoryAtomic::new(ram),
-        Space { mmio64, growth },
-        ram_regions,
-        notifier,
-        log,
-    )?;
-    let handles = board.add_devices(config, &mut fds)?;
-    board.mirror_configuration(&vm, ram_regions)?;
-    let given = board.add_passthrough(&config.devices, &mut fds, seccomp::apply)?;
-    let cpus = Cpus {
-        kvm: vm,
-        supported,
-        most: config.vcpus.max(config.max_vcpus),
-    };
     let entry = Entry {
         rip: kernel.entry,
         start_info,
     };
-    let vcpus = (0..config.vcpus).map(|id| cpus.make(id, (id == 0).then_some(entry)));
-    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
-    let counters = vcpus.iter().map(|_| Arc::default()).collect();
-    Ok(Built {
-        vcpus,
-        vm: Vm {
-            machine: Arc::new(Machine::new(Arc::clone(&board.bus), notifier.clone())),
-            counters,
-            handles,
-            board,
-            cpus,
-            given,
-        },
-    })
+    let make = |id| {
+        let vcpu = make_vcpu(&vm, supported, id, shape.most_cpus)?;
+        regs::set(&vcpu, (id == 0).then_some(entry)).map_err(kvm::failed("setting registers"))?;
+        Ok(vcpu)
+    };
+    let vcpus = (0..config.vcpus).map(make);
+    let vcpus = vcpus.collect::<Result<Vec<_>, StartError>>()?;
+    Ok(Bare { vm, ram, vcpus })
 }
 
 /// Refuses what cannot work; returns the size of RAM in bytes.
@@ -289,6 +374,12 @@ fn check(config: &VmConfig) -> Result<u64, StartError> {
     if config.vcpus == 0 || most > MAX_VCPUS {
         return invalid(format!(
             "{} to {most} vCPUs are not possible, 1 to {MAX_VCPUS} are",
+            config.vcpus
+        ));
+    }
+    if config.capture.is_some() && config.vcpus != 1 {
+        return invalid(format!(
+            "a guest that is to be captured boots with one vCPU, not {}",
             config.vcpus
         ));
     }
@@ -310,22 +401,32 @@ fn check(config: &VmConfig) -> Result<u64, StartError> {
 }
 
 impl Cpus {
-    /// The CPU with APIC id `id`; the boot CPU is told where to begin.
-    fn make(&self, id: u8, entry: Option<Entry>) -> Result<VcpuFd, StartError> {
-        let vcpu = self
-            .kvm
-            .create_vcpu(u64::from(id))
-            .map_err(kvm::failed("KVM_CREATE_VCPU"))?;
-        let entries =
-            cpuid::for_vcpu(&self.supported, id, self.most).map_err(kvm::failed("CPUID"))?;
-        vcpu.set_cpuid2(&entries)
-            .map_err(kvm::failed("KVM_SET_CPUID2"))?;
-        regs::set(&vcpu, entry).map_err(kvm::failed("setting registers"))?;
+    /// The CPU with APIC id `id`, which waits for another to start it.
+    fn make(&self, id: u8) -> Result<VcpuFd, StartError> {
+        let vcpu = make_vcpu(&self.kvm, &self.supported, id, self.most)?;
+        regs::set(&vcpu, None).map_err(kvm::failed("setting registers"))?;
         Ok(vcpu)
     }
 }
 
+/// The CPU with APIC id `id` of as many as there may be, in no state yet.
+fn make_vcpu(vm: &VmFd, supported: &CpuId, id: u8, most: u8) -> Result<VcpuFd, StartError> {
+    let vcpu = vm
+        .create_vcpu(u64::from(id))
+        .map_err(kvm::failed("KVM_CREATE_VCPU"))?;
+    let entries = cpuid::for_vcpu(supported, id, most).map_err(kvm::failed("CPUID"))?;
+    vcpu.set_cpuid2(&entries)
+        .map_err(kvm::failed("KVM_SET_CPUID2"))?;
+    Ok(vcpu)
+}
+
 impl Built {
+    /// What became of the template, if there was one: used, or why not.
+    #[must_use]
+    pub fn template(&self) -> Option<&Result<(), String>> {
+        self.template.as_ref()
+    }
+
     /// Starts the CPU threads.
     ///
     /// # Errors
@@ -334,7 +435,11 @@ impl Built {
         for ((vcpu, counters), id) in self.vcpus.into_iter().zip(&self.vm.counters).zip(0u8..) {
             let machine = Arc::clone(&self.vm.machine);
             let counters = Arc::clone(counters);
-            spawn_vcpu(id, vcpu, machine, counters, seccomp::apply)?;
+            let kind = match self.vm.capture {
+                Some(_) => ThreadKind::CapturedVcpu,
+                None => ThreadKind::Vcpu,
+            };
+            spawn_vcpu(id, vcpu, machine, counters, kind, seccomp::apply)?;
         }
         Ok(self.vm)
     }
@@ -345,12 +450,13 @@ fn spawn_vcpu(
     mut vcpu: VcpuFd,
     machine: Arc<Machine>,
     counters: Arc<ExitCounters>,
+    kind: ThreadKind,
     confine: fn(ThreadKind) -> Result<(), SeccompError>,
 ) -> Result<(), StartError> {
     let name = format!("vcpu{id}");
     std::thread::Builder::new()
         .name(name.clone())
-        .spawn(move || match confine(ThreadKind::Vcpu) {
+        .spawn(move || match confine(kind) {
             Ok(()) => {
                 let ended = vcpu::run(&mut vcpu, &machine, &counters);
                 machine.notifier.send(Notice::Ended(ended));
@@ -377,6 +483,8 @@ mod tests {
             kernel: 1,
             initramfs: 2,
             cmdline: String::new(),
+            template: None,
+            capture: None,
             agent: 3,
             nets: Vec::new(),
             disks: Vec::new(),

@@ -103,6 +103,12 @@ pub struct VmConfig {
     pub initramfs: FdIndex,
     /// Appended to the built-in kernel command line.
     pub cmdline: String,
+    /// A template to go on from instead of booting ([`crate::template`]). If it is of no use the guest boots after all, and
+    /// [`ReplyBody::Started`] says why.
+    pub template: Option<FdIndex>,
+    /// An empty file: the guest is captured into it when it says that it is ready ([`brig_agent_protocol::BootMark::Still`]), and the VM
+    /// ends with [`exit::CAPTURED`].
+    pub capture: Option<FdIndex>,
     /// A connected stream socket: the VMM's end of the agent's ttrpc connection.
     pub agent: FdIndex,
     /// Network interfaces, in PCI slot order.
@@ -231,6 +237,10 @@ pub enum ReplyBody {
     Started {
         /// Where on the guest's bus 0 its devices of the node are, in the order of [`VmConfig::devices`].
         functions: Vec<u8>,
+        /// Whether the guest goes on from the template.
+        cloned: bool,
+        /// Why not, if there was one.
+        refused: Option<String>,
     },
     /// Answer to [`RequestBody::Plug`].
     Plugged {
@@ -352,6 +362,8 @@ pub mod mark {
     pub const BUILT: u16 = 0x103;
     /// The first CPU is about to run: kernel entry.
     pub const KERNEL_ENTRY: u16 = 0x104;
+    /// The same of a clone, which goes on where its template stood.
+    pub const RESUMED: u16 = 0x106;
     /// The agent's stream is open.
     pub const AGENT_CONNECTED: u16 = 0x105;
 }
@@ -372,6 +384,8 @@ pub mod exit {
     pub const STOPPED: i32 = 14;
     /// The jail could not be built.
     pub const JAIL: i32 = 15;
+    /// The guest was captured, as asked.
+    pub const CAPTURED: i32 = 16;
 }
 
 /// Sends one message with its descriptors. `EAGAIN` is returned as such on a non-blocking socket.

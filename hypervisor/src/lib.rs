@@ -24,6 +24,7 @@ pub mod reclaim;
 pub mod server;
 pub mod share;
 mod sync;
+pub mod template;
 pub mod vcpu;
 pub mod vfio;
 pub mod virtio;

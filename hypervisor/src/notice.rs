@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::template::cpu::CpuState;
 use crate::virtio::vsock::VsockEvent;
 
 /// The clock that boot marks are read from: microseconds since brig-vmm was executed.
@@ -45,6 +46,10 @@ pub enum Notice {
     Prepared(u8),
     /// The device of a function that was unplugged has let go of all that it had.
     Removed(u8),
+    /// The guest is where it is to be captured, and waits for its devices to be taken away.
+    Still,
+    /// And this is its CPU.
+    Captured(Box<CpuState>),
     /// The VM is at its end.
     Ended(Ended),
     /// From the vsock device, and when.

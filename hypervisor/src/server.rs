@@ -15,7 +15,7 @@ use slog::{Logger, info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::builder::{self, Descriptors, Plugging, Vm};
+use crate::builder::{self, Descriptors, Plugging, StartError, Vm};
 use crate::control::{
     self, Counters, DeviceWord, ErrorKind, ErrorReply, Event, FromVmm, Reply, ReplyBody, Request,
     RequestBody, StreamConfig, VmConfig, exit, mark,
@@ -23,6 +23,7 @@ use crate::control::{
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::log::LAST_WORDS;
 use crate::notice::{Clock, Ended, Notice, Notifier};
+use crate::template::cpu::CpuState;
 use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
 
 const CONTROL: u64 = 0;
@@ -71,7 +72,7 @@ pub fn serve(control: OwnedFd, clock: Clock, marks: Vec<(u16, u64)>, log: Logger
         reason: format!("the control loop failed: {error}"),
     });
     // Logged before the shim can see the end of the process, and whatever the guest made us log.
-    if ended.code == exit::POWER_OFF || ended.code == exit::STOPPED {
+    if [exit::POWER_OFF, exit::STOPPED, exit::CAPTURED].contains(&ended.code) {
         info!(server.log, #LAST_WORDS, "VM ended"; "code" => ended.code, "reason" => &ended.reason);
     } else {
         warn!(server.log, #LAST_WORDS, "VM ended"; "code" => ended.code, "reason" => &ended.reason);
@@ -82,6 +83,13 @@ pub fn serve(control: OwnedFd, clock: Clock, marks: Vec<(u16, u64)>, log: Logger
     });
     server.farewell();
     ended.code
+}
+
+fn not_captured(error: &StartError) -> Ended {
+    Ended {
+        code: exit::INTERNAL,
+        reason: error.reply("the guest was not captured").message,
+    }
 }
 
 fn stopped(reason: &str) -> Ended {
@@ -216,13 +224,25 @@ impl Server {
         let built =
             builder::build(config, Descriptors::new(fds), notifier, &self.log).and_then(|built| {
                 self.mark(mark::BUILT);
-                self.mark(mark::KERNEL_ENTRY);
-                built.start()
+                let template = built.template().cloned();
+                let cloned = matches!(template, Some(Ok(())));
+                self.mark(if cloned {
+                    mark::RESUMED
+                } else {
+                    mark::KERNEL_ENTRY
+                });
+                let refused = template.and_then(Result::err);
+                Ok((built.start()?, cloned, refused))
             });
         match built {
-            Ok(vm) => {
+            Ok((vm, cloned, refused)) => {
                 let functions = vm.given().to_vec();
-                self.reply(id, Ok(ReplyBody::Started { functions }));
+                let started = ReplyBody::Started {
+                    functions,
+                    cloned,
+                    refused,
+                };
+                self.reply(id, Ok(started));
                 info!(self.log, "VM started"; "vcpus" => config.vcpus,
                     "micros" => self.clock.micros());
                 Ok(vm)
@@ -366,10 +386,30 @@ impl Server {
                         self.reply(id, Ok(ReplyBody::Done));
                     }
                 }
+                Notice::Still => {
+                    if let Err(error) = vm.still() {
+                        return Flow::End(not_captured(&error));
+                    }
+                }
+                Notice::Captured(cpu) => return Flow::End(self.captured(*cpu, vm)),
                 Notice::Ended(ended) => return Flow::End(ended),
             }
         }
         Flow::Continue
+    }
+
+    /// Writes the guest, which stands still without devices.
+    fn captured(&self, cpu: CpuState, vm: &mut Vm) -> Ended {
+        match vm.captured(cpu) {
+            Ok((bytes, runs)) => {
+                info!(self.log, "the guest was captured"; "bytes" => bytes, "runs" => runs);
+                Ended {
+                    code: exit::CAPTURED,
+                    reason: "the guest was captured".to_owned(),
+                }
+            }
+            Err(error) => not_captured(&error),
+        }
     }
 
     fn mark(&mut self, mark: u16) {

@@ -16,6 +16,7 @@ use crate::exits::{ExitCounters, Reason, UnknownPorts};
 use crate::notice::{Ended, Notice, Notifier};
 use crate::pci::bus::Bus;
 use crate::sync::lock;
+use crate::template::point::CapturePoint;
 
 /// What all CPUs share.
 pub struct Machine {
@@ -29,6 +30,8 @@ pub struct Machine {
     pub unknown_ports: UnknownPorts,
     /// Which of the two boot marks were seen.
     pub marks: [AtomicBool; 2],
+    /// The guest is booted to be captured.
+    pub capture: Option<CapturePoint>,
 }
 
 impl Machine {
@@ -41,7 +44,14 @@ impl Machine {
             notifier,
             unknown_ports: UnknownPorts::default(),
             marks: Default::default(),
+            capture: None,
         }
+    }
+
+    /// Where to be captured, if that is what the guest's write to a port means.
+    fn capture_point(&self, port: u16, data: &[u8]) -> Option<&CapturePoint> {
+        let said = port == BOOT_MARK_PORT && data == [BootMark::Still as u8];
+        self.capture.as_ref().filter(|_| said)
     }
 
     /// A write to an I/O port; an end is returned if it ends the VM.
@@ -182,6 +192,10 @@ fn run_until_end(vcpu: &mut VcpuFd, machine: &Machine, exits: &ExitCounters) -> 
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
+                if let Some(point) = machine.capture_point(port, data) {
+                    exits.count(Reason::OutBootMark);
+                    return point.hold(vcpu, &machine.notifier);
+                }
                 if let Some(ended) = machine.port_write(port, data, exits) {
                     return ended;
                 }

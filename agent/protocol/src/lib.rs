@@ -3,6 +3,10 @@
 //! Both sides trust this crate for names and numbers only: the shim distrusts the agent's replies
 //! (sizes, ids, order) and the agent limits what the host may ask of it.
 
+mod resumption;
+
+pub use resumption::Resumption;
+
 /// Messages of `agent.proto`.
 #[allow(warnings, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod agent {
@@ -57,7 +61,12 @@ pub enum BootMark {
     Init = 0xB1,
     /// The agent has dialled the host.
     AgentReady = 0xB2,
+    /// Nothing is under way in the guest: here it is captured. What goes on from here is a clone, and is told a [`Resumption`].
+    Still = 0xB3,
 }
+
+/// The name on the kernel's command line, and so in the agent's environment, that says that the guest is booted to be captured.
+pub const CAPTURE: &str = "brig_capture";
 
 /// The first bytes of a stream to [`STREAM_PORT`].
 #[must_use]

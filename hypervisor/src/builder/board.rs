@@ -9,6 +9,7 @@ pub mod plug;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use brig_agent_protocol::GUEST_CID;
 use kvm_ioctls::VmFd;
@@ -30,6 +31,7 @@ use crate::pci::mirror::KvmMirror;
 use crate::pci::msix::Msix;
 use crate::pci::window::Window;
 use crate::reclaim::Reclaim;
+use crate::template::registers::{self, RegisterError, Write};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::fs::{Fs, FsHandle};
@@ -81,6 +83,7 @@ pub struct Board {
     growth: Growth,
     routes: Arc<KvmRoutes>,
     ioeventfds: Arc<KvmIoEventFds>,
+    resuming: Arc<AtomicBool>,
     /// The threads of the devices.
     workers: Vec<Worker>,
     /// The one of quiet devices.
@@ -100,7 +103,7 @@ pub struct Board {
 }
 
 impl Board {
-    /// A bus with a host bridge.
+    /// A bus with a host bridge, at which the guest can read what it is `told`.
     ///
     /// # Errors
     /// [`StartError::Bus`], which an empty bus does not give.
@@ -109,11 +112,12 @@ impl Board {
         memory: GuestMemory,
         space: Space,
         ram_slots: u32,
+        told: &[u8],
         notifier: &Notifier,
         log: &Logger,
     ) -> Result<Self, StartError> {
         let bus = Arc::new(Bus::new(vec![layout::MMIO32, space.mmio64.clone()]));
-        bus.add(Arc::new(HostBridge::new()))?;
+        bus.add(Arc::new(HostBridge::telling(told)))?;
         Ok(Self {
             bus,
             vectors: 0,
@@ -127,6 +131,7 @@ impl Board {
             memory,
             routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
             ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),
+            resuming: Arc::default(),
             workers: Vec::new(),
             quiet_worker: 0,
             net_worker: 0,
@@ -138,6 +143,12 @@ impl Board {
             notifier: notifier.clone(),
             log: log.clone(),
         })
+    }
+
+    /// Guest RAM.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// To be called when all functions are on the bus. Memory slots below `slot` are RAM.
@@ -185,6 +196,34 @@ impl Board {
         self.passthrough.allowed = config.passthrough;
         check_vectors(self.vectors, self.vcpus)?;
         Ok(Handles { vsock, share })
+    }
+
+    /// Brings the devices to where those of a captured guest were, before a CPU runs. Those beyond are new to the guest.
+    ///
+    /// # Errors
+    /// If they are not the devices that were captured.
+    pub fn resume(&self, functions: u8, writes: &[Write]) -> Result<(), RegisterError> {
+        self.resuming.store(true, Ordering::Release);
+        let resumed = registers::replay(&self.bus, functions, writes);
+        self.resuming.store(false, Ordering::Release);
+        resumed
+    }
+
+    /// Takes all devices from a guest whose CPU stands still; their number and what brings others to where they were. When this returns no
+    /// thread of theirs touches guest memory, and no interrupt of theirs is on its way: KVM has been told that there are none any more.
+    ///
+    /// # Errors
+    /// If one of them is in no state to be captured.
+    pub fn take_away(&mut self) -> Result<(u8, Vec<Write>), StartError> {
+        let functions = self.bus.next()?;
+        let writes = registers::record(&self.bus, functions)
+            .map_err(|error| StartError::State(error.to_string()))?;
+        registers::reset(&self.bus, functions);
+        self.workers.clear();
+        for function in 0..functions {
+            drop(self.bus.remove(function));
+        }
+        Ok((functions, writes))
     }
 
     fn add_share(&mut self, tag: &str) -> Result<FsHandle, StartError> {
@@ -282,6 +321,7 @@ impl Board {
             Services {
                 memory: self.memory.clone(),
                 ioeventfds: self.ioeventfds.clone(),
+                resuming: Arc::clone(&self.resuming),
                 log: self.log.clone(),
             },
             base,

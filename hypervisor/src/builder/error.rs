@@ -9,6 +9,7 @@ use crate::kvm::KvmError;
 use crate::memory::MemoryError;
 use crate::pci::bus::BusFull;
 use crate::pci::window::WindowFull;
+use crate::template::TemplateError;
 use crate::virtio::pci::TransportError;
 
 /// Why a VM was not started.
@@ -52,6 +53,9 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// A guest could not be captured, or its clone not be made.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// A thread could not be started.
     #[error("starting the {name} thread: {source}")]
     Thread {
@@ -75,9 +79,11 @@ impl StartError {
             | Self::Bus(_)
             | Self::Window(_)
             | Self::Limit(_) => ErrorKind::Limit,
-            Self::Kvm(_) | Self::Memory(_) | Self::Kernel(_) | Self::Thread { .. } => {
-                ErrorKind::Host
-            }
+            Self::Kvm(_)
+            | Self::Memory(_)
+            | Self::Kernel(_)
+            | Self::Template(_)
+            | Self::Thread { .. } => ErrorKind::Host,
             Self::Device { .. } => ErrorKind::Host,
             Self::Transport(_) => ErrorKind::Internal,
         };

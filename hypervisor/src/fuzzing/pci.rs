@@ -127,6 +127,7 @@ pub fn pci_config(data: &[u8]) {
         let services = Services {
             memory: memory.clone(),
             ioeventfds: Arc::clone(&attached) as Arc<dyn IoEventFds>,
+            resuming: Arc::default(),
             log: log.clone(),
         };
         let base = WINDOW.start + number * 0x8000;

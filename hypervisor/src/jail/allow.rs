@@ -38,6 +38,8 @@ pub const DESCRIPTORS: &[&str] = &[
     // A file by itself on a detached read-only mount, see `open_sealed`: /dev/null (0 and 1), /dev/kvm,
     // /dev/net/tun, the kernel, the initramfs, disks, FIFOs of container streams.
     "/",
+    // What a guest is captured into: memory of the template's maker, of no file system.
+    "/memfd:brig-capture (deleted)",
     // The log, output that the shim copies into files and streams.
     "pipe:*",
     // The control socket, the agent's stream, streams of port-forward.
@@ -79,6 +81,8 @@ pub enum ThreadKind {
     MainWithBoth,
     /// A CPU of the guest.
     Vcpu,
+    /// That of a guest that is to be captured.
+    CapturedVcpu,
     /// Queues of vsock, net, rng, balloon, console.
     Worker,
     /// A disk's queue, and what of it takes its time.
@@ -128,13 +132,14 @@ impl ThreadKind {
 
 /// All of them.
 #[cfg(any(test, feature = "jail-probe"))]
-pub(super) const KINDS: [ThreadKind; 9] = [
+pub(super) const KINDS: [ThreadKind; 10] = [
     ThreadKind::Main,
     ThreadKind::MainWithDevices,
     ThreadKind::MainWithCpus,
     ThreadKind::MainWithBoth,
     ThreadKind::Vfio,
     ThreadKind::Vcpu,
+    ThreadKind::CapturedVcpu,
     ThreadKind::Worker,
     ThreadKind::Disk,
     ThreadKind::Fs,
@@ -327,6 +332,20 @@ const VCPU: &[Allowed] = allow![
     SYS_fcntl one_of(1, &FCNTL),
 ];
 
+/// What KVM keeps of it, and of its VM's clock. That registers of the model can be set is tried by setting them.
+const CAPTURE: &[Allowed] = allow![SYS_ioctl one_of(1, &CAPTURE_IOCTL),];
+
+const CAPTURE_IOCTL: [u32; 8] = [
+    0x8030_ae7c, // KVM_GET_CLOCK
+    0xc008_ae88, // KVM_GET_MSRS
+    0x4008_ae89, // KVM_SET_MSRS
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0x9000_aea4, // KVM_GET_XSAVE
+    0x8188_aea6, // KVM_GET_XCRS
+    0x8004_ae98, // KVM_GET_MP_STATE
+];
+
 /// A CPU that is made while the machine runs, before its thread is started, which inherits all of [`VCPU`].
 const NEW_VCPU: &[Allowed] = allow![SYS_ioctl one_of(1, &NEW_VCPU_IOCTL),];
 
@@ -461,6 +480,7 @@ pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> 
         ThreadKind::MainWithBoth => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, VFIO],
         ThreadKind::Vfio => [VFIO, &[], &[], &[], &[], &[], &[]],
         ThreadKind::Vcpu => [VCPU, &[], &[], &[], &[], &[], &[]],
+        ThreadKind::CapturedVcpu => [VCPU, CAPTURE, &[], &[], &[], &[], &[]],
         ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[], &[]],
         ThreadKind::Disk => [EPOLL, WORKER, THREADS, &[], &[], &[], &[]],
         ThreadKind::Fs => [EPOLL, FS, THREADS, &[], &[], &[], &[]],
@@ -582,13 +602,20 @@ mod tests {
             })
         };
         for kind in KINDS {
-            let runs = kind == ThreadKind::Vcpu || kind.gives_cpus();
+            let captured = kind == ThreadKind::CapturedVcpu;
+            let runs = kind == ThreadKind::Vcpu || captured || kind.gives_cpus();
             assert_eq!(can(kind, libc::SYS_ioctl, 0xae80), runs);
             for request in NEW_VCPU_IOCTL
                 .into_iter()
-                .filter(|one| !KVM_VCPU.contains(one))
+                .filter(|one| !KVM_VCPU.contains(one) && !CAPTURE_IOCTL.contains(one))
             {
                 assert_eq!(can(kind, libc::SYS_ioctl, request), kind.gives_cpus());
+            }
+            for request in CAPTURE_IOCTL
+                .into_iter()
+                .filter(|one| !KVM_VCPU.contains(one) && !NEW_VCPU_IOCTL.contains(one))
+            {
+                assert_eq!(can(kind, libc::SYS_ioctl, request), captured);
             }
             assert_eq!(can(kind, libc::SYS_openat, 0), kind == ThreadKind::Fs);
             let devices = kind == ThreadKind::Vfio || kind.gives_devices();

@@ -53,6 +53,8 @@ fn start(vcpus: u8) -> RequestBody {
         kernel: 1,
         initramfs: 2,
         cmdline: String::new(),
+        template: None,
+        capture: None,
         agent: 3,
         nets: Vec::new(),
         disks: Vec::new(),

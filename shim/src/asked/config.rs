@@ -63,6 +63,8 @@ pub struct Config {
     pub memory: u64,
     /// How far it may grow later, in bytes; the node's memory is a bound besides.
     pub max_memory: u64,
+    /// Pods go on from a captured guest instead of booting, where they can.
+    pub template: bool,
     /// What an idle guest keeps of files that nobody uses.
     pub idle_files: IdleFiles,
     /// Log the guest's early kernel messages too.
@@ -187,6 +189,7 @@ struct File {
     memory: Option<u64>,
     #[serde(default, deserialize_with = "units::size")]
     max_memory: Option<u64>,
+    template: Option<bool>,
     idle_files: Option<IdleFiles>,
     debug_console: Option<bool>,
     debug: Option<bool>,
@@ -240,6 +243,7 @@ impl Config {
             max_vcpus: 1,
             memory: 256 * MIB,
             max_memory: MAX_MEMORY,
+            template: false,
             idle_files: IdleFiles::Keep,
             debug_console: false,
             debug: false,
@@ -290,6 +294,7 @@ impl Config {
         whole.max_vcpus = file.max_vcpus.unwrap_or(whole.max_vcpus);
         whole.memory = file.memory.unwrap_or(whole.memory);
         whole.max_memory = file.max_memory.unwrap_or(whole.max_memory);
+        whole.template = file.template.unwrap_or(whole.template);
         whole.idle_files = file.idle_files.unwrap_or(whole.idle_files);
         whole.debug_console = file.debug_console.unwrap_or(whole.debug_console);
         whole.debug = file.debug.unwrap_or(whole.debug);

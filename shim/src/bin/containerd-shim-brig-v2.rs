@@ -8,12 +8,18 @@ use brig_shim::containerd::bootstrap::args::{self, Action, Args};
 use brig_shim::containerd::bootstrap::{delete, info, start};
 use brig_shim::containerd::server;
 use brig_shim::error::{Error, Result};
+use brig_shim::guest::vm::capture;
 use brig_shim::guest::vm::host::Node;
 
 /// More than containerd ever sends to `start`.
 const MAX_STDIN: u64 = 16 << 20;
 
 fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    // Not containerd's word but a shim's.
+    if let (Some("build-template"), Some(recipe)) = (words.next().as_deref(), words.next()) {
+        return ended(capture::main(&recipe));
+    }
     let args = match args::parse(std::env::args().skip(1)) {
         Ok(args) => args,
         Err(error) => {
@@ -21,7 +27,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(&args) {
+    ended(run(&args))
+}
+
+fn ended(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("brig: {error}");

@@ -186,6 +186,7 @@ impl Handler {
             "version": env!("CARGO_PKG_VERSION"),
             "kernelRelease": release,
             "size": size,
+            "template": pod.vm.as_ref().and_then(|vm| vm.template()),
             "logLevel": self.level_name(),
             "config": pod.config.as_ref().map(keys::in_force),
             "netns": pod.netns,

@@ -35,7 +35,7 @@ use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext};
 use crate::error::{Error, Result};
 use crate::guest::vm::watch::tests::FakeProcess;
 use crate::guest::vm::{
-    Attributes, Host, LaterMount, Launched, LeftOut, Mounts, Plan, RootfsMount,
+    Attributes, GuestOrigin, Host, LaterMount, Launched, LeftOut, Mounts, Plan, RootfsMount,
 };
 use crate::node::cgroup::Cgroup;
 
@@ -198,6 +198,8 @@ impl Host for FakeHost {
             kernel: 0,
             initramfs: 0,
             cmdline: String::new(),
+            template: None,
+            capture: None,
             agent: 0,
             nets: Vec::new(),
             disks: Vec::new(),
@@ -213,6 +215,7 @@ impl Host for FakeHost {
             agent,
             stderr,
             mounts: Arc::new(FakeMounts(self.record.clone())),
+            origin: GuestOrigin::Boot,
             machine: (machine, Vec::new()),
             network: crate::node::network::GuestNetwork::default(),
             netns: None,
@@ -310,6 +313,8 @@ impl FakeVmm {
                         }
                         Ok(ReplyBody::Started {
                             functions: Vec::new(),
+                            cloned: false,
+                            refused: None,
                         })
                     }
                 },

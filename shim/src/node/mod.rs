@@ -12,5 +12,6 @@ pub mod network;
 pub mod remains;
 pub mod sandbox_files;
 pub mod stand_in;
+pub mod templates;
 pub mod vfio;
 pub(crate) mod watched;

@@ -12,6 +12,7 @@ use crate::asked::config::{Config, MAX_VCPUS, MIB};
 use crate::asked::spec::Limits;
 use crate::error::Result;
 use crate::guest::vm::Vm;
+use crate::node::templates::Machine;
 
 /// Guest memory on top of what the containers may use, for kernel and agent, in bytes (docs/overhead.md).
 const GUEST_OVERHEAD: u64 = 64 * MIB;
@@ -225,6 +226,16 @@ pub(super) fn guest_cpus(limits: &Limits, configured: u8, most: u8) -> u8 {
 pub(super) fn node_cpus() -> u8 {
     let node = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     u8::try_from(node).unwrap_or(MAX_VCPUS).min(MAX_VCPUS)
+}
+
+/// The machine of a handler's template.
+#[must_use]
+pub fn template_machine(config: &Config) -> Machine {
+    Machine {
+        memory: config.memory,
+        max_memory: most_memory(config, config.memory),
+        most_cpus: config.vcpus.max(config.max_vcpus),
+    }
 }
 
 /// As much as a VM of `memory` bytes may grow to: the handler's bound, and no more than the node has.

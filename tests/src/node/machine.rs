@@ -45,6 +45,10 @@ pub struct Boot {
     pub tap: Option<OwnedFd>,
     /// Raw disks, and whether each is read-only; their serials are "disk0", "disk1".
     pub disks: Vec<(PathBuf, bool)>,
+    /// A template to go on from.
+    pub template: Option<PathBuf>,
+    /// What the guest is captured into.
+    pub capture: Option<File>,
 }
 
 impl Boot {
@@ -66,6 +70,8 @@ impl Boot {
             log: log.to_owned(),
             tap: None,
             disks: Vec::new(),
+            template: None,
+            capture: None,
         }
     }
 }
@@ -167,6 +173,15 @@ impl Machine {
             });
             fds.push(file.as_fd());
         }
+        let template = boot.template.as_deref().map(open).transpose()?;
+        let template_at = template.as_ref().map(|file| {
+            fds.push(file.as_fd());
+            fds.len() - 1
+        });
+        let capture_at = boot.capture.as_ref().map(|file| {
+            fds.push(file.as_fd());
+            fds.len() - 1
+        });
         let config = VmConfig {
             vcpus: boot.vcpus,
             max_vcpus: 0,
@@ -176,6 +191,8 @@ impl Machine {
             kernel: 1,
             initramfs: 2,
             cmdline: boot.cmdline.clone(),
+            template: template_at,
+            capture: capture_at,
             agent: 3,
             nets,
             disks,
@@ -195,7 +212,7 @@ impl Machine {
             &fds,
         )?;
         match machine.reply(id, super::clock::seconds(6))? {
-            ReplyBody::Started { .. } => Ok(machine),
+            ReplyBody::Started { refused: None, .. } => Ok(machine),
             other => bail!("unexpected reply {other:?}"),
         }
     }

@@ -3,7 +3,7 @@
 //! KVM's supported set, minus nested virtualisation and what cannot be offered, plus the topology
 //! of one socket with one thread a core. Trusts the host's CPUID.
 
-use std::arch::x86_64::__cpuid;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -31,6 +31,28 @@ pub fn host_virtualises() -> bool {
     let extended = __cpuid(0x8000_0000).eax;
     let amd = extended >= AMD_FEATURES && __cpuid(AMD_FEATURES).ecx & 1 << 2 != 0;
     intel || amd
+}
+
+/// What tells this host's CPU from one of another model, or of other features: its identification, whichever CPU is asked.
+#[must_use]
+pub fn host_model() -> Vec<u32> {
+    let mut all = Vec::new();
+    for leaf in [
+        0,
+        FEATURES,
+        7,
+        AMD_FEATURES,
+        0x8000_0002,
+        0x8000_0003,
+        0x8000_0004,
+        ADDRESS_SIZES,
+    ] {
+        let said = __cpuid_count(leaf, 0);
+        // Leaf 1 has the number of the CPU that was asked there.
+        let ebx = if leaf == FEATURES { 0 } else { said.ebx };
+        all.extend([said.eax, ebx, said.ecx, said.edx]);
+    }
+    all
 }
 
 /// Physical address bits of a CPU with these entries.

@@ -9,16 +9,19 @@ pub mod common;
 pub mod interrupt;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use slog::{Logger, warn};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::capability::Layout;
 pub use self::common::VERSION_1;
-use self::common::{Action, CommonConfig};
+use self::common::{Action, CommonConfig, QueueError};
 use self::interrupt::VirtioInterrupt;
 use super::worker::DeviceHandle;
 use super::{Activation, ActiveQueue, ConfigSpace as DeviceConfig, GuestMemory, VirtioDevice};
@@ -91,6 +94,9 @@ pub struct Services {
     pub memory: GuestMemory,
     /// ioeventfds.
     pub ioeventfds: Arc<dyn IoEventFds>,
+    /// While it is set, a device that is given queues takes up where their used rings are: the driver's writes are being made again
+    /// for a clone of a guest.
+    pub resuming: Arc<AtomicBool>,
     /// For the log.
     pub log: Logger,
 }
@@ -195,7 +201,14 @@ impl VirtioPci {
 
     fn activate(&self, common: &mut CommonConfig) {
         let memory = self.services.memory.clone();
-        let queues = match common.queues(&memory.memory_snapshot()) {
+        let snapshot = memory.memory_snapshot();
+        let queues = common.queues(&snapshot).and_then(|mut queues| {
+            if self.services.resuming.load(Ordering::Acquire) {
+                self.take_up(&mut queues, &snapshot)?;
+            }
+            Ok(queues)
+        });
+        let queues = match queues {
             Ok(queues) => queues,
             Err(error) => {
                 warn!(self.services.log, "device not activated"; "device" => self.name, "error" => %error);
@@ -229,6 +242,36 @@ impl VirtioPci {
                 self.interrupt.fail();
             }
         }
+    }
+
+    /// Goes on with queues where another device has left them, at rest: what it had taken it had given back. What was not taken yet is
+    /// looked at as after a notification.
+    fn take_up(
+        &self,
+        queues: &mut [(u16, Queue)],
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), QueueError> {
+        for (index, queue) in queues {
+            let unusable = |_| QueueError {
+                index: *index,
+                reason: "its rings cannot be read",
+            };
+            let used = queue
+                .used_idx(memory, Ordering::Acquire)
+                .map_err(unusable)?;
+            queue.set_next_used(used.0);
+            queue.set_next_avail(used.0);
+            let available = queue
+                .avail_idx(memory, Ordering::Acquire)
+                .map_err(unusable)?;
+            if available != used
+                && let Some(kick) = self.kicks.get(usize::from(*index))
+            {
+                // A full counter is already ready.
+                let _ = kick.write(1);
+            }
+        }
+        Ok(())
     }
 
     /// Takes the queues back. The CPU waits for a bounded time; afterwards the driver polls.
@@ -400,11 +443,11 @@ impl Function for VirtioPci {
 
 /// A snapshot of guest RAM as a plain reference-counted map.
 trait Snapshot {
-    fn memory_snapshot(&self) -> Arc<vm_memory::GuestMemoryMmap>;
+    fn memory_snapshot(&self) -> Arc<GuestMemoryMmap>;
 }
 
 impl Snapshot for GuestMemory {
-    fn memory_snapshot(&self) -> Arc<vm_memory::GuestMemoryMmap> {
+    fn memory_snapshot(&self) -> Arc<GuestMemoryMmap> {
         use vm_memory::GuestAddressSpace;
         self.memory().into_inner()
     }

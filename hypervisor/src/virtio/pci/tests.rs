@@ -4,12 +4,16 @@ use std::sync::mpsc;
 
 use proptest::prelude::*;
 use slog::{Discard, o};
+use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::*;
+use crate::arch::x86_64::layout;
+use crate::pci::bus::Bus;
 use crate::pci::msix::fake::FakeRoutes;
 use crate::pci::msix::{ENTRY_SIZE, Msix};
+use crate::template::registers;
 use crate::virtio::worker::{self, Slot, Worker};
 use crate::virtio::{DeviceError, Sources};
 
@@ -115,6 +119,7 @@ fn setup(fails: bool, gate: Option<Receiver<()>>) -> Setup {
     let services = Services {
         memory: GuestMemoryAtomic::new(memory),
         ioeventfds: attached.clone(),
+        resuming: Arc::default(),
         log,
     };
     let handle = handles.remove(0);
@@ -322,8 +327,127 @@ proptest! {
         while let Ok(given) = setup.given.try_recv() {
             let memory = vm_memory::GuestAddressSpace::memory(&given.memory);
             for queue in given.queues {
-                prop_assert!(virtio_queue::QueueT::is_valid(&queue.queue, &*memory));
+                prop_assert!(QueueT::is_valid(&queue.queue, &*memory));
             }
         }
     }
+}
+
+/// The function behind a bus of its own, which reaches it at [`BASE`].
+struct OnBus {
+    bus: Bus,
+    given: Receiver<Activation>,
+    memory: GuestMemory,
+    resuming: Arc<AtomicBool>,
+    _worker: Worker,
+}
+
+fn on_bus() -> OnBus {
+    let Setup {
+        function,
+        given,
+        _worker,
+        ..
+    } = setup(false, None);
+    let memory = function.services.memory.clone();
+    let resuming = Arc::clone(&function.services.resuming);
+    let bus = Bus::new(vec![layout::MMIO32]);
+    bus.add(Arc::new(function)).unwrap();
+    OnBus {
+        bus,
+        given,
+        memory,
+        resuming,
+        _worker,
+    }
+}
+
+impl OnBus {
+    fn put(&self, offset: u64, bytes: &[u8]) {
+        assert!(self.bus.memory_write(BASE + offset, bytes));
+    }
+
+    /// As [`drive`], through the bus.
+    fn drive(&self) {
+        self.bus.ecam_write(4, &6u16.to_le_bytes());
+        for vector in 0..3u64 {
+            let entry = capability::TABLE + vector * ENTRY_SIZE;
+            self.put(entry, &0xfee0_0000u64.to_le_bytes());
+            self.put(entry + 8, &(0x30 + vector).to_le_bytes());
+        }
+        self.put(0x14, &[1]);
+        self.put(0x14, &[3]);
+        self.put(0x08, &1u32.to_le_bytes());
+        self.put(0x0c, &1u32.to_le_bytes());
+        self.put(0x14, &[11]);
+        self.put(0x10, &2u16.to_le_bytes());
+        self.put(0x16, &1u16.to_le_bytes());
+        self.put(0x18, &16u16.to_le_bytes());
+        self.put(0x1a, &1u16.to_le_bytes());
+        for (register, address) in [(0x20, 0x1000u64), (0x28, 0x2000), (0x30, 0x3000)] {
+            self.put(register, &address.to_le_bytes());
+        }
+        self.put(0x1c, &1u16.to_le_bytes());
+        self.put(0x14, &[15]);
+    }
+
+    /// The ring indices that driver and device have left in memory.
+    fn rings(&self, available: u16, used: u16) {
+        use vm_memory::{Bytes as _, GuestAddressSpace as _};
+        let memory = self.memory.memory();
+        memory.write_obj(available, GuestAddress(0x2002)).unwrap();
+        memory.write_obj(used, GuestAddress(0x3002)).unwrap();
+    }
+}
+
+#[test]
+fn what_is_recorded_of_a_function_in_use_brings_a_fresh_one_there_and_its_queue_goes_on() {
+    let captured = on_bus();
+    captured.drive();
+    captured.given.recv_timeout(PATIENCE).unwrap();
+    let writes = registers::record(&captured.bus, 1).unwrap();
+    assert_eq!(writes, registers::record(&captured.bus, 1).unwrap());
+
+    for waiting in [0, 3] {
+        let clone = on_bus();
+        clone.rings(0xfffe_u16.wrapping_add(waiting), 0xfffe);
+        clone.resuming.store(true, Ordering::Release);
+        registers::replay(&clone.bus, 1, &writes).unwrap();
+        let mut given = clone.given.recv_timeout(PATIENCE).unwrap();
+        let queue = given.queues.pop().unwrap();
+        assert!(given.queues.is_empty());
+        assert_eq!((queue.index, queue.queue.size()), (1, 16));
+        assert_eq!(queue.queue.next_avail(), 0xfffe);
+        assert_eq!(queue.queue.next_used(), 0xfffe);
+        assert_eq!(queue.kick.read().is_ok(), waiting > 0, "{waiting} wait");
+        assert_eq!(registers::record(&clone.bus, 1).unwrap(), writes);
+    }
+}
+
+#[test]
+fn a_driver_that_starts_anew_starts_at_the_beginning_whatever_lies_in_its_rings() {
+    let fresh = on_bus();
+    fresh.rings(9, 7);
+    fresh.drive();
+    let given = fresh.given.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(given.queues[0].queue.next_avail(), 0);
+    assert_eq!(given.queues[0].queue.next_used(), 0);
+}
+
+#[test]
+fn functions_that_are_not_at_rest_or_not_the_same_are_refused() {
+    let half = on_bus();
+    half.bus.ecam_write(4, &6u16.to_le_bytes());
+    half.put(0x14, &[3]);
+    let error = registers::record(&half.bus, 1).unwrap_err().to_string();
+    assert!(error.contains("come to rest"), "{error}");
+
+    let captured = on_bus();
+    captured.drive();
+    captured.given.recv_timeout(PATIENCE).unwrap();
+    let writes = registers::record(&captured.bus, 1).unwrap();
+    let empty = Bus::new(vec![layout::MMIO32]);
+    assert!(registers::replay(&empty, 1, &writes).is_err());
+    registers::reset(&captured.bus, 1);
+    assert_ne!(registers::record(&captured.bus, 1).unwrap(), writes);
 }

@@ -70,6 +70,12 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| units::show_size(c.max_memory).into(),
     },
     KeyDoc {
+        name: "template",
+        what: "let pods go on from a guest that was captured once on this node instead of booting one each: they start sooner and have most of its memory in common, which one pod can notice of another (docs/template.md)",
+        form: Form::Switch,
+        value: |c| c.template.into(),
+    },
+    KeyDoc {
         name: "idle_files",
         what: "what becomes of the memory in which an idle guest keeps what it has read of files: it stays (keep), or goes back to the node, and what is read again is fetched again (return)",
         form: Form::Word(&["keep", "return"]),

@@ -61,6 +61,7 @@ async fn started(config: Config) -> Result<String> {
     let plan = Plan {
         memory: config.memory,
         max_memory: config.memory,
+        template: None,
         network: Network::New,
         cgroup_path: None,
         cgroup: None,

@@ -159,6 +159,9 @@ pub enum Command {
     /// The configuration: whether it is right, what is in force, what there is to set
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// The captured guests from which pods of a handler with template = true go on
+    #[command(subcommand)]
+    Template(TemplateCommand),
     /// The runtime handlers brig, brig-debug and brig-gpu in containerd's configuration
     #[command(subcommand)]
     Containerd(ContainerdCommand),
@@ -234,6 +237,32 @@ pub enum ConfigCommand {
     /// The reference in docs/configuration.md
     #[command(hide = true)]
     Reference,
+}
+
+/// What can be done about templates.
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// Those of this node, and the kinds of which none can be made
+    List {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Make that of a configuration now, instead of when its first pod has started
+    Build {
+        /// The configuration of a runtime handler instead of the default one
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Drop one, or all: the next pod boots. Pods that go on from it keep what they have
+    Drop {
+        /// The beginning of what 'brig template list' calls it
+        #[arg(value_name = "TEMPLATE")]
+        key: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
 }
 
 /// What can be done about containerd's configuration.

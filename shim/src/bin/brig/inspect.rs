@@ -121,6 +121,7 @@ fn text(whole: &Value) -> String {
             shown(&versions["kernelFile"])
         ),
     );
+    line("template", shown(&shim["template"]));
     let memory = &whole["guestMemory"];
     line(
         "memory KiB",

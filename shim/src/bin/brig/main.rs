@@ -18,7 +18,7 @@ mod pods;
 mod processes;
 mod seen;
 mod shims;
-
+mod templates;
 mod terminal;
 mod timelines;
 mod top;
@@ -125,6 +125,7 @@ fn run(command: Command) -> Result<bool> {
             listen: Some(address),
         } => return exporter::serve(&base()?, address.as_deref()).map(|()| true),
         Command::Config(command) => config(&command)?,
+        Command::Template(command) => templates::run(&base()?, &command)?,
         Command::Containerd(command) => containerd(&command)?,
         Command::Versions { output } => installation()?.list(output.json)?,
         Command::Use { version, output } => {

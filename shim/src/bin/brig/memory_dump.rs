@@ -121,7 +121,9 @@ pub fn dump(base: &Path, pod: &cli::Pod, file: &Path) -> Result<Dumped> {
     let written = runtime()
         .and_then(|runtime| {
             let _guard = runtime.enter();
-            write(pid, first * MIB, &core)
+            // Of a template's pages the VMM has no more than the guest has touched: all of it is read.
+            let template = !told["template"].is_null();
+            write(pid, first * MIB, template, &core)
         })
         .map_err(failed);
     let (copied, memory, left_out) = written.inspect_err(|_| {
@@ -143,7 +145,7 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
 }
 
 /// Copies the memory that a VM was started with; tells the bytes copied, of memory, and left out.
-fn write(vmm: u32, first: u64, core: &File) -> io::Result<(u64, u64, u64)> {
+fn write(vmm: u32, first: u64, all: bool, core: &File) -> io::Result<(u64, u64, u64)> {
     // Whoever loses patience must not leave a VM that stands still for ever: these are taken, and end nothing.
     let _taken = [
         SignalKind::interrupt(),
@@ -170,7 +172,7 @@ fn write(vmm: u32, first: u64, core: &File) -> io::Result<(u64, u64, u64)> {
     for part in &parts {
         for offset in (0..part.length).step_by(buffer.len()) {
             let length = CHUNK.min(part.length - offset);
-            if is_there(&pagemap, part.host + offset, length)? {
+            if all || is_there(&pagemap, part.host + offset, length)? {
                 let chunk = &mut buffer[..usize::try_from(length).map_err(io::Error::other)?];
                 memory.read_exact_at(chunk, part.host + offset)?;
                 core.write_all_at(chunk, at + offset)?;

@@ -176,6 +176,7 @@ async fn boot(node: &Node) -> (Arc<Vm>, Record) {
     let plan = Plan {
         memory: config.memory,
         max_memory: config.memory,
+        template: None,
         config,
         network: Network::Path(node.pod.clone()),
         cgroup_path: None,

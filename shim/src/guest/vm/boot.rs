@@ -21,7 +21,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context;
 
 use super::clock;
-use super::control::{Control, ControlError, Incoming};
+use super::control::{Control, ControlError, Incoming, Started};
 use super::frames::{Ending, Guarded};
 use super::kill::Kill;
 use super::late::Late;
@@ -30,13 +30,16 @@ use super::passthrough;
 use super::patience::Patience;
 use super::size::{Cpus, Memory};
 use super::watch::Watch;
-use super::{Attributes, Given, Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream};
+use super::{
+    Attributes, Given, GuestOrigin, Host, Launched, MAX_SIGNALS, Plan, Timeouts, Vm, first_stream,
+};
 use crate::asked::config::Netfilter;
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
 use crate::node::cgroup::Cgroup;
 use crate::node::network::{self, GuestNetwork, Inherited, Known};
+use crate::node::templates::{Recipe, Templates};
 
 /// The moment from which the pod can be used.
 pub const SANDBOX_STARTED: &str = "sandbox.started";
@@ -244,6 +247,7 @@ async fn boot(
         wanted,
         filter: sandbox.network.filter.given(),
     };
+    let origin = launched.origin.clone();
     let (vm, machine, incoming) = adopt(launched, parts, logger)?;
     let _ = news.send(News::Launched(Arc::clone(&vm))).await;
     progress.send_replace(Progress::Launched(Arc::clone(&vm)));
@@ -261,13 +265,29 @@ async fn boot(
     match bring_up(&vm, machine, incoming, sandbox, &news, executed, logger).await {
         Ok(()) => {
             forward_ports(localhost, &vm, logger).await;
+            if let GuestOrigin::BootFirst(recipe) = origin {
+                let logger = logger.clone();
+                // A thread of its own: nothing waits for it, not even the end of the pod.
+                std::thread::spawn(move || recipe.have_made(&logger));
+            }
             Ok(vm)
         }
         Err(error) => {
             vm.kill();
             vm.ended().await;
+            if let (GuestOrigin::Template(recipe), Some(_)) = (origin, vm.template()) {
+                drop_template(&recipe, &error.message, logger);
+            }
             Err(error)
         }
+    }
+}
+
+/// The next pod boots, and has another made.
+fn drop_template(recipe: &Recipe, reason: &str, logger: &Logger) {
+    warn!(logger, "the template is dropped"; "template" => &recipe.key, "reason" => reason);
+    if let Err(error) = Templates::beside(&recipe.state_dir).drop_one(&recipe.key) {
+        warn!(logger, "the template cannot be dropped"; "template" => &recipe.key, "error" => %error);
     }
 }
 
@@ -334,6 +354,7 @@ struct Machine {
     config: Box<VmConfig>,
     fds: Vec<OwnedFd>,
     given: Option<Given>,
+    origin: GuestOrigin,
 }
 
 /// What a VM is told of its pod.
@@ -415,6 +436,7 @@ fn adopt(
         cpus: Cpus::new(launched.machine.0.vcpus, launched.machine.0.max_vcpus),
         cgroup,
         kernel_release: OnceLock::new(),
+        template: OnceLock::new(),
     });
     tokio::spawn(watch_connection(
         Arc::downgrade(&vm),
@@ -432,6 +454,7 @@ fn adopt(
         config: Box::new(config),
         fds,
         given: launched.given,
+        origin: launched.origin,
     };
     Ok((vm, machine, agent_connected))
 }
@@ -449,13 +472,19 @@ async fn bring_up(
 ) -> Result<()> {
     let boot_time = vm.timeouts.boot;
     let connected = async {
-        let Machine { config, fds, given } = machine;
+        let Machine {
+            config,
+            fds,
+            given,
+            origin,
+        } = machine;
         let begun = vm.control.begin(config, fds).await;
         let connected = match begun {
-            Ok(functions) => {
+            Ok(started) => {
                 if let Some(given) = given {
-                    vm.hold(given, &functions).await;
+                    vm.hold(given, &started.functions).await;
                 }
+                note_origin(vm, &origin, started, logger);
                 agent_connected.await.map_err(|_| ControlError::Ended)
             }
             Err(error) => Err(error),
@@ -482,6 +511,9 @@ async fn bring_up(
         let _ = news.try_send(News::Mark(name.to_owned(), SystemTime::now()));
     };
     mark("agent.connected");
+    if vm.template().is_some() {
+        vm.have_built_cpus(logger).await?;
+    }
     // None of the three waits for another, and each is a way to the guest and back.
     let log = async {
         follow_log(vm, logger).await;
@@ -497,6 +529,18 @@ async fn bring_up(
     tokio::spawn(watch_agent(Arc::downgrade(vm), logger.clone()));
     tokio::spawn(clock::keep(Arc::clone(vm), logger.clone()));
     Ok(())
+}
+
+/// Remembers whether the guest goes on from its template.
+fn note_origin(vm: &Vm, origin: &GuestOrigin, started: Started, logger: &Logger) {
+    let GuestOrigin::Template(recipe) = origin else {
+        return;
+    };
+    if started.cloned {
+        let _ = vm.template.set(recipe.key.clone());
+    } else if let Some(reason) = started.refused {
+        drop_template(recipe, &reason, logger);
+    }
 }
 
 async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> Result<()> {
@@ -618,6 +662,7 @@ async fn report_counters(vm: Arc<Vm>, news: mpsc::Sender<News>, executed: System
             mark::START => "vmm.start".to_owned(),
             mark::BUILT => "vmm.built".to_owned(),
             mark::KERNEL_ENTRY => "kernel.entry".to_owned(),
+            mark::RESUMED => "guest.resumed".to_owned(),
             // The shim has its own mark for this moment.
             mark::AGENT_CONNECTED => continue,
             0xB1 => "guest.init".to_owned(),

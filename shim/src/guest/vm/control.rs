@@ -68,6 +68,17 @@ pub struct Incoming {
     pub events: mpsc::Receiver<Event>,
 }
 
+/// A machine that has started.
+#[derive(Debug)]
+pub struct Started {
+    /// The functions of its devices of the node.
+    pub functions: Vec<u8>,
+    /// Its guest goes on from the template.
+    pub cloned: bool,
+    /// Why not, if there was one.
+    pub refused: Option<String>,
+}
+
 /// Resolves when the stream has ended or its VMM has.
 pub type StreamEnd = oneshot::Receiver<()>;
 
@@ -129,13 +140,21 @@ impl Control {
         self.send(body, fds, None).await.map(drop)
     }
 
-    /// Builds the machine and starts it; the functions of its devices of the node.
+    /// Builds the machine and starts it.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn begin(&self, machine: Box<VmConfig>, fds: Vec<OwnedFd>) -> Result<Vec<u8>> {
+    pub async fn begin(&self, machine: Box<VmConfig>, fds: Vec<OwnedFd>) -> Result<Started> {
         match self.send(RequestBody::Start(machine), fds, None).await? {
-            ReplyBody::Started { functions } => Ok(functions),
+            ReplyBody::Started {
+                functions,
+                cloned,
+                refused,
+            } => Ok(Started {
+                functions,
+                cloned,
+                refused,
+            }),
             _ => Err(ControlError::Confused),
         }
     }

@@ -30,6 +30,15 @@ impl Vm {
         self.cpus.most > self.cpus.built
     }
 
+    /// Gives a guest that has gone on from a template, which has one CPU, those that it would have booted with.
+    ///
+    /// # Errors
+    /// As of [`Self::add_cpus`].
+    pub(super) async fn have_built_cpus(&self, logger: &Logger) -> Result<()> {
+        self.cpus.now.store(1, Ordering::Relaxed);
+        self.add_cpus(self.cpus.built, logger).await
+    }
+
     /// Gives the guest more CPUs, if it has fewer than `count`.
     ///
     /// # Errors

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,11 +19,13 @@ use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 
 use super::given::Given;
-use super::{Host, Launched, Plan, shown};
+use super::{GuestOrigin, Host, Launched, Plan, shown};
+use crate::asked::config::Config;
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
 use crate::node::cgroup::{self, Cgroup};
 use crate::node::network::{self, PodNetwork, Wanted};
+use crate::node::templates::{Files, Kind, Machine, Recipe, Templates};
 use crate::node::vfio;
 
 /// The node this process runs on.
@@ -39,12 +41,8 @@ impl Host for Node {
                 .map_err(|error| Error::unavailable(error.to_string()))?;
         }
         let kernel = open_kernel(&config.kernel)?;
-        let initramfs = open_sealed(&config.initramfs, OFlag::O_RDONLY).map_err(|error| {
-            Error::unavailable(format!(
-                "initramfs {}: {error}; install it or name another path in Brig's configuration",
-                shown(&config.initramfs)
-            ))
-        })?;
+        let initramfs = open_initramfs(&config.initramfs)?;
+        let (origin, template) = origin(plan, kernel.as_fd(), initramfs.as_fd());
         let netns = open_netns(&plan.network)?;
         let network = match &plan.network {
             Network::New => PodNetwork::default(),
@@ -86,15 +84,29 @@ impl Host for Node {
             Some(given) => given.describe(&mut fds)?,
             None => Vec::new(),
         };
+        // What a pod has beyond the template's machine comes when its containers do.
+        let (memory_bytes, max_memory_bytes, max_vcpus) = match &origin {
+            GuestOrigin::Template(recipe) => {
+                let machine = recipe.machine;
+                (machine.memory, machine.max_memory, machine.most_cpus)
+            }
+            _ => (plan.memory, plan.max_memory, config.max_vcpus),
+        };
+        let template = template.map(|file| {
+            fds.push(file);
+            fds.len() - 1
+        });
         let machine = VmConfig {
             vcpus: config.vcpus,
-            max_vcpus: config.max_vcpus,
-            memory_bytes: plan.memory,
-            max_memory_bytes: plan.max_memory,
+            max_vcpus,
+            memory_bytes,
+            max_memory_bytes,
             kvm: 0,
             kernel: 1,
             initramfs: 2,
             cmdline: String::new(),
+            template,
+            capture: None,
             agent: 3,
             nets,
             disks: Vec::new(),
@@ -110,6 +122,7 @@ impl Host for Node {
             agent,
             stderr,
             mounts: Arc::new(share),
+            origin,
             machine: (machine, fds),
             network: guest_network,
             netns: Some(netns_path),
@@ -125,6 +138,64 @@ impl Host for Node {
         })?;
         Ok(Some(cgroup))
     }
+}
+
+/// Whether the guest goes on from a template, which is open then. One that cannot be had or known is no reason not to boot.
+fn origin(
+    plan: &Plan,
+    kernel: BorrowedFd<'_>,
+    initramfs: BorrowedFd<'_>,
+) -> (GuestOrigin, Option<OwnedFd>) {
+    let config = &plan.config;
+    let Some(machine) = plan.template else {
+        return (GuestOrigin::Boot, None);
+    };
+    let files = Files {
+        kernel,
+        initramfs,
+        vmm: &config.vmm,
+    };
+    let Ok(kind) = Kind::of(&files, &machine) else {
+        return (GuestOrigin::Boot, None);
+    };
+    let recipe = Box::new(recipe(config, machine, &kind));
+    let templates = Templates::beside(&config.state_dir);
+    match templates.open(kind.key()) {
+        Ok(Some(file)) => (GuestOrigin::Template(recipe), Some(file)),
+        Ok(None) if templates.lacks(kind.key()) => (GuestOrigin::BootFirst(recipe), None),
+        Ok(None) | Err(_) => (GuestOrigin::Boot, None),
+    }
+}
+
+/// How to make a handler's template.
+#[must_use]
+pub fn recipe(config: &Config, machine: Machine, kind: &Kind) -> Recipe {
+    let boot = config.timeout(20);
+    Recipe {
+        key: kind.key().to_owned(),
+        kernel: config.kernel.clone(),
+        initramfs: config.initramfs.clone(),
+        vmm: config.vmm.clone(),
+        kvm: config.kvm.clone(),
+        machine,
+        allow_slow_kvm: config.allow_slow_kvm,
+        max_files: config.max_files,
+        boot_ms: u64::try_from(boot.as_millis()).unwrap_or(u64::MAX),
+        state_dir: config.state_dir.clone(),
+    }
+}
+
+/// Opens the initramfs.
+///
+/// # Errors
+/// `Unavailable` names the path.
+pub fn open_initramfs(path: &Path) -> Result<OwnedFd> {
+    open_sealed(path, OFlag::O_RDONLY).map_err(|error| {
+        Error::unavailable(format!(
+            "initramfs {}: {error}; install it or name another path in Brig's configuration",
+            shown(path)
+        ))
+    })
 }
 
 /// Opens the KVM device.
@@ -166,7 +237,7 @@ pub fn open_kernel(path: &Path) -> Result<OwnedFd> {
 }
 
 /// The network namespace the VMM is to live in: the pod's, or a new one with nothing in it.
-fn open_netns(network: &Network) -> Result<OwnedFd> {
+pub(super) fn open_netns(network: &Network) -> Result<OwnedFd> {
     match network {
         Network::Path(path) => File::open(path)
             .map(OwnedFd::from)
@@ -187,12 +258,12 @@ fn open_netns(network: &Network) -> Result<OwnedFd> {
 }
 
 /// The shim inherits containerd's protection from the OOM killer; a pod must not.
-fn set_oom_score(process: &VmmProcess, value: i32) {
+pub(super) fn set_oom_score(process: &VmmProcess, value: i32) {
     let path = format!("/proc/{}/oom_score_adj", process.pid());
     let _ = std::fs::write(path, value.to_string());
 }
 
-fn not_launched(error: &LaunchError) -> Error {
+pub(super) fn not_launched(error: &LaunchError) -> Error {
     match error {
         LaunchError::Prepare(_) | LaunchError::Setup { .. } => Error::internal(error.to_string()),
         _ => Error::unavailable(error.to_string()),

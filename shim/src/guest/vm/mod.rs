@@ -5,6 +5,7 @@
 //! is tested without either. The VMM and the agent are not trusted: every call is bounded in time.
 
 pub mod boot;
+pub mod capture;
 mod clock;
 pub mod control;
 mod cpus;
@@ -57,6 +58,7 @@ use crate::error::{Error, Kind, Result};
 use crate::node::cgroup::Cgroup;
 use crate::node::disk::Numbers;
 use crate::node::network::GuestNetwork;
+use crate::node::templates::{Machine, Recipe};
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
 use frames::Ahead;
@@ -77,6 +79,8 @@ pub struct Plan {
     pub memory: u64,
     /// As much as it may become.
     pub max_memory: u64,
+    /// The machine of the template that it may go on from.
+    pub template: Option<Machine>,
     /// The network namespace the VMM lives in.
     pub network: Network,
     /// The pod's cgroup as the spec names it.
@@ -193,6 +197,8 @@ pub struct Launched {
     pub stderr: OwnedFd,
     /// The mounts of the guest's share.
     pub mounts: Arc<dyn Mounts>,
+    /// Where its guest comes from.
+    pub origin: GuestOrigin,
     /// The machine, and the descriptors it names.
     pub machine: (VmConfig, Vec<OwnedFd>),
     /// What the guest is told about its network.
@@ -201,6 +207,17 @@ pub struct Launched {
     pub netns: Option<PathBuf>,
     /// The devices of the node that the machine has.
     pub given: Option<Given>,
+}
+
+/// Where a guest comes from.
+#[derive(Debug, Clone)]
+pub enum GuestOrigin {
+    /// It boots.
+    Boot,
+    /// It boots, and a template for the next ones should be made.
+    BootFirst(Box<Recipe>),
+    /// It goes on from a template.
+    Template(Box<Recipe>),
 }
 
 /// Time-outs of one VM.
@@ -266,6 +283,8 @@ pub struct Vm {
     cgroup: Option<Cgroup>,
     /// The guest's kernel, as the agent has told.
     kernel_release: OnceLock<String>,
+    /// The key of the template that the guest goes on from, once it does.
+    template: OnceLock<String>,
 }
 
 impl fmt::Debug for Vm {
@@ -318,6 +337,12 @@ impl Vm {
     #[must_use]
     pub fn kernel_release(&self) -> Option<String> {
         self.kernel_release.get().cloned()
+    }
+
+    /// The key of the template that the guest has gone on from, if it did not boot.
+    #[must_use]
+    pub fn template(&self) -> Option<&str> {
+        self.template.get().map(String::as_str)
     }
 
     /// Devices of the node that the VM has: IOMMU group, functions on the guest's bus, and for whom.

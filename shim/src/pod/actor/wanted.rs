@@ -9,7 +9,10 @@ use crate::error::Result;
 use crate::guest::vm::Plan;
 use crate::guest::vm::boot::Sandbox;
 use crate::node::cgroup;
-use crate::pod::size::{PodSize, guest_cpus, guest_memory, most_memory, node_cpus, node_memory};
+use crate::node::templates::Machine;
+use crate::pod::size::{
+    PodSize, guest_cpus, guest_memory, most_memory, node_cpus, node_memory, template_machine,
+};
 
 /// A pod's wishes.
 pub(super) struct Wanted {
@@ -69,6 +72,7 @@ impl Wanted {
         let size = PodSize::new(config.memory, config.vcpus, self.limits);
         let memory = guest_memory(&self.limits, config.memory, node_memory());
         let vcpus = guest_cpus(&self.limits, config.vcpus, node_cpus());
+        let template = template(&config, memory, vcpus);
         let more = [
             ("memory", memory > config.memory),
             ("vcpus", vcpus > config.vcpus),
@@ -88,6 +92,7 @@ impl Wanted {
         let plan = Plan {
             memory,
             max_memory: most_memory(&config, memory),
+            template,
             network: self.network,
             cgroup: None,
             cgroup_path: self.cgroup_path,
@@ -96,6 +101,17 @@ impl Wanted {
         };
         (plan, sandbox, size)
     }
+}
+
+/// The machine of the handler's template, if a pod of this size can go on from it: what it has beyond that comes while it runs. One that has set
+/// a size for itself boots, so that pods cannot fill the node with templates.
+fn template(config: &Config, memory: u64, vcpus: u8) -> Option<Machine> {
+    let own = |key: &str| config.origins.get(key) == Some(&Origin::Annotation);
+    let machine = template_machine(config);
+    let fits = memory <= machine.max_memory && vcpus <= machine.most_cpus;
+    let like_all =
+        !config.debug_console && config.devices.is_empty() && !own("memory") && !own("vcpus");
+    (config.template && fits && like_all).then_some(machine)
 }
 
 /// A pod that names no host has the node's name, as a new UTS namespace has.

@@ -26,6 +26,7 @@ fn pod() -> Pod {
         config: Config::defaults(Path::new("/nonexistent")),
         memory: 64 << 20,
         max_memory: 64 << 20,
+        template: None,
         network: Network::New,
         cgroup_path: None,
         cgroup: None,

@@ -34,6 +34,8 @@ mod security;
 mod signals;
 mod slow_volumes;
 mod stdio;
+mod template;
+mod template_pods;
 mod terminal;
 
 use crate::suite::Case;
@@ -42,6 +44,8 @@ use crate::suite::Case;
 const GROUPS: &[&[Case]] = &[
     exit::CASES,
     stdio::CASES,
+    template::CASES,
+    template_pods::CASES,
     exec::CASES,
     terminal::CASES,
     signals::CASES,

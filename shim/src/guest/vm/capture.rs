@@ -1,0 +1,173 @@
+//! Makes a template: boots a guest in a VMM of its own, has it captured, and keeps the file. Runs in a process that lives for this alone, or in
+//! `brig template build`. Blocking code.
+//!
+//! The VMM writes into memory that has no name and belongs to nobody but it and this process; what is kept is a copy.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use brig_agent_protocol::{CAPTURE, SHARE_TAG};
+use brig_hypervisor::control::{self, Event, FromVmm, Request, RequestBody, VmConfig, exit};
+use brig_hypervisor::launch::{LaunchOptions, VmmExit, launch, open_sealed};
+use nix::fcntl::OFlag;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::host::{not_launched, open_initramfs, open_kernel, open_kvm, open_netns, set_oom_score};
+use crate::asked::spec::Network;
+use crate::error::{Error, Result};
+use crate::node::cgroup::{self, Cgroup};
+use crate::node::templates::{CGROUP, Files, Kind, Recipe, Templates};
+
+/// How soon the node's memory should do without this process when it runs short.
+const OOM_SCORE: i32 = 1000;
+
+/// The process of a pod's that makes a template: `recipe` is JSON, and whoever started it has given it the lock as its standard input.
+///
+/// # Errors
+/// Why there is none.
+pub fn main(recipe: &str) -> Result<()> {
+    let recipe: Recipe = serde_json::from_str(recipe)
+        .map_err(|error| Error::invalid(format!("the recipe: {error}")))?;
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE.to_string());
+    make(&recipe)
+}
+
+/// Makes a template in a cgroup of its own. To be called by who has the lock.
+///
+/// # Errors
+/// Why there is none.
+pub fn make(recipe: &Recipe) -> Result<()> {
+    let own = Cgroup::create(CGROUP)?;
+    own.join()
+        .map_err(|error| Error::io("cannot enter the cgroup of templates", &error))?;
+    let made = captured(recipe, &own).and_then(|file| {
+        let kept = Templates::beside(&recipe.state_dir).keep(recipe, file);
+        kept.map_err(|error| Error::io("cannot keep the template", &error))
+    });
+    // The pages of the file stay on the account of the cgroup above.
+    let _ = own.leave_and_remove();
+    made
+}
+
+/// What the VMM has captured.
+fn captured(recipe: &Recipe, own: &Cgroup) -> Result<File> {
+    let failed = |error: io::Error| Error::io("cannot prepare the VM", &error);
+    let kvm = open_kvm(&recipe.kvm)?;
+    let kernel = open_kernel(&recipe.kernel)?;
+    let initramfs = open_initramfs(&recipe.initramfs)?;
+    let files = Files {
+        kernel: kernel.as_fd(),
+        initramfs: initramfs.as_fd(),
+        vmm: &recipe.vmm,
+    };
+    if Kind::of(&files, &recipe.machine).map_err(failed)?.key() != recipe.key {
+        return Err(Error::state(
+            "the guest's kernel, its initramfs, the VMM or the CPU's microcode has just changed",
+        ));
+    }
+    let file = memfd_create("brig-capture", MemfdFlags::CLOEXEC);
+    let file = File::from(file.map_err(|errno| failed(errno.into()))?);
+    // Nobody answers the agent: it is captured before it calls.
+    let (_agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
+    let log = open_sealed(Path::new("/dev/null"), OFlag::O_RDWR).map_err(failed)?;
+    let v2 = cgroup::is_v2();
+    let mut process = launch(LaunchOptions {
+        vmm: recipe.vmm.clone(),
+        netns: Some(open_netns(&Network::New)?),
+        cgroup: own.open(v2),
+        cgroup_procs: own.open_procs(v2),
+        stderr: log,
+        max_files: recipe.max_files,
+    })
+    .map_err(|error| not_launched(&error))?;
+    set_oom_score(&process, OOM_SCORE);
+    process
+        .wait_jailed()
+        .map_err(|error| not_launched(&error))?;
+    let control = process
+        .take_control()
+        .ok_or_else(|| Error::internal("the VMM has no control socket"))?;
+    let copy = file.try_clone().map_err(failed)?;
+    let fds = [kvm, kernel, initramfs, vmm_agent.into(), copy.into()];
+    let request = Request {
+        id: 1,
+        body: RequestBody::Start(Box::new(machine(recipe))),
+    };
+    let sent: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
+    control::send(control.as_fd(), &request, &sent).map_err(failed)?;
+    drop(fds);
+    let reason = follow(&control, Duration::from_millis(recipe.boot_ms))?;
+    match process.wait().map_err(failed)? {
+        VmmExit::Code(exit::CAPTURED) => Ok(file),
+        other => Err(Error::unavailable(format!(
+            "the guest was not captured: {} ({other:?})",
+            reason.unwrap_or_else(|| "its VMM said nothing".to_owned())
+        ))),
+    }
+}
+
+fn machine(recipe: &Recipe) -> VmConfig {
+    let machine = recipe.machine;
+    let mut cmdline = format!("{CAPTURE}=1");
+    if machine.most_cpus > 1 {
+        // Else the kernel patches itself for one CPU, and each clone that gets more would patch all of it back.
+        cmdline.push_str(" noreplace-smp");
+    }
+    VmConfig {
+        vcpus: 1,
+        max_vcpus: machine.most_cpus,
+        memory_bytes: machine.memory,
+        max_memory_bytes: machine.max_memory,
+        kvm: 0,
+        kernel: 1,
+        initramfs: 2,
+        cmdline,
+        template: None,
+        capture: Some(4),
+        agent: 3,
+        nets: Vec::new(),
+        disks: Vec::new(),
+        share_tag: Some(SHARE_TAG.to_owned()),
+        debug_console: false,
+        allow_slow_kvm: recipe.allow_slow_kvm,
+        passthrough: false,
+        devices: Vec::new(),
+    }
+}
+
+/// Listens to the VMM until it ends; why it did, as it says.
+fn follow(control: &OwnedFd, within: Duration) -> Result<Option<String>> {
+    let end = Instant::now() + within;
+    let mut reason = None;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap_or_default();
+        let mut fds = [PollFd::new(control, PollFlags::IN)];
+        match poll(&mut fds, Some(&left)) {
+            Ok(0) => {
+                return Err(Error::unavailable(format!(
+                    "the guest did not come to rest within {} s",
+                    within.as_secs()
+                )));
+            }
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return Err(Error::io("the VMM's control socket", &errno.into())),
+        }
+        match control::receive_from_vmm(control.as_fd()) {
+            Ok(Some(FromVmm::Event(Event::Ended { reason: why, .. }))) => reason = Some(why),
+            Ok(Some(FromVmm::Reply(reply))) => {
+                if let Err(error) = reply.result {
+                    reason = Some(error.message);
+                }
+            }
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => return Ok(reason),
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Pods that go on from a template: who makes it, what becomes of it, and what its pods have of their own.
+//!
+//! Each case has a size of memory of its own, and with it a kind of template of its own.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use brig_tests::node::check::{equal, that};
+use brig_tests::node::ctr::Run;
+use brig_tests::node::process::{self, Running};
+use brig_tests::node::{clock, leaks};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::leaks::baseline;
+use crate::suite::{Case, Suite, brig, patience};
+
+const IMAGE: &str = "docker.io/brig/busybox:test";
+const TAR: &str = "/host/assets/images/busybox.tar";
+const TEMPLATES: &str = "/run/brig.templates";
+/// Pods of one template.
+const CLONES: usize = 20;
+/// First pods at once.
+const AT_ONCE: usize = 4;
+
+pub const CASES: &[Case] = &[
+    brig(
+        "template",
+        "20 pods of one template have random numbers, boot ids, addresses and the time of their own",
+        differ,
+    ),
+    brig(
+        "template",
+        "first pods that start at once have one template made, in a cgroup of its own",
+        one_maker,
+    ),
+    brig(
+        "template",
+        "a maker that is killed at any moment leaves nothing, and the next pod has the template made",
+        killed,
+    ),
+    brig(
+        "template",
+        "another VMM makes another template, and the old one goes",
+        another_vmm,
+    ),
+    brig(
+        "template",
+        "a damaged template costs its pod a cold start, and is dropped",
+        damaged,
+    ),
+    brig(
+        "template",
+        "a pod that needs more CPUs and memory than its template has gets them",
+        larger,
+    ),
+];
+
+/// A handler whose VMs have a size that no other case's have.
+struct Handler {
+    file: PathBuf,
+    mib: u64,
+}
+
+impl Handler {
+    fn new(suite: &Suite, mib: u64, more: &str) -> Result<Self> {
+        suite.import(IMAGE, TAR)?;
+        let directory = Path::new("/run/brig-e2e");
+        fs::create_dir_all(directory)?;
+        let file = directory.join(format!("template-{mib}.toml"));
+        let scale = clock::scale();
+        let text = format!("template = true\nmemory = {mib}\ntime_scale = {scale}\n{more}\n");
+        fs::write(&file, text)?;
+        let handler = Self { file, mib };
+        for key in handler.keys()? {
+            brig_command(&["template", "drop", &key])?;
+        }
+        Ok(handler)
+    }
+
+    fn run(&self, script: &str) -> Run {
+        Run::new("template", IMAGE, &["sh", "-c", script])
+            .with("--runtime-config-path", &self.file.to_string_lossy())
+    }
+
+    /// What a pod's shell prints.
+    fn sh(&self, suite: &Suite, script: &str) -> Result<String> {
+        let outcome = suite.ctr.run(&self.run(script))?.success()?;
+        Ok(outcome.text().trim().to_owned())
+    }
+
+    /// The templates of this size.
+    fn keys(&self) -> Result<Vec<String>> {
+        let list: Value = serde_json::from_str(&brig_command(&["template", "list", "--json"])?)?;
+        let bytes = Value::from(self.mib << 20);
+        let ours = list.as_array().into_iter().flatten().filter(|entry| {
+            entry["recipe"]["machine"]["memory"] == bytes && entry["failed"].is_null()
+        });
+        let keys = ours.filter_map(|entry| Some(entry["template"].as_str()?.to_owned()));
+        Ok(keys.collect())
+    }
+
+    /// Waits for the one template of this size.
+    fn made(&self) -> Result<String> {
+        let end = Instant::now() + clock::seconds(20);
+        loop {
+            let mut keys = self.keys()?;
+            ensure!(keys.len() < 2, "there are {keys:?}");
+            // It is kept before its maker has left its cgroup.
+            if let (Some(key), false) = (
+                keys.pop(),
+                Path::new("/sys/fs/cgroup/brig-templates").exists(),
+            ) {
+                return Ok(key);
+            }
+            ensure!(Instant::now() < end, "no template was made");
+            sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+fn brig_command(args: &[&str]) -> Result<String> {
+    let mut command = Command::new("brig");
+    command.args(args);
+    Ok(process::run(command, clock::seconds(20))?.success()?.text())
+}
+
+/// The processes that make templates.
+fn makers() -> Vec<i32> {
+    let pids = leaks::pids_of("exe").into_iter();
+    let pids = pids.chain(leaks::pids_of("containerd-shim-brig-v2"));
+    pids.filter(|pid| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
+            line.split(|byte| *byte == 0)
+                .any(|word| word == b"build-template")
+        })
+    })
+    .collect()
+}
+
+fn wait_for_maker(after: Duration) -> Result<i32> {
+    let end = Instant::now() + clock::seconds(10);
+    loop {
+        if let Some(pid) = makers().first() {
+            sleep(after);
+            return Ok(*pid);
+        }
+        ensure!(Instant::now() < end, "nobody makes a template");
+        sleep(Duration::from_millis(2));
+    }
+}
+
+fn differ(suite: &mut Suite) -> Result<()> {
+    let handler = Handler::new(suite, 136, "")?;
+    handler.sh(suite, "true")?;
+    let key = handler.made()?;
+    let file = Path::new(TEMPLATES).join(&key);
+    let before = fs::read(&file)?;
+    let script = "cat /proc/sys/kernel/random/boot_id; head -c 24 /dev/urandom | od -An -tx1 | tr -d '\\n'; echo; \
+                  grep stack /proc/self/maps | cut -d- -f1; grep vdso /proc/self/maps | cut -d- -f1; date +%s; \
+                  head -c 60000000 /dev/urandom > /dev/shm/x; echo end";
+    let mut seen = vec![BTreeSet::new(); 4];
+    for number in 0..CLONES {
+        let text = handler.sh(suite, script)?;
+        let lines: Vec<&str> = text.lines().collect();
+        ensure!(lines.len() == 6, "{text}");
+        for (seen, value) in seen.iter_mut().zip(&lines) {
+            ensure!(
+                seen.insert((*value).to_owned()),
+                "pod {number} has {value} of another pod, in {lines:?}"
+            );
+        }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let its: u64 = lines[4].parse().context("the time")?;
+        let late = now.as_secs().abs_diff(its);
+        ensure!(
+            late <= clock::seconds(2).as_secs(),
+            "pod {number} is {late} s off"
+        );
+    }
+    that("the template is the same", fs::read(&file)? == before)?;
+    equal("templates", vec![key], handler.keys()?)
+}
+
+fn one_maker(suite: &mut Suite) -> Result<()> {
+    let handler = Handler::new(suite, 138, "")?;
+    let mut pods: Vec<Running> = Vec::new();
+    for _ in 0..AT_ONCE {
+        let run = handler.run("sleep 2");
+        pods.push(Running::start(suite.ctr.run_command(&run, &["--rm"]))?);
+    }
+    let pid = wait_for_maker(Duration::ZERO)?;
+    let end = Instant::now() + clock::seconds(2);
+    // It enters it first of all.
+    while !fs::read_to_string(format!("/proc/{pid}/cgroup"))?.contains("/brig-templates") {
+        ensure!(Instant::now() < end, "the maker is in the pod's cgroup");
+        sleep(Duration::from_millis(5));
+    }
+    let mut most = 1;
+    while !makers().is_empty() {
+        most = most.max(makers().len());
+        sleep(Duration::from_millis(10));
+    }
+    equal("makers at once", 1, most)?;
+    for pod in pods {
+        pod.finish(clock::seconds(30))?.success()?;
+    }
+    handler.made().map(drop)
+}
+
+fn killed(suite: &mut Suite) -> Result<()> {
+    let handler = Handler::new(suite, 140, "")?;
+    let before = baseline(suite)?;
+    for after in [0, 60, 150, 400, 900] {
+        let mut pod = Running::start(suite.ctr.run_command(&handler.run("sleep 1"), &["--rm"]))?;
+        let pid = wait_for_maker(Duration::from_millis(after))?;
+        // It may have come to its end just now.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        while !pod.is_done() {
+            sleep(Duration::from_millis(50));
+        }
+        pod.finish(clock::seconds(20))?.success()?;
+        before.nothing_left(patience())?;
+        if let Some(key) = handler.keys()?.pop() {
+            brig_command(&["template", "drop", &key])?;
+        }
+        let left: Vec<_> = fs::read_dir(TEMPLATES)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .filter(|name: &Result<String>| {
+                name.as_ref().is_ok_and(|name| name.ends_with("failed"))
+            })
+            .collect::<Result<_>>()?;
+        ensure!(left.is_empty(), "after {after} ms: {left:?}");
+    }
+    handler.sh(suite, "true")?;
+    handler.made().map(drop)
+}
+
+fn another_vmm(suite: &mut Suite) -> Result<()> {
+    let vmm = Path::new("/run/brig-e2e/template-vmm");
+    let place = || -> Result<()> {
+        let new = vmm.with_extension("new");
+        fs::copy("/host/bin/brig-vmm", &new)?;
+        Ok(fs::rename(new, vmm)?)
+    };
+    place()?;
+    let handler = Handler::new(suite, 142, &format!("vmm = {vmm:?}"))?;
+    handler.sh(suite, "true")?;
+    let first = handler.made()?;
+    place()?;
+    handler.sh(suite, "true")?;
+    let end = Instant::now() + clock::seconds(20);
+    while handler.keys()? == [first.clone()] {
+        ensure!(Instant::now() < end, "no other template was made");
+        sleep(Duration::from_millis(50));
+    }
+    let second = handler.made()?;
+    ensure!(first != second, "both are {first}");
+    Ok(())
+}
+
+fn damaged(suite: &mut Suite) -> Result<()> {
+    let handler = Handler::new(suite, 144, "")?;
+    handler.sh(suite, "true")?;
+    let key = handler.made()?;
+    let file = Path::new(TEMPLATES).join(&key);
+    let mut bytes = fs::read(&file)?;
+    bytes[20..24].copy_from_slice(b"oops");
+    fs::remove_file(&file)?;
+    fs::write(&file, bytes)?;
+    equal(
+        "the pod",
+        "hello",
+        handler.sh(suite, "echo hello")?.as_str(),
+    )?;
+    that("it is dropped", !file.exists())
+}
+
+fn larger(suite: &mut Suite) -> Result<()> {
+    let handler = Handler::new(suite, 146, "vcpus = 2\nmax_vcpus = 3")?;
+    handler.sh(suite, "true")?;
+    let key = handler.made()?;
+    let run = handler
+        .run("nproc; sleep 1000")
+        .with("--memory-limit", "268435456");
+    let container = suite.ctr.start(&run)?;
+    let text = container
+        .exec(&[
+            "sh",
+            "-c",
+            "nproc; grep MemTotal /proc/meminfo; cat /proc/cmdline",
+        ])?
+        .success()?
+        .text();
+    let mut words = text.split_whitespace();
+    equal("CPUs", Some("2"), words.next())?;
+    let kib: u64 = words.nth(1).context("no memory")?.parse()?;
+    ensure!(kib > 260_000, "the guest has {kib} KiB");
+    that("it is a clone", text.contains("brig_capture"))?;
+    let inspected: Value =
+        serde_json::from_str(&brig_command(&["inspect", &container.id, "--json"])?)?;
+    equal(
+        "its template",
+        &Value::from(key),
+        &inspected["shim"]["template"],
+    )
+}
