@@ -78,6 +78,8 @@ pub enum Command {
     },
     /// memory.events changed.
     MemoryEvent,
+    /// A device has gone, and its numbers may be another one's soon: kind and numbers of its nodes.
+    Revoke { nodes: Vec<(String, (i64, i64))> },
 }
 
 /// Sends commands to a container's task.

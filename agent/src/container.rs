@@ -172,6 +172,14 @@ impl Container {
                 let _ = reply.send(Ok(stats::read(self.parts.cgroup.path())));
             }
             Command::MemoryEvent => self.report_oom(),
+            Command::Revoke { nodes } => {
+                if self.parts.disks.revoke(&nodes)
+                    && let Err(error) = self.parts.cgroup.revoke(&nodes)
+                {
+                    slog::warn!(self.context.logger, "a container keeps the rule of a device that has gone";
+                        "container" => &self.parts.id, "error" => %error);
+                }
+            }
             Command::Removed {
                 exit,
                 result,

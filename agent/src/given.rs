@@ -144,6 +144,26 @@ impl Disks {
         self.disks.iter().map(|disk| disk.name.clone()).collect()
     }
 
+    /// Whether it has devices that the node may take back from a living container.
+    pub fn may_be_revoked(&self) -> bool {
+        !self.rules.is_empty()
+    }
+
+    /// Says from now on that nothing of these kinds and numbers is allowed; false if nothing of it was given.
+    pub fn revoke(&mut self, nodes: &[(String, (i64, i64))]) -> bool {
+        let is_of = |rule: &DeviceRule, (kind, (major, minor)): &(String, (i64, i64))| {
+            rule.kind == *kind && (rule.major, rule.minor) == (Some(*major), Some(*minor))
+        };
+        let before = self.rules.len();
+        self.rules
+            .retain(|rule| !nodes.iter().any(|node| is_of(rule, node)));
+        if self.rules.len() == before {
+            return false;
+        }
+        self.rules.extend(nodes.iter().map(DeviceRule::none_of));
+        true
+    }
+
     fn by(&self, theirs: (i64, i64)) -> Option<&Disk> {
         self.disks.iter().find(|disk| disk.theirs == theirs)
     }

@@ -89,7 +89,10 @@ async fn build(
         spec.linux.resources.as_ref(),
         &context.logger,
     );
-    let cgroup = cgroup.inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
+    let mut cgroup = cgroup.inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
+    if given.disks.may_be_revoked() {
+        cgroup.keep_rules(spec.linux.resources.as_ref());
+    }
     let volumes = enter_volumes(context, &mount_sources).await;
     let parts = Parts {
         id: id.clone(),

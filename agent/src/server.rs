@@ -6,9 +6,9 @@ use brig_agent_protocol::MAX_LISTED;
 use brig_agent_protocol::{
     agent::{
         AddNetworkRequest, AddNetworkResponse, AdjustClockRequest, AdjustClockResponse,
-        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, DeviceRef,
-        Empty, Event, FindDeviceRequest, FoundDevice, LookRequest, LookResponse, MemoryFigures,
-        ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizeMemoryRequest,
+        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, DeviceNode,
+        DeviceRef, Empty, Event, FindDeviceRequest, FoundDevice, LookRequest, LookResponse,
+        MemoryFigures, ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizeMemoryRequest,
         ResizePtyRequest, SetCpusRequest, ShutdownRequest, SignalRequest, StartSandboxRequest,
         StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest, VolumeRef,
         update_volume_request,
@@ -376,7 +376,20 @@ impl Agent for Service {
     }
 
     async fn remove_device(&self, _: &TtrpcContext, request: DeviceRef) -> ttrpc::Result<Empty> {
+        let nodes = pci::nodes(request.function).await.unwrap_or_default();
         pci::remove(request.function).await?;
+        let kind = |node: &DeviceNode| if node.block { "b" } else { "c" }.to_owned();
+        let nodes: Vec<_> = nodes
+            .iter()
+            .map(|node| (kind(node), (node.major.into(), node.minor.into())))
+            .collect();
+        // One that is being created now was not given it.
+        for id in self.context.ids() {
+            if let Ok(mailbox) = self.context.mailbox(&id) {
+                let nodes = nodes.clone();
+                let _ = mailbox.send(Command::Revoke { nodes });
+            }
+        }
         Ok(Empty::new())
     }
 

@@ -278,6 +278,19 @@ pub struct DeviceRule {
     pub access: String,
 }
 
+impl DeviceRule {
+    /// Nothing of what has this kind and these numbers.
+    pub fn none_of((kind, (major, minor)): &(String, (i64, i64))) -> Self {
+        Self {
+            allow: false,
+            kind: kind.clone(),
+            major: Some(*major),
+            minor: Some(*minor),
+            access: "rwm".to_owned(),
+        }
+    }
+}
+
 /// Bytes; -1 is unlimited.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]

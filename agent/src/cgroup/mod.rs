@@ -16,7 +16,7 @@ use std::{
 use crate::{
     error::{Error, Result},
     process::Reply,
-    spec::Resources,
+    spec::{DeviceRule, Resources},
 };
 
 /// Deepest cgroup below a container that is listed.
@@ -30,6 +30,8 @@ const KILL_TIME: Duration = Duration::from_secs(30);
 pub struct Cgroup {
     path: PathBuf,
     device_program: Option<OwnedFd>,
+    /// The rules in force, of a container whose rules may have to change by themselves.
+    kept_rules: Option<Vec<DeviceRule>>,
     logger: slog::Logger,
 }
 
@@ -63,6 +65,7 @@ impl Cgroup {
         let mut cgroup = Self {
             path,
             device_program: None,
+            kept_rules: None,
             logger: logger.clone(),
         };
         let default = Resources::default();
@@ -74,6 +77,29 @@ impl Cgroup {
             return Err(error);
         }
         Ok(cgroup)
+    }
+
+    /// Keeps the rules that it was made with, for [`Self::revoke`].
+    pub fn keep_rules(&mut self, resources: Option<&Resources>) {
+        let rules = resources.map(|resources| resources.devices.clone());
+        self.kept_rules = Some(rules.unwrap_or_default());
+    }
+
+    /// Allows nothing any more of what has these kinds and numbers.
+    ///
+    /// # Errors
+    /// As of [`Self::create`]; the old rules hold then.
+    pub fn revoke(&mut self, nodes: &[(String, (i64, i64))]) -> Result<()> {
+        let Some(rules) = &mut self.kept_rules else {
+            return Ok(());
+        };
+        rules.extend(nodes.iter().map(DeviceRule::none_of));
+        self.device_program = Some(device::attach(
+            &self.path,
+            rules,
+            self.device_program.as_ref(),
+        )?);
+        Ok(())
     }
 
     /// Its directory.
@@ -97,6 +123,9 @@ impl Cgroup {
     fn limit_devices(&mut self, resources: &Resources) -> Result<()> {
         let program = device::attach(&self.path, &resources.devices, self.device_program.as_ref())?;
         self.device_program = Some(program);
+        if let Some(kept) = &mut self.kept_rules {
+            kept.clone_from(&resources.devices);
+        }
         Ok(())
     }
 

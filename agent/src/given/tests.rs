@@ -62,6 +62,32 @@ fn a_device_that_nobody_asked_for_is_shown_with_a_rule_and_the_mode_of_any_devic
 }
 
 #[test]
+fn a_device_that_has_gone_is_allowed_to_nobody_who_had_it_whatever_is_said_later() {
+    let node = |minor| DeviceNode {
+        name: format!("nvme{minor}"),
+        major: 242,
+        minor,
+        ..DeviceNode::default()
+    };
+    let mut given = Disks::default();
+    assert!(!given.may_be_revoked());
+    given.replace(&mut Vec::new(), "", &[node(0), node(1)]);
+    assert!(given.may_be_revoked());
+    let gone = |kind: &str, minor| [(kind.to_owned(), (242, minor))];
+    assert!(!given.revoke(&gone("b", 0)) && !given.revoke(&gone("c", 2)));
+    assert!(given.revoke(&gone("c", 0)));
+    let mut resources = Resources {
+        devices: serde_json::from_value(json!([{"allow": true, "access": "rwm"}])).unwrap(),
+        ..Resources::default()
+    };
+    given.translate(&mut resources).unwrap();
+    assert_eq!(
+        shown(&resources.devices),
+        ["+ *:* rwm", "+c 242:1 rwm", "-c 242:0 rwm"]
+    );
+}
+
+#[test]
 fn a_disk_is_shown_where_it_was_asked_for_with_the_number_that_it_has_here() {
     let mut devices: Vec<Device> = serde_json::from_value(json!([
         {"path": "/dev/data", "type": "b", "major": 7, "minor": 3, "fileMode": 384, "uid": 1000, "gid": 7},

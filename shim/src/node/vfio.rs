@@ -178,8 +178,9 @@ impl Node {
                 Some(driver) if driver.contains("vfio") => ours.push(name),
                 // A bridge above the devices.
                 _ if class.trim().starts_with("0x0604") => {}
-                // Nobody's, and nobody can take it meanwhile.
+                // Nobody's, and nobody can take it meanwhile; pci-stub is there to keep it so.
                 None => {}
+                Some(driver) if driver == "pci-stub" => {}
                 Some(driver) => others.push(format!("{name} ({driver})")),
             }
         }
@@ -426,6 +427,9 @@ mod tests {
             !said.contains("pcieport") && said.contains("vfio-pci"),
             "{said}"
         );
+        fake.member(5, "0000:05:00.0", "0x030000", Some("vfio-pci"));
+        fake.member(5, "0000:05:00.1", "0x040300", Some("pci-stub"));
+        assert_eq!(fake.node.members(5).unwrap(), ["0000:05:00.0"]);
         fake.member(4, "0000:04:00.0", "0x020000", None);
         let nobody = fake.node.members(4).unwrap_err().message;
         assert!(nobody.contains("bound to vfio-pci"), "{nobody}");

@@ -161,6 +161,7 @@ fn taken_back(suite: &mut Suite) -> Result<()> {
     let load = with(pod.container("load", &["sh", "-c", script]), &[&given]).start()?;
     let neighbour = with(pod.container("neighbour", SLEEP), &[&other]).start()?;
     load.wait_line("round 3")?;
+    let numbers = load.sh("stat -c '%t %T' $(ls /dev/nvme?n1)")?;
     // As an operator does; it returns when the device is free.
     fs::write("/sys/bus/pci/drivers/vfio-pci/unbind", &given.address).context("unbinding")?;
     equal("the device's driver", None, given.driver())?;
@@ -183,6 +184,11 @@ fn taken_back(suite: &mut Suite) -> Result<()> {
         }),
     )?;
     that("the pod is ready", pod.is_ready()?)?;
+    // Its number may be another one's soon.
+    let refused = load.sh_fails(&format!(
+        "set -- {numbers}; mknod /gone b $((0x$1)) $((0x$2)) && : < /gone"
+    ))?;
+    contains("its number is nobody's", "not permitted", &refused)?;
     neighbour.sh("test -b $(ls /dev/nvme?n1 | tail -n 1) && head -c 4096 $(ls /dev/nvme?n1 | tail -n 1) > /dev/null")?;
     // The node's driver takes it up.
     fs::write(given.directory().join("driver_override"), "\n")?;
