@@ -22,6 +22,7 @@ mod network;
 mod networks;
 mod passthrough;
 mod passthrough_back;
+mod passthrough_hostile;
 mod passthrough_list;
 mod process;
 mod resize;
@@ -57,6 +58,7 @@ pub fn all() -> Vec<Case> {
         passthrough::CASES,
         passthrough_list::CASES,
         passthrough_back::CASES,
+        passthrough_hostile::CASES,
         block::CASES,
         file_systems::CASES,
         security::CASES,
