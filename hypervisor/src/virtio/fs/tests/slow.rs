@@ -239,3 +239,52 @@ fn a_read_is_whole_wherever_it_ends() {
         }
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Whatever is asked for at once is answered, each to who asked, and done.
+    #[test]
+    fn no_answer_is_lost_or_mixed_up_among_helpers(
+        remote in any::<bool>(),
+        asked in prop::collection::vec((0u8..5, 0u8..8), 1..60),
+    ) {
+        let share = share();
+        let mut client = Client::with_helpers(share.path());
+        if remote {
+            client.handle.served.pretend_remote(ROOT);
+        }
+        fs::write(share.path().join("bytes"), [0; 60]).unwrap();
+        let file = client.lookup(ROOT, "bytes").unwrap().node;
+        let handle = client.open(OPEN, file, libc::O_RDWR).unwrap();
+        let mut model = [0u8; 60];
+        let mut sent = Vec::new();
+        for (at, (what, value)) in asked.into_iter().enumerate() {
+            let contents = |size: u32| {
+                let offset = u64::try_from(at).unwrap();
+                let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
+                body.extend(size.to_le_bytes());
+                body.extend([0; 20]);
+                body
+            };
+            let (length, place) = match what {
+                0 => (16, fsync(&mut client, file, handle)),
+                1 => (16 + 128, client.send(LOOKUP, ROOT, b"bytes\0")),
+                2 => {
+                    model[at] = value;
+                    (16 + 8, client.send(WRITE, file, &[contents(1), vec![value]].concat()))
+                }
+                3 => (16 + 1, client.send(READ, file, &contents(1))),
+                _ => (16 + 104, client.send(GETATTR, file, &[0; 16])),
+            };
+            sent.push((client.unique, length, place));
+        }
+        returned(&mut client, sent.len());
+        for (unique, length, place) in sent {
+            let reply = client.harness.read(place, HEADER);
+            prop_assert_eq!((u32_at(&reply, 0), u32_at(&reply, 4)), (length, 0));
+            prop_assert_eq!(u64_at(&reply, 8), unique);
+        }
+        prop_assert_eq!(fs::read(share.path().join("bytes")).unwrap(), model);
+    }
+}
