@@ -304,6 +304,25 @@ impl Lines {
     }
 }
 
+impl Lines {
+    /// The lines that are left, when the stream has ended.
+    ///
+    /// # Errors
+    /// At the deadline.
+    pub fn rest(&mut self, within: Duration) -> Result<Vec<String>> {
+        let end = Instant::now() + within;
+        let mut lines = Vec::new();
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.receiver.recv_timeout(left) {
+                Ok(line) => lines.push(line),
+                Err(RecvTimeoutError::Disconnected) => return Ok(lines),
+                Err(RecvTimeoutError::Timeout) => bail!("the output does not end"),
+            }
+        }
+    }
+}
+
 /// Runs a program to its end.
 ///
 /// # Errors

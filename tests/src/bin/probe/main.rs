@@ -5,6 +5,7 @@
 //! trusts nothing and is trusted by nobody: the suite compares what it says with what was asked for.
 
 mod actions;
+mod commits;
 mod facts;
 mod files;
 mod init;
@@ -40,6 +41,8 @@ const USAGE: &str = "usage: brig-probe COMMAND
   write-fsync PATH BYTES     write the pattern, fsync, print its checksum, wait
   read PATH | write PATH TEXT | stat PATH | list PATH
   operations SEED N PATH     N file operations drawn from SEED in a new directory, with what came of each
+  commits PATH               commit and print numbers until killed; check what is there first
+  commits-check PATH N       how many commits there are, at least N
   many STEP PATH N           make, write, stat, remove or list N files
   file-facts PATH            ACLs, dots, unnamed files, flags in a new directory there
   watch PATH NAME            print 'ready', then changes of the directory until NAME is renamed in it
@@ -103,6 +106,11 @@ fn run() -> Result<u8> {
         ["stat", path] => print(&files::stat(path)?),
         ["list", path] => print(&files::list(path)?),
         ["operations", seed, count, path] => operations::run(number(seed)?, number(count)?, path),
+        ["commits", path] => commits::run(path),
+        ["commits-check", path, said] => {
+            println!("{}", commits::check(path, number(said)?)?);
+            Ok(0)
+        }
         ["many", step, path, count] => files::many(step, path, number(count)?),
         ["file-facts", path] => print(&operations::facts::all(path)?),
         ["watch", path, name] => files::watch(path, name),

@@ -9,6 +9,7 @@ mod daemon_pods;
 mod daemon_restart;
 mod daemon_streams;
 mod devices;
+mod durability;
 mod errors;
 mod events;
 mod exec;
@@ -74,6 +75,7 @@ const GROUPS: &[&[Case]] = &[
     daemon_streams::CASES,
     root_disks::CASES,
     root_snapshotters::CASES,
+    durability::CASES,
     errors::CASES,
     hostile::CASES,
     hostile_agent::CASES,

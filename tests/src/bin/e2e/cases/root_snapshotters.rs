@@ -36,10 +36,10 @@ const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
 const OWN_CONFIG: &str = "/run/brig-node/config.toml";
 /// What systemd gives containerd besides.
 const OWN_UNIT: &str = "/run/systemd/system/containerd.service.d/brig-e2e.conf";
-const PROBE: &str = "/probe";
+pub const PROBE: &str = "/probe";
 
 /// A snapshotter of containerd that gives block devices or images.
-trait Snapshotter {
+pub trait Snapshotter {
     fn name(&self) -> &'static str;
     /// Makes what it needs; the lines of containerd's configuration.
     fn prepare(&self, directory: &Path) -> Result<String>;
@@ -48,7 +48,7 @@ trait Snapshotter {
     fn remove(&self);
 }
 
-struct Blockfile;
+pub struct Blockfile;
 
 impl Snapshotter for Blockfile {
     fn name(&self) -> &'static str {
@@ -137,10 +137,10 @@ impl Snapshotter for Devmapper {
 }
 
 /// containerd with another snapshotter, until the end of its scope.
-struct Configured<'a>(&'a dyn Snapshotter, Option<String>);
+pub struct Configured<'a>(&'a dyn Snapshotter, Option<String>);
 
 impl<'a> Configured<'a> {
-    fn with(snapshotter: &'a dyn Snapshotter) -> Result<Self> {
+    pub fn with(snapshotter: &'a dyn Snapshotter) -> Result<Self> {
         let directory = Path::new(DIRECTORY);
         let _ = fs::remove_dir_all(directory);
         fs::create_dir_all(directory)?;
@@ -309,7 +309,7 @@ fn free(snapshotter: &dyn Snapshotter) -> Result<()> {
     }
 }
 
-fn restart(ctr: &Ctr, container: &Container) -> Result<()> {
+pub fn restart(ctr: &Ctr, container: &Container) -> Result<()> {
     ctr.call(&["task", "delete", "--force", &container.id])?;
     let mut again = ctr.command(&["task", "start", "--detach", &container.id]);
     again.stdin(std::process::Stdio::null());
@@ -320,7 +320,7 @@ fn restart(ctr: &Ctr, container: &Container) -> Result<()> {
 }
 
 /// The snapshotter goes, and containerd must not look for what it had.
-fn forget_snapshots(ctr: &Ctr, snapshotter: &str) -> Result<()> {
+pub fn forget_snapshots(ctr: &Ctr, snapshotter: &str) -> Result<()> {
     for _ in 0..20 {
         let all = ctr.ok(&["snapshots", "--snapshotter", snapshotter, "ls"])?;
         let keys: Vec<_> = all
