@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
-use super::{Entry, floor};
+use super::entry::{Entry, floor};
 
 /// Where the journal takes entries.
 pub const SOCKET: &str = "/run/systemd/journal/socket";

@@ -4,6 +4,7 @@
 //! only when it is whole: whoever is killed while he makes one leaves nothing. What is trusted: whoever can write there, who is root.
 
 mod kind;
+pub mod maker;
 mod recipe;
 
 use std::fs::{self, DirBuilder, File};
@@ -21,7 +22,7 @@ use rustix::fs::{
 use serde_json::Value;
 
 pub use kind::{Files, Kind, Machine};
-pub use recipe::{CGROUP, Recipe};
+pub use recipe::Recipe;
 
 use crate::error::ignore_missing;
 

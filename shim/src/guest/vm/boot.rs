@@ -39,7 +39,7 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
 use crate::node::cgroup::Cgroup;
 use crate::node::network::{self, GuestNetwork, Inherited, Known};
-use crate::node::templates::{Recipe, Templates};
+use crate::node::templates::{Recipe, Templates, maker};
 
 /// The moment from which the pod can be used.
 pub const SANDBOX_STARTED: &str = "sandbox.started";
@@ -268,7 +268,7 @@ async fn boot(
             if let GuestOrigin::BootFirst(recipe) = origin {
                 let logger = logger.clone();
                 // A thread of its own: nothing waits for it, not even the end of the pod.
-                std::thread::spawn(move || recipe.have_made(&logger));
+                std::thread::spawn(move || maker::have_made(&recipe, &logger));
             }
             Ok(vm)
         }

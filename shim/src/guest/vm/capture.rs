@@ -21,7 +21,8 @@ use super::host::{not_launched, open_initramfs, open_kernel, open_kvm, open_netn
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
 use crate::node::cgroup::{self, Cgroup};
-use crate::node::templates::{CGROUP, Files, Kind, Recipe, Templates};
+use crate::node::templates::maker::CGROUP;
+use crate::node::templates::{Files, Kind, Recipe, Templates};
 
 /// How soon the node's memory should do without this process when it runs short.
 const OOM_SCORE: i32 = 1000;

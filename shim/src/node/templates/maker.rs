@@ -1,0 +1,90 @@
+//! Who makes a template: a process that lives for that alone, in a cgroup of its own, so that the memory of the template is no
+//! pod's. The first pod of a kind has it started when its own guest is ready; a second one finds the lock taken.
+
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use slog::{Logger, info, warn};
+
+use super::Templates;
+use super::recipe::Recipe;
+use crate::node::cgroup::Cgroup;
+
+/// The cgroup of those who make templates.
+pub const CGROUP: &str = "/brig-templates";
+/// How long it may take to remove it.
+const REMOVAL: Duration = Duration::from_secs(2);
+/// The longest reason that is kept, in characters.
+const MAX_REASON: usize = 512;
+
+/// Has the template made by a process of this program, unless somebody is at it, and waits for that. Blocks. What goes wrong is logged, and
+/// not tried again.
+pub fn have_made(recipe: &Recipe, logger: &Logger) {
+    match make_by_other(recipe) {
+        Ok(true) => info!(logger, "a template was made"; "template" => &recipe.key),
+        Ok(false) => {}
+        Err(Failure { reason, is_final }) => {
+            warn!(logger, "no template was made, pods go on booting"; "template" => &recipe.key,
+                "reason" => &reason);
+            if is_final {
+                let _ = Templates::beside(&recipe.state_dir).refuse(&recipe.key, &reason);
+            }
+        }
+    }
+}
+
+fn make_by_other(recipe: &Recipe) -> Result<bool, Failure> {
+    let templates = Templates::beside(&recipe.state_dir);
+    let said = |error: std::io::Error| Failure {
+        reason: error.to_string(),
+        is_final: false,
+    };
+    let Some(lock) = templates.lock().map_err(said)? else {
+        return Ok(false);
+    };
+    if !templates.lacks(&recipe.key) {
+        return Ok(false);
+    }
+    let told = serde_json::to_string(recipe).map_err(std::io::Error::other);
+    let told = told.map_err(said)?;
+    let made = Command::new("/proc/self/exe")
+        .args(["build-template", &told])
+        // It has the lock for as long as it lives, whatever becomes of this process.
+        .stdin(Stdio::from(lock))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .current_dir(Path::new("/"))
+        .process_group(0)
+        .output();
+    let made = made.map_err(said)?;
+    remove_cgroup();
+    if made.status.success() {
+        return Ok(true);
+    }
+    let said = String::from_utf8_lossy(&made.stderr);
+    let mut reason: String = said.trim().chars().take(MAX_REASON).collect();
+    if reason.is_empty() {
+        reason = format!("its process ended with {}", made.status);
+    }
+    Err(Failure {
+        reason,
+        // One that was killed may have been in the way for the moment.
+        is_final: made.status.code().is_some(),
+    })
+}
+
+/// Why there is no template.
+struct Failure {
+    reason: String,
+    /// It would fail again.
+    is_final: bool,
+}
+
+/// What a process that was killed has left.
+fn remove_cgroup() {
+    if let Ok(cgroup) = Cgroup::create(CGROUP) {
+        let _ = cgroup.kill_and_remove(REMOVAL);
+    }
+}
