@@ -1,4 +1,5 @@
-//! Scripts whose work is long find out at once when its results could not be kept.
+//! Scripts whose work is long: they find out at once when its results could not be kept, and what they are to break is
+//! there to be broken.
 
 use std::fs;
 use std::path::Path;
@@ -36,5 +37,26 @@ fn a_place_where_results_cannot_be_kept_is_refused_before_the_work() {
                 "{script:?} has begun its work: {said}"
             );
         }
+    }
+}
+
+#[test]
+fn each_mutation_finds_its_place_in_the_sources_once() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    // Description, file and text of each, as tests/mutate is told them.
+    let list = "mutation() { printf '%s\\0' \"${@:1:3}\"; }; . tests/mutations";
+    let output = Command::new("bash")
+        .args(["-c", list])
+        .current_dir(&root)
+        .output()
+        .unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    let words: Vec<&str> = told.split_terminator('\0').collect();
+    let (mutations, rest) = words.as_chunks::<3>();
+    assert!(mutations.len() >= 20 && rest.is_empty(), "{told}");
+    for [description, file, text] in mutations {
+        let source = fs::read_to_string(root.join(file));
+        let source = source.unwrap_or_else(|error| panic!("{description}: {file}: {error}"));
+        assert_eq!(source.matches(text).count(), 1, "{description}: {file}");
     }
 }
