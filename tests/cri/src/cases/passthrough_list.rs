@@ -101,6 +101,8 @@ fn list(suite: &mut Suite) -> Result<()> {
 
 fn list_refused(suite: &mut Suite) -> Result<()> {
     only_brig(suite)?;
+    // Elsewhere it is the node that is refused.
+    Given::nth(NVME, 0)?;
     let refused = |name: &str, limit: Option<&'static str>| -> Result<String> {
         let spec = PodSpec::new(Own::HANDLER, name);
         let spec = match limit {
