@@ -19,6 +19,19 @@ pub fn switch(to: &str) -> Result<()> {
         .map(drop)
 }
 
+/// Restarts it under whatever runs; returns when it serves.
+///
+/// # Errors
+/// If it does not come up.
+pub fn restart() -> Result<()> {
+    let mut command = Command::new("systemctl");
+    command.args(["restart", "containerd"]);
+    process::run(command, clock::seconds(30))?
+        .success()
+        .context("containerd does not start again")
+        .map(drop)
+}
+
 /// What cases and reports call a release: "1.7" of "v1.7.24~ds1".
 #[must_use]
 pub fn short_version(release: &str) -> String {

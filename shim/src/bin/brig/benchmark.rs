@@ -16,6 +16,7 @@ use slog::{Discard, Logger, o};
 use tokio::sync::mpsc;
 
 use crate::check::Finding;
+use crate::shims::single_threaded;
 
 /// The moment at which the VMM lets the guest run, as the timeline has it.
 const ENTRY: &str = "kernel.entry";
@@ -49,10 +50,7 @@ fn millis(duration: Duration) -> f64 {
 
 /// Starts a VM without a network and with nothing to run.
 fn start(config: Config) -> Result<String> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let runtime = runtime.map_err(|error| Error::io("cannot start a VM", &error))?;
+    let runtime = single_threaded().map_err(|error| Error::io("cannot start a VM", &error))?;
     runtime.block_on(started(config))
 }
 

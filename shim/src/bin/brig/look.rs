@@ -23,7 +23,14 @@ const FOLLOW: Duration = Duration::from_millis(500);
 /// # Errors
 /// `NotFound`; `FailedPrecondition` for one whose shim has ended.
 pub fn socket(base: &Path, pod: &cli::Pod) -> Result<PathBuf> {
-    let row = pods::find(base, pod)?;
+    socket_of(&pods::find(base, pod)?)
+}
+
+/// The same of a pod that was found.
+///
+/// # Errors
+/// `FailedPrecondition` for one whose shim has ended.
+pub fn socket_of(row: &pods::Row) -> Result<PathBuf> {
     row.to_ask().ok_or_else(|| {
         Error::state(format!(
             "pod {} has no shim that could be asked: see 'brig dump {}'",

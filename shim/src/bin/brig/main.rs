@@ -31,7 +31,6 @@ use std::time::Duration;
 use brig_shim::asked::config::Config;
 use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::{Error, Result};
-use brig_shim::node::journal::StateDir;
 use brig_shim::pod::timeline::Timeline;
 use clap::{CommandFactory as _, Parser as _};
 use serde_json::{Value, json};
@@ -257,8 +256,7 @@ fn damaged(error: serde_json::Error) -> Error {
 
 fn read_timeline(base: &Path, pod: &cli::Pod) -> Result<Timeline> {
     let row = pods::find(base, pod)?;
-    let bytes = StateDir::new(base, &row.namespace, &row.id)?.read_timeline()?;
-    serde_json::from_slice(&bytes).map_err(damaged)
+    timelines::read(base, &row.namespace, &row.id)
 }
 
 fn compared(base: &Path, pod: &cli::Pod, other: String) -> Result<String> {

@@ -94,7 +94,7 @@ impl fmt::Display for Dumped {
 /// left then.
 pub fn dump(base: &Path, pod: &cli::Pod, file: &Path) -> Result<Dumped> {
     let row = pods::find(base, pod)?;
-    let told = shims::ask_json(&look::socket(base, pod)?, Method::Inspect, &Value::Null)?;
+    let told = shims::ask_json(&look::socket_of(&row)?, Method::Inspect, &Value::Null)?;
     if told["config"]["debug"]["value"] != true {
         return Err(Error::state(
             "a guest's memory is for handlers with debug = true in their configuration, for pods that start from then on",
@@ -112,13 +112,13 @@ pub fn dump(base: &Path, pod: &cli::Pod, file: &Path) -> Result<Dumped> {
             &error,
         )
     };
-    let options = OpenOptions::new()
+    let core = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .clone();
-    let core = options.open(file).map_err(failed)?;
-    let written = runtime()
+        .open(file)
+        .map_err(failed)?;
+    let written = shims::single_threaded()
         .and_then(|runtime| {
             let _guard = runtime.enter();
             // Of a template's pages the VMM has no more than the guest has touched: all of it is read.
@@ -136,12 +136,6 @@ pub fn dump(base: &Path, pod: &cli::Pod, file: &Path) -> Result<Dumped> {
         memory,
         left_out,
     })
-}
-
-fn runtime() -> io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
 }
 
 /// Copies the memory that a VM was started with; tells the bytes copied, of memory, and left out.

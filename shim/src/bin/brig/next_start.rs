@@ -6,10 +6,11 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use brig_shim::error::{Error, Result};
-use brig_shim::node::journal::{self, StateDir};
-use brig_shim::pod::timeline::{CONTAINER_STARTED, Timeline};
+use brig_shim::node::journal;
+use brig_shim::pod::timeline::CONTAINER_STARTED;
 
 use crate::cli;
+use crate::timelines;
 
 /// Between two looks at the node.
 const LOOK: Duration = Duration::from_millis(100);
@@ -79,11 +80,7 @@ pub fn next(base: &Path, namespace: Option<String>) -> Result<cli::Pod> {
 }
 
 fn runs(base: &Path, namespace: &str, id: &str) -> bool {
-    let timeline = StateDir::new(base, namespace, id).and_then(|dir| dir.read_timeline());
-    let timeline: Option<Timeline> = timeline
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    timeline.is_some_and(|timeline| {
+    timelines::read(base, namespace, id).is_ok_and(|timeline| {
         let mut marks = timeline.marks.iter();
         marks.any(|mark| mark.name == CONTAINER_STARTED)
     })
@@ -92,6 +89,8 @@ fn runs(base: &Path, namespace: &str, id: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use brig_shim::node::journal::StateDir;
+    use brig_shim::pod::timeline::Timeline;
 
     fn pods(pods: &[(&str, &str)]) -> Vec<Key> {
         let pods = pods.iter();

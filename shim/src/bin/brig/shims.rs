@@ -1,5 +1,6 @@
 //! Asks the shims of living pods. Each is trusted to answer truly, not to answer in time.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -61,10 +62,17 @@ pub fn ask_all_json(
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    single_threaded().map_err(|error| Error::io("cannot ask the shim", &error))
+}
+
+/// What a command that waits for others runs on.
+///
+/// # Errors
+/// What the system says.
+pub fn single_threaded() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build();
-    runtime.map_err(|error| Error::io("cannot ask the shim", &error))
+        .build()
 }
 
 async fn asked(

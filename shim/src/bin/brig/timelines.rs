@@ -4,8 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::path::Path;
 use std::time::Duration;
 
+use brig_shim::error::{Error, Result};
+use brig_shim::node::journal::StateDir;
 use brig_shim::pod::timeline::{Mark, Timeline};
 
 /// Pixels of the longest bar, of a line, and of the column of names.
@@ -14,6 +17,16 @@ const LINE: usize = 22;
 const NAMES: f64 = 220.0;
 /// A bar shorter than this cannot be seen.
 const SHORTEST: f64 = 1.0;
+
+/// The timeline of a pod.
+///
+/// # Errors
+/// If there is none, or it is damaged.
+pub fn read(base: &Path, namespace: &str, id: &str) -> Result<Timeline> {
+    let bytes = StateDir::new(base, namespace, id)?.read_timeline()?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::internal(format!("the timeline is damaged: {error}")))
+}
 
 fn in_order(timeline: &Timeline) -> Vec<Mark> {
     let mut marks = timeline.marks.clone();

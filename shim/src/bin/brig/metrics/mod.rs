@@ -14,14 +14,13 @@ use std::time::Duration;
 
 use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::Result;
-use brig_shim::node::journal::StateDir;
 use brig_shim::node::remains::Remains;
-use brig_shim::pod::timeline::Timeline;
 use serde_json::Value;
 
 use crate::pods::{self, Row};
 use crate::processes::{Usage, cpu_wait, disk_bytes, guest_memory_size, interfaces, pss as pss_of};
 use crate::shims;
+use crate::timelines;
 use family::Family;
 pub use starts::Starts;
 
@@ -207,9 +206,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
 }
 
 fn moments(base: &Path, row: &Row) -> BTreeMap<String, f64> {
-    let dir = StateDir::new(base, &row.namespace, &row.id);
-    let bytes = dir.and_then(|dir| dir.read_timeline()).unwrap_or_default();
-    let timeline: Option<Timeline> = serde_json::from_slice(&bytes).ok();
+    let timeline = timelines::read(base, &row.namespace, &row.id);
     let marks = timeline.into_iter().flat_map(|timeline| timeline.marks);
     marks
         .map(|mark| (mark.name, Duration::from_micros(mark.micros).as_secs_f64()))

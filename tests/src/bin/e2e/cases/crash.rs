@@ -2,7 +2,6 @@
 //! state, and nothing is left. One table.
 
 use std::collections::BTreeSet;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -10,7 +9,7 @@ use brig_tests::node::check::{equal, that};
 use brig_tests::node::ctr::Container;
 use brig_tests::node::leaks;
 use brig_tests::node::process::{self, Running};
-use brig_tests::node::{clock, ctr};
+use brig_tests::node::{clock, containerd, ctr};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -148,15 +147,6 @@ fn wait_for_process(program: &str, except: &BTreeSet<i32>, within: Duration) -> 
     bail!("no {program} appeared")
 }
 
-fn restart_containerd() -> Result<()> {
-    let mut command = Command::new("systemctl");
-    command.args(["restart", "containerd"]);
-    process::run(command, clock::seconds(30))?
-        .success()
-        .context("containerd does not start again")?;
-    Ok(())
-}
-
 /// Kills the victim.
 fn strike(suite: &Suite, victim: Victim, container: &str, except: &BTreeSet<i32>) -> Result<()> {
     match victim {
@@ -182,7 +172,7 @@ fn crash(suite: &mut Suite, victim: Victim, barrier: Barrier) -> Result<()> {
     let before = baseline(suite)?;
     let result = story(suite, victim, barrier);
     if victim == Victim::Containerd {
-        restart_containerd()?;
+        containerd::restart()?;
         suite.reconnect_events();
     }
     // What an operator does in the end, whatever happened.
@@ -235,7 +225,7 @@ fn story(suite: &mut Suite, victim: Victim, barrier: Barrier) -> Result<()> {
             }
             strike(suite, victim, &run.id, &except)?;
             if victim == Victim::Containerd {
-                restart_containerd()?;
+                containerd::restart()?;
             }
             let outcome = starting.finish(clock::seconds(20))?;
             if barrier == Barrier::Booting {
@@ -290,7 +280,7 @@ fn in_flight(container: &Container) -> Result<Running> {
 
 /// A pod does not notice that containerd was away.
 fn survived(suite: &Suite, container: &Container) -> Result<()> {
-    restart_containerd()?;
+    containerd::restart()?;
     let (status, _) = suite
         .ctr
         .status(&container.id)?

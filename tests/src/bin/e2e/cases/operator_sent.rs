@@ -10,8 +10,8 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
-use brig_tests::node::clock;
 use brig_tests::node::process;
+use brig_tests::node::{clock, containerd};
 use serde_json::Value;
 
 use crate::suite::{Case, Suite, brig, patience};
@@ -65,11 +65,10 @@ fn converse(client: TcpStream, documents: &Sender<String>) -> Result<()> {
 
 /// containerd with these words of `systemctl` said before.
 fn restart_containerd(suite: &mut Suite, words: &[&str]) -> Result<()> {
-    for words in [words, &["restart", "containerd"]] {
-        let mut systemctl = Command::new("systemctl");
-        systemctl.args(words);
-        process::run(systemctl, clock::seconds(30))?.success()?;
-    }
+    let mut systemctl = Command::new("systemctl");
+    systemctl.args(words);
+    process::run(systemctl, clock::seconds(30))?.success()?;
+    containerd::restart()?;
     suite.reconnect_events();
     Ok(())
 }

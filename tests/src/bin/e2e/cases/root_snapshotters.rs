@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use brig_suite::case::not_here;
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::ctr::{Container, Ctr, Run};
-use brig_tests::node::{clock, process};
+use brig_tests::node::{clock, containerd, process};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -157,7 +157,7 @@ impl<'a> Configured<'a> {
         fs::create_dir_all(unit.parent().context("no directory")?)?;
         fs::write(unit, "[Service]\nEnvironment=DM_DISABLE_UDEV=1\n")?;
         run("systemctl", &["daemon-reload"])?;
-        run("systemctl", &["restart", "containerd"])?;
+        containerd::restart()?;
         Ok(configured)
     }
 }
@@ -170,7 +170,7 @@ impl Drop for Configured<'_> {
         };
         let _ = fs::remove_file(OWN_UNIT);
         let _ = run("systemctl", &["daemon-reload"]);
-        let restarted = run("systemctl", &["restart", "containerd"]);
+        let restarted = containerd::restart();
         if restored.is_err() || restarted.is_err() {
             eprintln!(
                 "brig-e2e: containerd's configuration is not restored: {restored:?} {restarted:?}"

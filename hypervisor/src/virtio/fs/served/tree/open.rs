@@ -5,11 +5,12 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{OFlags, fcntl_setfl};
 
 use super::super::errno;
+use crate::sync::lock;
 
 /// An open file or directory.
 pub(in super::super) struct Open {
@@ -55,10 +56,6 @@ struct Table {
 
 /// The table of them.
 pub(super) struct Opens(Mutex<Table>);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Opens {
     pub(super) fn new() -> Self {
