@@ -91,12 +91,8 @@ impl Vm {
         if mine.clone().all(|held| held.found) {
             return Ok(mine.flat_map(|held| held.functions.clone()).collect());
         }
-        if let Some(bundle) = bundle
-            && !passthrough.has_bundle
-        {
-            self.share_bundle(bundle).await?;
-            passthrough.has_bundle = true;
-        }
+        self.share_bundle(bundle, &mut passthrough.has_bundle)
+            .await?;
         let mut functions = Vec::new();
         for held in passthrough.groups.values_mut() {
             if held.holder != Holder::Pod {
@@ -139,12 +135,8 @@ impl Vm {
         let (memory, cgroup) = (self.memory(), self.cgroup.clone());
         let room = tokio::task::spawn_blocking(move || room_for(memory, cgroup.as_ref())).await;
         room.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
-        if let Some(bundle) = bundle
-            && !passthrough.has_bundle
-        {
-            self.share_bundle(bundle).await?;
-            passthrough.has_bundle = true;
-        }
+        self.share_bundle(bundle, &mut passthrough.has_bundle)
+            .await?;
         let shared = passthrough.container.as_ref().map(OwnedFd::try_clone);
         let shared = shared
             .transpose()
@@ -195,8 +187,11 @@ impl Vm {
         Ok(functions)
     }
 
-    /// Puts it where the guest finds it: one mount of the VMM's namespace, which stays as long as the VM.
-    async fn share_bundle(&self, bundle: &Path) -> Result<()> {
+    /// Puts it where the guest finds it, once: one mount of the VMM's namespace, which stays as long as the VM.
+    async fn share_bundle(&self, bundle: Option<&Path>, is_there: &mut bool) -> Result<()> {
+        let Some(bundle) = bundle.filter(|_| !*is_there) else {
+            return Ok(());
+        };
         let (how, image) = (
             Attributes {
                 readonly: true,
@@ -205,17 +200,16 @@ impl Vm {
             bundle.to_owned(),
         );
         let attached = self.with_mounts(move |mounts| mounts.attach(BUNDLE_PATH, &image, how));
-        match attached.await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let message = format!(
-                    "the driver bundle {} (driver_bundle of Brig's configuration): {}",
-                    bundle.display(),
-                    error.message
-                );
-                Err(Error::new(error.kind, message))
-            }
-        }
+        attached.await.map_err(|error| {
+            let message = format!(
+                "the driver bundle {} (driver_bundle of Brig's configuration): {}",
+                bundle.display(),
+                error.message
+            );
+            Error::new(error.kind, message)
+        })?;
+        *is_there = true;
+        Ok(())
     }
 
     async fn give_device(
