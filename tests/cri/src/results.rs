@@ -19,7 +19,9 @@ use crate::{cases, churn, node, soak, table};
 /// Runs what was asked for; returns how many cases failed.
 pub fn run_all(options: &Options) -> Result<usize> {
     let shard = options.common.shard;
-    let selected: Vec<Case> = cases::all()
+    let all = cases::all();
+    options.common.check(&all)?;
+    let selected: Vec<Case> = all
         .into_iter()
         // Every case is asked of every handler; what cannot be asked says so itself.
         .filter(|case| options.common.wants(case, true))

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::case::{Case, Needs};
 
@@ -83,6 +83,24 @@ impl Options {
         Ok(true)
     }
 
+    /// Refuses a filter that names no case, so that a case which was renamed does not go missing from whoever asks for it.
+    ///
+    /// # Errors
+    /// The filter.
+    pub fn check<'a, S: 'a>(
+        &self,
+        cases: impl IntoIterator<Item = &'a Case<S>> + Clone,
+    ) -> Result<()> {
+        let unknown = self.filters.iter().find(|part| {
+            let named = |case: &Case<S>| case.full_name().contains(part.as_str());
+            !cases.clone().into_iter().any(named)
+        });
+        match unknown {
+            Some(part) => bail!("no case has '{part}' in its name; --list names them"),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a case is asked for, whatever its part: by its name, the smoke, and the runtime. One
     /// of Brig alone runs elsewhere only if it is named in full.
     #[must_use]
@@ -157,6 +175,16 @@ mod tests {
         assert!(filtered.wants(&plain, false) && !filtered.wants(&quick, false));
         let smoke = parsed(&["--smoke"]).unwrap();
         assert!(!smoke.wants(&plain, false) && smoke.wants(&quick, false));
+    }
+
+    #[test]
+    fn a_filter_that_names_no_case_is_refused() {
+        let cases = [case::<()>("exit", "a code", |()| Ok(()))];
+        assert!(parsed(&[]).unwrap().check(&cases).is_ok());
+        assert!(parsed(&["--filter", "a c"]).unwrap().check(&cases).is_ok());
+        let options = parsed(&["--filter", "exit/", "--filter", "a cod "]).unwrap();
+        let error = options.check(&cases).unwrap_err().to_string();
+        assert!(error.contains("'a cod '"), "{error}");
     }
 
     #[test]

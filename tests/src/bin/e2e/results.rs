@@ -13,7 +13,7 @@ use crate::suite::{Case, Suite};
 
 /// Runs what was asked for; returns how many cases failed.
 pub fn run_all(options: &Options) -> Result<usize> {
-    let selected = select(options);
+    let selected = select(options)?;
     if options.common.list {
         run::list(selected);
         return Ok(0);
@@ -48,12 +48,14 @@ pub fn run_all(options: &Options) -> Result<usize> {
 }
 
 /// Whole groups make a part, so that pods stay shared.
-fn select(options: &Options) -> Vec<&'static Case> {
+fn select(options: &Options) -> Result<Vec<&'static Case>> {
+    let all = cases::all();
+    options.common.check(all.iter().copied())?;
     let brig = options.runtime.contains("brig");
     let shard = options.common.shard;
-    cases::all()
+    Ok(all
         .into_iter()
         .filter(|case| options.common.wants(case, brig))
         .filter(|case| shard.has(cases::shard_of(case, shard.of)))
-        .collect()
+        .collect())
 }
