@@ -17,8 +17,14 @@ use tokio::{
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
-    context::Context, log::LogRing, page_reporting, places::Places, reaper::Reaper, sandbox,
-    server::Service, streams::Streams,
+    context::Context,
+    log::LogRing,
+    page_reporting::{self, Parameters},
+    places::Places,
+    reaper::Reaper,
+    sandbox,
+    server::Service,
+    streams::Streams,
 };
 
 /// How long the connection may take to send what it holds at the end.
@@ -52,10 +58,10 @@ impl Parts {
             logger.clone(),
         )?);
         if context.places.owns_machine {
-            let (order, busy) = (page_reporting::ORDER.into(), page_reporting::busy());
+            let (parameters, busy) = (Parameters::of_kernel(), page_reporting::busy());
             let reporting = context.page_reporting.clone();
             let cgroups = context.places.cgroup_root.clone();
-            tokio::spawn(reporting.run(order, cgroups, busy, logger.clone()));
+            tokio::spawn(reporting.run(parameters, cgroups, busy, logger.clone()));
         }
         Ok(Self {
             streams,

@@ -3,6 +3,8 @@
 //! The files come from the node's installation and are trusted; what the loader makes of them is
 //! checked against the address map.
 
+mod filler;
+
 use std::fs::File;
 use std::io;
 
@@ -54,6 +56,7 @@ pub struct Kernel {
 /// # Errors
 /// See [`KernelError`].
 pub fn load(memory: &GuestMemoryMmap, mut file: &File) -> Result<Kernel, KernelError> {
+    filler::spare_low_memory(memory)?;
     let himem = Some(GuestAddress(layout::HIMEM));
     let loaded = Elf::load(memory, None, &mut file, himem)?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
@@ -62,6 +65,7 @@ pub fn load(memory: &GuestMemoryMmap, mut file: &File) -> Result<Kernel, KernelE
     if loaded.kernel_end > layout::LOW_RAM_END {
         return Err(KernelError::Format("it reaches beyond low memory"));
     }
+    filler::give_back(memory, loaded.kernel_load.raw_value()..loaded.kernel_end)?;
     Ok(Kernel {
         entry: entry.raw_value(),
         end: loaded.kernel_end,

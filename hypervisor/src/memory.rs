@@ -137,6 +137,28 @@ pub fn more(start: u64, length: u64) -> Result<GuestRegionMmap, MemoryError> {
     region(start, size)
 }
 
+/// Empties the 2 MiB of RAM at guest address `start`, a multiple of 2 MiB, and has them in small pages from now on: what is
+/// never touched of them then costs nothing.
+///
+/// # Errors
+/// [`MemoryError::Outside`].
+pub fn in_small_pages(memory: &GuestMemoryMmap, start: u64) -> Result<(), MemoryError> {
+    let outside = || MemoryError::Outside {
+        address: start,
+        length: HUGE_PAGE,
+    };
+    let length = usize::try_from(HUGE_PAGE).map_err(|_| outside())?;
+    let slice = memory
+        .get_slice(GuestAddress(start), length)
+        .map_err(|_| outside())?;
+    for advice in [libc::MADV_DONTNEED, libc::MADV_NOHUGEPAGE] {
+        // SAFETY: the slice is guest memory, of which Rust holds no reference; emptying it is what is asked for, and the
+        // other advice changes how it is kept. What fails (without huge pages, the second) leaves memory that works.
+        let _ = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), length, advice) };
+    }
+    Ok(())
+}
+
 /// Gives the RAM to KVM, one slot a region.
 ///
 /// # Errors
