@@ -84,6 +84,8 @@ pub enum MountSource {
     Share {
         /// A path under the share.
         path: String,
+        /// What of it; empty for all.
+        inside: String,
         /// The host holds `ro`, not the guest.
         readonly_on_host: bool,
         /// The host has mapped its owners.

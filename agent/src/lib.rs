@@ -59,6 +59,7 @@ mod sync;
 mod template;
 mod validate;
 mod volume;
+mod write_back;
 
 use std::{path::Path, process::ExitCode};
 

@@ -2,13 +2,14 @@
 use std::{fs, io, path::Path};
 
 use brig_agent_protocol::agent::{StartSandboxRequest, StartSandboxResponse};
+use brig_agent_protocol::{OWN_DIRECTORY, OWN_TAG};
 use nix::mount::{MsFlags, mount};
 
 use crate::{
     clock,
     context::Context,
     error::{Error, Result},
-    init, network,
+    init, network, write_back,
 };
 
 /// /dev/shm of the sandbox when the host names no size, bytes.
@@ -41,7 +42,13 @@ pub async fn sandbox(
     if context.places.owns_machine && !request.share_tag.is_empty() {
         let (tag, share) = (request.share_tag.clone(), context.places.share.clone());
         // The device answers this mount; a slow one must not hold up other requests.
-        let mounted = tokio::task::spawn_blocking(move || mount_share(&tag, &share)).await;
+        let mounted = tokio::task::spawn_blocking(move || {
+            mount_share(&tag, &share)?;
+            let own = share.join(OWN_DIRECTORY);
+            mount_share(OWN_TAG, &own)?;
+            write_back::settle(&own).map_err(|error| Error::io("the pod's own files", error))
+        });
+        let mounted = mounted.await;
         mounted.map_err(|e| Error::Internal(e.to_string()))??;
     }
     let owns_machine = context.places.owns_machine;

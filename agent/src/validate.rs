@@ -49,8 +49,12 @@ fn mount_source(source: &agent::MountSource) -> Result<MountSource> {
         return Ok(MountSource::Device(source.device.clone()));
     }
     names::share_path(&source.share_path)?;
+    if !source.volume_path.is_empty() {
+        names::share_path(&source.volume_path)?;
+    }
     Ok(MountSource::Share {
         path: source.share_path.clone(),
+        inside: source.volume_path.clone(),
         readonly_on_host: source.readonly_on_host,
         mapped_on_host: source.mapped_on_host,
         directory: source.directory,

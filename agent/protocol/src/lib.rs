@@ -42,6 +42,11 @@ pub const FIRST_PROCESS_STREAM: u64 = 16;
 
 /// The virtio-fs tag of the share that holds root file systems and volumes.
 pub const SHARE_TAG: &str = "brig";
+/// Tag of the device that serves what is the pod's own.
+pub const OWN_TAG: &str = "brig-own";
+/// The directory of the share in which that lies: root file systems of containers, emptyDirs. No container's id begins with
+/// a dot.
+pub const OWN_DIRECTORY: &str = ".own";
 
 /// Path under the share of the image of the guest kernel's modules, a read-only erofs file; there is none on a node that has
 /// no modules.

@@ -224,8 +224,14 @@ fn bind_source(
     recursive: bool,
 ) -> Result<(OwnedFd, bool)> {
     let tree = match source {
-        Some(MountSource::Share { path, .. }) => clone_from_share(&create.share, path, recursive)
-            .during(format_args!("{path} in the share"))?,
+        Some(MountSource::Share { path, inside, .. }) => {
+            let path = match inside.as_str() {
+                "" => path.clone(),
+                inside => format!("{path}/{inside}"),
+            };
+            clone_from_share(&create.share, &path, recursive)
+                .during(format_args!("{path} in the share"))?
+        }
         Some(MountSource::Volume { id, .. }) => {
             volume.ok_or_else(|| Failure(format!("the volume {id} was not prepared")))?
         }

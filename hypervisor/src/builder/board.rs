@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use brig_agent_protocol::GUEST_CID;
+use brig_agent_protocol::{GUEST_CID, OWN_TAG};
 use kvm_ioctls::VmFd;
 use slog::{Logger, o};
 
@@ -226,12 +226,14 @@ impl Board {
         Ok((functions, writes))
     }
 
+    /// What is shared, and what is the pod's own, on one thread.
     fn add_share(&mut self, tag: &str) -> Result<FsHandle, StartError> {
-        let (device, handle) = Fs::new(tag).map_err(device_error("fs"))?;
-        let device = device.with_helpers();
+        let (device, mut handle) = Fs::new(tag).map_err(device_error("fs"))?;
+        let own = Fs::of_own(OWN_TAG, &mut handle).map_err(device_error("fs"))?;
         let notifier = self.notifier.clone();
         handle.on_pressure(move || notifier.send(Notice::SharePressure));
-        self.add("fs", ThreadKind::Fs, vec![Box::new(device)])?;
+        let devices = [device, own].map(|device| Box::new(device.with_helpers()) as Box<_>);
+        self.add("fs", ThreadKind::Fs, devices.into())?;
         Ok(handle)
     }
 

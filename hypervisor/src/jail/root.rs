@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use brig_agent_protocol::OWN_DIRECTORY;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{
@@ -44,6 +45,8 @@ pub(super) fn replace() -> Result<(), JailError> {
     let proc = procfs()?;
     let root = tmpfs(&ROOT_OPTIONS)?;
     let shared = tmpfs(&SHARED_OPTIONS)?;
+    rustix::fs::mkdirat(&shared, OWN_DIRECTORY, Mode::from_raw_mode(0o755))
+        .step("making the directory of what is the pod's own")?;
 
     // Any directory will do as the place of the new root until it is the root; /proc exists.
     attach(&root, CWD, "/proc").step("attaching the new root")?;

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use brig_agent_protocol::OWN_DIRECTORY;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -302,7 +303,7 @@ fn make_mount_point(path: &SharePath, kind: FileType) -> Result<(), ShareError> 
     .map_err(failed("make the mount point"))
 }
 
-/// Removes the leaf and the directories that are empty without it.
+/// Removes the leaf and the directories that are empty without it, but for that of the pod's own, which is served.
 fn remove_mount_point(path: &SharePath) -> Result<(), ShareError> {
     let mut directories = vec![writable_root(path)?];
     let names: Vec<&str> = path.parts().collect();
@@ -319,7 +320,10 @@ fn remove_mount_point(path: &SharePath) -> Result<(), ShareError> {
     }
     let mut names = parents.to_vec();
     names.push(leaf);
-    for (directory, name) in directories.iter().zip(&names).rev() {
+    for (depth, (directory, name)) in directories.iter().zip(&names).enumerate().rev() {
+        if depth == 0 && *name == OWN_DIRECTORY {
+            break;
+        }
         let removed = match unlinkat(directory, *name, AtFlags::REMOVEDIR) {
             Err(rustix::io::Errno::NOTDIR) => unlinkat(directory, *name, AtFlags::empty()),
             other => other,

@@ -128,7 +128,7 @@ fn the_living_process_has_what_the_list_allows_and_no_more() {
     let mut names: Vec<_> = root.map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["proc", "shared"]);
-    assert_eq!(jailed.ask("list /shared"), "");
+    assert_eq!(jailed.ask("list /shared"), ".own");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Private mounts of the share: seen in the jail and nowhere else.
 
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::process::Command;
 
 use brig_hypervisor::jail::allow;
@@ -34,9 +34,20 @@ fn a_shared_directory_is_seen_in_the_jail_and_nowhere_else() {
     detach(&share, "volumes/one");
     assert_eq!(
         jailed.ask("list /shared"),
-        "",
+        ".own",
         "the mount point is gone too"
     );
+    // What is the pod's own lies in a directory that is served, and stays.
+    let own = format!("/proc/{}/root/shared/.own", jailed.vmm.pid());
+    let inode = || fs::metadata(&own).unwrap().ino();
+    let before = inode();
+    share
+        .attach_dir(volume.path(), ".own/x/rootfs", Attributes::default())
+        .unwrap();
+    assert!(jailed.ask("list /shared/.own/x/rootfs").contains("file"));
+    detach(&share, ".own/x/rootfs");
+    assert_eq!(jailed.ask("list /shared/.own"), "");
+    assert_eq!(inode(), before);
     assert!(matches!(
         share.detach("volumes/one"),
         Err(ShareError::NotAttached { .. })

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use brig_agent_protocol::OWN_DIRECTORY;
 use brig_hypervisor::control::{
     self, Counters, DeviceConfig, DiskConfig, DiskPiece, Event, FromVmm, NetConfig, ReplyBody,
     Request, RequestBody, VmConfig,
@@ -123,11 +124,11 @@ impl Machine {
         })?;
         process.wait_jailed()?;
         if let Some(volume) = &boot.volume {
-            Share::new(&mut process, FileSystems::default())?.attach_dir(
-                volume,
-                "vol",
-                Attributes::default(),
-            )?;
+            let share = Share::new(&mut process, FileSystems::default())?;
+            // By the device of what is shared, and by that of what is the pod's own.
+            for place in ["vol".to_owned(), format!("{OWN_DIRECTORY}/vol")] {
+                share.attach_dir(volume, &place, Attributes::default())?;
+            }
         }
         let control = process.take_control().context("no control socket")?;
         let mut machine = Self {

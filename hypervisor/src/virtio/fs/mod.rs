@@ -28,6 +28,8 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::epoll::EventSet;
 
+use brig_agent_protocol::OWN_DIRECTORY;
+
 use super::helpers::Helpers;
 use super::{Activation, ConfigSpace, DeviceError, Sources, VirtioDevice};
 use answer::Serving;
@@ -83,6 +85,8 @@ pub struct Fs {
 #[derive(Clone)]
 pub struct FsHandle {
     served: Arc<Served>,
+    /// The file server of what is the pod's own, below this one's root.
+    own: Option<Arc<Served>>,
 }
 
 impl FsHandle {
@@ -90,20 +94,33 @@ impl FsHandle {
     /// a mount there can be released. The guest must have unmounted it; whatever it still asks about the
     /// files is answered with an error.
     pub fn forget(&self, path: &str) {
+        // A guest may have looked at what is its own by way of both.
         self.served.forget_path(path);
+        if let Some(own) = &self.own {
+            let below = path.strip_prefix(OWN_DIRECTORY);
+            if let Some(below) = below.and_then(|below| below.strip_prefix('/')) {
+                own.forget_path(below);
+            }
+        }
     }
 
     /// How many requests there were.
     #[must_use]
     pub fn requests(&self) -> u64 {
-        self.served.requests()
+        let own = self.own.as_ref().map_or(0, |own| own.requests());
+        self.served.requests() + own
     }
 
     /// Sets what is called, on the file server's thread, when the guest's inodes have taken three quarters
     /// of the descriptors: the guest should drop its inode cache, or it will meet `ENFILE`. Repeated
     /// now and then while that lasts. The first caller stays.
     pub fn on_pressure(&self, told: impl Fn() + Send + Sync + 'static) {
-        self.served.on_pressure(Box::new(told));
+        let told = Arc::new(told);
+        if let Some(own) = &self.own {
+            let told = Arc::clone(&told);
+            own.on_pressure(Box::new(move || told()));
+        }
+        self.served.on_pressure(Box::new(move || told()));
     }
 }
 
@@ -117,11 +134,27 @@ impl Fs {
         Self::with_root(tag, Path::new(crate::jail::SHARED))
     }
 
+    /// A second device, which serves what is the pod's own in [`OWN_DIRECTORY`] of the share, under `tag`: there the guest's
+    /// kernel may keep what is written. The share's handle is for both from now on.
+    ///
+    /// # Errors
+    /// See [`FsError`].
+    pub fn of_own(tag: &str, share: &mut FsHandle) -> Result<Self, FsError> {
+        let root = Path::new(crate::jail::SHARED).join(OWN_DIRECTORY);
+        let (device, handle) = Self::serving(tag, &root, true)?;
+        share.own = Some(handle.served);
+        Ok(device)
+    }
+
     /// Serves any directory: for tests.
     ///
     /// # Errors
     /// See [`FsError`].
     pub fn with_root(tag: &str, root: &Path) -> Result<(Self, FsHandle), FsError> {
+        Self::serving(tag, root, false)
+    }
+
+    fn serving(tag: &str, root: &Path, own: bool) -> Result<(Self, FsHandle), FsError> {
         if tag.is_empty() || tag.len() > TAG_LENGTH {
             return Err(FsError::Tag {
                 tag: tag.chars().take(64).collect(),
@@ -130,7 +163,7 @@ impl Fs {
         let mut config = vec![0; TAG_LENGTH];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
         config.extend_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        let served = Arc::new(Served::new(root).map_err(|source| FsError::Root {
+        let served = Arc::new(Served::new(root, own).map_err(|source| FsError::Root {
             root: root.display().to_string(),
             source,
         })?);
@@ -142,7 +175,7 @@ impl Fs {
             helpers: None,
             slow: Slow::default(),
         };
-        Ok((device, FsHandle { served }))
+        Ok((device, FsHandle { served, own: None }))
     }
 
     /// With threads for what takes long, which are started when there is such a thing. Without, the device's thread does
@@ -217,10 +250,12 @@ impl VirtioDevice for Fs {
     }
 
     fn catch_up(&mut self) -> Result<(), DeviceError> {
-        Served::requests_pause().map_err(|source| DeviceError::Host {
-            device: NAME,
-            source,
-        })?;
+        self.served
+            .requests_pause()
+            .map_err(|source| DeviceError::Host {
+                device: NAME,
+                source,
+            })?;
         self.queues.catch_up(&self.serving)
     }
 

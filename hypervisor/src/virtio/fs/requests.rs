@@ -29,8 +29,7 @@ const MINOR: u32 = 39;
 /// Kernels before this have a shorter INIT; no guest is that old.
 const OLDEST_MINOR: u32 = 31;
 
-/// Flags of INIT. What is not here is the guest's own affair: POSIX and BSD locks; or is not wanted: the writeback cache
-/// (volumes are shared with the host), DAX.
+/// Flags of INIT. What is not here is the guest's own affair: POSIX and BSD locks; or is not wanted: DAX.
 mod init {
     const ASYNC_READ: u32 = 1 << 0;
     const ATOMIC_O_TRUNC: u32 = 1 << 3;
@@ -71,6 +70,12 @@ mod init {
         | CACHE_SYMLINKS
         | HANDLE_KILLPRIV_V2
         | SETXATTR_EXT;
+
+    /// Written pages may stay in the guest, which then knows better than the host how long a file is and when it was
+    /// changed: only where nobody else writes.
+    const WRITEBACK_CACHE: u32 = 1 << 16;
+    /// A guest that opens nothing truncates by SETATTR.
+    pub(super) const OFFERED_OWN: u32 = (OFFERED & !ATOMIC_O_TRUNC) | WRITEBACK_CACHE;
 }
 
 /// Pages of the longest request, and its bytes.
@@ -219,7 +224,12 @@ fn init(served: &Served, session: &Session, body: &mut Body<'_>) -> Reply {
     } else {
         body.u32()?
     };
-    let mut agreed = offered & init::OFFERED;
+    let known = if served.is_own() {
+        init::OFFERED_OWN
+    } else {
+        init::OFFERED
+    };
+    let mut agreed = offered & known;
     let submounts = offered & init::SUBMOUNTS != 0 && more & init::SUBMOUNTS_ENFORCE != 0;
     if submounts {
         agreed |= init::SUBMOUNTS;

@@ -52,6 +52,8 @@ fn errno(number: i32) -> io::Error {
 pub(super) struct Served {
     exports: Exports,
     budget: Budget,
+    /// What the guest is served here is one pod's own: it keeps what is written for a while, and opens no files.
+    own: bool,
     requests: AtomicU64,
     #[cfg(test)]
     gate: std::sync::OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -89,14 +91,29 @@ pub(super) fn helper_begins() {
 type Opening = (Option<u64>, OpenOptions, Option<u32>);
 
 impl Served {
-    pub(super) fn new(root: &Path) -> io::Result<Self> {
+    pub(super) fn new(root: &Path, own: bool) -> io::Result<Self> {
         Ok(Self {
-            exports: Exports::new(root)?,
+            exports: Exports::new(root, own)?,
             budget: Budget::new()?,
+            own,
             requests: AtomicU64::new(0),
             #[cfg(test)]
             gate: std::sync::OnceLock::new(),
         })
+    }
+
+    /// Whether it is the pod's own.
+    pub(super) fn is_own(&self) -> bool {
+        self.own
+    }
+
+    /// What the guest does not ask for again once it has been told that there is no such thing here: where its files
+    /// are its own, nobody but its kernel judges who opens them.
+    fn unless_own(&self) -> io::Result<()> {
+        if self.own {
+            return Err(errno(libc::ENOSYS));
+        }
+        Ok(())
     }
 
     /// How many requests were served.
@@ -161,7 +178,7 @@ impl Served {
     /// `EBADF` for a handle that the guest has not, or has for another file.
     pub(super) fn readable(&self, node: u64, handle: u64) -> io::Result<Readable> {
         let (export, inode) = self.at(node)?;
-        let open = export.tree.opened_as(inode, handle)?;
+        let open = export.tree.readable(inode, handle)?;
         Ok(Readable { export, open })
     }
 
@@ -169,7 +186,8 @@ impl Served {
     ///
     /// # Errors
     /// As [`Self::request_begins`].
-    pub(super) fn requests_pause() -> io::Result<()> {
+    pub(super) fn requests_pause(&self) -> io::Result<()> {
+        self.exports.rest();
         caller::as_root()
     }
 
@@ -440,6 +458,7 @@ impl FileSystem for Served {
     }
 
     fn open(&self, _ctx: &Context, node: u64, flags: u32, fuse_flags: u32) -> io::Result<Opening> {
+        self.unless_own()?;
         let (export, inode) = self.opening_at(node)?;
         let kill = fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
         let (handle, flags) = export.tree.open(inode, flags, kill)?;
@@ -453,6 +472,7 @@ impl FileSystem for Served {
         name: &CStr,
         args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
+        self.unless_own()?;
         let name = Self::plain_name(name)?;
         let make = |tree: &Tree, inode, ctx: &Context| tree.create(ctx, inode, name, args);
         let (export, opened) = self.making(ctx, parent, make)?;
@@ -485,6 +505,7 @@ impl FileSystem for Served {
     }
 
     fn flush(&self, _ctx: &Context, node: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
+        self.unless_own()?;
         let (export, inode) = self.at(node)?;
         export.tree.flush(inode, handle)
     }

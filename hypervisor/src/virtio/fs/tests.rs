@@ -4,6 +4,7 @@ mod acl;
 mod churn;
 mod client;
 mod mounts;
+mod own;
 mod requests;
 mod slow;
 

@@ -44,9 +44,9 @@ async fn a_container_lives_with_its_events_in_order_and_nothing_is_left() {
     assert_eq!(harness.status("").await.unwrap(), Status::STOPPED);
     assert_eq!(harness.delete("").await.unwrap(), 137);
     let record = harness.record.clone();
-    assert!(record.in_order("attach c/rootfs", "create c"));
-    assert!(record.in_order("delete ", "forget c/rootfs"));
-    assert!(record.in_order("forget c/rootfs", "detach c/rootfs"));
+    assert!(record.in_order("attach .own/c/rootfs", "create c"));
+    assert!(record.in_order("delete ", "forget .own/c/rootfs"));
+    assert!(record.in_order("forget .own/c/rootfs", "detach .own/c/rootfs"));
     assert!(record.has("sandbox h") && record.has("cgroup /ns/c"));
     let topics = harness.end().await;
     assert!(record.has("shutdown"), "the guest was not powered off");
@@ -363,7 +363,7 @@ async fn a_hook_that_fails_ends_the_creation_and_what_it_made_is_undone() {
     assert!(refused.1.contains("no net"), "{refused:?}");
     assert!(harness.dir.path().join("bundle/undone").exists());
     assert!(!harness.record.has("create c"));
-    assert!(harness.record.has("detach c/rootfs"));
+    assert!(harness.record.has("detach .own/c/rootfs"));
     harness.end().await;
 }
 
@@ -394,7 +394,7 @@ async fn what_a_slow_creation_makes_after_its_deletion_is_undone() {
     let record = harness.record.clone();
     assert!(record.in_order("created c", "signal 9 "));
     assert!(record.in_order("signal 9 ", "delete "));
-    assert!(record.in_order("delete ", "detach c/rootfs"));
+    assert!(record.in_order("delete ", "detach .own/c/rootfs"));
     harness.end().await;
 }
 

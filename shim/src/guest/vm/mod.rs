@@ -43,7 +43,7 @@ use std::time::Duration;
 
 use brig_agent_protocol::agent::{ShutdownRequest, SignalRequest};
 use brig_agent_protocol::agent_ttrpc::AgentClient;
-use brig_agent_protocol::{FIRST_PROCESS_STREAM, STREAM_PORT, stream_header};
+use brig_agent_protocol::{FIRST_PROCESS_STREAM, OWN_DIRECTORY, STREAM_PORT, stream_header};
 use brig_hypervisor::control::{RequestBody, StreamConfig, VmConfig};
 use brig_hypervisor::launch::{VmmExit, VmmProcess};
 pub use brig_hypervisor::share::{Attributes, LaterMount, LeftOut};
@@ -627,7 +627,7 @@ const fn first_stream() -> AtomicU64 {
 /// Where a container's root file system lies below the share.
 #[must_use]
 pub fn rootfs_path(container: &str) -> String {
-    format!("{container}/rootfs")
+    format!("{OWN_DIRECTORY}/{container}/rootfs")
 }
 
 /// A path on the node, for messages.

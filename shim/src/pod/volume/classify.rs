@@ -24,7 +24,7 @@ const REPLICATED: [&str; 4] = [
 ];
 /// sysfs's character devices, by number.
 const DEVICES: &str = "/sys/dev/char";
-const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+pub(super) const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 
 /// How the guest gets a mount's source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -218,7 +218,7 @@ fn volume(path: &Path) -> Option<(&str, &str)> {
 }
 
 /// Plugin of the volume that kubelet keeps there for one pod: `…/pods/<uid>/volumes/<plugin>/<name>`.
-fn volume_of_a_pod(path: &Path) -> Option<&str> {
+pub(super) fn volume_of_a_pod(path: &Path) -> Option<&str> {
     let [pods, _, _, _, _] = last(path)?;
     let (plugin, _) = volume(path)?;
     (pods == "pods").then_some(plugin)
@@ -226,7 +226,7 @@ fn volume_of_a_pod(path: &Path) -> Option<&str> {
 
 /// The pod's directory and the volume's name of a place where kubelet binds sub-paths:
 /// `…/pods/<uid>/volume-subpaths/<name>/<container>/<index>`.
-fn sub_path(path: &Path) -> Option<(&Path, &str)> {
+pub(super) fn sub_path(path: &Path) -> Option<(&Path, &str)> {
     let [pods, _, sub_paths, name, _, _] = last(path)?;
     let pod = path.ancestors().nth(4)?;
     (pods == "pods" && sub_paths == "volume-subpaths").then_some((pod, name))

@@ -10,6 +10,7 @@ mod classify;
 mod feed;
 mod follow;
 pub(crate) mod mountinfo;
+mod own;
 mod shared;
 mod snapshot;
 mod watch;
@@ -79,7 +80,7 @@ struct State {
 
 /// What becomes of a container's bind mounts.
 pub struct Planned {
-    shared: Vec<(BindMount, shared::Key)>,
+    shared: Vec<(BindMount, Place)>,
     in_guest: Vec<InGuest>,
     disks: Vec<DiskMount>,
     logger: Logger,
@@ -223,7 +224,7 @@ impl Volumes {
         let new = classified
             .iter()
             .filter(|(bind, _, found)| !bind.readonly && matches!(found, Found::Share))
-            .map(|(_, key, _)| key.source().to_owned());
+            .map(|(_, place, _)| place.key.source().to_owned());
         let mut state = self.shared.lock();
         state.writable.extend(new);
         state.writable.clone()
@@ -234,7 +235,7 @@ impl Volumes {
     pub fn share(&self, planned: &mut Planned, vm: &Arc<Vm>, leases: &mut Leases) -> Attaching {
         let mut state = self.shared.lock();
         let mut attaching = Vec::new();
-        for (bind, key) in planned.shared.drain(..) {
+        for (bind, Place { key, inside }) in planned.shared.drain(..) {
             state.made += 1;
             let number = state.made;
             let entry = state.attached.entry(key.clone()).or_insert_with(|| {
@@ -246,6 +247,7 @@ impl Volumes {
             leases.shared.push(Use {
                 key,
                 index: bind.index,
+                inside,
                 attachment: entry.0.clone(),
                 readonly: bind.readonly,
             });
@@ -371,6 +373,7 @@ impl Leases {
                 None => MountSource {
                     index,
                     share_path: held.attachment.path.clone(),
+                    volume_path: held.inside.clone(),
                     readonly_on_host: held.readonly_on_host(),
                     mapped_on_host: held.mapped_on_host(),
                     directory: held.is_directory(),
@@ -394,10 +397,10 @@ impl Leases {
 }
 
 impl Planned {
-    fn share_instead(&mut self, bind: BindMount, key: shared::Key, reason: &str) {
+    fn share_instead(&mut self, bind: BindMount, place: Place, reason: &str) {
         info!(self.logger, "a volume is shared by virtio-fs, not copied: no inotify";
             "mount" => &bind.destination, "reason" => reason);
-        self.shared.push((bind, key));
+        self.shared.push((bind, place));
     }
 
     /// Waits until the guest has every volume; returns what the agent is told of them.
@@ -472,7 +475,14 @@ async fn prepare_way(vm: &Vm, id: &str, top: &Path, inside: &Path) -> Result<()>
     Ok(())
 }
 
-type Classified = (BindMount, shared::Key, Found);
+/// A part of what is shared.
+struct Place {
+    key: shared::Key,
+    /// Empty for all.
+    inside: String,
+}
+
+type Classified = (BindMount, Place, Found);
 
 enum Found {
     Share,
@@ -494,18 +504,28 @@ fn classify_all(binds: Vec<BindMount>) -> Result<Vec<Classified>> {
         .into_iter()
         .map(|bind| {
             let found = find(&bind, &table)?;
-            let key = share_key(&bind, &table)?;
-            Ok((bind, key, found))
+            let place = share_place(&bind, &table)?;
+            Ok((bind, place, found))
         })
         .collect()
 }
 
-fn share_key(bind: &BindMount, table: &MountTable) -> Result<shared::Key> {
-    let key = std::fs::canonicalize(&bind.source).and_then(|source| {
+fn share_place(bind: &BindMount, table: &MountTable) -> Result<Place> {
+    let place = std::fs::canonicalize(&bind.source).and_then(|source| {
+        if let Some(own) = own::place(bind, &source, table) {
+            let identity = snapshot::identity(&own.top)?;
+            return Ok(Place {
+                key: shared::Key::of_own(own.top, identity, own.mount),
+                inside: own.inside,
+            });
+        }
         let identity = snapshot::identity(&source)?;
-        Ok(shared::Key::of(bind, source, identity, table))
+        Ok(Place {
+            key: shared::Key::of(bind, source, identity, table),
+            inside: String::new(),
+        })
     });
-    key.map_err(|error| {
+    place.map_err(|error| {
         Error::io(
             format_args!(
                 "mount on {}: source {}",

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use brig_agent_protocol::OWN_DIRECTORY;
 use brig_agent_protocol::agent::{Empty, UpdateVolumeRequest, update_volume_request};
 use brig_hypervisor::share::{FileId, IdMap};
 use slog::{Logger, info, warn};
@@ -20,7 +21,7 @@ use crate::asked::spec::{BindMount, Propagation};
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::{Attributes, LaterMount, Vm};
 
-/// Where the attachments lie below the share: no container's id begins with a dot.
+/// Where the attachments lie below the share, or in what is the pod's own: no container's id begins with a dot.
 const DIRECTORY: &str = ".volumes";
 
 /// What makes two mounts of a pod the same. Mounts made on the node in between make a difference, because
@@ -40,6 +41,8 @@ pub(super) struct Key {
     writable_below: bool,
     /// How owners are seen, in a pod with a user namespace.
     id_map: Option<IdMap>,
+    /// Nobody but the pod writes there.
+    own: bool,
 }
 
 impl Key {
@@ -67,6 +70,23 @@ impl Key {
             readonly: (!plain).then_some(bind.readonly),
             writable_below: bind.readonly && !bind.readonly_below && seen.len() > 1,
             id_map: bind.id_map.clone(),
+            own: false,
+        }
+    }
+
+    /// Of a directory of the pod's own, all of it, whatever of it is mounted and how. Blocking.
+    pub(super) fn of_own(top: PathBuf, identity: FileId, mount: u64) -> Self {
+        Self {
+            source: top,
+            identity,
+            directory: true,
+            recursive: true,
+            follows: false,
+            mounts: vec![mount],
+            readonly: None,
+            writable_below: false,
+            id_map: None,
+            own: true,
         }
     }
 
@@ -77,8 +97,12 @@ impl Key {
 }
 
 /// The path of the share for an attachment of this number.
-fn path(number: u64) -> String {
-    format!("{DIRECTORY}/{number}")
+fn path(number: u64, own: bool) -> String {
+    if own {
+        format!("{OWN_DIRECTORY}/{DIRECTORY}/{number}")
+    } else {
+        format!("{DIRECTORY}/{number}")
+    }
 }
 
 /// Something is wanted of an attachment's task.
@@ -112,6 +136,8 @@ pub(super) struct Attachment {
 pub(super) struct Use {
     pub(super) key: Key,
     pub(super) index: usize,
+    /// What of it is mounted; empty for all.
+    pub(super) inside: String,
     pub(super) attachment: Attachment,
     pub(super) readonly: bool,
 }
@@ -136,7 +162,7 @@ impl Use {
 impl Attachment {
     /// Starts the task; nothing is attached yet.
     pub(super) fn start(key: &Key, number: u64, vm: Arc<Vm>, logger: Logger) -> Self {
-        let path = path(number);
+        let path = path(number, key.own);
         let volume = key.follows.then(|| format!("s{number}"));
         let (mailbox, messages) = mpsc::unbounded_channel();
         let task = Task {

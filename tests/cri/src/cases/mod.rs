@@ -33,6 +33,7 @@ mod security;
 mod shutdown;
 mod stats;
 mod streams;
+mod transfer_cost;
 mod user_namespace;
 mod volumes;
 
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Case> {
         process::CASES,
         network::CASES,
         networks::CASES,
+        transfer_cost::CASES,
         rules::CASES,
         streams::CASES,
         attach::CASES,

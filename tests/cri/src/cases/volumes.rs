@@ -10,7 +10,7 @@ use k8s_cri::v1::MountPropagation;
 
 use crate::container::eventually;
 use crate::mounted::Mounted;
-use crate::node::Directory;
+use crate::node::{self, Directory};
 use crate::suite::{Case, SLEEP, Suite, case, smoke};
 
 pub const CASES: &[Case] = &[
@@ -40,6 +40,16 @@ pub const CASES: &[Case] = &[
         "volumes",
         "emptyDir: shared by the pod's containers",
         empty_dir,
+    ),
+    case(
+        "volumes",
+        "emptyDir: what is being written is the pod's at once, the node's soon and when its container ends",
+        empty_dir_open,
+    ),
+    case(
+        "volumes",
+        "emptyDir: a full disk is told to who closes or syncs what does not fit, and to nobody else",
+        empty_dir_full,
     ),
     smoke(
         "volumes",
@@ -220,6 +230,88 @@ fn empty_dir(suite: &mut Suite) -> Result<()> {
     eventually("a named pipe connects them", clock::seconds(2), || {
         Ok((reader.sh("cat /r/got")? == "through").then_some(()))
     })
+}
+
+fn empty_dir_open(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let volume = Directory::volume("kubernetes.io~empty-dir", "open")?;
+    let inner = volume.directory("inner")?;
+    let bound = volume.sub_path()?;
+    fs::create_dir(&bound)?;
+    let _bound = Mounted::bind(&inner, &bound)?;
+    let writer = shared
+        .pod
+        .container("open", SLEEP)
+        .mount(&volume.path, "/w")
+        .start()?;
+    let reader = shared
+        .pod
+        .container("sub-path-of-open", SLEEP)
+        .mount(&bound, "/r")
+        .start()?;
+    let keep_open = |name: &str, text: &str| -> Result<()> {
+        let file = format!("/w/inner/{name}");
+        // No stream of the exec may stay with the one that waits.
+        let stays = format!(
+            "(exec 3>>{file}; echo {text} >&3; sleep 10000) > /dev/null 2>&1 < /dev/null &"
+        );
+        writer.sh(&stays)?;
+        eventually("it is written", clock::seconds(2), || {
+            let seen = writer.sh(&format!("cat {file} 2> /dev/null || true"))?;
+            Ok((seen == text).then_some(()))
+        })
+    };
+    keep_open("log", "first")?;
+    equal("by a sub-path", "first", reader.sh("cat /r/log")?)?;
+    eventually("on the node", clock::seconds(4), || {
+        Ok((fs::read_to_string(inner.join("log"))? == "first\n").then_some(()))
+    })?;
+    reader.sh("echo more >> /r/log && truncate -s 100000 /r/log")?;
+    let closed = fs::read(inner.join("log"))?;
+    equal("once it was closed", 100_000, closed.len())?;
+    that("what was appended", closed.starts_with(b"first\nmore\n\0"))?;
+    equal(
+        "its size for the one that has it open",
+        "100000",
+        writer.sh("stat -c %s /w/inner/log")?,
+    )?;
+    keep_open("last", "kept")?;
+    writer.remove()?;
+    let kept = fs::read_to_string(inner.join("last"))?;
+    equal("after the container's end", "kept\n", kept.as_str())
+}
+
+fn empty_dir_full(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let images = Directory::new("full")?;
+    let image = images.path.join("image");
+    fs::File::create(&image)?.set_len(16 << 20)?;
+    let image = image.display().to_string();
+    node::run("mkfs.ext4", &["-q", "-F", &image])?;
+    let volume = Directory::volume("kubernetes.io~empty-dir", "full")?;
+    let place = volume.path.display().to_string();
+    node::run("mount", &["-o", "loop", &image, &place])?;
+    let mounted = Mounted::made(&volume.path);
+    let container = shared
+        .pod
+        .container("full", SLEEP)
+        .mount(&volume.path, "/v")
+        .start()?;
+    container.sh("echo kept > /v/before && sync /v/before")?;
+    for how in ["", "conv=fsync"] {
+        let script = format!("dd if=/dev/zero of=/v/large bs=4096 count=8000 {how}");
+        let error = container.sh_fails(&script)?;
+        contains_one(&script, &["no space left"], &error)?;
+        container.sh("rm /v/large")?;
+    }
+    container.sh("echo fits > /v/after && cat /v/before /v/after")?;
+    equal(
+        "on the node",
+        "fits\n",
+        fs::read_to_string(volume.path.join("after"))?.as_str(),
+    )?;
+    container.remove()?;
+    mounted.unmount()
 }
 
 fn empty_dir_memory(suite: &mut Suite) -> Result<()> {

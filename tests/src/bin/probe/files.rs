@@ -1,7 +1,7 @@
 //! What a container can do with files, and the names of the errors it meets.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 
@@ -66,14 +66,34 @@ pub fn list(path: &str) -> Result<Value> {
 }
 
 /// Does one thing with each of `count` files of a directory: `make` it empty, make it and `write` 4 KiB, `stat` it,
-/// `remove` it; `list` is of the directory, that many times.
+/// `remove` it; `open` it, look at it, read it and close it. `list` is of the directory, that many times; `append` is 4 KiB to
+/// one file, that many times, which is closed then and removed.
 pub fn many(step: &str, path: &str, count: u32) -> Result<u8> {
+    if step == "append" {
+        let name = format!("{path}/appended");
+        let mut file = fs::File::options().create(true).append(true).open(&name)?;
+        for number in 0..count {
+            let done = file.write_all(&[7; 4096]);
+            done.with_context(|| format!("cannot append {number}"))?;
+        }
+        drop(file);
+        let size = fs::metadata(&name)?.len();
+        fs::remove_file(&name)?;
+        if size != 4096 * u64::from(count) {
+            bail!("{count} times 4 KiB are {size} bytes");
+        }
+        return Ok(0);
+    }
     for number in 0..count {
         let name = format!("{path}/many-{number}");
         let done = match step {
             "make" => fs::File::create_new(name).map(drop),
             "write" => fs::File::create_new(name).and_then(|mut file| file.write_all(&[7; 4096])),
             "stat" => fs::metadata(name).map(drop),
+            "open" => fs::File::open(name).and_then(|mut file| {
+                file.metadata()?;
+                file.read_exact(&mut [0; 4096])
+            }),
             "remove" => fs::remove_file(name),
             "list" => fs::read_dir(path)
                 .and_then(|mut entries| entries.try_for_each(|entry| entry.map(drop))),

@@ -99,6 +99,8 @@ impl Export {
 /// All exports of a share.
 pub(super) struct Exports {
     root: PathBuf,
+    /// What is mounted here is one pod's own.
+    own: bool,
     /// `/proc/self/fd`, through which every tree opens what it knows.
     descriptors: Arc<OwnedFd>,
     state: Mutex<State>,
@@ -122,10 +124,11 @@ struct State {
 }
 
 impl Exports {
-    pub(super) fn new(root: &Path) -> io::Result<Self> {
+    pub(super) fn new(root: &Path, own: bool) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let exports = Self {
             root: root.to_owned(),
+            own,
             descriptors: Arc::new(openat(CWD, "/proc/self/fd", flags, Mode::empty())?),
             state: Mutex::new(State {
                 live: HashMap::new(),
@@ -174,6 +177,14 @@ impl Exports {
     /// What is looked up from now on as a volume's top directory is marked as a submount, or not.
     pub(super) fn make_submounts(&self, make: bool) {
         self.submounts.store(make, Ordering::Relaxed);
+    }
+
+    /// No requests come at the moment.
+    pub(super) fn rest(&self) {
+        if self.own {
+            let live: Vec<_> = self.lock().live.values().cloned().collect();
+            live.iter().for_each(|export| export.tree.rest());
+        }
     }
 
     /// The exports that are one file system in the guest with that of this number.
@@ -326,7 +337,8 @@ impl Exports {
             VOLUME_TIMEOUT
         };
         let descriptors = Arc::clone(&self.descriptors);
-        let tree = Tree::new(directory, descriptors, exclusive, timeout)?;
+        let own = self.own && number != ROOT_EXPORT;
+        let tree = Tree::new(directory, descriptors, own, exclusive, timeout)?;
         let (top, _) = tree.getattr(ROOT_ID)?;
         let volume = number != ROOT_EXPORT && !exclusive;
         let directory = top.st_mode & libc::S_IFMT == libc::S_IFDIR;
@@ -402,7 +414,7 @@ mod tests {
             return;
         };
         for own in [false, true] {
-            let exports = Exports::new(share.path()).unwrap();
+            let exports = Exports::new(share.path(), false).unwrap();
             exports.make_submounts(own);
             let volume = exports.mounted_at("v".into(), (0, 0)).unwrap().number;
             let rootfs = exports.mounted_at("c/rootfs".into(), (0, 0)).unwrap();

@@ -8,6 +8,7 @@
 //! Hostile: numbers, handles, flags, names. Names are plain when they come here, and no link is followed.
 
 mod attributes;
+mod files;
 mod nodes;
 mod open;
 mod stat;
@@ -33,6 +34,7 @@ use rustix::fs::{
 
 use super::caller;
 use super::{errno, umask};
+use files::Files;
 pub(super) use nodes::NUMBER_BITS;
 use nodes::{Node, Nodes};
 pub(super) use open::Open;
@@ -52,6 +54,9 @@ const PASSED_ON: OFlags = OFlags::ACCMODE
 const KEEP_CACHE: u32 = 1 << 1;
 const CACHE_DIRECTORY: u32 = 1 << 3;
 const NO_FLUSH: u32 = 1 << 5;
+
+/// What a request says instead of a handle where there are none.
+const NO_HANDLE: u64 = 0;
 
 const SET_ID: Mode = Mode::SUID.union(Mode::SGID);
 
@@ -97,6 +102,8 @@ pub(super) struct Tree {
     descriptors: Arc<OwnedFd>,
     nodes: Nodes,
     opens: Opens,
+    /// What is open because it is read and written, where the guest opens nothing itself: in the pod's own.
+    files: Option<Files>,
     /// Nobody but the guest writes here.
     exclusive: bool,
     /// How long the guest may keep names and attributes.
@@ -152,10 +159,12 @@ fn passed_on(flags: u32) -> OFlags {
 }
 
 impl Tree {
-    /// The tree below what is mounted at `top`; `descriptors` is `/proc/self/fd`.
+    /// The tree below what is mounted at `top`; `descriptors` is `/proc/self/fd`. In the pod's `own` the guest opens no
+    /// files: it names them alone.
     pub(super) fn new(
         top: &Path,
         descriptors: Arc<OwnedFd>,
+        own: bool,
         exclusive: bool,
         timeout: Duration,
     ) -> io::Result<Self> {
@@ -168,6 +177,7 @@ impl Tree {
             descriptors,
             nodes: Nodes::new(file, stat::kind(&seen), identity),
             opens: Opens::new(),
+            files: own.then(Files::default),
             exclusive,
             timeout,
             mount: identity.mount,
@@ -298,6 +308,33 @@ impl Tree {
 
     pub(super) fn forget(&self, number: u64, count: u64) {
         self.nodes.forget(number, count);
+        if let Some(files) = &self.files
+            && !self.nodes.has(number)
+        {
+            files.close(number);
+        }
+    }
+
+    /// Closes what is open for writing only because it was written a moment ago.
+    pub(super) fn rest(&self) {
+        if let Some(files) = &self.files {
+            files.close_writable();
+        }
+    }
+
+    /// What the guest has open by this handle, or a file of the pod's own without one.
+    fn open_as(&self, number: u64, handle: u64, writes: bool) -> io::Result<Arc<Open>> {
+        let Some(files) = self.files.as_ref().filter(|_| handle == NO_HANDLE) else {
+            return self.opens.get(handle, number);
+        };
+        let node = self.nodes.get(number)?;
+        if node.kind != FileType::RegularFile {
+            return Err(errno(libc::EBADF));
+        }
+        files.get(number, writes, |access| {
+            let flags = access | OFlags::NONBLOCK;
+            Ok(Open::new(self.reopen(&node, flags)?, number, flags))
+        })
     }
 
     pub(super) fn readlink(&self, number: u64) -> io::Result<Vec<u8>> {
@@ -463,7 +500,10 @@ impl Tree {
     /// A file without a name; it may be linked later, unless `O_EXCL` says that it may not.
     pub(super) fn tmpfile(&self, ctx: &Context, parent: u64, args: CreateIn) -> io::Result<Opened> {
         let parent = self.nodes.get(parent)?;
-        let flags = passed_on(args.flags) - OFlags::TRUNC;
+        let mut flags = passed_on(args.flags) - OFlags::TRUNC;
+        if self.files.is_some() {
+            flags = (flags - OFlags::ACCMODE - OFlags::APPEND) | OFlags::RDWR;
+        }
         umask::set(args.umask)?;
         let exclusive = OFlags::from_bits_retain(args.flags) & OFlags::EXCL;
         let all = flags | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
@@ -488,9 +528,14 @@ impl Tree {
     }
 
     fn opened(&self, node: &Node, seen: &Statx, file: File, flags: OFlags) -> Opened {
+        let open = Open::new(file, node.number, flags);
+        let handle = match &self.files {
+            Some(files) => files.put(node.number, open),
+            None => self.opens.insert(open),
+        };
         Opened {
             entry: self.entry(node, seen),
-            handle: self.opens.insert(Open::new(file, node.number, flags)),
+            handle,
             flags: self.answer_flags(node, flags),
         }
     }
@@ -499,9 +544,9 @@ impl Tree {
         self.opens.release(handle, number)
     }
 
-    /// What the guest has open by this handle.
-    pub(super) fn opened_as(&self, number: u64, handle: u64) -> io::Result<Arc<Open>> {
-        self.opens.get(handle, number)
+    /// A file to be read.
+    pub(super) fn readable(&self, number: u64, handle: u64) -> io::Result<Arc<Open>> {
+        self.open_as(number, handle, false)
     }
 
     #[cfg(test)]
@@ -524,9 +569,11 @@ impl Tree {
         (size, offset): (usize, u64),
         how: Writing,
     ) -> io::Result<usize> {
-        let (node, open) = (self.nodes.get(number)?, self.opens.get(handle, number)?);
+        let (node, open) = (self.nodes.get(number)?, self.open_as(number, handle, true)?);
+        // The guest alone knows where the end of a file of the pod's own is.
+        let appends = how.appends && self.files.is_none();
         // Held until it is written: another write may be asked to be made elsewhere.
-        let _appends = open.append(how.appends)?;
+        let _appends = open.append(appends)?;
         let mut write = || {
             self.keeping_set_id(&node, how.kills, || {
                 reader.read_to(&mut *lent(&open.file), size, offset)
@@ -550,7 +597,7 @@ impl Tree {
     }
 
     pub(super) fn fsync(&self, number: u64, handle: u64, data_only: bool) -> io::Result<()> {
-        let open = self.opens.get(handle, number)?;
+        let open = self.open_as(number, handle, false)?;
         let synced = if data_only {
             fdatasync(&open.file)
         } else {
@@ -579,7 +626,7 @@ impl Tree {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        let (node, open) = (self.nodes.get(number)?, self.opens.get(handle, number)?);
+        let (node, open) = (self.nodes.get(number)?, self.open_as(number, handle, true)?);
         let mode = FallocateFlags::from_bits_retain(mode);
         // The guest's kernel has taken them itself, if they had to go.
         self.keeping_set_id(&node, false, || {
@@ -595,7 +642,7 @@ impl Tree {
         offset: u64,
         whence: u32,
     ) -> io::Result<u64> {
-        let open = self.opens.get(handle, number)?;
+        let open = self.open_as(number, handle, false)?;
         let position = match i32::try_from(whence) {
             Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
             Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),

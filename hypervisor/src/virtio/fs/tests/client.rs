@@ -89,6 +89,14 @@ impl Client {
         Self::of(device, handle)
     }
 
+    /// Of a device that serves what is one pod's own.
+    pub(super) fn of_own(root: &Path) -> Self {
+        let (device, handle) = Fs::serving("own", root, true).unwrap();
+        let mut client = Self::of(device, handle);
+        client.begin(&[!INIT_EXT]);
+        client
+    }
+
     /// Of a device with helpers, which do all that is asked of the share's own files.
     pub(super) fn by_helpers(root: &Path) -> Self {
         let client = Self::with_helpers(root);

@@ -48,7 +48,7 @@ pub(super) fn mount_over(source: &Path, at: &Path) {
 
 /// What this process has open at and below a path. umount(2) alone would tell of too much: children of other tests have
 /// copies of all descriptors until they run a program, or end.
-fn open_below(path: &Path) -> Vec<PathBuf> {
+pub(super) fn open_below(path: &Path) -> Vec<PathBuf> {
     let descriptors = fs::read_dir("/proc/self/fd").unwrap();
     let open = descriptors.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
     open.filter(|open| open.starts_with(path)).collect()

@@ -29,7 +29,10 @@ async fn a_pod_is_one_vm_that_outlives_its_containers_and_ends_with_its_sandbox(
     let record = harness.record.clone();
     assert!(record.has("sandbox pod") && record.has("create app"));
     assert!(!record.has("create c"), "the pause image is run");
-    assert!(!record.has("attach c/rootfs"), "the pause image is mounted");
+    assert!(
+        !record.has("attach .own/c/rootfs"),
+        "the pause image is mounted"
+    );
     // The limit, what describes its pages, and what the guest takes itself.
     let memory = (1_u64 << 30) + (1_u64 << 30).div_ceil(63) + (64 << 20);
     assert!(record.has(&format!("launch {memory}")));

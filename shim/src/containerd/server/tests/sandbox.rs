@@ -126,7 +126,7 @@ async fn a_sandbox_outlives_its_containers_and_is_stopped_and_shut_down() {
     // Nobody closes the server on a sandbox without containers.
     harness.create_as("app", MEMBER).await.unwrap();
     harness.start_of("app", "").await.unwrap();
-    assert!(record.has("attach app/rootfs") && record.has("create app"));
+    assert!(record.has("attach .own/app/rootfs") && record.has("create app"));
     let metrics = SandboxMetricsRequest {
         sandbox_id: id(),
         ..SandboxMetricsRequest::default()

@@ -53,6 +53,11 @@ pub struct Guest {
 
 impl Guest {
     /// The first function of a kind.
+    pub fn all_of_kind(&self, kind: u16) -> Vec<&Function> {
+        let all = self.functions.iter();
+        all.filter(|function| function.kind == kind).collect()
+    }
+
     pub fn of_kind(&self, kind: u16) -> Result<&Function> {
         self.functions
             .iter()

@@ -2,10 +2,11 @@
 
 mod changes;
 mod handles;
+mod own;
 mod paths;
 mod races;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use super::files::{Answer, Files, ROOT, name, op, words};
 use super::{FS, Guest};
@@ -65,10 +66,32 @@ const SESSIONS: &[(&str, Session)] = &[
     ("more inodes than there are descriptors", handles::budget),
 ];
 
+/// Those with what is the pod's own, where files have no handles.
+const OWN_SESSIONS: &[(&str, Session)] = &[
+    ("a second INIT, other versions, of the pod's own", versions),
+    ("names that are no names, of the pod's own", paths::names),
+    (
+        "lookups through links that lead out, of the pod's own",
+        paths::through_links,
+    ),
+    ("what is no file, by its number", own::no_files),
+    ("numbers after FORGET, and of removed files", own::gone),
+    ("opcodes that nobody serves, of the pod's own", opcodes),
+    (
+        "requests in single bytes and answers without room, of the pod's own",
+        shapes,
+    ),
+];
+
 pub fn sessions(guest: &Guest) -> Result<()> {
-    let function = guest.of_kind(FS)?;
+    let [shared, own] = guest.all_of_kind(FS)[..] else {
+        bail!("there are not two file servers");
+    };
+    let of = |function, sessions: &'static [(&'static str, Session)]| {
+        sessions.iter().map(move |session| (function, session))
+    };
     let mut failed = Vec::new();
-    for (what, session) in SESSIONS {
+    for (function, (what, session)) in of(shared, SESSIONS).chain(of(own, OWN_SESSIONS)) {
         crate::port::say(&format!("hostile: try {what}"));
         let outcome = Files::open(function).and_then(|mut files| session(&mut files));
         // Also when it failed, so that the next one begins with a device that is well.

@@ -13,7 +13,7 @@ use rustix::fs::{
 
 use super::super::errno;
 use super::nodes::Node;
-use super::{Tree, path_of, stat};
+use super::{NO_HANDLE, Tree, path_of, stat};
 
 const CAPABILITY: &CStr = c"security.capability";
 const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
@@ -56,8 +56,13 @@ impl Tree {
         if valid.contains(SetattrValid::SIZE) {
             let size = u64::try_from(wanted.st_size).map_err(|_| errno(libc::EINVAL))?;
             let kill = valid.contains(SetattrValid::KILL_SUIDGID);
+            // What was opened for reading alone may be another file than what is written, on an overlay.
+            let handle = match &self.files {
+                Some(_) => Some(NO_HANDLE),
+                None => handle,
+            };
             self.keeping_set_id(&node, kill, || match handle {
-                Some(handle) => Ok(ftruncate(&self.opens.get(handle, number)?.file, size)?),
+                Some(handle) => Ok(ftruncate(&self.open_as(number, handle, true)?.file, size)?),
                 None => {
                     let file = self.reopen(&node, OFlags::RDWR | OFlags::NONBLOCK)?;
                     Ok(ftruncate(file, size)?)
@@ -191,7 +196,7 @@ impl Tree {
         command: u32,
         argument: &mut [u8],
     ) -> io::Result<()> {
-        let open = self.opens.get(handle, number)?;
+        let open = self.open_as(number, handle, false)?;
         super::super::flags::call(&open.file, command, argument)
     }
 }
