@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::marker::PhantomData;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -95,6 +96,79 @@ impl<'m> Chain<'m> {
             return Err(ChainError::Endless);
         }
         Ok(chain)
+    }
+}
+
+/// The buffers of several chains as one I/O vector, which is kept as they come and go: from the front, in order.
+#[derive(Debug, Default)]
+pub struct Vectors<'m> {
+    all: Vec<libc::iovec>,
+    /// Those before are used up.
+    first: usize,
+    length: usize,
+    memory: PhantomData<VolatileSlice<'m>>,
+}
+
+impl<'m> Vectors<'m> {
+    /// Puts buffers behind the others.
+    pub fn push(&mut self, buffers: &Buffers<'m>) {
+        self.length += buffers.len();
+        self.all.extend(buffers.slices().map(vector));
+    }
+
+    /// Takes so many slices off the front.
+    pub fn skip(&mut self, slices: usize) {
+        let end = self.all.len().min(self.first + slices);
+        let gone = self.all.get(self.first..end).unwrap_or_default();
+        self.length -= gone.iter().map(|vector| vector.iov_len).sum::<usize>();
+        self.first = end;
+        // Seldom, so that what is left is seldom moved.
+        if self.first >= MAX_SEGMENTS {
+            self.all.drain(..self.first);
+            self.first = 0;
+        }
+    }
+
+    /// Bytes left.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether no byte is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// How many slices are left.
+    #[must_use]
+    pub fn slices(&self) -> usize {
+        self.all.len() - self.first
+    }
+
+    /// `readv` into the first `slices`, none of which is taken off; the bytes that they hold, and that were read.
+    ///
+    /// # Errors
+    /// What the system call says.
+    pub fn read(&self, fd: BorrowedFd<'_>, slices: usize) -> io::Result<(usize, usize)> {
+        let end = self.all.len().min(self.first + slices.min(MAX_SEGMENTS));
+        let vectors = self.all.get(self.first..end).unwrap_or_default();
+        let room = vectors.iter().map(|vector| vector.iov_len).sum();
+        // SAFETY: every vector lies in guest memory that `self` borrows, so it stays mapped during the call; the guest
+        // may race with the kernel's copy, but no Rust reference sees it.
+        let result =
+            unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), vector_count(vectors)) };
+        let count = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        Ok((room, count))
+    }
+}
+
+/// Good while the guest memory that the slice borrows is mapped.
+fn vector(slice: &VolatileSlice<'_>) -> libc::iovec {
+    libc::iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
     }
 }
 
@@ -226,8 +300,8 @@ impl<'m> Buffers<'m> {
             let count = slice.len().min(left);
             left -= count;
             vectors.push(libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                 iov_len: count,
+                ..vector(slice)
             });
         }
         vectors

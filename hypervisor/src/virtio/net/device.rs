@@ -218,6 +218,11 @@ impl VirtioDevice for Net {
         } else {
             0
         };
+        let datagrams = if self.lanes.iter().all(|lane| lane.tap.cuts_datagrams()) {
+            feature::GUEST_USO4 | feature::GUEST_USO6 | feature::HOST_USO
+        } else {
+            0
+        };
         feature::CSUM
             | feature::GUEST_CSUM
             | feature::MTU
@@ -230,6 +235,7 @@ impl VirtioDevice for Net {
             | feature::HOST_ECN
             | feature::MRG_RXBUF
             | multiple
+            | datagrams
             | 1 << VIRTIO_RING_F_EVENT_IDX
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }

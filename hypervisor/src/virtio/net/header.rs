@@ -36,12 +36,19 @@ pub mod feature {
     pub const CTRL_VQ: u64 = 1 << 17;
     /// The driver may use several queue pairs.
     pub const MQ: u64 = 1 << 22;
+    /// The driver takes large UDP datagrams that are to be cut, over IPv4.
+    pub const GUEST_USO4: u64 = 1 << 54;
+    /// The same over IPv6.
+    pub const GUEST_USO6: u64 = 1 << 55;
+    /// The device takes such datagrams over both.
+    pub const HOST_USO: u64 = 1 << 56;
 }
 
 const F_NEEDS_CSUM: u8 = 1;
 const GSO_NONE: u8 = 0;
 const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
+const GSO_UDP_L4: u8 = 5;
 const GSO_ECN: u8 = 0x80;
 
 fn field(header: &[u8; HEADER], at: usize) -> usize {
@@ -64,6 +71,8 @@ pub fn acceptable(header: &[u8; HEADER], frame: usize, features: u64) -> bool {
         GSO_NONE => return header[1] == GSO_NONE,
         GSO_TCPV4 => feature::HOST_TSO4,
         GSO_TCPV6 => feature::HOST_TSO6,
+        // Congestion is TCP's to tell.
+        GSO_UDP_L4 if header[1] == GSO_UDP_L4 => feature::HOST_USO,
         _ => return false,
     };
     let ecn = if header[1] & GSO_ECN == 0 {
@@ -118,6 +127,17 @@ mod tests {
             65_550,
             ALL
         ));
+    }
+
+    #[test]
+    fn datagrams_are_cut_where_that_was_negotiated_and_say_nothing_of_congestion() {
+        let uso = feature::CSUM | feature::HOST_USO | feature::HOST_ECN;
+        assert!(acceptable(&header(1, 5, 1200, 34, 6), 9000, uso));
+        assert!(!acceptable(&header(1, 5, 1200, 34, 6), 9000, ALL));
+        assert!(!acceptable(&header(1, 0x85, 1200, 34, 6), 9000, uso));
+        assert!(!acceptable(&header(0, 5, 1200, 34, 6), 9000, uso));
+        assert!(!acceptable(&header(1, 5, 0, 34, 6), 9000, uso));
+        assert!(!acceptable(&header(1, 5, 1200, 34, 6), 36, uso));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::header::{HEADER, NUM_BUFFERS, acceptable, feature};
 use super::tap::Tap;
-use crate::virtio::chain::{Buffers, Chain, MAX_SEGMENTS};
+use crate::virtio::chain::{Buffers, Chain, MAX_SEGMENTS, Vectors};
 use crate::virtio::ring::Ring;
 use crate::virtio::{DeviceError, Interrupt};
 
@@ -38,7 +38,12 @@ pub struct Rules {
 impl Rules {
     /// Rules under `features`, for frames of `mtu` bytes without offload.
     pub fn new(features: u64, mtu: u16) -> Self {
-        let large = features & (feature::GUEST_TSO4 | feature::GUEST_TSO6) != 0;
+        let large = features
+            & (feature::GUEST_TSO4
+                | feature::GUEST_TSO6
+                | feature::GUEST_USO4
+                | feature::GUEST_USO6)
+            != 0;
         let largest = if large {
             MAX_LARGE
         } else {
@@ -168,12 +173,11 @@ fn send_frame(mut frame: Buffers<'_>, tap: &Tap, rules: Rules) -> Sent {
     }
 }
 
-/// Receive buffers taken from the ring, in order.
+/// Receive buffers taken from the ring, in order, and their vector.
 #[derive(Default)]
 struct Pool<'m> {
     chains: VecDeque<Chain<'m>>,
-    room: usize,
-    segments: usize,
+    vectors: Vectors<'m>,
 }
 
 impl<'m> Pool<'m> {
@@ -193,8 +197,7 @@ impl<'m> Pool<'m> {
                     if chain.writable.len() < HEADER {
                         return Err(ring.guest("a receive buffer is shorter than its header"));
                     }
-                    self.room += chain.writable.len();
-                    self.segments += chain.writable.slices().count();
+                    self.vectors.push(&chain.writable);
                     self.chains.push_back(chain);
                 }
                 // All that the queue can hold is all that will ever come.
@@ -208,7 +211,7 @@ impl<'m> Pool<'m> {
 
     fn enough(&self, rules: Rules) -> bool {
         if rules.mergeable() {
-            self.room >= rules.largest || self.segments >= MAX_SEGMENTS / 2
+            self.vectors.len() >= rules.largest || self.vectors.slices() >= MAX_SEGMENTS / 2
         } else {
             !self.chains.is_empty()
         }
@@ -216,33 +219,27 @@ impl<'m> Pool<'m> {
 
     /// Reads one frame; the chains it took and the bytes in each. `None`: it did not fit.
     fn read_frame(&mut self, tap: &Tap, rules: Rules) -> io::Result<Option<Vec<(u16, u32)>>> {
-        let mut target = Buffers::default();
-        let candidates = if rules.mergeable() {
-            self.chains.len()
+        let segments = if rules.mergeable() {
+            self.vectors.slices()
         } else {
-            1
+            let first = self.chains.front();
+            first.map_or(0, |chain| chain.writable.slices().count())
         };
-        self.chains
-            .iter()
-            .take(candidates)
-            .flat_map(|chain| chain.writable.slices())
-            .take(MAX_SEGMENTS)
-            .for_each(|slice| target.push(*slice));
-        let room = target.len();
-        let mut count_field = Buffers::default();
-        for slice in target.slices() {
-            count_field.push(*slice);
-            if count_field.len() >= HEADER {
-                break;
-            }
-        }
-        count_field.skip(NUM_BUFFERS);
-        let count = target.read_from(tap.as_fd(), room)?;
+        let (room, count) = self.vectors.read(tap.as_fd(), segments)?;
         // A tap cuts a frame that is too long for the vector without a word; only the largest
         // frame of all fills it by right.
         if count < HEADER || (count == room && room != rules.largest) {
             return Ok(None);
         }
+        // The first buffer holds the header (`fill`).
+        let mut count_field = Buffers::default();
+        if let Some(chain) = self.chains.front() {
+            chain
+                .writable
+                .slices()
+                .for_each(|slice| count_field.push(*slice));
+        }
+        count_field.skip(NUM_BUFFERS);
         let mut left = count;
         let mut used = Vec::new();
         while left > 0 {
@@ -250,8 +247,7 @@ impl<'m> Pool<'m> {
                 break;
             };
             let length = chain.writable.len();
-            self.room -= length;
-            self.segments -= chain.writable.slices().count();
+            self.vectors.skip(chain.writable.slices().count());
             let taken = length.min(left);
             left -= taken;
             // A frame is shorter than 2^32.

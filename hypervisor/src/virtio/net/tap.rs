@@ -17,6 +17,9 @@ const TUN_F_CSUM: u64 = 1;
 const TUN_F_TSO4: u64 = 2;
 const TUN_F_TSO6: u64 = 4;
 const TUN_F_TSO_ECN: u64 = 8;
+const TUN_F_USO4: u64 = 0x20;
+const TUN_F_USO6: u64 = 0x40;
+const TUN_F_USO: u64 = TUN_F_USO4 | TUN_F_USO6;
 
 /// Why a network device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -39,19 +42,26 @@ pub enum NetError {
 pub struct Tap {
     fd: OwnedFd,
     is_tap: bool,
+    cuts_datagrams: bool,
 }
 
 impl Tap {
     /// Makes it non-blocking and sets the header's size; offloads stay off until the driver has
     /// said which it takes.
     pub fn new(fd: OwnedFd) -> Result<Self, NetError> {
-        let tap = Self { fd, is_tap: true };
+        let mut tap = Self {
+            fd,
+            is_tap: true,
+            cuts_datagrams: false,
+        };
         tap.set_nonblocking()?;
         // 12.
         let size = libc::c_int::try_from(HEADER).unwrap_or(12);
         // SAFETY: the request reads one int, which lives during the call.
         unsafe { requests::set_header_size(tap.fd.as_raw_fd(), &raw const size) }
             .map_err(|error| failed("set the header size", error))?;
+        // Linux 6.2; before, they are refused.
+        tap.cuts_datagrams = tap.ask_for(TUN_F_CSUM | TUN_F_USO).is_ok();
         tap.set_offloads(0)?;
         Ok(tap)
     }
@@ -60,7 +70,11 @@ impl Tap {
     #[cfg(any(test, feature = "fuzzing"))]
     #[allow(clippy::unwrap_used, reason = "of tests alone")]
     pub fn fake(fd: OwnedFd) -> Self {
-        let tap = Self { fd, is_tap: false };
+        let tap = Self {
+            fd,
+            is_tap: false,
+            cuts_datagrams: true,
+        };
         tap.set_nonblocking().unwrap();
         tap
     }
@@ -72,6 +86,11 @@ impl Tap {
         fcntl(&self.fd, FcntlArg::F_SETFL(flags))
             .map(drop)
             .map_err(|error| failed("set the flags", error))
+    }
+
+    /// Whether large UDP datagrams pass it, to be cut by whoever comes next, or to be taken whole.
+    pub fn cuts_datagrams(&self) -> bool {
+        self.cuts_datagrams
     }
 
     /// Lets the host send what a driver with these virtio features takes.
@@ -97,10 +116,18 @@ impl Tap {
         if offloads & (TUN_F_TSO4 | TUN_F_TSO6) == 0 {
             offloads &= TUN_F_CSUM;
         }
-        // SAFETY: the request takes a plain number.
-        unsafe { requests::set_offload(self.fd.as_raw_fd(), offloads) }
-            .map(drop)
+        // The host takes both or none.
+        let both = feature::GUEST_USO4 | feature::GUEST_USO6;
+        if features & both == both && offloads & TUN_F_CSUM != 0 {
+            offloads |= TUN_F_USO;
+        }
+        self.ask_for(offloads)
             .map_err(|error| failed("set the offloads", error))
+    }
+
+    fn ask_for(&self, offloads: u64) -> nix::Result<()> {
+        // SAFETY: the request takes a plain number.
+        unsafe { requests::set_offload(self.fd.as_raw_fd(), offloads) }.map(drop)
     }
 }
 
