@@ -142,12 +142,26 @@ pub enum DeviceConfig {
 /// A PCI function of the node, opened by way of VFIO.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VfioConfig {
-    /// The device, of a group in the container.
+    /// The device, which uses the address space that the VM's devices share.
     pub device: FdIndex,
-    /// With the first device that the VM has: the container, its IOMMU set to type 1. The later ones are in it too.
-    pub container: Option<FdIndex>,
+    /// With the first device that the VM has: that address space.
+    pub space: Option<SpaceConfig>,
     /// Where it is on the node, for messages: `0000:3b:00.0`.
     pub name: String,
+}
+
+/// Guest memory as the devices of the node see it: nothing is mapped in it yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SpaceConfig {
+    /// A container of VFIO groups, its IOMMU set to type 1.
+    Container(FdIndex),
+    /// An I/O address space.
+    Ioas {
+        /// Whose it is: `/dev/iommu`.
+        iommufd: FdIndex,
+        /// Its number there.
+        id: u32,
+    },
 }
 
 /// A virtio-net interface on a tap.

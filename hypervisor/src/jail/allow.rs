@@ -8,7 +8,7 @@
 
 use caps::Capability;
 
-use crate::vfio::kernel::REQUESTS;
+use crate::vfio::{kernel, space};
 
 /// Capabilities in the VMM's user namespace, for the file server alone: what a container's root may do
 /// to the files of its volumes. Never `SYS_ADMIN`: with it a read-only mount could be made writable.
@@ -401,13 +401,15 @@ const VFIO: &[Allowed] = allow![
     SYS_ioctl one_of(1, &VFIO_IOCTL),
 ];
 
-const VFIO_IOCTL: [u32; 9] = [
-    REQUESTS[0],
-    REQUESTS[1],
-    REQUESTS[2],
-    REQUESTS[3],
-    REQUESTS[4],
-    REQUESTS[5],
+const VFIO_IOCTL: [u32; 11] = [
+    kernel::REQUESTS[0],
+    kernel::REQUESTS[1],
+    kernel::REQUESTS[2],
+    kernel::REQUESTS[3],
+    space::REQUESTS[0],
+    space::REQUESTS[1],
+    space::REQUESTS[2],
+    space::REQUESTS[3],
     KVM_VM[0],
     KVM_VM[1],
     KVM_VM[2],
@@ -619,7 +621,7 @@ mod tests {
             }
             assert_eq!(can(kind, libc::SYS_openat, 0), kind == ThreadKind::Fs);
             let devices = kind == ThreadKind::Vfio || kind.gives_devices();
-            for request in REQUESTS {
+            for request in kernel::REQUESTS.into_iter().chain(space::REQUESTS) {
                 assert_eq!(can(kind, libc::SYS_ioctl, request), devices, "{kind:?}");
             }
             assert_eq!(can(kind, libc::SYS_setresuid, 0), kind == ThreadKind::Fs);

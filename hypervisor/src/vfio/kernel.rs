@@ -1,4 +1,4 @@
-//! [`Device`] and [`Dma`] over descriptors of VFIO, which the shim has opened and set up.
+//! [`Device`] over a descriptor of VFIO, which the shim has opened and set up.
 //!
 //! Trusts the node's kernel.
 
@@ -11,29 +11,19 @@ use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as sys;
 
 use super::device::{CONFIG_REGION, Device, Kind, Mapping, Region, Vectors, Word};
-use super::dma::Dma;
 
 /// `VFIO_TYPE` and `VFIO_BASE`: all requests are `_IO(';', 100 + n)`.
-const fn request(number: u32) -> u32 {
+pub(super) const fn request(number: u32) -> u32 {
     0x3b64 + number
 }
 
 /// The requests made here, for the filter of the thread that makes them.
-pub const REQUESTS: [u32; 6] = [
-    GET_REGION_INFO,
-    GET_IRQ_INFO,
-    SET_IRQS,
-    RESET,
-    MAP_DMA,
-    UNMAP_DMA,
-];
+pub const REQUESTS: [u32; 4] = [GET_REGION_INFO, GET_IRQ_INFO, SET_IRQS, RESET];
 
 const GET_REGION_INFO: u32 = request(8);
 const GET_IRQ_INFO: u32 = request(9);
 const SET_IRQS: u32 = request(10);
 const RESET: u32 = request(11);
-const MAP_DMA: u32 = request(13);
-const UNMAP_DMA: u32 = request(14);
 
 /// Capabilities of a region that are looked at.
 const MAX_CAPABILITIES: usize = 16;
@@ -43,7 +33,7 @@ const MAX_INFO: u32 = 4096;
 const IRQ_SET_HEADER: usize = 20;
 
 /// Makes a request whose argument lies in `bytes`, which starts with its length.
-fn ask(fd: &OwnedFd, request: u32, bytes: &mut [u8]) -> io::Result<()> {
+pub(super) fn ask(fd: &OwnedFd, request: u32, bytes: &mut [u8]) -> io::Result<()> {
     // SAFETY: the kernel reads and writes at most `argsz` bytes, which the callers set to the slice's length or less.
     let result = unsafe {
         libc::ioctl(
@@ -55,7 +45,7 @@ fn ask(fd: &OwnedFd, request: u32, bytes: &mut [u8]) -> io::Result<()> {
     Ok(Errno::result(result).map(drop)?)
 }
 
-fn put(bytes: &mut [u8], at: usize, value: u32) {
+pub(super) fn put(bytes: &mut [u8], at: usize, value: u32) {
     if let Some(place) = bytes.get_mut(at..at + 4) {
         place.copy_from_slice(&value.to_le_bytes());
     }
@@ -326,35 +316,6 @@ fn complete(count: isize, wanted: usize) -> io::Result<()> {
     }
 }
 
-/// A container with a type 1 IOMMU.
-#[derive(Debug)]
-pub struct Container(pub OwnedFd);
-
-impl Dma for Container {
-    fn map(&self, iova: u64, host: u64, size: u64) -> io::Result<()> {
-        let mut bytes = [0; 32];
-        put(&mut bytes, 0, 32);
-        put(
-            &mut bytes,
-            4,
-            sys::VFIO_DMA_MAP_FLAG_READ | sys::VFIO_DMA_MAP_FLAG_WRITE,
-        );
-        for (at, value) in [(8, host), (16, iova), (24, size)] {
-            bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
-        }
-        ask(&self.0, MAP_DMA, &mut bytes)
-    }
-
-    fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {
-        let mut bytes = [0; 24];
-        put(&mut bytes, 0, 24);
-        for (at, value) in [(8, iova), (16, size)] {
-            bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
-        }
-        ask(&self.0, UNMAP_DMA, &mut bytes)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,11 +367,9 @@ mod tests {
 
     #[test]
     fn requests_have_the_numbers_and_lengths_of_the_kernels_header() {
-        assert_eq!(REQUESTS, [0x3b6c, 0x3b6d, 0x3b6e, 0x3b6f, 0x3b71, 0x3b72]);
+        assert_eq!(REQUESTS, [0x3b6c, 0x3b6d, 0x3b6e, 0x3b6f]);
         assert_eq!(size_of::<sys::vfio_region_info>(), 32);
         assert_eq!(size_of::<sys::vfio_irq_info>(), 16);
-        assert_eq!(size_of::<sys::vfio_iommu_type1_dma_map>(), 32);
-        assert_eq!(size_of::<sys::vfio_iommu_type1_dma_unmap>(), 24);
         assert_eq!(irq_set(2, 36, 1, 2).len(), IRQ_SET_HEADER);
     }
 

@@ -1,6 +1,7 @@
 //! Devices of the node in a guest (VFIO): their registers, their interrupts, their DMA.
 //!
-//! The shim opens everything: the container with its IOMMU set, and the device. Here the device is read, filtered and
+//! The shim opens everything: the address space of the devices (a container with its IOMMU set, or an I/O address space of
+//! iommufd), and the device. Here the device is read, filtered and
 //! put on the guest's bus. [`device::Device`] is the device as its kernel interface shows it, so that everything above
 //! it also runs against a stand-in. Its descriptors belong to one thread ([`owner`]) whose filter alone has VFIO's
 //! calls; CPU threads ask it for what reaches the device, which is no part of a data path: BARs are mapped, and
@@ -19,6 +20,7 @@ mod hostile;
 pub mod interrupts;
 pub mod kernel;
 pub mod owner;
+pub mod space;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod words;

@@ -1,39 +1,31 @@
-//! Devices of the node by way of VFIO: which group a node in /dev names, whether the group is whole, and its descriptors.
+//! Devices of the node by way of VFIO: which group a node in /dev names, and whether the group is whole.
 //!
 //! A group is what the IOMMU can tell apart, so it goes whole or not at all. The devices are with vfio-pci already, as
 //! device plugins leave them; nothing is bound here, so nothing has to be given back but descriptors: the kernel resets a
 //! device when its last one is closed, by whatever death. Blocking. Trusts the node's sysfs.
 
-use std::ffi::CString;
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-
-use brig_hypervisor::launch::open_sealed;
-use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
 
+mod calls;
 mod choose;
+mod open;
+#[cfg(test)]
+mod testing;
 
+use calls::{Calls, Kernel};
 pub use choose::Opened;
-
-/// `linux/vfio.h`: `_IO(';', 100 + n)`.
-const GET_API_VERSION: libc::Ioctl = 0x3b64;
-const CHECK_EXTENSION: libc::Ioctl = 0x3b65;
-const SET_IOMMU: libc::Ioctl = 0x3b66;
-const GROUP_SET_CONTAINER: libc::Ioctl = 0x3b68;
-const GROUP_GET_DEVICE_FD: libc::Ioctl = 0x3b6a;
-/// `VFIO_TYPE1v2_IOMMU`.
-const TYPE1: libc::c_ulong = 3;
+pub use open::{Group, Space};
 
 /// Where the node shows its devices.
 #[derive(Debug, Clone)]
 pub struct Node {
     sys: PathBuf,
     dev: PathBuf,
+    calls: Arc<dyn Calls>,
 }
 
 impl Default for Node {
@@ -45,10 +37,33 @@ impl Default for Node {
 /// What a node in /dev is to VFIO.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Named {
-    /// A device or a group of this number.
+    /// A group of this number.
     Group(u32),
-    /// The container's node, which device plugins give as well and which means nothing in a guest.
-    Container,
+    /// A device by itself, of the group of this number.
+    Device(u32),
+    /// The node of all groups, or of iommufd, which device plugins give as well and which mean nothing in a guest.
+    Interface,
+}
+
+impl Named {
+    /// The group that it is or belongs to, and the way to it that the name implies.
+    #[must_use]
+    pub fn group(self) -> Option<(u32, Way)> {
+        match self {
+            Self::Group(number) => Some((number, Way::Groups)),
+            Self::Device(number) => Some((number, Way::Iommufd)),
+            Self::Interface => None,
+        }
+    }
+}
+
+/// By which interface of the kernel a VM has its devices: all of them by the same one, which pins its memory once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// `/dev/vfio/12`, in a container.
+    Groups,
+    /// `/dev/vfio/devices/vfio0`, in an address space of `/dev/iommu`.
+    Iommufd,
 }
 
 /// The name of what a link of sysfs leads to.
@@ -57,23 +72,15 @@ fn target(link: &Path) -> Option<String> {
     Some(target.file_name()?.to_string_lossy().into_owned())
 }
 
-/// A group that is open.
-#[derive(Debug)]
-pub struct Group {
-    /// Held as long as its devices are used.
-    _group: OwnedFd,
-    /// Its devices by their PCI addresses, each until it is given to a VMM.
-    pub devices: Vec<(String, OwnedFd)>,
-}
-
-impl Group {
-    /// One that is open.
-    pub(crate) fn new(group: OwnedFd, devices: Vec<(String, OwnedFd)>) -> Self {
-        Self {
-            _group: group,
-            devices,
-        }
-    }
+/// The name of a device's own node, by its directory in sysfs.
+fn device_node(device: &Path) -> std::result::Result<String, String> {
+    let mut entries = fs::read_dir(device.join("vfio-dev")).into_iter().flatten();
+    let entry = entries.next().and_then(std::result::Result::ok);
+    let name = entry.and_then(|entry| entry.file_name().into_string().ok());
+    name.ok_or_else(|| {
+        "it has no node in /dev/vfio/devices: the node's kernel needs CONFIG_VFIO_DEVICE_CDEV, or CONFIG_VFIO_GROUP"
+            .to_owned()
+    })
 }
 
 impl Node {
@@ -82,74 +89,47 @@ impl Node {
     pub fn new() -> Self {
         Self {
             sys: "/sys".into(),
-            dev: "/dev/vfio".into(),
+            dev: "/dev".into(),
+            calls: Arc::new(Kernel),
         }
     }
 
     /// Whether anything is there to be passed through.
     #[must_use]
     pub fn has_devices(&self) -> bool {
-        let Ok(entries) = fs::read_dir(&self.dev) else {
+        let Ok(entries) = fs::read_dir(self.dev.join("vfio")) else {
             return false;
         };
         entries.flatten().any(|entry| entry.file_name() != "vfio")
     }
 
     /// What a character device is to VFIO, by its numbers: a container may have it under any name.
-    ///
-    /// # Errors
-    /// A device whose group has no node, because the kernel has only the newer interface.
-    pub fn named(&self, (major, minor): (u32, u32)) -> Result<Option<Named>> {
-        let link = self.sys.join(format!("dev/char/{major}:{minor}"));
-        let Ok(place) = fs::canonicalize(link) else {
-            return Ok(None);
-        };
+    #[must_use]
+    pub fn named(&self, (major, minor): (u32, u32)) -> Option<Named> {
+        let place = fs::canonicalize(self.sys.join(format!("dev/char/{major}:{minor}"))).ok()?;
         let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
-        let (Some(own), Some(class)) = (name(&place), place.parent().and_then(name)) else {
-            return Ok(None);
-        };
-        match class.as_str() {
-            "vfio" => Ok(own.parse().ok().map(Named::Group)),
-            "misc" if own == "vfio" => Ok(Some(Named::Container)),
-            "vfio-dev" => {
-                let group = target(&place.join("device/iommu_group"));
-                let number = group.and_then(|group| group.parse().ok());
-                match number {
-                    Some(number) if self.dev.join(format!("{number}")).exists() => {
-                        Ok(Some(Named::Group(number)))
-                    }
-                    _ => Err(Error::new(
-                        Kind::FailedPrecondition,
-                        format!(
-                            "/dev/vfio/devices/{own} has no group in /dev/vfio: Brig needs a kernel with \
-                             CONFIG_VFIO_GROUP"
-                        ),
-                    )),
-                }
+        let (own, class) = (name(&place)?, place.parent().and_then(name)?);
+        match (class.as_str(), own.as_str()) {
+            ("vfio", _) => own.parse().ok().map(Named::Group),
+            ("misc", "vfio" | "iommu") => Some(Named::Interface),
+            ("vfio-dev", _) => {
+                let group = target(&place.join("device/iommu_group"))?;
+                group.parse().ok().map(Named::Device)
             }
-            _ => Ok(None),
+            _ => None,
         }
     }
 
-    /// A container for groups.
-    ///
-    /// # Errors
-    /// `FailedPrecondition`: the module is missing.
-    pub fn container(&self) -> Result<OwnedFd> {
-        let container = open_sealed(&self.dev.join("vfio"), OFlag::O_RDWR).map_err(|error| {
-            Error::new(
-                Kind::FailedPrecondition,
-                format!("/dev/vfio/vfio cannot be opened ({error}): load vfio-pci on this node"),
-            )
-        })?;
-        let version = request(&container, GET_API_VERSION, 0);
-        if version != Ok(0) || !matches!(request(&container, CHECK_EXTENSION, TYPE1), Ok(1..)) {
-            return Err(Error::new(
-                Kind::FailedPrecondition,
-                "this node's VFIO has no type 1 IOMMU: load vfio_iommu_type1".to_owned(),
-            ));
+    /// The way to have devices that were asked for by `wanted`: the other one on a node whose kernel lacks that.
+    #[must_use]
+    pub fn way(&self, wanted: Way) -> Way {
+        let groups = self.dev.join("vfio/vfio").exists();
+        let devices = self.dev.join("vfio/devices").exists() && self.dev.join("iommu").exists();
+        match (groups, devices) {
+            (true, true) => wanted,
+            (false, true) => Way::Iommufd,
+            _ => Way::Groups,
         }
-        Ok(container)
     }
 
     /// The PCI addresses of a group's devices.
@@ -242,10 +222,12 @@ impl Node {
             Some(driver) if driver.contains("vfio") => {
                 let number = group.parse().map_err(|_| format!("IOMMU group {group}"))?;
                 self.members(number).map_err(|error| error.message)?;
-                Ok(format!(
-                    "can be given to a pod as {}/{group}",
-                    self.dev.display()
-                ))
+                let path = self.dev.join("vfio");
+                let node = match self.way(Way::Groups) {
+                    Way::Groups => path.join(group),
+                    Way::Iommufd => path.join("devices").join(device_node(device)?),
+                };
+                Ok(format!("can be given to a pod as {}", node.display()))
             }
             Some(driver) => Err(format!(
                 "the node uses it ({driver}, IOMMU group {group}): bind it to vfio-pci to give it to a pod"
@@ -255,161 +237,46 @@ impl Node {
             )),
         }
     }
-
-    /// Opens a group and its devices, in `container`; `first`: nothing is in it yet.
-    ///
-    /// # Errors
-    /// One sentence with the fix: held by another pod, not whole, not safe.
-    pub fn open(&self, number: u32, container: &OwnedFd, first: bool) -> Result<Group> {
-        let members = self.members(number)?;
-        let refused = |what: String| Error::new(Kind::FailedPrecondition, what);
-        let path = self.dev.join(number.to_string());
-        let group = fs::File::options().read(true).write(true).open(&path);
-        let group: OwnedFd = group
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::EBUSY) => refused(format!(
-                    "IOMMU group {number} ({}) is in use by another pod or program",
-                    members.join(", ")
-                )),
-                _ => refused(format!("{} cannot be opened: {error}", path.display())),
-            })?
-            .into();
-        let raw = container.as_raw_fd();
-        // The kernel reads an int.
-        request(
-            &group,
-            GROUP_SET_CONTAINER,
-            (&raw const raw).addr() as libc::c_ulong,
-        )
-        .map_err(|errno| {
-            refused(format!(
-                "IOMMU group {number} ({}) cannot be put beside the pod's other devices: {errno}",
-                members.join(", ")
-            ))
-        })?;
-        if first {
-            request(container, SET_IOMMU, TYPE1).map_err(|errno| match errno {
-                Errno::EPERM => refused(format!(
-                    "the node's IOMMU does not remap interrupts, so IOMMU group {number} is not safe to give away: turn \
-                     interrupt remapping on in the firmware"
-                )),
-                _ => refused(format!("the node's IOMMU cannot be used for group {number}: {errno}")),
-            })?;
-        }
-        let mut devices = Vec::new();
-        for name in members {
-            let text = CString::new(name.clone())
-                .map_err(|_| Error::internal("a PCI address with a zero in it"))?;
-            let address = text.as_ptr().addr() as libc::c_ulong;
-            let fd = request(&group, GROUP_GET_DEVICE_FD, address).map_err(|errno| {
-                refused(format!(
-                    "device {name} cannot be opened: {}",
-                    io::Error::from(errno)
-                ))
-            })?;
-            // SAFETY: the kernel has just made this descriptor for us alone.
-            devices.push((name, unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-        Ok(Group::new(group, devices))
-    }
-}
-
-fn request(
-    fd: &OwnedFd,
-    request: libc::Ioctl,
-    argument: libc::c_ulong,
-) -> nix::Result<libc::c_int> {
-    // SAFETY: the requests made here take a number, or read an int or a text that the caller keeps meanwhile.
-    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::testing::Fake;
     use super::*;
-    use std::os::unix::fs::symlink;
-
-    pub(super) struct Fake {
-        root: tempfile::TempDir,
-        pub(super) node: Node,
-    }
-
-    impl Fake {
-        pub(super) fn new() -> Self {
-            let root = tempfile::tempdir().unwrap();
-            let node = Node {
-                sys: root.path().join("sys"),
-                dev: root.path().join("dev"),
-            };
-            fs::create_dir_all(&node.dev).unwrap();
-            Self { root, node }
-        }
-
-        fn directory(&self, path: &str) -> PathBuf {
-            let made = self.root.path().join("sys").join(path);
-            fs::create_dir_all(&made).unwrap();
-            made
-        }
-
-        fn member(&self, group: u32, name: &str, class: &str, driver: Option<&str>) {
-            let device = self.directory(&format!("kernel/iommu_groups/{group}/devices/{name}"));
-            fs::write(device.join("class"), format!("{class}\n")).unwrap();
-            if let Some(driver) = driver {
-                symlink(format!("/drivers/{driver}"), device.join("driver")).unwrap();
-            }
-        }
-
-        /// An NVMe.
-        pub(super) fn device(
-            &self,
-            name: &str,
-            class: &str,
-            driver: Option<&str>,
-            group: Option<u32>,
-        ) {
-            let place = self.directory(&format!("bus/pci/devices/{name}"));
-            for (file, text) in [("class", class), ("vendor", "0x1b36"), ("device", "0x0010")] {
-                fs::write(place.join(file), format!("{text}\n")).unwrap();
-            }
-            if let Some(driver) = driver {
-                let target = self.directory(&format!("bus/pci/drivers/{driver}"));
-                symlink(target, place.join("driver")).unwrap();
-            }
-            if let Some(group) = group {
-                let target = self.directory(&format!("kernel/iommu_groups/{group}"));
-                symlink(target, place.join("iommu_group")).unwrap();
-                self.member(group, name, class, driver);
-            }
-        }
-
-        fn character(&self, number: &str, target: &str) {
-            let target = self.directory(target);
-            let links = self.directory("dev/char");
-            symlink(target, links.join(number)).unwrap();
-        }
-    }
 
     #[test]
     fn nodes_are_known_by_their_numbers_and_not_by_their_names() {
         let fake = Fake::new();
         fake.character("240:0", "devices/virtual/vfio/12");
         fake.character("10:196", "devices/virtual/misc/vfio");
+        fake.character("10:125", "devices/virtual/misc/iommu");
         fake.character("10:229", "devices/virtual/misc/fuse");
-        fake.character("511:0", "devices/pci0000:00/0000:00:04.0/vfio-dev/vfio0");
-        let named = |numbers| fake.node.named(numbers).unwrap();
+        fake.device("0000:00:04.0", "0x010802", Some("vfio-pci"), Some(7));
+        fake.character("511:0", &fake.own_node("0000:00:04.0", "vfio0"));
+        let named = |numbers| fake.node.named(numbers);
         assert_eq!(named((240, 0)), Some(Named::Group(12)));
-        assert_eq!(named((10, 196)), Some(Named::Container));
+        assert_eq!(named((10, 196)), Some(Named::Interface));
+        assert_eq!(named((10, 125)), Some(Named::Interface));
         assert_eq!(named((10, 229)), None);
         assert_eq!(named((1, 3)), None);
-        // A device by itself, first without a group's node, then with.
-        let device = fake.directory("devices/pci0000:00/0000:00:04.0");
-        let group = fake.directory("kernel/iommu_groups/7");
-        symlink(&group, device.join("iommu_group")).unwrap();
-        let place = device.join("vfio-dev/vfio0");
-        symlink(&device, place.join("device")).unwrap();
-        let refused = fake.node.named((511, 0)).unwrap_err().message;
-        assert!(refused.contains("CONFIG_VFIO_GROUP"), "{refused}");
-        fs::write(fake.node.dev.join("7"), "").unwrap();
-        assert_eq!(named((511, 0)), Some(Named::Group(7)));
+        let device = named((511, 0)).unwrap();
+        assert_eq!(device, Named::Device(7));
+        assert_eq!(device.group(), Some((7, Way::Iommufd)));
+    }
+
+    #[test]
+    fn the_way_is_what_was_asked_for_or_the_only_one_that_the_kernel_has() {
+        let fake = Fake::new();
+        let ways = || [Way::Groups, Way::Iommufd].map(|way| fake.node.way(way));
+        // Where there is neither, a container is what is missed.
+        assert_eq!(ways(), [Way::Groups; 2]);
+        fake.node_file("iommu");
+        fake.node_file("vfio/devices/vfio0");
+        assert_eq!(ways(), [Way::Iommufd; 2]);
+        fake.node_file("vfio/vfio");
+        assert_eq!(ways(), [Way::Groups, Way::Iommufd]);
+        fs::remove_file(fake.node.dev.join("iommu")).unwrap();
+        assert_eq!(ways(), [Way::Groups; 2]);
     }
 
     #[test]
@@ -445,6 +312,7 @@ mod tests {
         fake.device("0000:00:03.0", "0x020000", Some("e1000e"), Some(3));
         fake.device("0000:00:04.0", "0x030000", None, Some(4));
         fake.device("0000:00:05.0", "0x030000", None, None);
+        fake.node_file("vfio/vfio");
         let said: Vec<String> = fake
             .node
             .survey()
@@ -463,15 +331,27 @@ mod tests {
     }
 
     #[test]
-    fn a_node_without_vfio_has_nothing_and_says_what_to_load() {
+    fn a_device_of_a_kernel_without_groups_is_told_by_its_own_node() {
+        let fake = Fake::new();
+        fake.device("0000:00:02.0", "0x010802", Some("vfio-pci"), Some(2));
+        fake.node_file("iommu");
+        fake.node_file("vfio/devices/vfio3");
+        let verdict = || fake.node.survey().remove(0).1;
+        assert!(verdict().unwrap_err().contains("CONFIG_VFIO_DEVICE_CDEV"));
+        fake.own_node("0000:00:02.0", "vfio3");
+        assert!(verdict().unwrap().ends_with("/vfio/devices/vfio3"));
+    }
+
+    #[test]
+    fn a_node_has_devices_when_one_has_a_node() {
         let fake = Fake::new();
         assert!(!fake.node.has_devices());
-        let refused = fake.node.container().unwrap_err().message;
-        assert!(refused.contains("vfio-pci"), "{refused}");
-        fs::write(fake.node.dev.join("vfio"), "").unwrap();
+        fake.node_file("vfio/vfio");
         assert!(!fake.node.has_devices());
-        assert!(fake.node.container().is_err());
-        fs::write(fake.node.dev.join("12"), "").unwrap();
+        fake.node_file("vfio/12");
+        assert!(fake.node.has_devices());
+        let fake = Fake::new();
+        fake.node_file("vfio/devices/vfio0");
         assert!(fake.node.has_devices());
     }
 }

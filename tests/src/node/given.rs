@@ -1,7 +1,8 @@
 //! PCI devices of the node that a test gives away: found by what they are, bound to vfio-pci as a device plugin leaves
 //! them, and with the node again at the end of a scope. The node needs an IOMMU and devices (`BRIG_NODE_VFIO=1`).
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,6 +12,23 @@ use brig_suite::case::not_here;
 use super::check::equal;
 
 const DEVICES: &str = "/sys/bus/pci/devices";
+
+/// What a device plugin gives beside a group's node, and beside a device's own.
+const INTERFACES: [&str; 2] = ["/dev/vfio/vfio", "/dev/iommu"];
+
+/// That of the two that the node has.
+#[must_use]
+pub fn interface() -> &'static str {
+    let [groups, devices] = INTERFACES;
+    if Path::new(groups).exists() {
+        groups
+    } else {
+        devices
+    }
+}
+
+/// `VFIO_DEVICE_BIND_IOMMUFD`.
+const BIND_IOMMUFD: libc::Ioctl = 0x3b76;
 
 /// What a device is, by its vendor and device numbers.
 #[derive(Debug, Clone, Copy)]
@@ -122,10 +140,42 @@ impl Given {
         Ok(given)
     }
 
-    /// The group's node in /dev.
+    /// The group's node in /dev; its own, where the kernel has no groups.
     #[must_use]
     pub fn node(&self) -> String {
-        format!("/dev/vfio/{}", self.group)
+        let group = format!("/dev/vfio/{}", self.group);
+        if Path::new(&group).exists() {
+            return group;
+        }
+        self.own_node().unwrap_or(group)
+    }
+
+    /// Its own node, where the kernel has such.
+    #[must_use]
+    pub fn own_node(&self) -> Option<String> {
+        let mut own = fs::read_dir(self.directory().join("vfio-dev")).ok()?;
+        let name = own.next()?.ok()?.file_name();
+        let node = format!("/dev/vfio/devices/{}", name.to_str()?);
+        Path::new(&node).exists().then_some(node)
+    }
+
+    /// Nobody has it open.
+    ///
+    /// # Errors
+    /// Who cannot be asked.
+    pub fn is_free(&self) -> Result<bool> {
+        let open = |path: &str| File::options().read(true).write(true).open(path);
+        let node = self.node();
+        if Some(&node) != self.own_node().as_ref() {
+            // A group has one owner.
+            return Ok(open(&node).is_ok());
+        }
+        // Anybody may open the device's node, and one may bind it.
+        let (device, iommufd) = (open(&node)?, open(INTERFACES[1])?);
+        let mut bind = [16, 0, iommufd.as_raw_fd(), 0];
+        // SAFETY: the kernel reads and writes the 16 bytes of `vfio_device_bind_iommufd`.
+        let bound = unsafe { libc::ioctl(device.as_raw_fd(), BIND_IOMMUFD, bind.as_mut_ptr()) };
+        Ok(bound == 0)
     }
 
     /// Its directory in sysfs.

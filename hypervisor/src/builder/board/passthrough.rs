@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Weak};
 
@@ -13,15 +13,16 @@ use super::plug::{Base, Behind, Plugged};
 use super::{Board, check_vectors};
 use crate::builder::descriptors::{self, Descriptors};
 use crate::builder::error::StartError;
-use crate::control::{DeviceWord, VfioConfig, exit};
+use crate::control::{DeviceWord, SpaceConfig, VfioConfig, exit};
 use crate::jail::seccomp::{SeccompError, ThreadKind};
 use crate::notice::Notice;
 use crate::vfio::bars::MemorySlots;
 use crate::vfio::device::Word;
-use crate::vfio::dma::{DmaError, GuestDma};
+use crate::vfio::dma::{Dma, DmaError, GuestDma};
 use crate::vfio::function::{PassedThrough, Prepared};
-use crate::vfio::kernel::{Container, KernelDevice};
+use crate::vfio::kernel::KernelDevice;
 use crate::vfio::owner::{self, Owner};
+use crate::vfio::space::{Container, Ioas};
 use crate::vfio::words::Words;
 
 /// Events beside those of interrupts.
@@ -50,8 +51,8 @@ struct Preparing {
 
 /// Where a device's memory mappings come from.
 enum Source {
-    /// The first device brings them.
-    New(OwnedFd),
+    /// The first device brings their address space.
+    New(Box<dyn Dma>),
     /// There are some.
     Shared(Arc<GuestDma>),
 }
@@ -132,11 +133,17 @@ impl Board {
             ));
         }
         let device = fds.take(vfio.device, "device")?;
-        let source = match vfio.container {
-            Some(index) => Source::New(fds.take(index, "container")?),
+        let source = match vfio.space {
+            Some(SpaceConfig::Container(index)) => {
+                Source::New(Box::new(Container(fds.take(index, "container")?)))
+            }
+            Some(SpaceConfig::Ioas { iommufd, id }) => {
+                let iommufd = fds.take(iommufd, "iommufd")?;
+                Source::New(Box::new(Ioas { iommufd, id }))
+            }
             None => Source::Shared(self.passthrough.dma.upgrade().ok_or_else(|| {
                 StartError::State(
-                    "no device is there whose container this one could share".to_owned(),
+                    "no device is there whose address space this one could share".to_owned(),
                 )
             })?),
         };
@@ -161,12 +168,9 @@ impl Board {
                     .map_err(failed)
                     .and_then(|device| {
                         let dma = match source {
-                            Source::New(container) => {
-                                let container = Box::new(Container(container));
+                            Source::New(space) => {
                                 let has = |part| plugged.within(&part);
-                                Arc::new(GuestDma::new(
-                                    container, &memory, &reclaim, lockable, has,
-                                )?)
+                                Arc::new(GuestDma::new(space, &memory, &reclaim, lockable, has)?)
                             }
                             Source::Shared(dma) => dma,
                         };

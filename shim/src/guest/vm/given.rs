@@ -1,14 +1,16 @@
 //! Devices of the node that a VM has from its start: those of the handler's list. They are open before the VMM is asked
 //! for the machine, and its memory is pinned before the guest runs.
 
-use brig_hypervisor::control::{MAX_FDS, VfioConfig};
+use std::io;
 use std::os::fd::OwnedFd;
+
+use brig_hypervisor::control::{MAX_FDS, SpaceConfig, VfioConfig};
 
 use super::groups::{Groups, Held, Holder};
 use crate::asked::config::{MIB, Wish};
 use crate::error::{Error, Kind, Result};
 use crate::node::cgroup::Cgroup;
-use crate::node::vfio::{Node, Opened};
+use crate::node::vfio::{Node, Opened, Space};
 
 /// What the VMM and the kernel's structures for it take beside the guest's memory (docs/overhead.md), in bytes.
 const BESIDE: u64 = 2 * MIB;
@@ -52,17 +54,16 @@ impl Given {
             for (name, device) in std::mem::take(&mut group.devices) {
                 fds.push(device);
                 let device = fds.len() - 1;
-                let container = if devices.is_empty() {
-                    let container = self.opened.container.try_clone();
-                    fds.push(container.map_err(|error| Error::io("the VFIO container", &error))?);
-                    Some(fds.len() - 1)
+                let space = if devices.is_empty() {
+                    let space = self.opened.space.try_clone();
+                    Some(describe(space.map_err(|error| no_space(&error))?, fds))
                 } else {
                     None
                 };
                 self.order.push(*number);
                 devices.push(VfioConfig {
                     device,
-                    container,
+                    space,
                     name,
                 });
             }
@@ -84,7 +85,7 @@ impl Given {
     /// described.
     pub(super) fn hold(self, functions: &[u8]) -> Groups {
         let mut groups = Groups {
-            container: Some(self.opened.container),
+            space: Some(self.opened.space),
             ..Groups::default()
         };
         for (number, group) in self.opened.groups {
@@ -100,6 +101,25 @@ impl Given {
         }
         groups
     }
+}
+
+/// Describes an address space whose descriptor goes behind those that are in `fds`.
+pub(super) fn describe(space: Space, fds: &mut Vec<OwnedFd>) -> SpaceConfig {
+    let index = fds.len();
+    match space {
+        Space::Container(container) => {
+            fds.push(container);
+            SpaceConfig::Container(index)
+        }
+        Space::Ioas { iommufd, id } => {
+            fds.push(iommufd);
+            SpaceConfig::Ioas { iommufd: index, id }
+        }
+    }
+}
+
+pub(super) fn no_space(error: &io::Error) -> Error {
+    Error::io("the address space of the pod's devices", error)
 }
 
 /// Refuses a device to a pod whose limit is below its VM's size: the VM would be killed while its memory is pinned.
@@ -142,11 +162,15 @@ mod tests {
     fn devices_are_described_behind_what_is_there_and_held_by_their_groups() {
         let group = |names: &[&str]| {
             let devices = names.iter().map(|name| ((*name).to_owned(), null()));
-            Group::new(null(), devices.collect())
+            Group::new(None, devices.collect())
+        };
+        let ioas = Space::Ioas {
+            iommufd: null(),
+            id: 2,
         };
         let mut given = Given {
             opened: Opened {
-                container: null(),
+                space: ioas,
                 groups: vec![(7, group(&["a", "b"])), (3, group(&["c"]))],
             },
             order: Vec::new(),
@@ -155,10 +179,11 @@ mod tests {
         let devices = given.describe(&mut fds).unwrap();
         let shown: Vec<_> = devices
             .iter()
-            .map(|device| (device.name.as_str(), device.device, device.container))
+            .map(|device| (device.name.as_str(), device.device, device.space))
             .collect();
-        // The first brings the container along.
-        assert_eq!(shown, [("a", 1, Some(2)), ("b", 3, None), ("c", 4, None)]);
+        // The first brings the address space along.
+        let space = Some(SpaceConfig::Ioas { iommufd: 2, id: 2 });
+        assert_eq!(shown, [("a", 1, space), ("b", 3, None), ("c", 4, None)]);
         assert_eq!(fds.len(), 5);
         let groups = given.hold(&[0xf8, 0xf0, 0xe8]);
         let held = |number: u32| groups.groups[&number].functions.clone();
@@ -169,7 +194,7 @@ mod tests {
                 .values()
                 .all(|held| held.holder == Holder::Pod && !held.found)
         );
-        assert!(groups.container.is_some());
+        assert!(groups.space.is_some());
     }
 
     #[test]
@@ -177,8 +202,8 @@ mod tests {
         let devices = (0..MAX_FDS).map(|number| (number.to_string(), null()));
         let mut given = Given {
             opened: Opened {
-                container: null(),
-                groups: vec![(1, Group::new(null(), devices.collect()))],
+                space: Space::Container(null()),
+                groups: vec![(1, Group::new(None, devices.collect()))],
             },
             order: Vec::new(),
         };

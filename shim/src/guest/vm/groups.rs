@@ -2,15 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::fd::OwnedFd;
 
-use crate::node::vfio::Group;
+use crate::node::vfio::{Group, Space};
 
 /// The groups of a VM.
 #[derive(Debug, Default)]
 pub(super) struct Groups {
     /// While there is a group.
-    pub(super) container: Option<OwnedFd>,
+    pub(super) space: Option<Space>,
     /// By number.
     pub(super) groups: BTreeMap<u32, Held>,
     /// Somebody waits for the VM's end, to let go of all of it: the memory of a VM that has died stays pinned as long

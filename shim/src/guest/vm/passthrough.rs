@@ -1,4 +1,4 @@
-//! Devices of the node that a VM has, by IOMMU group. One container for all of them: the guest's memory is pinned once.
+//! Devices of the node that a VM has, by IOMMU group. One address space for all of them: the guest's memory is pinned once.
 //!
 //! What comes back is only descriptors: the VMM's go with the device or with its process, ours here. One that somebody
 //! takes from vfio-pci on the node while a pod has it is taken from the guest, which its containers see as a device that
@@ -15,10 +15,10 @@ use slog::{Logger, info, warn};
 use tokio::sync::mpsc;
 
 use super::Vm;
-use super::given::{Given, room_for};
+use super::given::{Given, describe, no_space, room_for};
 use super::groups::{Held, Holder};
 use crate::error::{Error, Result};
-use crate::node::vfio::Node;
+use crate::node::vfio::{Node, Space, Way};
 
 /// Does what the node says of devices that the VM has.
 pub(super) async fn heed(
@@ -54,7 +54,7 @@ impl Vm {
             let _ = death.wait_for(Option::is_some).await;
             let mut held = held.lock().await;
             held.groups.clear();
-            held.container = None;
+            held.space = None;
         });
     }
 
@@ -75,7 +75,7 @@ impl Vm {
         if last {
             passthrough.groups.remove(&number);
             if passthrough.groups.is_empty() {
-                passthrough.container = None;
+                passthrough.space = None;
             }
         }
     }
@@ -109,14 +109,14 @@ impl Vm {
         Ok(functions)
     }
 
-    /// Gives a group's devices to the guest, for the container `owner`; their functions. `bundle` is the image of drivers that
+    /// Gives a group's devices to the guest, for the container `owner`, by `way` if the VM has none yet; their functions. `bundle` is the image of drivers that
     /// the handler has for them.
     ///
     /// # Errors
     /// One sentence: the node's, the VMM's or the guest's. Nothing is left of it then.
     pub async fn give_group(
         &self,
-        number: u32,
+        (number, way): (u32, Way),
         owner: &str,
         bundle: Option<&Path>,
         logger: &Logger,
@@ -137,31 +137,29 @@ impl Vm {
         room.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
         self.share_bundle(bundle, &mut passthrough.has_bundle)
             .await?;
-        let shared = passthrough.container.as_ref().map(OwnedFd::try_clone);
-        let shared = shared
-            .transpose()
-            .map_err(|error| Error::io("the VFIO container", &error))?;
+        let shared = passthrough.space.as_ref().map(Space::try_clone);
+        let shared = shared.transpose().map_err(|error| no_space(&error))?;
         let first = shared.is_none();
         let opened = tokio::task::spawn_blocking(move || {
             let node = Node::new();
-            let container = match shared {
-                Some(container) => container,
-                None => node.container()?,
+            let space = match shared {
+                Some(space) => space,
+                None => node.space(node.way(way))?,
             };
-            let group = node.open(number, &container, first)?;
-            Ok::<_, Error>((container, group))
+            let group = node.open(number, &space, first)?;
+            Ok::<_, Error>((space, group))
         });
         let opened = opened
             .await
             .map_err(|error| Error::internal(format!("a worker has ended: {error}")))?;
-        let (container, mut group) = opened?;
+        let (space, mut group) = opened?;
         let mut functions = Vec::new();
         for (name, device) in std::mem::take(&mut group.devices) {
-            // Those of the group before it brought the container along.
-            let with = (first && functions.is_empty()).then(|| container.try_clone());
+            // Those of the group before it brought the address space along.
+            let with = (first && functions.is_empty()).then(|| space.try_clone());
             let plugged = match with.transpose() {
                 Ok(with) => self.give_device(name, device, with).await,
-                Err(error) => Err(Error::io("the VFIO container", &error)),
+                Err(error) => Err(no_space(&error)),
             };
             match plugged {
                 Ok(function) => functions.push(function),
@@ -174,7 +172,7 @@ impl Vm {
         info!(logger, "devices of the node were given to the pod"; "group" => number, "container" => owner,
             "functions" => functions.len());
         if first {
-            passthrough.container = Some(container);
+            passthrough.space = Some(space);
         }
         self.let_go_at_the_end(&mut passthrough.watched);
         let held = Held {
@@ -212,19 +210,13 @@ impl Vm {
         Ok(())
     }
 
-    async fn give_device(
-        &self,
-        name: String,
-        device: OwnedFd,
-        container: Option<OwnedFd>,
-    ) -> Result<u8> {
+    async fn give_device(&self, name: String, device: OwnedFd, space: Option<Space>) -> Result<u8> {
+        let mut fds = vec![device];
         let config = VfioConfig {
             device: 0,
-            container: container.is_some().then_some(1),
+            space: space.map(|space| describe(space, &mut fds)),
             name: name.clone(),
         };
-        let mut fds = vec![device];
-        fds.extend(container);
         let plugged = self.plug_and_find(DeviceConfig::Vfio(config), fds).await;
         match plugged {
             Ok((function, _)) => Ok(function),
@@ -261,7 +253,7 @@ impl Vm {
             }
         }
         if passthrough.groups.is_empty() {
-            passthrough.container = None;
+            passthrough.space = None;
         }
     }
 }

@@ -4,17 +4,16 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::fd::OwnedFd;
 
-use super::{Group, Node, target};
+use super::{Group, Node, Space, Way, target};
 use crate::asked::config::Wish;
 use crate::error::{Error, Kind, Result};
 
-/// Groups that are open, in the container that they share.
+/// Groups that are open, in the address space that they share.
 #[derive(Debug)]
 pub struct Opened {
-    /// Its IOMMU is set.
-    pub container: OwnedFd,
+    /// That one.
+    pub space: Space,
     /// By their numbers.
     pub groups: Vec<(u32, Group)>,
 }
@@ -25,9 +24,9 @@ impl Node {
     /// # Errors
     /// One sentence: the entry that cannot be had, and why no device that it means can be.
     pub fn open_all(&self, wishes: &[Wish]) -> Result<Opened> {
-        let container = self.container()?;
+        let space = self.space(self.way(Way::Groups))?;
         let mut opened = Opened {
-            container,
+            space,
             groups: Vec::new(),
         };
         let mut used = BTreeSet::new();
@@ -101,7 +100,7 @@ impl Node {
             return Ok(());
         }
         let first = opened.groups.is_empty();
-        let group = self.open(number, &opened.container, first)?;
+        let group = self.open(number, &opened.space, first)?;
         opened.groups.push((number, group));
         Ok(())
     }
@@ -109,7 +108,7 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::Fake;
+    use super::super::testing::Fake;
     use super::*;
 
     #[test]
@@ -128,9 +127,9 @@ mod tests {
         let fake = Fake::new();
         fake.device("0000:00:03.0", "0x030000", Some("nvidia"), Some(3));
         fake.device("0000:00:04.0", "0x030000", None, None);
-        let container: OwnedFd = fs::File::open("/dev/null").unwrap().into();
+        let null = fs::File::open("/dev/null").unwrap();
         let mut opened = Opened {
-            container,
+            space: Space::Container(null.into()),
             groups: Vec::new(),
         };
         let mut said = |text: &str, used: &[&str]| {

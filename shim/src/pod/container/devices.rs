@@ -106,19 +106,18 @@ impl Asked {
             return Ok(given);
         }
         let looked = tokio::task::spawn_blocking(move || {
-            let named = self.look()?;
-            Ok::<_, Error>((self, named))
+            let named = self.look();
+            (self, named)
         });
-        let looked = looked
+        let (asked, named) = looked
             .await
             .map_err(|error| Error::internal(format!("a worker has ended: {error}")))?;
-        let (asked, named) = looked?;
         for (path, named) in named {
-            let functions = match named {
-                Named::Container => Vec::new(),
-                Named::Group(number) => {
+            let functions = match named.group() {
+                None => Vec::new(),
+                Some(group) => {
                     let bundle = asked.bundle.as_deref();
-                    vm.give_group(number, &asked.id, bundle, &logger).await?
+                    vm.give_group(group, &asked.id, bundle, &logger).await?
                 }
             };
             given.devices.push(GivenDevice {
@@ -176,7 +175,7 @@ impl Asked {
 
     /// Those of the entries that are VFIO's. Of a privileged container's, which are all of the node's devices, none
     /// counts but a block device that the node does not have at that path: that one was asked for. Blocking.
-    fn look(&mut self) -> Result<Vec<(String, Named)>> {
+    fn look(&mut self) -> Vec<(String, Named)> {
         if self.privileged {
             self.blocks.retain(|block| match &block.path {
                 Some(path) => {
@@ -184,25 +183,25 @@ impl Asked {
                 }
                 None => true,
             });
-            return Ok(Vec::new());
+            return Vec::new();
         }
         named(&Node::new(), &self.devices)
     }
 }
 
 /// Those of the entries that are VFIO's; a group that is named twice, as a device and as a group, counts once.
-fn named(node: &Node, asked: &[Device]) -> Result<Vec<(String, Named)>> {
+fn named(node: &Node, asked: &[Device]) -> Vec<(String, Named)> {
     let mut found: Vec<(String, Named)> = Vec::new();
     for device in asked {
-        let Some(numbers) = device.character() else {
+        let Some(named) = device.character().and_then(|numbers| node.named(numbers)) else {
             continue;
         };
-        let Some(named) = node.named(numbers)? else {
-            continue;
-        };
-        let again = found.iter().any(|(_, other)| *other == named);
-        let named = if again { Named::Container } else { named };
+        let number = |named: Named| named.group().map(|(number, _)| number);
+        let again = found
+            .iter()
+            .any(|(_, other)| number(*other) == number(named));
+        let named = if again { Named::Interface } else { named };
         found.push((device.path.clone(), named));
     }
-    Ok(found)
+    found
 }

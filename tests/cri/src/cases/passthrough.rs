@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use brig_tests::node::check::{contains, contains_one, equal, that};
 use brig_tests::node::clock;
-use brig_tests::node::given::{DISPLAY, E1000E, Given, LARGE, NVME, VIRTIO};
+use brig_tests::node::given::{DISPLAY, E1000E, Given, LARGE, NVME, VIRTIO, interface};
 use k8s_cri::v1::Device;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::life::sandbox_pid;
+use super::passthrough_list::pinned;
 use crate::container::{Container, ContainerSpec, eventually};
 use crate::node;
 use crate::pod::Pod;
@@ -28,7 +29,7 @@ pub const CASES: &[Case] = &[
     case(
         "passthrough",
         "an interface carries traffic both ways, and interrupts",
-        interface,
+        traffic,
     ),
     case(
         "passthrough",
@@ -39,6 +40,11 @@ pub const CASES: &[Case] = &[
         "passthrough",
         "two devices in two pods at once, then both in one pod",
         two,
+    ),
+    case(
+        "passthrough",
+        "a device by its own node (iommufd), then one by its group's in the same pod",
+        by_own_node,
     ),
     case("passthrough", "a BAR of 64 GiB has its place", large),
     case(
@@ -59,15 +65,17 @@ const DISK: &str = "disk=$(ls /dev/nvme?n1)";
 /// Adds what kubelet adds for a device plugin's answer: the group's node, and that of all groups.
 pub fn with<'a>(spec: ContainerSpec<'a>, given: &[&Given]) -> ContainerSpec<'a> {
     let nodes = given.iter().map(|given| given.node());
+    with_nodes(spec, nodes.chain([interface().to_owned()]))
+}
+
+/// Adds nodes of the node's /dev.
+fn with_nodes(spec: ContainerSpec<'_>, nodes: impl Iterator<Item = String>) -> ContainerSpec<'_> {
     let device = |path: String| Device {
         container_path: path.clone(),
         host_path: path,
         permissions: "mrw".to_owned(),
     };
-    let all: Vec<Device> = nodes
-        .chain(["/dev/vfio/vfio".to_owned()])
-        .map(device)
-        .collect();
+    let all: Vec<Device> = nodes.map(device).collect();
     spec.edit(|config| config.devices.extend(all))
 }
 
@@ -154,7 +162,7 @@ const NEAR: &str = "eth1";
 const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 201, 0, 1);
 const POD_ADDRESS: &str = "10.201.0.2";
 
-fn interface(suite: &mut Suite) -> Result<()> {
+fn traffic(suite: &mut Suite) -> Result<()> {
     only_brig(suite)?;
     let given = Given::take(E1000E)?;
     let cidr = format!("{NODE_ADDRESS}/24");
@@ -284,6 +292,41 @@ fn two(suite: &mut Suite) -> Result<()> {
         write_and_read(container, 1)?;
     }
     Ok(())
+}
+
+/// Where the kernel has both interfaces: the first one that a pod's devices are asked for by is that of all of them, so
+/// what is refused by either is in use.
+fn by_own_node(suite: &mut Suite) -> Result<()> {
+    only_brig(suite)?;
+    let (one, two) = (Given::nth(NVME, 0)?, Given::nth(NVME, 1)?);
+    let Some(own) = one.own_node() else {
+        return not_here("the node's kernel has no iommufd (BRIG_NODE_IOMMUFD=1)");
+    };
+    let pod = suite.run("own-node")?;
+    let by_own = |name| {
+        let nodes = [own.clone(), "/dev/iommu".to_owned()];
+        with_nodes(pod.container(name, SLEEP), nodes.into_iter())
+    };
+    let vmm = sandbox_pid(&pod)?;
+    let first = by_own("first").start()?;
+    first.sh("! ls /dev/vfio && ! ls /dev/iommu")?;
+    write_and_read(&first, 2)?;
+    let locked = pinned(vmm)?;
+    let second = with(pod.container("second", SLEEP), &[&two]).start()?;
+    for container in [&first, &second] {
+        equal("a disk each", "1", container.sh("ls /dev/nvme?n1 | wc -l")?)?;
+        write_and_read(container, 1)?;
+    }
+    // The second one's group was not opened, and memory is pinned once.
+    equal("KiB pinned", locked, pinned(vmm)?)?;
+    that("both are in use", !one.is_free()? && !two.is_free()?)?;
+    let other = suite.run("own-node-other")?;
+    let said = refusal(&other, "held", &[&one])?;
+    contains("in another pod", "in use by another pod", &said)?;
+    second.remove()?;
+    first.remove()?;
+    let again = by_own("again").start()?;
+    write_and_read(&again, 1)
 }
 
 fn large(suite: &mut Suite) -> Result<()> {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use brig_suite::case::not_here;
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::ctr::Run;
-use brig_tests::node::given::{EDU, Given, Kind, NVME, VIRTIO};
+use brig_tests::node::given::{EDU, Given, Kind, NVME, VIRTIO, interface};
 
 use serde_json::json;
 
@@ -48,7 +48,7 @@ const BUSYBOX: &str = "docker.io/brig/busybox:test";
 fn run(node: &str, args: &[&str]) -> Run {
     Run::new("given", BUSYBOX, args)
         .with("--device", node)
-        .with("--device", "/dev/vfio/vfio")
+        .with("--device", interface())
 }
 
 const MARK: &str = "written by the first pod";
@@ -62,7 +62,7 @@ fn disk(suite: &mut Suite, kind: Kind, disk: &str) -> Result<()> {
     let shell = |script: String| run(&node, &["sh", "-c", &script]);
 
     let write = format!(
-        "ls /dev/vfio && exit 9; disk=$(ls {disk}) && echo $disk && printf '{MARK}' > $disk && sync && cat $disk > /dev/null"
+        "ls /dev/vfio /dev/iommu 2>/dev/null | grep . && exit 9; disk=$(ls {disk}) && echo $disk && printf '{MARK}' > $disk && sync && cat $disk > /dev/null"
     );
     ctr.run(&shell(write))?.success().context("the first pod")?;
     given.is_with("vfio-pci")?;
