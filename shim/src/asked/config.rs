@@ -49,6 +49,8 @@ pub struct Config {
     pub driver_bundle: Option<PathBuf>,
     /// Devices of the node that each pod has.
     pub devices: Vec<Wish>,
+    /// kubelet's socket, to be asked for devices of a pod before its VM starts.
+    pub pod_resources: Option<PathBuf>,
     /// The initramfs that holds the agent.
     pub initramfs: PathBuf,
     /// The brig-vmm binary.
@@ -180,6 +182,7 @@ struct File {
     modules: Option<PathBuf>,
     driver_bundle: Option<PathBuf>,
     devices: Option<Vec<String>>,
+    pod_resources: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     vmm: Option<PathBuf>,
     kvm: Option<PathBuf>,
@@ -236,6 +239,7 @@ impl Config {
             modules: find("modules.erofs"),
             driver_bundle: None,
             devices: Vec::new(),
+            pod_resources: None,
             initramfs: find("brig-initramfs.cpio"),
             vmm: find("brig-vmm"),
             kvm: PathBuf::from("/dev/kvm"),
@@ -278,6 +282,9 @@ impl Config {
         set(file.state_dir, &mut whole.state_dir);
         if let Some(path) = file.driver_bundle {
             whole.driver_bundle = Some(path).filter(|path| !path.as_os_str().is_empty());
+        }
+        if let Some(path) = file.pod_resources {
+            whole.pod_resources = Some(path).filter(|path| !path.as_os_str().is_empty());
         }
         if let Some(names) = file.devices {
             let wishes: std::result::Result<Vec<Wish>, String> =
@@ -325,12 +332,13 @@ impl Config {
                 return Err(invalid(format!("{key} must be an absolute path")));
             }
         }
-        if whole
-            .driver_bundle
-            .as_ref()
-            .is_some_and(|path| !path.is_absolute())
-        {
-            return Err(invalid("driver_bundle must be an absolute path".to_owned()));
+        for (key, value) in [
+            ("driver_bundle", &whole.driver_bundle),
+            ("pod_resources", &whole.pod_resources),
+        ] {
+            if value.as_ref().is_some_and(|path| !path.is_absolute()) {
+                return Err(invalid(format!("{key} must be an absolute path")));
+            }
         }
         for (key, value) in [("vcpus", whole.vcpus), ("max_vcpus", whole.max_vcpus)] {
             if value == 0 || value > MAX_VCPUS {

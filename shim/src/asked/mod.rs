@@ -7,3 +7,4 @@ pub mod pod_name;
 pub mod rootfs;
 pub mod sandbox_config;
 pub mod spec;
+pub(crate) mod wire;

@@ -7,7 +7,6 @@
 
 mod security;
 mod user_namespace;
-mod wire;
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -17,9 +16,9 @@ use protobuf::well_known_types::any::Any;
 use crate::asked::pod_name::PodName;
 use crate::asked::spec::check_hostname;
 use crate::asked::spec::cpu_millis;
+use crate::asked::wire::{Value, each_field, insert, positive, text};
 use crate::error::{Error, Result};
 use security::Security;
-use wire::{Value, each_field, insert, positive, text};
 
 /// The message's name in a type URL.
 const TYPE: &str = "runtime.v1.PodSandboxConfig";

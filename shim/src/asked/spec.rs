@@ -3,6 +3,7 @@
 //! Only the fields the shim acts on are parsed, once. So an unknown capability or a field of a newer
 //! runtime-spec is the agent's to judge and never makes the host side fail.
 
+mod env;
 pub mod hooks;
 mod id_map;
 mod resources;
@@ -14,6 +15,7 @@ use brig_hypervisor::share::IdMap;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+pub use env::with_env;
 use hooks::Hooks;
 pub use resources::Access;
 use resources::Resources;

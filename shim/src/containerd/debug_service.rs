@@ -154,14 +154,16 @@ impl Handler {
                     let (device, function) = (function >> 3, function & 7);
                     format!("{device:02x}.{function}")
                 });
-                let container = match holder {
-                    Holder::Container(id) => Some(id),
-                    Holder::Pod => None,
+                let (container, assigned) = match holder {
+                    Holder::Container(id) => (Some(id), false),
+                    Holder::Pod => (None, false),
+                    Holder::Nobody => (None, true),
                 };
                 json!({
                     "iommuGroup": group,
                     "guestFunctions": places.collect::<Vec<_>>(),
                     "container": container,
+                    "waitsForItsContainer": assigned,
                 })
             })
             .collect();

@@ -1,6 +1,7 @@
 //! Everything that is done to the node for a pod: its cgroup, network namespace, hooks and files, and the
 //! journal of what must be undone. Knows what was asked for, and neither the guest nor containerd.
 
+pub mod cdi;
 pub mod cgroup;
 pub mod collector;
 pub mod disk;
@@ -9,6 +10,7 @@ pub mod identity;
 pub mod image;
 pub mod journal;
 pub mod network;
+pub mod pod_resources;
 pub mod remains;
 pub mod sandbox_files;
 pub mod stand_in;

@@ -10,15 +10,16 @@ use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
 
+mod assigned;
 mod calls;
 mod choose;
-mod open;
+pub mod open;
 #[cfg(test)]
 mod testing;
 
+pub use assigned::Meant;
 use calls::{Calls, Kernel};
 pub use choose::Opened;
-pub use open::{Group, Space};
 
 /// Where the node shows its devices.
 #[derive(Debug, Clone)]
@@ -124,9 +125,11 @@ impl Node {
     #[must_use]
     pub fn way(&self, wanted: Way) -> Way {
         let groups = self.dev.join("vfio/vfio").exists();
-        let devices = self.dev.join("vfio/devices").exists() && self.dev.join("iommu").exists();
-        match (groups, devices) {
-            (true, true) => wanted,
+        let iommufd = self.dev.join("iommu").exists();
+        match (groups, iommufd) {
+            // Without the option for it, devices have no nodes.
+            (true, true) if self.dev.join("vfio/devices").exists() => wanted,
+            // There is none as long as no device is with vfio-pci.
             (false, true) => Way::Iommufd,
             _ => Way::Groups,
         }
@@ -271,9 +274,10 @@ mod tests {
         // Where there is neither, a container is what is missed.
         assert_eq!(ways(), [Way::Groups; 2]);
         fake.node_file("iommu");
-        fake.node_file("vfio/devices/vfio0");
         assert_eq!(ways(), [Way::Iommufd; 2]);
         fake.node_file("vfio/vfio");
+        assert_eq!(ways(), [Way::Groups; 2]);
+        fake.node_file("vfio/devices/vfio0");
         assert_eq!(ways(), [Way::Groups, Way::Iommufd]);
         fs::remove_file(fake.node.dev.join("iommu")).unwrap();
         assert_eq!(ways(), [Way::Groups; 2]);

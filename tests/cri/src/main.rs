@@ -10,6 +10,7 @@ mod client;
 mod container;
 mod events;
 mod growth;
+mod kubelet;
 mod log;
 mod loops;
 mod mounted;

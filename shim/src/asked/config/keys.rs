@@ -109,6 +109,12 @@ pub const KEYS: &[KeyDoc] = &[
         },
     },
     KeyDoc {
+        name: "pod_resources",
+        what: "kubelet's socket (/var/lib/kubelet/pod-resources/kubelet.sock), to have the devices that it has assigned to a pod's containers in the VM when the guest boots (docs/devices.md)",
+        form: Form::PathOrNone,
+        value: |c| c.pod_resources.as_deref().map_or("".into(), path),
+    },
+    KeyDoc {
         name: "initramfs",
         what: "the guest's initramfs, which holds the agent",
         form: Form::Path,

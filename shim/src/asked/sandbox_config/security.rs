@@ -12,8 +12,8 @@ use rustix::fs::{Mode, OFlags};
 use serde_json::Value as Json;
 
 use super::user_namespace::UserNamespace;
-use super::wire::namespace_mode::NODE;
-use super::wire::{Value, each_field, push_numbers, text, wrapped};
+use crate::asked::wire::namespace_mode::NODE;
+use crate::asked::wire::{Value, each_field, push_numbers, text, wrapped};
 use crate::error::{Error, Result};
 
 /// The largest user or group id that can be given to a process by number; containerd takes a larger one for a

@@ -1,8 +1,8 @@
 //! `hostUsers: false` as CRI asks for it of a pod (`runtime.v1.UserNamespace`), and what containerd's own
 //! sandbox controller and runc refuse of it.
 
-use super::wire::namespace_mode::{CONTAINER, NODE, POD, TARGET};
-use super::wire::{Value, each_field};
+use crate::asked::wire::namespace_mode::{CONTAINER, NODE, POD, TARGET};
+use crate::asked::wire::{Value, each_field};
 use crate::error::{Error, Result};
 
 /// The user namespace that a pod asks for.

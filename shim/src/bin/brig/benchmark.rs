@@ -60,6 +60,8 @@ async fn started(config: Config) -> Result<String> {
         memory: config.memory,
         max_memory: config.memory,
         template: None,
+        pod: None,
+        assigned: Vec::new(),
         network: Network::New,
         cgroup_path: None,
         cgroup: None,

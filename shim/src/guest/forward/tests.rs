@@ -178,6 +178,8 @@ async fn boot(node: &Node) -> (Arc<Vm>, Record) {
         max_memory: config.memory,
         template: None,
         config,
+        pod: None,
+        assigned: Vec::new(),
         network: Network::Path(node.pod.clone()),
         cgroup_path: None,
         cgroup: None,

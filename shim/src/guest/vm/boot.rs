@@ -39,12 +39,15 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
 use crate::node::cgroup::Cgroup;
 use crate::node::network::{self, GuestNetwork, Inherited, Known};
+use crate::node::pod_resources;
 use crate::node::templates::{Recipe, Templates, maker};
 
 /// The moment from which the pod can be used.
 pub const SANDBOX_STARTED: &str = "sandbox.started";
 /// The longest name of a kernel's release in bytes (`__NEW_UTS_LEN`).
 const MAX_RELEASE: usize = 64;
+/// kubelet has this long to say what it has assigned, in seconds.
+const KUBELET: u32 = 5;
 /// Words of devices that wait for what is done about them.
 const WORDS: usize = 64;
 /// Missed signs of life after which the agent counts as silent.
@@ -225,6 +228,7 @@ async fn boot(
     let mark = |name: &str, at: SystemTime| {
         let _ = news.try_send(News::Mark(name.to_owned(), at));
     };
+    ask_kubelet(&mut plan, logger).await?;
     mark("vmm.launch", SystemTime::now());
     let executed = SystemTime::now();
     let wanted = network::Wanted::of(&plan.config);
@@ -292,6 +296,28 @@ fn drop_template(recipe: &Recipe, reason: &str, logger: &Logger) {
 }
 
 /// A node that cannot forward ports gets its pods all the same.
+/// Has the devices that kubelet has assigned to the pod in its plan, if the handler's configuration says where to ask. A pod
+/// with any boots its guest: a template has no room for them.
+async fn ask_kubelet(plan: &mut Plan, logger: &Logger) -> Result<()> {
+    let (Some(socket), Some(pod)) = (&plan.config.pod_resources, &plan.pod) else {
+        return Ok(());
+    };
+    let patience = plan.config.timeout(KUBELET);
+    let asked = pod_resources::of_pod(socket, pod, patience).await;
+    plan.assigned = asked.map_err(|error| {
+        Error::unavailable(format!(
+            "kubelet does not say at {} (pod_resources of Brig's configuration) which devices the pod has: {error}",
+            socket.display()
+        ))
+    })?;
+    if !plan.assigned.is_empty() {
+        plan.template = None;
+        let names = plan.assigned.iter().map(|one| one.name.as_str());
+        debug!(logger, "kubelet has assigned devices"; "names" => names.collect::<Vec<_>>().join(", "));
+    }
+    Ok(())
+}
+
 async fn forward_ports(
     localhost: JoinHandle<std::result::Result<Option<Localhost>, ForwardError>>,
     vm: &Arc<Vm>,

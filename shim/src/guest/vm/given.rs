@@ -1,4 +1,4 @@
-//! Devices of the node that a VM has from its start: those of the handler's list. They are open before the VMM is asked
+//! Devices of the node that a VM has from its start: those of the handler's list, and those that kubelet has assigned. They are open before the VMM is asked
 //! for the machine, and its memory is pinned before the guest runs.
 
 use std::io;
@@ -9,8 +9,11 @@ use brig_hypervisor::control::{MAX_FDS, SpaceConfig, VfioConfig};
 use super::groups::{Groups, Held, Holder};
 use crate::asked::config::{MIB, Wish};
 use crate::error::{Error, Kind, Result};
+use crate::node::cdi::Names;
 use crate::node::cgroup::Cgroup;
-use crate::node::vfio::{Node, Opened, Space};
+use crate::node::pod_resources::Assigned;
+use crate::node::vfio::open::Space;
+use crate::node::vfio::{Meant, Node, Opened};
 
 /// What the VMM and the kernel's structures for it take beside the guest's memory (docs/overhead.md), in bytes.
 const BESIDE: u64 = 2 * MIB;
@@ -24,20 +27,28 @@ pub struct Given {
 }
 
 impl Given {
-    /// Opens what the handler's list names, for a VM of `memory` bytes; none if it names nothing. Blocking.
+    /// Opens what the handler's list names, and what kubelet has assigned, for a VM of `memory` bytes; none if that is
+    /// nothing. Blocking.
     ///
     /// # Errors
     /// One sentence with the fix.
     pub(super) fn open(
         list: &[Wish],
+        assigned: &[Assigned],
         memory: u64,
         cgroup: Option<&Cgroup>,
     ) -> Result<Option<Self>> {
-        if list.is_empty() {
+        let node = Node::new();
+        let meant = if assigned.is_empty() {
+            Meant::default()
+        } else {
+            node.meant(assigned, &Names::default())
+        };
+        if list.is_empty() && meant.groups.is_empty() {
             return Ok(None);
         }
         room_for(memory, cgroup)?;
-        let opened = Node::new().open_all(list)?;
+        let opened = node.open_all(list, &meant.groups)?;
         Ok(Some(Self {
             opened,
             order: Vec::new(),
@@ -91,10 +102,16 @@ impl Given {
         for (number, group) in self.opened.groups {
             let places = self.order.iter().zip(functions);
             let own = places.filter(|(of, _)| **of == number);
+            let holder = if self.opened.for_all.contains(&number) {
+                Holder::Pod
+            } else {
+                Holder::Nobody
+            };
             let held = Held {
                 _group: group,
                 functions: own.map(|(_, function)| *function).collect(),
-                holder: Holder::Pod,
+                holder,
+                stays: true,
                 found: false,
             };
             groups.groups.insert(number, held);
@@ -149,10 +166,11 @@ pub(super) fn room_for(memory: u64, cgroup: Option<&Cgroup>) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::fs::File;
 
     use super::*;
-    use crate::node::vfio::Group;
+    use crate::node::vfio::open::Group;
 
     fn null() -> OwnedFd {
         File::open("/dev/null").unwrap().into()
@@ -171,6 +189,7 @@ mod tests {
         let mut given = Given {
             opened: Opened {
                 space: ioas,
+                for_all: [3].into(),
                 groups: vec![(7, group(&["a", "b"])), (3, group(&["c"]))],
             },
             order: Vec::new(),
@@ -188,12 +207,9 @@ mod tests {
         let groups = given.hold(&[0xf8, 0xf0, 0xe8]);
         let held = |number: u32| groups.groups[&number].functions.clone();
         assert_eq!((held(7), held(3)), (vec![0xf8, 0xf0], vec![0xe8]));
-        assert!(
-            groups
-                .groups
-                .values()
-                .all(|held| held.holder == Holder::Pod && !held.found)
-        );
+        let holders = groups.groups.values().map(|held| &held.holder);
+        assert_eq!(holders.collect::<Vec<_>>(), [&Holder::Pod, &Holder::Nobody]);
+        assert!(groups.groups.values().all(|held| held.stays && !held.found));
         assert!(groups.space.is_some());
     }
 
@@ -203,6 +219,7 @@ mod tests {
         let mut given = Given {
             opened: Opened {
                 space: Space::Container(null()),
+                for_all: BTreeSet::new(),
                 groups: vec![(1, Group::new(None, devices.collect()))],
             },
             order: Vec::new(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::node::vfio::{Group, Space};
+use crate::node::vfio::open::{Group, Space};
 
 /// The groups of a VM.
 #[derive(Debug, Default)]
@@ -26,6 +26,8 @@ pub enum Holder {
     Pod,
     /// The container that asked.
     Container(String),
+    /// A container that has not asked yet: kubelet has assigned it.
+    Nobody,
 }
 
 impl fmt::Display for Holder {
@@ -33,6 +35,7 @@ impl fmt::Display for Holder {
         match self {
             Self::Pod => f.write_str("all containers of this pod"),
             Self::Container(id) => write!(f, "container {id} of this pod"),
+            Self::Nobody => f.write_str("no container of this pod yet"),
         }
     }
 }
@@ -46,6 +49,8 @@ pub(super) struct Held {
     pub(super) functions: Vec<u8>,
     /// For whom.
     pub(super) holder: Holder,
+    /// It is the VM's as long as that lives, whoever of the pod has it.
+    pub(super) stays: bool,
     /// The guest's drivers have its devices, as far as anybody has looked.
     pub(super) found: bool,
 }

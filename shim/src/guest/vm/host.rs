@@ -79,7 +79,7 @@ impl Host for Node {
         };
         let mut fds = vec![kvm, kernel, initramfs, vmm_agent.into()];
         let nets = network.devices(&mut fds);
-        let mut given = Given::open(&config.devices, plan.memory, cgroup)?;
+        let mut given = Given::open(&config.devices, &plan.assigned, plan.memory, cgroup)?;
         let devices = match &mut given {
             Some(given) => given.describe(&mut fds)?,
             None => Vec::new(),

@@ -53,11 +53,13 @@ use tokio::time::timeout;
 use ttrpc::context;
 
 use crate::asked::config::Config;
+use crate::asked::pod_name::PodName;
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::node::cgroup::Cgroup;
 use crate::node::disk::Numbers;
 use crate::node::network::GuestNetwork;
+use crate::node::pod_resources::Assigned;
 use crate::node::templates::{Machine, Recipe};
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
@@ -81,6 +83,10 @@ pub struct Plan {
     pub max_memory: u64,
     /// The machine of the template that it may go on from.
     pub template: Option<Machine>,
+    /// The pod, where somebody has named it.
+    pub pod: Option<PodName>,
+    /// What kubelet has assigned to its containers.
+    pub assigned: Vec<Assigned>,
     /// The network namespace the VMM lives in.
     pub network: Network,
     /// The pod's cgroup as the spec names it.

@@ -16,9 +16,10 @@ use tokio::sync::mpsc;
 
 use super::Vm;
 use super::given::{Given, describe, no_space, room_for};
-use super::groups::{Held, Holder};
+use super::groups::{Groups, Held, Holder};
 use crate::error::{Error, Result};
-use crate::node::vfio::{Node, Space, Way};
+use crate::node::vfio::open::Space;
+use crate::node::vfio::{Node, Way};
 
 /// Does what the node says of devices that the VM has.
 pub(super) async fn heed(
@@ -122,15 +123,18 @@ impl Vm {
         logger: &Logger,
     ) -> Result<Vec<u8>> {
         let mut passthrough = self.passthrough.lock().await;
-        if let Some(held) = passthrough.groups.get(&number) {
+        match passthrough.groups.get(&number).map(|held| &held.holder) {
             // It has them without asking.
-            if held.holder == Holder::Pod {
-                return Ok(Vec::new());
+            Some(Holder::Pod) => return Ok(Vec::new()),
+            Some(Holder::Nobody) => {
+                return self.claim(&mut passthrough, number, owner, bundle).await;
             }
-            return Err(Error::state(format!(
-                "IOMMU group {number} is with {} already",
-                held.holder
-            )));
+            Some(holder) => {
+                return Err(Error::state(format!(
+                    "IOMMU group {number} is with {holder} already"
+                )));
+            }
+            None => {}
         }
         let (memory, cgroup) = (self.memory(), self.cgroup.clone());
         let room = tokio::task::spawn_blocking(move || room_for(memory, cgroup.as_ref())).await;
@@ -179,10 +183,34 @@ impl Vm {
             _group: group,
             functions: functions.clone(),
             holder: Holder::Container(owner.to_owned()),
+            stays: false,
             found: true,
         };
         passthrough.groups.insert(number, held);
         Ok(functions)
+    }
+
+    /// Gives a group that the VM has from its start to the container that it is for.
+    async fn claim(
+        &self,
+        passthrough: &mut Groups,
+        number: u32,
+        owner: &str,
+        bundle: Option<&Path>,
+    ) -> Result<Vec<u8>> {
+        self.share_bundle(bundle, &mut passthrough.has_bundle)
+            .await?;
+        let Some(held) = passthrough.groups.get_mut(&number) else {
+            return Ok(Vec::new());
+        };
+        if !held.found {
+            for function in &held.functions {
+                self.find(*function).await?;
+            }
+            held.found = true;
+        }
+        held.holder = Holder::Container(owner.to_owned());
+        Ok(held.functions.clone())
     }
 
     /// Puts it where the guest finds it, once: one mount of the VMM's namespace, which stays as long as the VM.
@@ -245,6 +273,15 @@ impl Vm {
             .map(|(number, _)| *number)
             .collect();
         for number in numbers {
+            // What the VM was started with is for the container's successor.
+            if let Some(held) = passthrough
+                .groups
+                .get_mut(&number)
+                .filter(|held| held.stays)
+            {
+                held.holder = Holder::Nobody;
+                continue;
+            }
             let Some(held) = passthrough.groups.remove(&number) else {
                 continue;
             };

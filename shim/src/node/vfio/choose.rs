@@ -5,7 +5,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use super::{Group, Node, Space, Way, target};
+use super::open::{Group, Space};
+use super::{Node, Way, target};
 use crate::asked::config::Wish;
 use crate::error::{Error, Kind, Result};
 
@@ -16,23 +17,39 @@ pub struct Opened {
     pub space: Space,
     /// By their numbers.
     pub groups: Vec<(u32, Group)>,
+    /// Those of the handler's list.
+    pub for_all: BTreeSet<u32>,
 }
 
 impl Node {
-    /// Opens the groups of all devices of a list.
+    /// Opens the groups of all devices of a list, and those that kubelet has assigned to a container each.
     ///
     /// # Errors
-    /// One sentence: the entry that cannot be had, and why no device that it means can be.
-    pub fn open_all(&self, wishes: &[Wish]) -> Result<Opened> {
-        let space = self.space(self.way(Way::Groups))?;
+    /// One sentence: the entry that cannot be had, and why no device that it means can be; or what was assigned.
+    pub fn open_all(&self, wishes: &[Wish], assigned: &[(u32, Way, String)]) -> Result<Opened> {
+        let wanted = assigned.first().map_or(Way::Groups, |(_, way, _)| *way);
+        let space = self.space(self.way(wanted))?;
         let mut opened = Opened {
             space,
             groups: Vec::new(),
+            for_all: BTreeSet::new(),
         };
         let mut used = BTreeSet::new();
         for wish in wishes {
             let address = self.choose(wish, &used, &mut opened)?;
             used.insert(address);
+        }
+        opened.for_all = opened.groups.iter().map(|(number, _)| *number).collect();
+        for (number, _, container) in assigned {
+            if opened.for_all.contains(number) {
+                continue;
+            }
+            let first = opened.groups.is_empty();
+            let group = self.open(*number, &opened.space, first).map_err(|error| {
+                let what = "a device that kubelet has assigned to container";
+                Error::new(error.kind, format!("{what} {container}: {}", error.message))
+            })?;
+            opened.groups.push((*number, group));
         }
         Ok(opened)
     }
@@ -131,6 +148,7 @@ mod tests {
         let mut opened = Opened {
             space: Space::Container(null.into()),
             groups: Vec::new(),
+            for_all: BTreeSet::new(),
         };
         let mut said = |text: &str, used: &[&str]| {
             let used = used.iter().map(|name| (*name).to_owned()).collect();

@@ -339,6 +339,27 @@ mod tests {
     }
 
     #[test]
+    fn assigned_groups_are_opened_beside_the_handlers_list_by_the_way_of_the_first() {
+        let fake = fake();
+        let assigned = |number| (number, Way::Iommufd, "main".to_owned());
+        let wishes = [ONE.parse().unwrap()];
+        let opened = fake
+            .node
+            .open_all(&wishes, &[assigned(8), assigned(7)])
+            .unwrap();
+        let numbers: Vec<_> = opened.groups.iter().map(|(number, _)| *number).collect();
+        assert_eq!(numbers, [7, 8]);
+        assert_eq!(opened.for_all, [7].into());
+        assert!(matches!(opened.space, Space::Ioas { .. }));
+        let refusal = fake.node.open_all(&[], &[assigned(8)]).unwrap_err().message;
+        let expected = "assigned to container main: IOMMU group 8";
+        assert!(
+            refusal.contains(expected) && refusal.contains("in use"),
+            "{refusal}"
+        );
+    }
+
+    #[test]
     fn what_is_not_there_is_named_with_what_to_load() {
         let fake = Fake::new();
         let refused = |way| fake.node.space(way).unwrap_err().message;

@@ -360,7 +360,8 @@ impl Pod {
         if let Network::Path(path) = &wanted.network {
             self.setup.journal.netns = Some(path.clone());
         }
-        let (plan, sandbox, size) = wanted.plan(&self.setup.id);
+        let (mut plan, sandbox, size) = wanted.plan(&self.setup.id);
+        plan.pod.clone_from(&self.setup.journal.pod);
         self.context.size = size;
         let (level, format) = (plan.config.log_level, plan.config.log_format);
         self.setup

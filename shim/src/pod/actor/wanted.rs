@@ -93,6 +93,8 @@ impl Wanted {
             memory,
             max_memory: most_memory(&config, memory),
             template,
+            pod: None,
+            assigned: Vec::new(),
             network: self.network,
             cgroup: None,
             cgroup_path: self.cgroup_path,

@@ -14,6 +14,7 @@ use super::creation::{Creation, Made};
 use super::devices::{Asked, Given};
 use super::work;
 use crate::asked::rootfs::{self, Plan};
+use crate::asked::spec::with_env;
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Attributes, Mounts, RootGiven, RootfsMount, Vm, rootfs_path};
@@ -183,9 +184,13 @@ async fn steps(
     let (root, given) = step(&mut progress.giving).await?;
     sources.extend(given.sources);
     let stdio = ends.connect(&vm).await?;
+    let spec = match given.env.as_slice() {
+        [] => creation.spec_bytes,
+        env => with_env(&creation.spec_bytes, env)?,
+    };
     let request = CreateContainerRequest {
         id: creation.id.clone(),
-        spec: creation.spec_bytes,
+        spec,
         stdio: Some(stdio.numbers.clone()).into(),
         rootfs: rootfs_path(&creation.id),
         mount_sources: sources,

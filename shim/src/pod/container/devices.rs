@@ -9,8 +9,9 @@ use slog::Logger;
 
 use super::creation::Creation;
 use crate::asked::spec::{Access, Device};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Vm;
+use crate::node::cdi::{self, Edits, Names};
 use crate::node::disk::{self, Numbers, Owner};
 use crate::node::vfio::{Named, Node};
 use crate::pod::volume::DiskMount;
@@ -21,6 +22,8 @@ pub(super) struct Asked {
     /// Entries of `linux.devices`.
     devices: Vec<Device>,
     privileged: bool,
+    /// CDI names of its annotations.
+    names: Vec<String>,
     blocks: Vec<Block>,
     /// The handler's image of drivers.
     bundle: Option<PathBuf>,
@@ -47,6 +50,15 @@ pub(super) struct Given {
     pub(super) disks: Vec<GivenDisk>,
     /// Mounts of disks.
     pub(super) sources: Vec<MountSource>,
+    /// Variables.
+    pub(super) env: Vec<String>,
+}
+
+/// A device that is VFIO's.
+struct Found {
+    /// Of its entry; empty if a CDI name stands for it.
+    path: String,
+    named: Named,
 }
 
 impl Asked {
@@ -80,6 +92,7 @@ impl Asked {
             id: creation.id.clone(),
             devices: spec.devices().to_vec(),
             privileged: spec.is_privileged(),
+            names: cdi::asked(spec.annotations()),
             blocks: entries.chain(mounts).collect(),
             bundle,
         }
@@ -102,17 +115,19 @@ impl Asked {
             }
         }
         // Most containers ask for none, and then nothing is looked at.
-        if self.devices.is_empty() && self.blocks.is_empty() {
+        if self.devices.is_empty() && self.blocks.is_empty() && self.names.is_empty() {
             return Ok(given);
         }
         let looked = tokio::task::spawn_blocking(move || {
-            let named = self.look();
-            (self, named)
+            let looked = self.look()?;
+            Ok::<_, Error>((self, looked))
         });
-        let (asked, named) = looked
+        let looked = looked
             .await
             .map_err(|error| Error::internal(format!("a worker has ended: {error}")))?;
-        for (path, named) in named {
+        let (asked, (found, env)) = looked?;
+        given.env = env;
+        for Found { path, named } in found {
             let functions = match named.group() {
                 None => Vec::new(),
                 Some(group) => {
@@ -175,7 +190,7 @@ impl Asked {
 
     /// Those of the entries that are VFIO's. Of a privileged container's, which are all of the node's devices, none
     /// counts but a block device that the node does not have at that path: that one was asked for. Blocking.
-    fn look(&mut self) -> Vec<(String, Named)> {
+    fn look(&mut self) -> Result<(Vec<Found>, Vec<String>)> {
         if self.privileged {
             self.blocks.retain(|block| match &block.path {
                 Some(path) => {
@@ -183,25 +198,78 @@ impl Asked {
                 }
                 None => true,
             });
-            return Vec::new();
+            return Ok((Vec::new(), Vec::new()));
         }
-        named(&Node::new(), &self.devices)
+        let node = Node::new();
+        let mut found = named(&node, &self.devices);
+        let env = add_names(&self.names, &node, &Names::default(), &mut found)?;
+        Ok((found, env))
     }
 }
 
+fn group(named: Named) -> Option<u32> {
+    named.group().map(|(number, _)| number)
+}
+
 /// Those of the entries that are VFIO's; a group that is named twice, as a device and as a group, counts once.
-fn named(node: &Node, asked: &[Device]) -> Vec<(String, Named)> {
-    let mut found: Vec<(String, Named)> = Vec::new();
+fn named(node: &Node, asked: &[Device]) -> Vec<Found> {
+    let mut found: Vec<Found> = Vec::new();
     for device in asked {
         let Some(named) = device.character().and_then(|numbers| node.named(numbers)) else {
             continue;
         };
-        let number = |named: Named| named.group().map(|(number, _)| number);
-        let again = found
-            .iter()
-            .any(|(_, other)| number(*other) == number(named));
+        let again = found.iter().any(|other| group(other.named) == group(named));
         let named = if again { Named::Interface } else { named };
-        found.push((device.path.clone(), named));
+        let path = device.path.clone();
+        found.push(Found { path, named });
     }
     found
+}
+
+/// Adds what CDI names stand for that nobody has looked up: of one that containerd has, the entries are there. Their
+/// variables are the result.
+fn add_names(
+    names: &[String],
+    node: &Node,
+    files: &Names,
+    found: &mut Vec<Found>,
+) -> Result<Vec<String>> {
+    let mut env = Vec::new();
+    for name in names {
+        let refused = |why: &str| {
+            Error::new(
+                Kind::FailedPrecondition,
+                format!("annotation {}: {why}", cdi::ANNOTATION),
+            )
+        };
+        let edits = files
+            .look_up(name)
+            .map_err(|error| refused(&error.to_string()))?;
+        let Edits { nodes, others, .. } = &edits;
+        let nodes = nodes.iter().filter_map(|path| node.named_at(path));
+        let new: Vec<_> = nodes
+            .filter(|named| group(*named).is_some())
+            .filter(|named| {
+                found
+                    .iter()
+                    .all(|other| group(other.named) != group(*named))
+            })
+            .collect();
+        if new.is_empty() {
+            continue;
+        }
+        if !others.is_empty() {
+            return Err(refused(&format!(
+                "{name} has {} of the node, which a guest cannot use: put what it needs into a driver bundle \
+                 (docs/driver-bundles.md), or name the device's node alone",
+                others.join(" and ")
+            )));
+        }
+        found.extend(new.into_iter().map(|named| Found {
+            path: String::new(),
+            named,
+        }));
+        env.extend(edits.env);
+    }
+    Ok(env)
 }

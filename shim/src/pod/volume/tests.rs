@@ -27,6 +27,8 @@ fn pod() -> Pod {
         memory: 64 << 20,
         max_memory: 64 << 20,
         template: None,
+        pod: None,
+        assigned: Vec::new(),
         network: Network::New,
         cgroup_path: None,
         cgroup: None,

@@ -21,6 +21,7 @@ mod mounts;
 mod network;
 mod networks;
 mod passthrough;
+mod passthrough_assigned;
 mod passthrough_back;
 mod passthrough_hostile;
 mod passthrough_list;
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Case> {
         image_paths::CASES,
         devices::CASES,
         passthrough::CASES,
+        passthrough_assigned::CASES,
         passthrough_list::CASES,
         passthrough_back::CASES,
         passthrough_hostile::CASES,

@@ -33,6 +33,11 @@ pub const CASES: &[Case] = &[
     ),
     brig(
         "passthrough",
+        "a CDI name of an annotation that nobody has looked up stands for its device, or is refused",
+        annotation,
+    ),
+    brig(
+        "passthrough",
         "a driver bundle brings a device's module, firmware and library to the container that has it",
         bundle,
     ),
@@ -120,6 +125,57 @@ const DEBIAN: &str = "docker.io/brig/debian:test";
 const BUNDLE: &str = "/host/bin/edu.erofs";
 /// Where the node says what its CDI names mean.
 const NAMES: &str = "/etc/cdi/brig-edu.json";
+
+/// As a container of a device plugin's has it under a containerd that knows nothing of CDI.
+fn annotation(suite: &mut Suite) -> Result<()> {
+    let given = Given::take(VIRTIO)?;
+    suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
+    let edits = |rest: serde_json::Value| {
+        let mut edits = json!({"deviceNodes": [{"path": given.node()}], "env": ["FROM=the file"]});
+        if let (Some(edits), Some(rest)) = (edits.as_object_mut(), rest.as_object()) {
+            edits.extend(rest.clone());
+        }
+        edits
+    };
+    let library = json!({"mounts": [{"hostPath": "/etc/passwd", "containerPath": "/x"}]});
+    let file = json!({
+        "cdiVersion": "0.5.0",
+        "kind": "brig.io/disk",
+        "devices": [
+            {"name": "plain", "containerEdits": edits(json!({}))},
+            {"name": "library", "containerEdits": edits(library)},
+        ],
+    });
+    fs::create_dir_all("/etc/cdi")?;
+    fs::write("/etc/cdi/brig-disk.json", file.to_string())?;
+    let run = |name: &str| {
+        let script =
+            "echo $FROM && test -b /dev/vda && ls /dev/vfio /dev/iommu 2>/dev/null | wc -l";
+        let annotation = format!("cdi.k8s.io/brig={name}");
+        let run = Run::new("named", BUSYBOX, &["sh", "-c", script]);
+        suite.ctr.run(&run.with("--annotation", &annotation))
+    };
+    let outcome = run("brig.io/disk=plain")?.success()?;
+    equal("what it has", "the file\n0", outcome.text().trim())?;
+    given.is_with("vfio-pci")?;
+    for (name, expected) in [
+        (
+            "brig.io/disk=library",
+            "has mounts of the node, which a guest cannot use",
+        ),
+        ("brig.io/disk=none", "has CDI device brig.io/disk=none"),
+    ] {
+        let refused = run(name)?;
+        that(
+            &format!(
+                "{name} is refused with {expected:?}, not: {}",
+                refused.stderr
+            ),
+            refused.code != 0 && refused.stderr.contains(expected),
+        )?;
+    }
+    Ok(())
+}
 
 /// What to ask for: the device's name by CDI, where containerd takes one from its client, else its node.
 fn device(suite: &Suite, given: &Given) -> Result<String> {

@@ -1,13 +1,13 @@
 //! Fields of protobuf messages read from the wire, for messages that are not among the generated ones.
 //!
-//! The bytes are containerd's and bounded by ttrpc's largest message; the strings in them are the users'.
+//! The bytes are containerd's or kubelet's and bounded by who reads them; the strings in them are the users'.
 
 use std::collections::BTreeMap;
 
 use protobuf::{CodedInputStream, rt::WireType};
 
 /// `runtime.v1.NamespaceMode`.
-pub(super) mod namespace_mode {
+pub(crate) mod namespace_mode {
     pub(crate) const POD: u64 = 0;
     pub(crate) const CONTAINER: u64 = 1;
     pub(crate) const NODE: u64 = 2;
@@ -15,13 +15,13 @@ pub(super) mod namespace_mode {
 }
 
 /// A field's value, of the wire types that these messages use.
-pub(super) enum Value<'a> {
+pub(crate) enum Value<'a> {
     Number(u64),
     Bytes(&'a [u8]),
 }
 
 /// Calls `each` for every field; those of other wire types are left out.
-pub(super) fn each_field(
+pub(crate) fn each_field(
     bytes: &[u8],
     mut each: impl FnMut(u32, Value<'_>) -> protobuf::Result<()>,
 ) -> protobuf::Result<()> {
@@ -41,7 +41,7 @@ pub(super) fn each_field(
 }
 
 /// Puts an entry of a map of strings into `map`.
-pub(super) fn insert(map: &mut BTreeMap<String, String>, entry: &[u8]) -> protobuf::Result<()> {
+pub(crate) fn insert(map: &mut BTreeMap<String, String>, entry: &[u8]) -> protobuf::Result<()> {
     let (mut key, mut value) = (String::new(), String::new());
     each_field(entry, |number, field| {
         match (number, field) {
@@ -56,13 +56,13 @@ pub(super) fn insert(map: &mut BTreeMap<String, String>, entry: &[u8]) -> protob
 }
 
 /// A `string` field.
-pub(super) fn text(bytes: &[u8]) -> protobuf::Result<String> {
+pub(crate) fn text(bytes: &[u8]) -> protobuf::Result<String> {
     String::from_utf8(bytes.to_vec())
         .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error).into())
 }
 
 /// An `int64` field; negative ones mean that there is no limit.
-pub(super) fn positive(value: u64) -> u64 {
+pub(crate) fn positive(value: u64) -> u64 {
     if i64::try_from(value).is_ok() {
         value
     } else {
@@ -71,7 +71,7 @@ pub(super) fn positive(value: u64) -> u64 {
 }
 
 /// `google.protobuf`-like wrapper of an `int64`: field 1, 0 when it is left out.
-pub(super) fn wrapped(bytes: &[u8]) -> protobuf::Result<i64> {
+pub(crate) fn wrapped(bytes: &[u8]) -> protobuf::Result<i64> {
     let mut wrapped = 0;
     each_field(bytes, |number, value| {
         if let (1, Value::Number(value)) = (number, value) {
@@ -83,7 +83,7 @@ pub(super) fn wrapped(bytes: &[u8]) -> protobuf::Result<i64> {
 }
 
 /// Adds what a `repeated int64` field brings, packed or not.
-pub(super) fn push_numbers(list: &mut Vec<i64>, value: &Value<'_>) -> protobuf::Result<()> {
+pub(crate) fn push_numbers(list: &mut Vec<i64>, value: &Value<'_>) -> protobuf::Result<()> {
     match value {
         Value::Number(value) => list.push(value.cast_signed()),
         Value::Bytes(packed) => {
