@@ -213,6 +213,32 @@ impl Node {
         found
     }
 
+    /// The other members of a device's group that a driver of the node has, with their drivers.
+    fn and_others(&self, device: &Path, group: &str) -> String {
+        let members = self
+            .sys
+            .join(format!("kernel/iommu_groups/{group}/devices"));
+        let entries = fs::read_dir(members).into_iter().flatten().flatten();
+        let mut others: Vec<_> = entries
+            .filter(|entry| Some(entry.file_name().as_os_str()) != device.file_name())
+            .filter(|entry| {
+                let class = fs::read_to_string(entry.path().join("class")).unwrap_or_default();
+                !class.trim().starts_with("0x0604")
+            })
+            .filter_map(|entry| {
+                let driver = target(&entry.path().join("driver"))?;
+                let is_held = !driver.contains("vfio") && driver != "pci-stub";
+                let name = entry.file_name();
+                is_held.then(|| format!("{} ({driver})", name.to_string_lossy()))
+            })
+            .collect();
+        if others.is_empty() {
+            return String::new();
+        }
+        others.sort();
+        format!(", and with it {} of the same group,", others.join(", "))
+    }
+
     /// Whether a device can be given to a pod, by its directory in sysfs.
     fn verdict(&self, device: &Path) -> std::result::Result<String, String> {
         let Some(group) = target(&device.join("iommu_group")) else {
@@ -233,10 +259,12 @@ impl Node {
                 Ok(format!("can be given to a pod as {}", node.display()))
             }
             Some(driver) => Err(format!(
-                "the node uses it ({driver}, IOMMU group {group}): bind it to vfio-pci to give it to a pod"
+                "the node uses it ({driver}, IOMMU group {group}): bind it{} to vfio-pci to give it to a pod",
+                self.and_others(device, &group)
             )),
             None => Err(format!(
-                "no driver has it (IOMMU group {group}): bind it to vfio-pci to give it to a pod"
+                "no driver has it (IOMMU group {group}): bind it{} to vfio-pci to give it to a pod",
+                self.and_others(device, &group)
             )),
         }
     }
@@ -332,6 +360,26 @@ mod tests {
         ]) {
             assert!(line.contains(words), "{line}");
         }
+    }
+
+    #[test]
+    fn a_device_that_is_not_bound_is_told_with_those_of_its_group_that_the_node_uses() {
+        let fake = Fake::new();
+        fake.device("0000:03:00.0", "0x030000", Some("nouveau"), Some(3));
+        fake.device("0000:03:00.1", "0x040300", Some("snd_hda_intel"), Some(3));
+        fake.device("0000:03:00.2", "0x0c0330", None, Some(3));
+        fake.member(3, "0000:02:00.0", "0x060400", Some("pcieport"));
+        let said: Vec<_> = fake
+            .node
+            .survey()
+            .into_iter()
+            .map(|(_, verdict)| verdict.unwrap_err())
+            .collect();
+        let first =
+            "bind it, and with it 0000:03:00.1 (snd_hda_intel) of the same group, to vfio-pci";
+        assert!(said[0].contains(first), "{}", said[0]);
+        let third = "0000:03:00.0 (nouveau), 0000:03:00.1 (snd_hda_intel) of the same group";
+        assert!(said[2].contains(third), "{}", said[2]);
     }
 
     #[test]
