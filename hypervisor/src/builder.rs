@@ -28,7 +28,7 @@ use crate::arch::x86_64::acpi::Platform;
 use crate::arch::x86_64::boot::{self, BootInfo};
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{cpuid, layout};
-use crate::control::{DeviceConfig, DeviceWord, VmConfig, exit};
+use crate::control::{DeviceConfig, DeviceCounters, DeviceWord, VmConfig, exit};
 use crate::exits::ExitCounters;
 use crate::jail::seccomp::{self, SeccompError, ThreadKind};
 use crate::kernel;
@@ -204,6 +204,18 @@ impl Vm {
             self.counters.push(counters);
         }
         Ok(())
+    }
+
+    /// What each virtio device has done.
+    #[must_use]
+    pub fn devices(&self) -> Vec<DeviceCounters> {
+        self.board.counted().collect()
+    }
+
+    /// Bytes of guest memory that have gone back to the node since the start.
+    #[must_use]
+    pub fn given_up(&self) -> u64 {
+        self.board.given_up()
     }
 
     /// Exits by reason, over all CPUs.

@@ -362,6 +362,24 @@ pub struct Counters {
     pub marks: Vec<(u16, u64)>,
     /// Requests of the guest to its file server; 0 without a share.
     pub file_requests: u64,
+    /// What each virtio device has done.
+    pub devices: Vec<DeviceCounters>,
+    /// Bytes of memory that the guest did not need and that went back to the node: pages that it reported free or put
+    /// into the balloon, and memory that it gave back. A page may go more than once.
+    pub given_up_bytes: u64,
+}
+
+/// What a virtio device has done since it was put on the bus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceCounters {
+    /// Its kind: "vsock", "fs"…
+    pub device: String,
+    /// Where on the guest's bus 0.
+    pub function: u8,
+    /// Events that woke its thread: kicks of the guest, frames for it, ends of I/O.
+    pub wakeups: u64,
+    /// Of each queue the chains that were given back, and the interrupts for them.
+    pub queues: Vec<(u64, u64)>,
 }
 
 /// The VMM's own boot marks, beside the guest's bytes.

@@ -3,6 +3,7 @@
 
 pub mod discard;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use self::discard::Discarded;
@@ -15,6 +16,8 @@ pub struct Reclaim {
     pins: RwLock<usize>,
     /// What has left, whoever gave it up.
     discarded: Mutex<Discarded>,
+    /// Bytes that have left.
+    given_up: AtomicU64,
 }
 
 /// Memory is pinned while this is there.
@@ -33,7 +36,18 @@ impl Reclaim {
     pub fn give_up<T>(&self, work: impl FnOnce(&mut Discarded) -> T) -> Option<T> {
         // Held over the work, so that pinning waits for it.
         let pins = read(&self.pins);
-        (*pins == 0).then(|| work(&mut lock(&self.discarded)))
+        (*pins == 0).then(|| {
+            let mut discarded = lock(&self.discarded);
+            let done = work(&mut discarded);
+            self.given_up.store(discarded.bytes(), Ordering::Relaxed);
+            done
+        })
+    }
+
+    /// Bytes that have left so far; one that has come back may leave again.
+    #[must_use]
+    pub fn given_up(&self) -> u64 {
+        self.given_up.load(Ordering::Relaxed)
     }
 
     /// Whether pages may leave now.

@@ -333,6 +333,8 @@ impl Server {
             exits: vm.map(Vm::exits).unwrap_or_default(),
             marks: self.marks.clone(),
             file_requests: vm.map(Vm::file_requests).unwrap_or_default(),
+            devices: vm.map(Vm::devices).unwrap_or_default(),
+            given_up_bytes: vm.map(Vm::given_up).unwrap_or_default(),
         })
     }
 

@@ -21,7 +21,7 @@ use self::plug::Plugged;
 use super::descriptors::{self, Descriptors};
 use super::error::StartError;
 use crate::arch::x86_64::layout;
-use crate::control::{DiskConfig, DiskPiece, NetConfig, VmConfig, exit};
+use crate::control::{DeviceCounters, DiskConfig, DiskPiece, NetConfig, VmConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kvm::{KvmIoEventFds, KvmMemorySlots, KvmRoutes};
 use crate::notice::{Notice, Notifier};
@@ -34,6 +34,7 @@ use crate::reclaim::Reclaim;
 use crate::template::registers::{self, RegisterError, Write};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
+use crate::virtio::counts::DeviceCounts;
 use crate::virtio::fs::{Fs, FsHandle};
 use crate::virtio::net::Net;
 use crate::virtio::pci::capability::BAR_SIZE;
@@ -93,6 +94,8 @@ pub struct Board {
     nets: usize,
     /// What was plugged into the running machine, by function.
     plugged: BTreeMap<u8, Plugged>,
+    /// What each virtio device on the bus has done, by function.
+    counts: BTreeMap<u8, (&'static str, Arc<DeviceCounts>)>,
     /// Descriptors that the process may have open.
     max_files: u64,
     /// Bytes that it may lock, if that is limited.
@@ -137,6 +140,7 @@ impl Board {
             net_worker: 0,
             nets: 0,
             plugged: BTreeMap::new(),
+            counts: BTreeMap::new(),
             max_files: descriptors::limit(),
             lockable: descriptors::lockable(),
             vcpus: 1,
@@ -149,6 +153,24 @@ impl Board {
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// What each virtio device has done, in the order of functions.
+    pub fn counted(&self) -> impl Iterator<Item = DeviceCounters> {
+        self.counts
+            .iter()
+            .map(|(function, (name, counts))| DeviceCounters {
+                device: (*name).to_owned(),
+                function: *function,
+                wakeups: counts.wakeups.get(),
+                queues: counts.of_queues(),
+            })
+    }
+
+    /// Bytes of guest memory that have gone back to the node since the start.
+    #[must_use]
+    pub fn given_up(&self) -> u64 {
+        self.reclaim.given_up()
     }
 
     /// To be called when all functions are on the bus. Memory slots below `slot` are RAM.
@@ -304,6 +326,7 @@ impl Board {
         let slot = Slot {
             device,
             on_failure: Box::new(move || failed.fail()),
+            counts: Arc::clone(interrupt.counts()),
         };
         let part = Part {
             description,
@@ -316,6 +339,7 @@ impl Board {
     fn put_on_bus(&mut self, part: Part, handle: DeviceHandle) -> Result<(u8, u64), StartError> {
         let multi_function = self.bus.next()?.is_multiple_of(8);
         let base = self.low.allocate(BAR_SIZE)?;
+        let counts = Arc::clone(part.interrupt.counts());
         let function = VirtioPci::new(
             &part.description,
             handle,
@@ -329,7 +353,10 @@ impl Board {
             base,
             multi_function,
         )?;
-        Ok((self.bus.add(Arc::new(function))?, base))
+        let name = part.description.name();
+        let number = self.bus.add(Arc::new(function))?;
+        self.counts.insert(number, (name, counts));
+        Ok((number, base))
     }
 }
 

@@ -107,6 +107,7 @@ pub fn pci_config(data: &[u8]) {
         slots.push(Slot {
             device: Box::new(device),
             on_failure: Box::new(move || failed.fail()),
+            counts: Arc::default(),
         });
         parts.push((description, interrupt));
         given.push(receiver);

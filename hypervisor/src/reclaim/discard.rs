@@ -16,9 +16,17 @@ use crate::arch::x86_64::layout::HUGE_PAGE;
 pub struct Discarded {
     /// Numbers of the huge pages, by host address, that are in small pages for now.
     split: BTreeSet<usize>,
+    /// Bytes in all.
+    bytes: u64,
 }
 
 impl Discarded {
+    /// How many bytes have left.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Gives the whole host pages of a piece of guest memory back to the host. They read as zero, or
     /// as the file that was mapped there, when the guest touches them again.
     pub fn discard(&mut self, slice: &VolatileSlice<'_>) {
@@ -34,7 +42,10 @@ impl Discarded {
         // It fails for memory that is locked or of huge pages only: then the memory stays, no more.
         // SAFETY: the range lies inside the slice, that is, inside mapped guest memory of which Rust
         // holds no reference; its contents belong to the guest, which has given them up.
-        let _ = unsafe { advise(start..end, libc::MADV_DONTNEED) };
+        let left = unsafe { advise(start..end, libc::MADV_DONTNEED) };
+        if left == 0 {
+            self.bytes = self.bytes.saturating_add((end - start) as u64);
+        }
         for number in touched(&(start..end)) {
             self.divide(number, &(start..end));
         }

@@ -8,6 +8,7 @@
 pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod counts;
 pub mod fs;
 pub mod helpers;
 pub mod mem;
@@ -29,6 +30,8 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
+
+use self::counts::QueueCounts;
 
 /// Guest RAM as every device sees it; `memory()` takes a snapshot that outlives a hotplug.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -81,6 +84,8 @@ pub struct ActiveQueue {
     pub queue: Queue,
     /// Signalled when the driver notifies the queue.
     pub kick: EventFd,
+    /// What it carries.
+    pub counts: Arc<QueueCounts>,
 }
 
 /// What a device gets when the driver has set DRIVER_OK.

@@ -181,6 +181,7 @@ impl Ring {
             .add_used(memory, head, written)
             .map_err(|error| self.guest(error))?;
         self.unannounced = true;
+        self.active.counts.chains.raise();
         Ok(())
     }
 
@@ -202,6 +203,7 @@ impl Ring {
             .needs_notification(memory)
             .map_err(|error| self.guest(error))?;
         if wanted {
+            self.active.counts.interrupts.raise();
             interrupt
                 .queue(self.active.index)
                 .map_err(|source| self.host(source))?;
@@ -380,6 +382,7 @@ mod tests {
             index: 0,
             queue,
             kick,
+            counts: Arc::default(),
         };
         let mut ring = Ring::new(active, "test", 0, 0, &mut Sources::new(&epoll, 0)).unwrap();
         let mut served = 0;
@@ -391,5 +394,7 @@ mod tests {
         assert!(ring.drain(&memory, &interrupts, 8, serve).unwrap());
         assert_eq!(served, 1);
         assert_eq!(interrupts.of(0), 1);
+        let counts = &ring.active.counts;
+        assert_eq!((counts.chains.get(), counts.interrupts.get()), (1, 1));
     }
 }

@@ -293,7 +293,12 @@ impl<D: VirtioDevice> Harness<D> {
                 kick: kick.try_clone().unwrap(),
             });
             if enabled(index) {
-                active.push(ActiveQueue { index, queue, kick });
+                active.push(ActiveQueue {
+                    index,
+                    queue,
+                    kick,
+                    counts: Arc::default(),
+                });
             }
         }
         let activation = Activation {

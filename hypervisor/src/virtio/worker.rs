@@ -14,6 +14,7 @@ use slog::{Logger, error, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::counts::DeviceCounts;
 use super::{Activation, Sources, VirtioDevice};
 
 /// The slot of the worker's own wake-up event.
@@ -44,6 +45,8 @@ pub struct Slot {
     pub device: Box<dyn VirtioDevice>,
     /// What to do when it fails.
     pub on_failure: OnFailure,
+    /// What wakes it is counted here.
+    pub counts: Arc<DeviceCounts>,
 }
 
 /// The transport's end of one device.
@@ -257,6 +260,7 @@ impl Thread {
         if !running.active {
             return;
         }
+        running.slot.counts.wakeups.raise();
         let mut sources = Sources::new(&self.epoll, slot);
         if let Err(error) = running.slot.device.process(token, events, &mut sources) {
             running.fail(&error, &mut sources, &self.log);

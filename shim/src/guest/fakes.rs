@@ -366,6 +366,8 @@ impl FakeVmm {
                     exits: BTreeMap::from([("hlt".to_owned(), 3)]),
                     marks: vec![(control::mark::KERNEL_ENTRY, 4)],
                     file_requests: 0,
+                    devices: Vec::new(),
+                    given_up_bytes: 0,
                 })),
                 RequestBody::Stop => break,
             };

@@ -235,6 +235,7 @@ impl Board {
             Behind::Device(..) => {}
         }
         self.bus.release(function);
+        self.counts.remove(&function);
         info!(self.log, "device removed"; "device" => plugged.name, "function" => function);
     }
 

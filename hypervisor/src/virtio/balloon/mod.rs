@@ -222,6 +222,7 @@ mod tests {
                 .all(|page| page.iter().all(|byte| *byte == page[0]));
             assert!(all_or_nothing);
             assert_eq!(kept, [true, false, false, true, true, false, true, true]);
+            assert_eq!(balloon.device.reclaim.given_up(), 3 * 4096);
         }
     }
 

@@ -1,9 +1,11 @@
 //! How a device behind the PCI transport interrupts its driver: MSI-X only, there is no INTx.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use super::super::Interrupt;
+use super::super::counts::DeviceCounts;
 use crate::pci::msix::Msix;
 
 /// VIRTIO_MSI_NO_VECTOR.
@@ -19,6 +21,7 @@ pub struct VirtioInterrupt {
     queue_vectors: Vec<AtomicU16>,
     isr: AtomicU8,
     needs_reset: AtomicBool,
+    counts: Arc<DeviceCounts>,
 }
 
 impl VirtioInterrupt {
@@ -31,7 +34,14 @@ impl VirtioInterrupt {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
+            counts: Arc::new(DeviceCounts::new(queues)),
         }
+    }
+
+    /// What the device's queues carry, over all its activations.
+    #[must_use]
+    pub fn counts(&self) -> &Arc<DeviceCounts> {
+        &self.counts
     }
 
     /// The function's MSI-X state.

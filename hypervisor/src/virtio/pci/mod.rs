@@ -75,6 +75,12 @@ impl Description {
         }
     }
 
+    /// As [`VirtioDevice::name`].
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// MSI-X vectors: one a queue and one for configuration changes.
     #[must_use]
     pub fn vectors(&self) -> u16 {
@@ -227,6 +233,7 @@ impl VirtioPci {
                     index,
                     queue,
                     kick: self.kicks[usize::from(index)].try_clone()?,
+                    counts: self.interrupt.counts().queue(index),
                 })
             })
             .collect();

@@ -109,6 +109,7 @@ fn setup(fails: bool, gate: Option<Receiver<()>>) -> Setup {
         vec![Slot {
             device: Box::new(device),
             on_failure: Box::new(move || failed.fail()),
+            counts: Arc::clone(interrupt.counts()),
         }],
         Box::new(|| Ok(())),
         Box::new(|reason| panic!("{reason}")),

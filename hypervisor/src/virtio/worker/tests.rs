@@ -9,6 +9,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::*;
+use crate::virtio::counts::DeviceCounts;
 use crate::virtio::{ActiveQueue, ConfigSpace, DeviceError, Interrupt};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -88,6 +89,7 @@ fn activation(kick: &EventFd) -> Activation {
             index: 0,
             queue: Queue::new(16).unwrap(),
             kick: kick.try_clone().unwrap(),
+            counts: Arc::default(),
         }],
         interrupt: Arc::new(Silent),
     }
@@ -116,6 +118,7 @@ fn setup(fails: &[bool]) -> Setup {
                     fails: *fails,
                 }),
                 on_failure: Box::new(move || failure.send(()).unwrap()),
+                counts: Arc::default(),
             }
         })
         .collect();
@@ -193,6 +196,7 @@ fn a_device_can_be_given_to_a_running_worker() {
     setup.handles[0].activate(activation(&first));
     expect(&setup.seen[0], "activate");
     let (sender, seen) = mpsc::channel();
+    let counts = Arc::<DeviceCounts>::default();
     let late = setup.worker.add(Slot {
         device: Box::new(Fake {
             seen: sender,
@@ -200,12 +204,14 @@ fn a_device_can_be_given_to_a_running_worker() {
             fails: false,
         }),
         on_failure: Box::new(|| ()),
+        counts: Arc::clone(&counts),
     });
     let kick = event();
     late.activate(activation(&kick));
     expect(&seen, "activate");
     kick.write(1).unwrap();
     expect(&seen, "process");
+    assert_eq!(counts.wakeups.get(), 1);
     first.write(1).unwrap();
     expect(&setup.seen[0], "process");
     drop(setup.worker);
@@ -243,6 +249,7 @@ fn a_removed_device_is_drained_and_dropped_while_its_neighbour_goes_on_and_its_n
             fails: false,
         }),
         on_failure: Box::new(|| ()),
+        counts: Arc::default(),
     });
     setup.handles[0].activate(activation(&kicks[0]));
     setup.handles[0]

@@ -5,6 +5,7 @@
 //! does not tell is left out. Names in labels come from containerd and from guests' boot marks: they are escaped.
 
 mod family;
+mod queues;
 mod starts;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use crate::processes::{Usage, cpu_wait, disk_bytes, guest_memory_size, interface
 use crate::shims;
 use crate::timelines;
 use family::Family;
+use queues::Queues;
 pub use starts::Starts;
 
 /// How long a shim may take.
@@ -109,6 +111,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
         "",
         "Requests of the guest to its file server.",
     );
+    let mut queues = Queues::new();
     let mut failures = Family::new(
         "brig_failures",
         "counter",
@@ -178,6 +181,9 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
         if let Some(count) = asked {
             requests.add(&pod, count);
         }
+        if let Some(counters) = &counters {
+            queues.add(&pod, counters);
+        }
         let reasons = counters.as_ref().and_then(|counters| counters.get("exits"));
         for (reason, count) in reasons.and_then(Value::as_object).into_iter().flatten() {
             if let Some(count) = count.as_f64() {
@@ -200,6 +206,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
     ] {
         family.write(&mut text);
     }
+    queues.write(&mut text);
     starts.write(&mut text);
     text.push_str("# EOF\n");
     Ok(text)
