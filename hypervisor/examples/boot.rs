@@ -207,6 +207,7 @@ fn main() {
                 .collect(),
             share_tag: options.share.then(|| "brig".into()),
             debug_console: options.debug,
+            debugger: false,
             allow_slow_kvm: false,
             passthrough: false,
             devices: Vec::new(),

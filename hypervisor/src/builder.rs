@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -28,7 +29,11 @@ use crate::arch::x86_64::acpi::Platform;
 use crate::arch::x86_64::boot::{self, BootInfo};
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{cpuid, layout};
-use crate::control::{DeviceConfig, DeviceCounters, DeviceWord, VmConfig, exit};
+use crate::control::{
+    DebugRequest, DeviceConfig, DeviceCounters, DeviceWord, MAX_BREAKPOINTS, Stopped, VmConfig,
+    exit,
+};
+use crate::debugger::{Debugged, Debugger};
 use crate::exits::ExitCounters;
 use crate::jail::seccomp::{self, SeccompError, ThreadKind};
 use crate::kernel;
@@ -62,7 +67,11 @@ pub struct Vm {
     /// Functions of the devices of the node that were there from the start.
     given: Vec<u8>,
     capture: Option<Capture>,
+    debugger: Option<Debugger>,
 }
+
+/// How a thread is confined to the list of its kind.
+type Confine = fn(ThreadKind) -> Result<(), SeccompError>;
 
 /// What it takes to make a CPU.
 struct Cpus {
@@ -191,16 +200,7 @@ impl Vm {
         for id in there..count {
             let vcpu = self.cpus.make(id)?;
             let counters = Arc::<ExitCounters>::default();
-            let machine = Arc::clone(&self.machine);
-            let kind = ThreadKind::Vcpu;
-            spawn_vcpu(
-                id,
-                vcpu,
-                machine,
-                Arc::clone(&counters),
-                kind,
-                seccomp::narrow,
-            )?;
+            self.run(id, vcpu, Arc::clone(&counters), seccomp::narrow)?;
             self.counters.push(counters);
         }
         Ok(())
@@ -216,6 +216,73 @@ impl Vm {
     #[must_use]
     pub fn given_up(&self) -> u64 {
         self.board.given_up()
+    }
+
+    /// Gives a CPU its thread.
+    fn run(
+        &mut self,
+        id: u8,
+        vcpu: VcpuFd,
+        counters: Arc<ExitCounters>,
+        confine: Confine,
+    ) -> Result<(), StartError> {
+        let machine = Arc::clone(&self.machine);
+        let kind = match (&self.capture, &self.debugger) {
+            (Some(_), _) => ThreadKind::CapturedVcpu,
+            (None, Some(_)) => ThreadKind::DebuggedVcpu,
+            (None, None) => ThreadKind::Vcpu,
+        };
+        let debugged = self.debugger.as_mut().map(Debugger::next_cpu);
+        let thread = spawn_vcpu(id, vcpu, machine, counters, debugged, (kind, confine))?;
+        if let Some(debugger) = &mut self.debugger {
+            debugger.started(thread);
+        }
+        Ok(())
+    }
+
+    /// Whether the CPUs may be stopped and looked at.
+    #[must_use]
+    pub fn can_be_debugged(&self) -> bool {
+        self.debugger.is_some()
+    }
+
+    /// Stops the CPUs, looks at them or lets them go on; what is in them, if they stand.
+    ///
+    /// # Errors
+    /// [`StartError::State`] if this VM's CPUs are not to be debugged, or do not stop.
+    pub fn debug(&mut self, request: &DebugRequest) -> Result<Option<Stopped>, StartError> {
+        let debugger = self.debugger.as_mut().ok_or_else(|| {
+            StartError::State("this VM was not started to be debugged".to_owned())
+        })?;
+        let state = |error: std::io::Error| StartError::State(error.to_string());
+        match request {
+            DebugRequest::Stop => debugger.stop().map(Some).map_err(state),
+            DebugRequest::State => Ok(debugger.stopped()),
+            DebugRequest::Go {
+                only,
+                step,
+                breakpoints,
+            } => {
+                if breakpoints.len() > MAX_BREAKPOINTS {
+                    return Err(StartError::Limit(format!(
+                        "{} breakpoints were asked for, and a CPU has {MAX_BREAKPOINTS}",
+                        breakpoints.len()
+                    )));
+                }
+                debugger.go(*only, *step, breakpoints).map_err(state)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// To be called at [`Notice::Met`].
+    ///
+    /// # Errors
+    /// [`StartError::State`] if the other CPUs do not stop.
+    pub fn met(&mut self, cpu: u8) -> Result<(), StartError> {
+        let met = self.debugger.as_mut().map(|debugger| debugger.met(cpu));
+        met.unwrap_or(Ok(()))
+            .map_err(|error| StartError::State(error.to_string()))
     }
 
     /// Exits by reason, over all CPUs.
@@ -317,6 +384,13 @@ pub fn build(
         Some(prepared) => Some(prepared.arm(&cpus, &mut machine)?),
         None => None,
     };
+    let debugger = (config.debugger && capture.is_none())
+        .then(|| Debugger::new(notifier.clone()))
+        .transpose()
+        .map_err(|source| StartError::Thread {
+            name: "debugger".to_owned(),
+            source,
+        })?;
     let counters = vcpus.iter().map(|_| Arc::default()).collect();
     Ok(Built {
         vcpus,
@@ -328,6 +402,7 @@ pub fn build(
             cpus,
             given,
             capture,
+            debugger,
         },
         template,
     })
@@ -444,16 +519,12 @@ impl Built {
     /// # Errors
     /// If the host gives no thread.
     pub fn start(self) -> Result<Vm, StartError> {
-        for ((vcpu, counters), id) in self.vcpus.into_iter().zip(&self.vm.counters).zip(0u8..) {
-            let machine = Arc::clone(&self.vm.machine);
-            let counters = Arc::clone(counters);
-            let kind = match self.vm.capture {
-                Some(_) => ThreadKind::CapturedVcpu,
-                None => ThreadKind::Vcpu,
-            };
-            spawn_vcpu(id, vcpu, machine, counters, kind, seccomp::apply)?;
+        let mut vm = self.vm;
+        let counters = vm.counters.clone();
+        for ((vcpu, counters), id) in self.vcpus.into_iter().zip(counters).zip(0u8..) {
+            vm.run(id, vcpu, counters, seccomp::apply)?;
         }
-        Ok(self.vm)
+        Ok(vm)
     }
 }
 
@@ -462,20 +533,22 @@ fn spawn_vcpu(
     mut vcpu: VcpuFd,
     machine: Arc<Machine>,
     counters: Arc<ExitCounters>,
-    kind: ThreadKind,
-    confine: fn(ThreadKind) -> Result<(), SeccompError>,
-) -> Result<(), StartError> {
-    let name = format!("vcpu{id}");
+    debugged: Option<Debugged>,
+    (kind, confine): (ThreadKind, Confine),
+) -> Result<JoinHandle<()>, StartError> {
+    let name = match debugged {
+        Some(_) => format!("vcpu{id}-debug"),
+        None => format!("vcpu{id}"),
+    };
     std::thread::Builder::new()
         .name(name.clone())
         .spawn(move || match confine(kind) {
             Ok(()) => {
-                let ended = vcpu::run(&mut vcpu, &machine, &counters);
+                let ended = vcpu::run(&mut vcpu, &machine, &counters, debugged.as_ref());
                 machine.notifier.send(Notice::Ended(ended));
             }
             Err(error) => machine.notifier.end(exit::INTERNAL, error.to_string()),
         })
-        .map(|_| ())
         .map_err(|source| StartError::Thread { name, source })
 }
 
@@ -502,6 +575,7 @@ mod tests {
             disks: Vec::new(),
             share_tag: None,
             debug_console: false,
+            debugger: false,
             allow_slow_kvm: false,
             passthrough: false,
             devices: Vec::new(),

@@ -80,6 +80,9 @@ pub enum RequestBody {
     },
     /// Asks for boot marks and exit counters.
     Counters,
+    /// Stops the CPUs of a VM that was started with [`VmConfig::debugger`], looks at them and lets them go on. The reply is
+    /// [`ReplyBody::Debug`].
+    Debug(DebugRequest),
     /// Ends the VM at once. The reply precedes the exit.
     Stop,
 }
@@ -119,6 +122,8 @@ pub struct VmConfig {
     pub share_tag: Option<String>,
     /// Copy early kernel messages to the log, not only a panic's.
     pub debug_console: bool,
+    /// Its CPUs may be stopped and looked at.
+    pub debugger: bool,
     /// Start although `/dev/kvm` emulates instead of virtualising.
     pub allow_slow_kvm: bool,
     /// The VM may be given devices of the node while it runs: the control loop may start a thread that makes VFIO's
@@ -126,6 +131,71 @@ pub struct VmConfig {
     pub passthrough: bool,
     /// Devices of the node that are there when the guest boots. Its memory is pinned before it runs.
     pub devices: Vec<VfioConfig>,
+}
+
+/// The most breakpoints at a time: an x86 CPU has no more.
+pub const MAX_BREAKPOINTS: usize = 4;
+
+/// What a debugger wants of the CPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DebugRequest {
+    /// They are to stop.
+    Stop,
+    /// They are to go on.
+    Go {
+        /// This one alone; the others stay where they are.
+        only: Option<u8>,
+        /// By one instruction.
+        step: bool,
+        /// Addresses of instructions at which a CPU stops, and all others with it; at most [`MAX_BREAKPOINTS`].
+        breakpoints: Vec<u64>,
+    },
+    /// Whether they have stopped.
+    State,
+}
+
+/// CPUs that stand still.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    /// The one that has met a breakpoint or made its step.
+    pub cpu: Option<u8>,
+    /// What is in each.
+    pub cpus: Vec<Registers>,
+}
+
+/// Registers of a CPU (Intel SDM, volume 1, section 3.4).
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the names that the architecture gives them")]
+pub struct Registers {
+    pub rax: u64,
+    pub rbx: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub rbp: u64,
+    pub rsp: u64,
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+    pub rip: u64,
+    pub rflags: u64,
+    pub cs: u16,
+    pub ss: u16,
+    pub ds: u16,
+    pub es: u16,
+    pub fs: u16,
+    pub gs: u16,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub cr0: u64,
+    pub cr3: u64,
+    pub cr4: u64,
 }
 
 /// A device that is plugged into the running machine.
@@ -270,6 +340,8 @@ pub enum ReplyBody {
     },
     /// Answer to [`RequestBody::Counters`].
     Counters(Counters),
+    /// Answer to [`RequestBody::Debug`]: the CPUs, if all of them stand.
+    Debug(Option<Stopped>),
 }
 
 /// Why a request failed, for an operator to read.

@@ -29,12 +29,13 @@ pub enum Reason {
     MmioWriteUnknown,
     Halt,
     Interrupted,
+    Debug,
     Shutdown,
     InternalError,
     Other,
 }
 
-const NAMES: [(Reason, &str); 18] = [
+const NAMES: [(Reason, &str); 19] = [
     (Reason::OutBootMark, "io_out:boot_mark"),
     (Reason::OutConsole, "io_out:console"),
     (Reason::InConsole, "io_in:console"),
@@ -50,6 +51,7 @@ const NAMES: [(Reason, &str); 18] = [
     (Reason::MmioWriteUnknown, "mmio_write:unknown"),
     (Reason::Halt, "hlt"),
     (Reason::Interrupted, "interrupted"),
+    (Reason::Debug, "debug"),
     (Reason::Shutdown, "shutdown"),
     (Reason::InternalError, "internal_error"),
     (Reason::Other, "other"),

@@ -8,6 +8,7 @@ pub mod benchmark;
 pub mod builder;
 pub mod console;
 pub mod control;
+pub mod debugger;
 pub mod exits;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;

@@ -50,6 +50,8 @@ pub enum Notice {
     Still,
     /// And this is its CPU.
     Captured(Box<CpuState>),
+    /// This CPU has met a breakpoint, or made its step.
+    Met(u8),
     /// The VM is at its end.
     Ended(Ended),
     /// From the vsock device, and when.

@@ -131,7 +131,7 @@ impl Server {
             &self.control,
             FcntlArg::F_SETFL(OFlag::O_NONBLOCK | OFlag::O_RDWR),
         )?;
-        let kind = ThreadKind::main(vm.takes_devices(), vm.takes_cpus());
+        let kind = ThreadKind::main(vm.takes_devices(), vm.takes_cpus(), vm.can_be_debugged());
         if let Err(error) = seccomp::apply(kind) {
             return Ok(Ended {
                 code: exit::INTERNAL,
@@ -319,6 +319,10 @@ impl Server {
                 Err(error) => Err(error.reply("the VM was given no CPU")),
             },
             RequestBody::Counters => Ok(self.counters(Some(vm))),
+            RequestBody::Debug(request) => match vm.debug(&request) {
+                Ok(stopped) => Ok(ReplyBody::Debug(stopped)),
+                Err(error) => Err(error.reply("the VM's CPUs are not debugged")),
+            },
             RequestBody::Stop => {
                 self.reply(request.id, Ok(ReplyBody::Done));
                 return Flow::End(stopped("stopped by the shim"));
@@ -391,6 +395,11 @@ impl Server {
                 Notice::Still => {
                     if let Err(error) = vm.still() {
                         return Flow::End(not_captured(&error));
+                    }
+                }
+                Notice::Met(cpu) => {
+                    if let Err(error) = vm.met(cpu) {
+                        warn!(self.log, "not all CPUs have stopped"; "error" => error.reply("debugger").message);
                     }
                 }
                 Notice::Captured(cpu) => return Flow::End(self.captured(*cpu, vm)),

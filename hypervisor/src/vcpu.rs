@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::arch::x86_64::{acpi, layout};
 use crate::console::Console;
 use crate::control::exit;
+use crate::debugger::Debugged;
 use crate::exits::{ExitCounters, Reason, UnknownPorts};
 use crate::notice::{Ended, Notice, Notifier};
 use crate::pci::bus::Bus;
@@ -182,14 +183,29 @@ fn ended(code: i32, reason: impl Into<String>) -> Ended {
 }
 
 /// Runs a CPU until the VM ends.
-pub fn run(vcpu: &mut VcpuFd, machine: &Arc<Machine>, exits: &ExitCounters) -> Ended {
-    let ended = run_until_end(vcpu, machine, exits);
+pub fn run(
+    vcpu: &mut VcpuFd,
+    machine: &Arc<Machine>,
+    exits: &ExitCounters,
+    debugged: Option<&Debugged>,
+) -> Ended {
+    let ended = run_until_end(vcpu, machine, exits, debugged);
     machine.last_line();
     ended
 }
 
-fn run_until_end(vcpu: &mut VcpuFd, machine: &Machine, exits: &ExitCounters) -> Ended {
+fn run_until_end(
+    vcpu: &mut VcpuFd,
+    machine: &Machine,
+    exits: &ExitCounters,
+    debugged: Option<&Debugged>,
+) -> Ended {
     loop {
+        // Its last exit is completed then, and no more.
+        let stop = debugged.filter(|debugged| debugged.is_wanted());
+        if debugged.is_some() {
+            vcpu.set_kvm_immediate_exit(u8::from(stop.is_some()));
+        }
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 if let Some(point) = machine.capture_point(port, data) {
@@ -205,6 +221,14 @@ fn run_until_end(vcpu: &mut VcpuFd, machine: &Machine, exits: &ExitCounters) -> 
             Ok(VcpuExit::MmioWrite(address, data)) => machine.memory_write(address, data, exits),
             Ok(VcpuExit::Hlt) => exits.count(Reason::Halt),
             Ok(VcpuExit::Intr) => exits.count(Reason::Interrupted),
+            Ok(VcpuExit::Debug(_)) => {
+                exits.count(Reason::Debug);
+                if let Some(debugged) = debugged
+                    && let Err(error) = debugged.stand(vcpu, true)
+                {
+                    return not_debugged(&error);
+                }
+            }
             Ok(VcpuExit::Shutdown) => {
                 exits.count(Reason::Shutdown);
                 return machine.reset();
@@ -235,7 +259,14 @@ fn run_until_end(vcpu: &mut VcpuFd, machine: &Machine, exits: &ExitCounters) -> 
             Err(error) => {
                 let source = io::Error::from(error);
                 match source.raw_os_error() {
-                    Some(libc::EINTR | libc::EAGAIN) => exits.count(Reason::Interrupted),
+                    Some(libc::EINTR | libc::EAGAIN) => {
+                        exits.count(Reason::Interrupted);
+                        if let Some(debugged) = stop
+                            && let Err(error) = debugged.stand(vcpu, false)
+                        {
+                            return not_debugged(&error);
+                        }
+                    }
                     _ => {
                         return ended(exit::INTERNAL, format!("KVM_RUN failed: {source}"));
                     }
@@ -243,6 +274,13 @@ fn run_until_end(vcpu: &mut VcpuFd, machine: &Machine, exits: &ExitCounters) -> 
             }
         }
     }
+}
+
+fn not_debugged(error: &io::Error) -> Ended {
+    ended(
+        exit::INTERNAL,
+        format!("the CPU cannot be debugged: {error}"),
+    )
 }
 
 /// KVM gave up on the guest, mostly an instruction it cannot emulate.

@@ -79,10 +79,14 @@ pub enum ThreadKind {
     MainWithCpus,
     /// The same in a VM that may be given both.
     MainWithBoth,
+    /// The same in a VM whose CPUs may be stopped for a debugger, whatever it may be given.
+    MainWithDebugger,
     /// A CPU of the guest.
     Vcpu,
     /// That of a guest that is to be captured.
     CapturedVcpu,
+    /// That of a guest that may be debugged.
+    DebuggedVcpu,
     /// Queues of vsock, net, rng, balloon, console.
     Worker,
     /// A disk's queue, and what of it takes its time.
@@ -94,10 +98,11 @@ pub enum ThreadKind {
 }
 
 impl ThreadKind {
-    /// The control loop of a VM that may be given devices of the node, or CPUs.
+    /// The control loop of a VM that may be given devices of the node, or CPUs, or may be debugged.
     #[must_use]
-    pub fn main(devices: bool, cpus: bool) -> Self {
+    pub fn main(devices: bool, cpus: bool, debugger: bool) -> Self {
         match (devices, cpus) {
+            _ if debugger => Self::MainWithDebugger,
             (false, false) => Self::Main,
             (true, false) => Self::MainWithDevices,
             (false, true) => Self::MainWithCpus,
@@ -120,26 +125,34 @@ impl ThreadKind {
     /// Whether it starts threads of devices of the node.
     #[must_use]
     pub fn gives_devices(self) -> bool {
-        matches!(self, Self::MainWithDevices | Self::MainWithBoth)
+        matches!(
+            self,
+            Self::MainWithDevices | Self::MainWithBoth | Self::MainWithDebugger
+        )
     }
 
     /// Whether it starts threads of CPUs.
     #[must_use]
     pub fn gives_cpus(self) -> bool {
-        matches!(self, Self::MainWithCpus | Self::MainWithBoth)
+        matches!(
+            self,
+            Self::MainWithCpus | Self::MainWithBoth | Self::MainWithDebugger
+        )
     }
 }
 
 /// All of them.
 #[cfg(any(test, feature = "jail-probe"))]
-pub(super) const KINDS: [ThreadKind; 10] = [
+pub(super) const KINDS: [ThreadKind; 12] = [
     ThreadKind::Main,
     ThreadKind::MainWithDevices,
     ThreadKind::MainWithCpus,
     ThreadKind::MainWithBoth,
+    ThreadKind::MainWithDebugger,
     ThreadKind::Vfio,
     ThreadKind::Vcpu,
     ThreadKind::CapturedVcpu,
+    ThreadKind::DebuggedVcpu,
     ThreadKind::Worker,
     ThreadKind::Disk,
     ThreadKind::Fs,
@@ -346,6 +359,13 @@ const CAPTURE_IOCTL: [u32; 8] = [
     0x8004_ae98, // KVM_GET_MP_STATE
 ];
 
+/// Breakpoints and steps of a guest that may be debugged.
+const DEBUG: &[Allowed] = allow![SYS_ioctl one_of(1, &DEBUG_IOCTL),];
+
+const DEBUG_IOCTL: [u32; 1] = [
+    0x4048_ae9b, // KVM_SET_GUEST_DEBUG
+];
+
 /// A CPU that is made while the machine runs, before its thread is started, which inherits all of [`VCPU`].
 const NEW_VCPU: &[Allowed] = allow![SYS_ioctl one_of(1, &NEW_VCPU_IOCTL),];
 
@@ -475,17 +495,19 @@ const FS_IOCTL: [u32; 6] = [
 
 /// What a kind of thread may call.
 pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> {
-    let own: [&'static [Allowed]; 7] = match kind {
-        ThreadKind::Main => [EPOLL, MAIN, THREADS, WORKER, &[], &[], &[]],
-        ThreadKind::MainWithDevices => [EPOLL, MAIN, THREADS, WORKER, VFIO, &[], &[]],
-        ThreadKind::MainWithCpus => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, &[]],
-        ThreadKind::MainWithBoth => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, VFIO],
-        ThreadKind::Vfio => [VFIO, &[], &[], &[], &[], &[], &[]],
-        ThreadKind::Vcpu => [VCPU, &[], &[], &[], &[], &[], &[]],
-        ThreadKind::CapturedVcpu => [VCPU, CAPTURE, &[], &[], &[], &[], &[]],
-        ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[], &[]],
-        ThreadKind::Disk => [EPOLL, WORKER, THREADS, &[], &[], &[], &[]],
-        ThreadKind::Fs => [EPOLL, FS, THREADS, &[], &[], &[], &[]],
+    let own: [&'static [Allowed]; 8] = match kind {
+        ThreadKind::Main => [EPOLL, MAIN, THREADS, WORKER, &[], &[], &[], &[]],
+        ThreadKind::MainWithDevices => [EPOLL, MAIN, THREADS, WORKER, VFIO, &[], &[], &[]],
+        ThreadKind::MainWithCpus => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, &[], &[]],
+        ThreadKind::MainWithBoth => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, VFIO, &[]],
+        ThreadKind::MainWithDebugger => [EPOLL, MAIN, THREADS, WORKER, VCPU, NEW_VCPU, VFIO, DEBUG],
+        ThreadKind::Vfio => [VFIO, &[], &[], &[], &[], &[], &[], &[]],
+        ThreadKind::Vcpu => [VCPU, &[], &[], &[], &[], &[], &[], &[]],
+        ThreadKind::CapturedVcpu => [VCPU, CAPTURE, &[], &[], &[], &[], &[], &[]],
+        ThreadKind::DebuggedVcpu => [VCPU, DEBUG, &[], &[], &[], &[], &[], &[]],
+        ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[], &[], &[]],
+        ThreadKind::Disk => [EPOLL, WORKER, THREADS, &[], &[], &[], &[], &[]],
+        ThreadKind::Fs => [EPOLL, FS, THREADS, &[], &[], &[], &[], &[]],
     };
     EVERY.iter().chain(own.into_iter().flatten())
 }
@@ -605,8 +627,13 @@ mod tests {
         };
         for kind in KINDS {
             let captured = kind == ThreadKind::CapturedVcpu;
-            let runs = kind == ThreadKind::Vcpu || captured || kind.gives_cpus();
+            let debugged = matches!(
+                kind,
+                ThreadKind::DebuggedVcpu | ThreadKind::MainWithDebugger
+            );
+            let runs = kind == ThreadKind::Vcpu || captured || debugged || kind.gives_cpus();
             assert_eq!(can(kind, libc::SYS_ioctl, 0xae80), runs);
+            assert_eq!(can(kind, libc::SYS_ioctl, DEBUG_IOCTL[0]), debugged);
             for request in NEW_VCPU_IOCTL
                 .into_iter()
                 .filter(|one| !KVM_VCPU.contains(one) && !CAPTURE_IOCTL.contains(one))

@@ -97,11 +97,12 @@ pub(super) fn prepare() {
 }
 
 /// Control loops.
-const LOOPS: [ThreadKind; 4] = [
+const LOOPS: [ThreadKind; 5] = [
     ThreadKind::Main,
     ThreadKind::MainWithDevices,
     ThreadKind::MainWithCpus,
     ThreadKind::MainWithBoth,
+    ThreadKind::MainWithDebugger,
 ];
 
 fn on_mismatch() -> SeccompAction {
@@ -122,7 +123,12 @@ pub(super) fn programs(
         let own = chain(kind, mismatch.clone())?;
         let starters: &[ThreadKind] = match kind {
             ThreadKind::Worker | ThreadKind::Disk => &LOOPS,
-            ThreadKind::Vfio => &[ThreadKind::MainWithDevices, ThreadKind::MainWithBoth],
+            ThreadKind::Vfio => &[
+                ThreadKind::MainWithDevices,
+                ThreadKind::MainWithBoth,
+                ThreadKind::MainWithDebugger,
+            ],
+            ThreadKind::DebuggedVcpu => &[ThreadKind::MainWithDebugger],
             ThreadKind::Vcpu => &[ThreadKind::MainWithCpus, ThreadKind::MainWithBoth],
             // A VM's control loop has one of these lists.
             ThreadKind::Main => {

@@ -60,6 +60,7 @@ fn start(vcpus: u8) -> RequestBody {
         disks: Vec::new(),
         share_tag: None,
         debug_console: false,
+        debugger: false,
         allow_slow_kvm: true,
         passthrough: false,
         devices: Vec::new(),

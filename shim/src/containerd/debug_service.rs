@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use brig_agent_protocol::OPEN_LOOKS;
+use brig_hypervisor::control::DebugRequest;
 use serde_json::{Value, json};
 use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 
 use crate::asked::config::{LogLevel, MIB, keys};
 use crate::error::{Error, Result};
-use crate::guest::vm::Holder;
+use crate::guest::vm::{Holder, Vm};
 use crate::log::{Control, rfc3339};
 use crate::pod::actor::PodHandle;
 use crate::pod::container::{ContainerHandle, Request};
@@ -35,15 +36,19 @@ pub enum Method {
     Logs,
     /// Changes the level of the log: `{"level": "debug"}`.
     Level,
+    /// Stops the VM's CPUs, looks at them or lets them go on: a [`DebugRequest`]; the answer is an `Option` of
+    /// [`brig_hypervisor::control::Stopped`].
+    Debug,
 }
 
 impl Method {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Counters,
         Self::Inspect,
         Self::Look,
         Self::Logs,
         Self::Level,
+        Self::Debug,
     ];
 
     /// Its name on the wire.
@@ -55,6 +60,7 @@ impl Method {
             Self::Look => "Look",
             Self::Logs => "Logs",
             Self::Level => "Level",
+            Self::Debug => "Debug",
         }
     }
 }
@@ -99,6 +105,7 @@ impl MethodHandler for Handler {
             Method::Look => self.look(&request.payload).await,
             Method::Logs => self.logs(&request.payload),
             Method::Level => self.level(&request.payload),
+            Method::Debug => self.debug(&request.payload).await,
         };
         let mut response = ttrpc::Response::new();
         match answer {
@@ -208,17 +215,29 @@ impl Handler {
         });
         let words = words.filter(|words| !words.is_empty());
         let words = words.ok_or_else(|| Error::invalid("words: what is to be looked at?"))?;
-        let pod = self.pod.inspect().await?;
         let open = OPEN_LOOKS.contains(&words[0].as_str());
+        let vm = self.guest(open).await?;
+        let _one = self.looking.lock().await;
+        vm.look(words).await
+    }
+
+    async fn debug(&self, payload: &[u8]) -> Result<Vec<u8>> {
+        let request: DebugRequest = serde_json::from_slice(payload)
+            .map_err(|error| Error::invalid(format!("no request of a debugger: {error}")))?;
+        let vm = self.guest(false).await?;
+        bytes(&json!(vm.debug(request).await?))
+    }
+
+    /// The VM of a pod whose guest may be looked into, or be asked for what is open to the node anyway.
+    async fn guest(&self, open: bool) -> Result<Arc<Vm>> {
+        let pod = self.pod.inspect().await?;
         if !open && !pod.config.is_some_and(|config| config.debug) {
             return Err(Error::state(
                 "this pod's runtime handler does not let the node look into its guest: its operator allows it with \
                  debug = true in the handler's configuration, for pods that start from then on",
             ));
         }
-        let vm = pod.vm.ok_or_else(|| Error::state("the pod has no VM"))?;
-        let _one = self.looking.lock().await;
-        vm.look(words).await
+        pod.vm.ok_or_else(|| Error::state("the pod has no VM"))
     }
 
     fn logs(&self, payload: &[u8]) -> Result<Vec<u8>> {

@@ -23,8 +23,8 @@ use brig_agent_protocol::agent::{
 };
 use brig_agent_protocol::agent_ttrpc::{Agent, create_agent};
 use brig_hypervisor::control::{
-    self, Counters, DeviceConfig, Event as VmmEvent, FromVmm, Reply, ReplyBody, Request,
-    RequestBody, VmConfig,
+    self, Counters, DebugRequest, DeviceConfig, Event as VmmEvent, FromVmm, Registers, Reply,
+    ReplyBody, Request, RequestBody, Stopped, VmConfig,
 };
 use futures::StreamExt as _;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -90,6 +90,8 @@ impl Record {
 pub(crate) struct Behaviour {
     /// The VMM refuses to build the machine with this sentence.
     pub(crate) refuse_start: Option<String>,
+    /// The VMM takes this long to be launched.
+    pub(crate) slow_launch: Duration,
     /// The agent never calls.
     pub(crate) silent_agent: bool,
     /// The VMM ends with this code instead of starting the machine.
@@ -160,6 +162,7 @@ impl FakeHost {
 impl Host for FakeHost {
     fn launch(&self, plan: &Plan) -> Result<Launched> {
         self.record.add(format!("launch {}", plan.memory));
+        std::thread::sleep(self.behaviour.slow_launch);
         let (control, vmm_control) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -205,6 +208,7 @@ impl Host for FakeHost {
             disks: Vec::new(),
             share_tag: None,
             debug_console: false,
+            debugger: plan.config.debug,
             allow_slow_kvm: false,
             passthrough: false,
             devices: Vec::new(),
@@ -357,6 +361,17 @@ impl FakeVmm {
                     let bytes = self.memory.swap(wanted, Ordering::SeqCst);
                     let function = Some(0x30);
                     Ok(ReplyBody::Memory { function, bytes })
+                }
+                RequestBody::Debug(request) => {
+                    self.record.add(format!("debug {request:?}"));
+                    let stopped = (request == DebugRequest::Stop).then(|| Stopped {
+                        cpu: None,
+                        cpus: vec![Registers {
+                            rip: 7,
+                            ..Registers::default()
+                        }],
+                    });
+                    Ok(ReplyBody::Debug(stopped))
                 }
                 RequestBody::Cpus { count } => {
                     self.record.add(format!("cpus {count}"));

@@ -199,6 +199,7 @@ impl Machine {
             disks,
             share_tag: boot.share.then(|| "brig".to_owned()),
             debug_console: boot.debug_console,
+            debugger: false,
             allow_slow_kvm: false,
             passthrough: false,
             devices: Vec::new(),

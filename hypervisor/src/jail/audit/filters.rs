@@ -119,6 +119,7 @@ pub fn kind(name: &str) -> ThreadKind {
         "fs" | "fs-io" => ThreadKind::Fs,
         "block" | "block-io" => ThreadKind::Disk,
         "vfio" => ThreadKind::Vfio,
+        name if name.starts_with("vcpu") && name.ends_with("-debug") => ThreadKind::DebuggedVcpu,
         name if name.starts_with("vcpu") => ThreadKind::Vcpu,
         _ => ThreadKind::Worker,
     }

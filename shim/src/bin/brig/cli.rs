@@ -129,19 +129,18 @@ pub enum Command {
         #[arg(long, value_name = "FILE", conflicts_with = "json")]
         svg: Option<PathBuf>,
         /// Beside that of another pod, step by step
-        #[arg(long, value_name = "ID", conflicts_with_all = ["json", "svg"])]
+        #[arg(long, value_name = "ID", conflicts_with = "svg")]
         compare: Option<String>,
     },
-    /// The guest's memory as a core file, for gdb and the like (for handlers with debug = true)
+    /// The guest's kernel under gdb (for handlers with debug = true)
     ///
-    /// The guest stands still meanwhile. The file has whatever the pod's programs had in memory, secrets too; its symbols
-    /// are those of the guest kernel, vmlinux or System.map.
+    /// The guest stands still when gdb comes, runs when it continues, and goes on when it leaves. CPUs are threads;
+    /// registers and memory are read, not written; up to four breakpoints, and steps.
     Debug {
         #[command(flatten)]
         pod: Pod,
-        /// Where to; must not be there yet
-        #[arg(long, value_name = "FILE", required = true)]
-        dump_memory: PathBuf,
+        #[command(flatten)]
+        how: DebugHow,
         #[command(flatten)]
         output: Output,
     },
@@ -320,6 +319,22 @@ impl Output {
     pub fn tell(&self, done: &Value, text: String) -> String {
         if self.json { format!("{done}\n") } else { text }
     }
+}
+
+/// What instead of gdb.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+pub struct DebugHow {
+    /// Write its memory and registers to a core file, which must not be there yet. It has whatever the pod's programs
+    /// had in memory, secrets too
+    #[arg(long, value_name = "FILE")]
+    pub dump_memory: Option<PathBuf>,
+    /// Say where the symbols of its kernel are, for gdb
+    #[arg(long)]
+    pub symbols: bool,
+    /// Speak gdb's protocol on standard input and output, for its 'target remote | ssh NODE brig debug ID --gdb'
+    #[arg(long)]
+    pub gdb: bool,
 }
 
 /// Which lines.

@@ -5,13 +5,13 @@ mod benchmark;
 mod check;
 mod cli;
 mod configuration;
+mod debug;
 mod dump;
 mod exporter;
 mod handlers;
 mod inspect;
 mod installed;
 mod look;
-mod memory_dump;
 mod metrics;
 mod next_start;
 mod pods;
@@ -103,19 +103,12 @@ fn run(command: Command) -> Result<bool> {
                 None => next_start::next(&base, namespace)?,
             };
             match (compare, svg) {
-                (Some(other), _) => compared(&base, &pod, other)?,
+                (Some(other), _) => compared(&base, &pod, other, &output)?,
                 (None, Some(file)) => drawn(&base, &pod, &file)?,
                 (None, None) => timeline(&base, &pod, output.json)?,
             }
         }
-        Command::Debug {
-            pod,
-            dump_memory,
-            output,
-        } => {
-            let dumped = memory_dump::dump(&base()?, &pod, &dump_memory)?;
-            output.tell(&dumped.json(), dumped.to_string())
-        }
+        Command::Debug { pod, how, output } => debug::run(&base()?, &pod, &how, &output)?,
         Command::Counters { pod } => counters(&base()?, &pod)?,
         Command::Metrics { listen: None } => {
             metrics::scrape(&base()?, &mut metrics::Starts::default())?
@@ -259,13 +252,16 @@ fn read_timeline(base: &Path, pod: &cli::Pod) -> Result<Timeline> {
     timelines::read(base, &row.namespace, &row.id)
 }
 
-fn compared(base: &Path, pod: &cli::Pod, other: String) -> Result<String> {
+fn compared(base: &Path, pod: &cli::Pod, other: String, output: &cli::Output) -> Result<String> {
     let namespace = pod.namespace.clone();
     let other = cli::Pod {
         namespace,
         id: other,
     };
     let (this, other) = (read_timeline(base, pod)?, read_timeline(base, &other)?);
+    if output.json {
+        return Ok(format!("{}\n", timelines::compare_json(&this, &other)));
+    }
     Ok(timelines::compare(&this, &other))
 }
 

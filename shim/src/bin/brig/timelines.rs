@@ -2,7 +2,7 @@
 //!
 //! The names of moments come from a journal that is root's, but the guest may add to it, so they are escaped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use std::time::Duration;
 use brig_shim::error::{Error, Result};
 use brig_shim::node::journal::StateDir;
 use brig_shim::pod::timeline::{Mark, Timeline};
+use serde_json::{Value, json};
 
 /// Pixels of the longest bar, of a line, and of the column of names.
 const WIDTH: f64 = 640.0;
@@ -90,27 +91,55 @@ fn escaped(text: &str) -> String {
     safe
 }
 
-/// For each moment how long it took since the one before, here and there, and how many VM exits there were by
-/// reason; what only one of the two has stands alone.
-#[must_use]
-pub fn compare(this: &Timeline, other: &Timeline) -> String {
+/// A step of one start, of the other, or of both, with microseconds since the moment before.
+type Step = (String, Option<u64>, Option<u64>);
+
+/// The steps of this start, and those that only the other has.
+fn beside(this: &Timeline, other: &Timeline) -> Vec<Step> {
     let (a, b) = (steps(this), steps(other));
     let of = |steps: &[(String, u64)], name: &str| {
         let step = steps.iter().find(|step| step.0 == name);
         step.map(|step| step.1)
     };
-    let mut names: Vec<&String> = a.iter().map(|step| &step.0).collect();
-    names.extend(
-        b.iter()
-            .map(|step| &step.0)
-            .filter(|name| of(&a, name).is_none()),
+    let there = |name: &str| of(&b, name);
+    let only_there = b.iter().filter(|step| of(&a, &step.0).is_none());
+    a.iter()
+        .map(|(name, took)| (name.clone(), Some(*took), there(name)))
+        .chain(only_there.map(|(name, took)| (name.clone(), None, Some(*took))))
+        .collect()
+}
+
+/// VM exits by reason, here and there.
+fn exits_beside(this: &Timeline, other: &Timeline) -> Vec<(String, u64, u64)> {
+    let reasons: BTreeSet<&String> = this.exits.keys().chain(other.exits.keys()).collect();
+    let count =
+        |timeline: &Timeline, reason: &String| timeline.exits.get(reason).copied().unwrap_or(0);
+    let reasons = reasons.into_iter();
+    reasons
+        .map(|reason| (reason.clone(), count(this, reason), count(other, reason)))
+        .collect()
+}
+
+/// As [`compare`], for programs.
+#[must_use]
+pub fn compare_json(this: &Timeline, other: &Timeline) -> Value {
+    let steps = beside(this, other).into_iter();
+    let steps = steps
+        .map(|(name, here, there)| json!({ "step": name, "micros": here, "otherMicros": there }));
+    let exits = exits_beside(this, other).into_iter();
+    let exits = exits.map(
+        |(reason, here, there)| json!({ "reason": reason, "count": here, "otherCount": there }),
     );
-    let width = names
-        .iter()
-        .map(|name| name.len())
-        .max()
-        .unwrap_or(0)
-        .max(8);
+    json!({ "steps": steps.collect::<Value>(), "exits": exits.collect::<Value>() })
+}
+
+/// For each moment how long it took since the one before, here and there, and how many VM exits there were by
+/// reason; what only one of the two has stands alone.
+#[must_use]
+pub fn compare(this: &Timeline, other: &Timeline) -> String {
+    let steps = beside(this, other);
+    let names = steps.iter().map(|step| &step.0);
+    let width = names.map(|name| name.len()).max().unwrap_or(0).max(8);
     let mut text = format!(
         "{:<width$} {:>12} {:>12} {:>12}\n",
         "STEP", "THIS", "OTHER", "MORE"
@@ -118,8 +147,8 @@ pub fn compare(this: &Timeline, other: &Timeline) -> String {
     let ms = |micros: Option<u64>| {
         micros.map_or("-".to_owned(), |micros| format!("{:.1} ms", millis(micros)))
     };
-    for name in names {
-        let (here, there) = (of(&a, name), of(&b, name));
+    for (name, here, there) in &steps {
+        let (here, there) = (*here, *there);
         let more = match (here, there) {
             (Some(here), Some(there)) => format!("{:+.1} ms", millis(here) - millis(there)),
             _ => String::new(),
@@ -131,15 +160,7 @@ pub fn compare(this: &Timeline, other: &Timeline) -> String {
             ms(there)
         );
     }
-    let reasons: BTreeMap<&String, ()> = this
-        .exits
-        .keys()
-        .chain(other.exits.keys())
-        .map(|name| (name, ()))
-        .collect();
-    for reason in reasons.keys() {
-        let count = |timeline: &Timeline| timeline.exits.get(*reason).copied().unwrap_or(0);
-        let (here, there) = (count(this), count(other));
+    for (reason, here, there) in exits_beside(this, other) {
         let more = i128::from(here) - i128::from(there);
         let _ = writeln!(
             text,
@@ -224,6 +245,14 @@ mod tests {
         assert_eq!(line("later"), "later - 30.0 ms");
         assert_eq!(line("exits: io"), "exits: io 5 0 +5");
         assert_eq!(line("exits: mmio"), "exits: mmio 0 7 -7");
+        let told = compare_json(&this, &other);
+        let step = |name: &str, here: Value, there: Value| json!({ "step": name, "micros": here, "otherMicros": there });
+        assert_eq!(
+            told["steps"][0],
+            step("create", 10_000.into(), 15_000.into())
+        );
+        assert_eq!(told["steps"][3], step("later", Value::Null, 30_000.into()));
+        assert_eq!(told["exits"][1]["otherCount"], 7);
     }
 
     proptest! {

@@ -135,6 +135,7 @@ fn machine(recipe: &Recipe) -> VmConfig {
         disks: Vec::new(),
         share_tag: Some(SHARE_TAG.to_owned()),
         debug_console: false,
+        debugger: false,
         allow_slow_kvm: recipe.allow_slow_kvm,
         passthrough: false,
         devices: Vec::new(),

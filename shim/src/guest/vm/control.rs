@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use crate::node::watched::watched;
 use brig_hypervisor::control::{
-    self, Counters, DeviceConfig, ErrorReply, Event, FromVmm, ReplyBody, Request, RequestBody,
-    StreamConfig, VmConfig,
+    self, Counters, DebugRequest, DeviceConfig, ErrorReply, Event, FromVmm, ReplyBody, Request,
+    RequestBody, Stopped, StreamConfig, VmConfig,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -178,6 +178,20 @@ impl Control {
     pub async fn counters(&self) -> Result<Counters> {
         match self.send(RequestBody::Counters, Vec::new(), None).await? {
             ReplyBody::Counters(counters) => Ok(counters),
+            _ => Err(ControlError::Confused),
+        }
+    }
+
+    /// Stops the CPUs, looks at them or lets them go on; what is in them, if they stand.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn debug(&self, request: DebugRequest) -> Result<Option<Stopped>> {
+        match self
+            .send(RequestBody::Debug(request), Vec::new(), None)
+            .await?
+        {
+            ReplyBody::Debug(stopped) => Ok(stopped),
             _ => Err(ControlError::Confused),
         }
     }

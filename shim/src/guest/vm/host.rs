@@ -112,6 +112,7 @@ impl Host for Node {
             disks: Vec::new(),
             share_tag: Some(SHARE_TAG.to_owned()),
             debug_console: config.debug_console,
+            debugger: config.debug,
             allow_slow_kvm: config.allow_slow_kvm,
             passthrough: vfio::Node::new().has_devices(),
             devices,

@@ -10,6 +10,7 @@ mod clock;
 pub mod control;
 mod cpus;
 pub mod death;
+mod debugger;
 mod disks;
 mod filter;
 pub(crate) mod frames;
@@ -291,6 +292,7 @@ pub struct Vm {
     kernel_release: OnceLock<String>,
     /// The key of the template that the guest goes on from, once it does.
     template: OnceLock<String>,
+    debugged: debugger::Session,
 }
 
 impl fmt::Debug for Vm {

@@ -65,6 +65,36 @@ async fn a_guest_is_looked_into_only_where_its_handler_allows_it() {
 }
 
 #[tokio::test]
+async fn a_guest_is_debugged_only_where_its_handler_allows_it_and_goes_on_when_nobody_asks_any_more()
+ {
+    let harness = Harness::new(Behaviour::default()).await;
+    harness.create().await.unwrap();
+    let error = ask(&harness, Method::Debug, json!("Stop"))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("debug = true"), "{error}");
+    harness.kill("", 9).await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
+
+    let harness = Harness::new(Behaviour::default()).await;
+    configured(&harness, "debug = true");
+    harness.create().await.unwrap();
+    for wrong in [json!("Stand"), json!({}), Value::Null] {
+        let error = ask(&harness, Method::Debug, wrong).await;
+        assert_eq!(code(error).0, Code::INVALID_ARGUMENT);
+    }
+    let stopped = ask_json(&harness, Method::Debug, json!("Stop")).await;
+    assert_eq!(stopped["cpus"][0]["rip"], 7);
+    // The debugger is gone: a tenth of ten seconds later the CPUs are let go.
+    let gone = "debug Go { only: None, step: false, breakpoints: [] }";
+    harness.record.until(gone).await;
+    harness.kill("", 9).await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
+}
+
+#[tokio::test]
 async fn an_answer_of_the_guest_without_end_is_cut_off() {
     let harness = Harness::new(Behaviour::default()).await;
     configured(&harness, "debug = true");

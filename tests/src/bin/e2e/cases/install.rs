@@ -132,6 +132,8 @@ fn upgraded(suite: &mut Suite) -> Result<()> {
         "brig",
         "brig-vmm",
         "vmlinux",
+        "vmlinux.debug",
+        "vmlinux.debug-gdb.py",
         "modules.erofs",
         "brig-initramfs.cpio",
     ] {

@@ -24,6 +24,7 @@ mod leaks;
 mod mounts;
 mod network;
 mod operator;
+mod operator_debug;
 mod operator_look;
 mod operator_sent;
 mod passthrough;
@@ -62,6 +63,7 @@ const GROUPS: &[&[Case]] = &[
     images::CASES,
     install::CASES,
     operator::CASES,
+    operator_debug::CASES,
     operator_look::CASES,
     operator_sent::CASES,
     devices::CASES,

@@ -1,11 +1,13 @@
-//! `brig debug --dump-memory`: a guest's memory as an ELF core file, read from its VMM, which knows nothing of it. No
-//! registers: those are KVM's.
+//! `brig debug --dump-memory`: a guest's memory and what its CPUs have in their registers as an ELF core file. The memory
+//! is read from the VMM, which knows nothing of it.
 //!
-//! The VMM is stopped meanwhile. What the guest has in its memory is copied and never looked at.
+//! The CPUs are stopped meanwhile, and the VMM. What the guest has in its memory is copied and never looked at.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -13,33 +15,34 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use brig_hypervisor::arch::x86_64::layout;
+use brig_hypervisor::control::Registers;
 use brig_shim::asked::config::MIB;
-use brig_shim::containerd::debug_service::Method;
-use brig_shim::error::{Error, Result};
+use brig_shim::error::{Error, Kind, Result};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli;
-use crate::look;
-use crate::pods;
-use crate::processes::{Mapping, guest_memory};
+use super::Pod;
+use super::memory::{DIRECT_MAP, GuestMemory, KERNEL_MAP, KERNEL_MAP_SIZE, Part};
+use super::registers::{PRSTATUS, prstatus};
+use super::session::Session;
 use crate::shims;
 
 /// Bytes that are looked at, and read, at once.
 const CHUNK: u64 = 2 << 20;
 /// The longest that the VMM may take to stand still.
 const STANDSTILL: Duration = Duration::from_secs(5);
-/// Where Linux has all memory in its address space (`page_offset_base` with four levels of page tables and no KASLR,
-/// as Brig's guest kernel is built).
-const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
-/// Where its own image is, and how much of the memory's beginning is there (`__START_KERNEL_map`,
-/// `KERNEL_IMAGE_SIZE`).
-const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
-const KERNEL_MAP_SIZE: u64 = 512 << 20;
+/// Bytes of a kernel stack, which is aligned to them, and of a page (`THREAD_SIZE`, `PAGE_SIZE`).
+const STACK: u64 = 16 << 10;
+const PAGE: usize = 4096;
+/// Where the kernel has stacks among other things (`VMALLOC_START`, 32 TiB).
+const VMALLOC: Range<u64> = 0xffff_c900_0000_0000..0xffff_e900_0000_0000;
 /// Sizes of an ELF64 header and of a program header.
 const HEADER: u64 = 64;
 const PROGRAM_HEADER: u64 = 56;
+/// A note of a CPU: sizes of its name and of what it has, its kind (`NT_PRSTATUS`), the name.
+const NOTE: [u8; 20] = *b"\x05\0\0\0\x50\x01\0\0\x01\0\0\0CORE\0\0\0\0";
+const NOTE_SIZE: u64 = (NOTE.len() + PRSTATUS) as u64;
 /// `/proc/PID/pagemap`: an entry a page; one of these bits is set where there is any.
 const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
 
@@ -52,6 +55,8 @@ pub struct Dumped {
     memory: u64,
     /// Bytes of memory that the VM grew by, which are not in it.
     left_out: u64,
+    /// CPUs whose registers it has.
+    cpus: usize,
 }
 
 impl Dumped {
@@ -63,6 +68,7 @@ impl Dumped {
             "memoryBytes": self.memory,
             "copiedBytes": self.copied,
             "leftOutBytes": self.left_out,
+            "cpus": self.cpus,
         })
     }
 }
@@ -71,11 +77,18 @@ impl fmt::Display for Dumped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{}: {} MiB of memory, of which {} MiB were in use; it may hold secrets of the pod",
+            "{}: {} MiB of memory, of which {} MiB were in use, and the registers of {} CPUs; it may hold secrets of the pod",
             self.file.display(),
             self.memory / MIB,
-            self.copied / MIB
+            self.copied / MIB,
+            self.cpus
         )?;
+        if self.cpus == 0 {
+            writeln!(
+                f,
+                "no registers: the pod was started by a version of Brig that does not tell them"
+            )?;
+        }
         if self.left_out > 0 {
             writeln!(
                 f,
@@ -90,22 +103,8 @@ impl fmt::Display for Dumped {
 /// Writes the memory of a pod's guest to `file`, which is root's alone.
 ///
 /// # Errors
-/// `FailedPrecondition` for a pod whose handler has no `debug`, or that has no VM; what the system says. No file is
-/// left then.
-pub fn dump(base: &Path, pod: &cli::Pod, file: &Path) -> Result<Dumped> {
-    let row = pods::find(base, pod)?;
-    let told = shims::ask_json(&look::socket_of(&row)?, Method::Inspect, &Value::Null)?;
-    if told["config"]["debug"]["value"] != true {
-        return Err(Error::state(
-            "a guest's memory is for handlers with debug = true in their configuration, for pods that start from then on",
-        ));
-    }
-    let no_vm = || Error::state(format!("pod {} has no VM", row.id));
-    let (_, pid) = row
-        .processes()
-        .find(|(name, _)| *name == "vmm")
-        .ok_or_else(no_vm)?;
-    let first = told["size"]["startedWithMiB"].as_u64().ok_or_else(no_vm)?;
+/// What the system says. No file is left then.
+pub(super) fn dump(pod: &Pod, file: &Path) -> Result<Dumped> {
     let failed = |error: io::Error| {
         Error::io(
             format_args!("cannot write the guest's memory to {}", file.display()),
@@ -118,57 +117,66 @@ pub fn dump(base: &Path, pod: &cli::Pod, file: &Path) -> Result<Dumped> {
         .mode(0o600)
         .open(file)
         .map_err(failed)?;
-    let written = shims::single_threaded()
-        .and_then(|runtime| {
-            let _guard = runtime.enter();
-            // Of a template's pages the VMM has no more than the guest has touched: all of it is read.
-            let template = !told["template"].is_null();
-            write(pid, first * MIB, template, &core)
-        })
-        .map_err(failed);
-    let (copied, memory, left_out) = written.inspect_err(|_| {
+    write(pod, file, &core, failed).inspect_err(|_| {
         // The half of a dump is none.
         let _ = fs::remove_file(file);
-    })?;
+    })
+}
+
+fn write(
+    pod: &Pod,
+    file: &Path,
+    core: &File,
+    failed: impl Fn(io::Error) -> Error,
+) -> Result<Dumped> {
+    // Whoever loses patience must not leave a VM that stands still for ever: these are taken, and end nothing.
+    let runtime = shims::single_threaded().map_err(&failed)?;
+    let taken = {
+        let _guard = runtime.enter();
+        [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+            SignalKind::pipe(),
+        ]
+        .map(signal)
+    };
+    // Of a pod of a version that cannot be debugged there is the memory.
+    let (session, cpus) = match Session::begin(&pod.socket) {
+        Ok((session, stopped)) => (Some(session), stopped.cpus),
+        Err(error) if error.kind == Kind::Unimplemented => (None, Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let written = copy(pod, &cpus, core).map_err(failed);
+    drop((session, taken));
+    let (copied, memory, left_out) = written?;
     Ok(Dumped {
         file: file.to_owned(),
         copied,
         memory,
         left_out,
+        cpus: cpus.len(),
     })
 }
 
 /// Copies the memory that a VM was started with; tells the bytes copied, of memory, and left out.
-fn write(vmm: u32, first: u64, all: bool, core: &File) -> io::Result<(u64, u64, u64)> {
-    // Whoever loses patience must not leave a VM that stands still for ever: these are taken, and end nothing.
-    let _taken = [
-        SignalKind::interrupt(),
-        SignalKind::terminate(),
-        SignalKind::hangup(),
-        SignalKind::pipe(),
-    ]
-    .map(signal);
-    let _stopped = Stopped::stop(vmm)?;
-    let mappings = guest_memory(&fs::read_to_string(format!("/proc/{vmm}/smaps"))?);
-    let ram = layout::ram(first);
-    let (parts, left_out) = places(&ram, &mappings).ok_or_else(|| {
-        io::Error::other(
-            "the VMM's memory is not laid out as its VM's is: is it of another version of Brig?",
-        )
-    })?;
-    let segments = segments(&parts);
-    let data = data_start(segments.len());
-    (&*core).write_all(&header(&segments))?;
-    let memory = fs::File::open(format!("/proc/{vmm}/mem"))?;
-    let pagemap = fs::File::open(format!("/proc/{vmm}/pagemap"))?;
+fn copy(pod: &Pod, cpus: &[Registers], core: &File) -> io::Result<(u64, u64, u64)> {
+    let _stopped = Stopped::stop(pod.vmm)?;
+    let guest = GuestMemory::of(pod.vmm, pod.first)?;
+    let mut segments = segments(&guest.parts);
+    segments.extend(stacks(&guest, cpus));
+    let data = data_start(segments.len(), cpus.len());
+    (&*core).write_all(&header(&segments, cpus))?;
+    let pagemap = fs::File::open(format!("/proc/{}/pagemap", pod.vmm))?;
     let (mut copied, mut at) = (0, data);
     let mut buffer = vec![0; usize::try_from(CHUNK).map_err(io::Error::other)?];
-    for part in &parts {
+    for part in &guest.parts {
         for offset in (0..part.length).step_by(buffer.len()) {
             let length = CHUNK.min(part.length - offset);
-            if all || is_there(&pagemap, part.host + offset, length)? {
+            // Of a template's pages the VMM has no more than the guest has touched: all of it is read.
+            if pod.template || is_there(&pagemap, part.host + offset, length)? {
                 let chunk = &mut buffer[..usize::try_from(length).map_err(io::Error::other)?];
-                memory.read_exact_at(chunk, part.host + offset)?;
+                guest.read_part(part, offset, chunk)?;
                 core.write_all_at(chunk, at + offset)?;
                 copied += length;
             }
@@ -176,7 +184,7 @@ fn write(vmm: u32, first: u64, all: bool, core: &File) -> io::Result<(u64, u64, 
         at += part.length;
     }
     core.set_len(at)?;
-    Ok((copied, at - data, left_out))
+    Ok((copied, at - data, guest.left_out))
 }
 
 /// A process that stands still as long as this lives.
@@ -231,35 +239,6 @@ fn is_there(pagemap: &File, address: u64, length: u64) -> io::Result<bool> {
     Ok(entries.any(|entry| u64::from_le_bytes(*entry) & PRESENT_OR_SWAPPED != 0))
 }
 
-/// A part of the guest's memory: where the guest has it, where its VMM has it, and its bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Part {
-    guest: u64,
-    host: u64,
-    length: u64,
-}
-
-/// Where the VMM has the memory that its VM was started with, and the bytes that it has besides; nothing if a part of
-/// it cannot be told from others.
-fn places(ram: &[(u64, u64)], mappings: &[Mapping]) -> Option<(Vec<Part>, u64)> {
-    let mut parts = Vec::new();
-    for &(guest, length) in ram {
-        let mut fitting = mappings.iter().filter(|mapping| mapping.length == length);
-        let mapping = fitting.next()?;
-        if fitting.next().is_some() {
-            return None;
-        }
-        parts.push(Part {
-            guest,
-            host: mapping.start,
-            length,
-        });
-    }
-    let all: u64 = mappings.iter().map(|mapping| mapping.length).sum();
-    let known: u64 = parts.iter().map(|part| part.length).sum();
-    Some((parts, all - known))
-}
-
 /// A segment of the core file: the guest kernel's address, the guest's physical one, its place in the file less the
 /// headers, its bytes.
 struct Segment {
@@ -293,13 +272,58 @@ fn segments(parts: &[Part]) -> Vec<Segment> {
     segments
 }
 
-/// Where the memory begins in a file with so many segments.
-fn data_start(segments: usize) -> u64 {
-    (HEADER + PROGRAM_HEADER * segments as u64).next_multiple_of(layout::PAGE)
+/// What is left of the kernel stacks of the CPUs where only page tables say where they are: the same bytes once more.
+fn stacks(guest: &GuestMemory, cpus: &[Registers]) -> Vec<Segment> {
+    let mut pages = BTreeMap::new();
+    for cpu in cpus {
+        let first = cpu.rsp - cpu.rsp % layout::PAGE;
+        let end = (cpu.rsp | (STACK - 1)).saturating_add(1);
+        let places = (first..end).step_by(PAGE);
+        for address in places.filter(|address| VMALLOC.contains(address)) {
+            let found = guest
+                .translate(cpu, address)
+                .and_then(|(physical, _)| Some((physical, offset_of(&guest.parts, physical)?)));
+            if let Some(found) = found {
+                pages.insert(address, found);
+            }
+        }
+    }
+    let pages = pages.into_iter();
+    pages
+        .map(|(address, (physical, offset))| Segment {
+            address,
+            physical,
+            offset,
+            length: layout::PAGE,
+        })
+        .collect()
 }
 
-/// An ELF header with its program headers.
-fn header(segments: &[Segment]) -> Vec<u8> {
+/// Where a page of memory is in the file, less the headers.
+fn offset_of(parts: &[Part], physical: u64) -> Option<u64> {
+    let mut before = 0;
+    for part in parts {
+        let offset = physical.wrapping_sub(part.guest);
+        if offset < part.length {
+            return Some(before + offset);
+        }
+        before += part.length;
+    }
+    None
+}
+
+/// Where the notes begin in a file with so many segments: one more describes them.
+fn notes_start(segments: usize) -> u64 {
+    HEADER + PROGRAM_HEADER * (segments as u64 + 1)
+}
+
+/// Where the memory begins in a file with so many segments and CPUs.
+fn data_start(segments: usize, cpus: usize) -> u64 {
+    (notes_start(segments) + NOTE_SIZE * cpus as u64).next_multiple_of(layout::PAGE)
+}
+
+/// An ELF header with its program headers, and the notes.
+fn header(segments: &[Segment], cpus: &[Registers]) -> Vec<u8> {
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
     bytes.resize(16, 0);
     let u16s = |bytes: &mut Vec<u8>, values: &[u16]| {
@@ -311,9 +335,16 @@ fn header(segments: &[Segment]) -> Vec<u8> {
     // ET_CORE, EM_X86_64, EV_CURRENT; no entry point, no sections.
     u16s(&mut bytes, &[4, 62, 1, 0]);
     u64s(&mut bytes, &[0, HEADER, 0]);
-    let count = u16::try_from(segments.len()).unwrap_or(u16::MAX);
+    let count = u16::try_from(segments.len() + 1).unwrap_or(u16::MAX);
     u16s(&mut bytes, &[0, 0, 64, 56, count, 0, 0, 0]);
-    let data = data_start(segments.len());
+    let data = data_start(segments.len(), cpus.len());
+    let notes = NOTE_SIZE * cpus.len() as u64;
+    // PT_NOTE, readable.
+    u16s(&mut bytes, &[4, 0, 4, 0]);
+    u64s(
+        &mut bytes,
+        &[notes_start(segments.len()), 0, 0, notes, 0, 4],
+    );
     for segment in segments {
         // PT_LOAD, readable, writable and executable.
         u16s(&mut bytes, &[1, 0, 7, 0]);
@@ -329,6 +360,10 @@ fn header(segments: &[Segment]) -> Vec<u8> {
             ],
         );
     }
+    for (cpu, registers) in cpus.iter().enumerate() {
+        bytes.extend(NOTE);
+        bytes.extend(prstatus(cpu, registers));
+    }
     bytes
 }
 
@@ -336,29 +371,6 @@ fn header(segments: &[Segment]) -> Vec<u8> {
 mod tests {
     use super::*;
     use std::process::Command;
-
-    #[test]
-    fn what_a_vm_was_started_with_is_told_from_what_it_grew_by() {
-        let mapping = |start, length| Mapping {
-            start,
-            length,
-            resident: 0,
-        };
-        let grown = [
-            mapping(0x1000_0000, 2 * MIB),
-            mapping(0x2000_0000, 64 * MIB),
-        ];
-        let (parts, left_out) = places(&[(0, 64 * MIB)], &grown).unwrap();
-        let expected = Part {
-            guest: 0,
-            host: 0x2000_0000,
-            length: 64 * MIB,
-        };
-        assert_eq!((parts, left_out), (vec![expected], 2 * MIB));
-        assert_eq!(places(&[(0, 32 * MIB)], &grown), None);
-        let twice = [mapping(0, 64 * MIB), mapping(0x2000_0000, 64 * MIB)];
-        assert_eq!(places(&[(0, 64 * MIB)], &twice), None, "which of the two?");
-    }
 
     #[test]
     fn binutils_read_the_file_as_a_core_of_the_guests_memory() {
@@ -377,12 +389,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("core");
         let segments = segments(&parts);
-        let mut bytes = header(&segments);
-        assert!(bytes.len() as u64 <= data_start(segments.len()));
-        bytes.resize(usize::try_from(data_start(3) + 3 * MIB).unwrap(), 0);
+        let cpus = [0x11, 0x22].map(|rip| Registers {
+            rip,
+            ..Registers::default()
+        });
+        let mut bytes = header(&segments, &cpus);
+        let data = data_start(segments.len(), cpus.len());
+        assert!(bytes.len() as u64 <= data);
+        bytes.resize(usize::try_from(data + 3 * MIB).unwrap(), 0);
         fs::write(&file, bytes).unwrap();
         let shown = Command::new("readelf")
-            .args(["--wide", "--file-header", "--segments"])
+            .args(["--wide", "--file-header", "--segments", "--notes"])
             .arg(&file)
             .output()
             .unwrap();
@@ -401,6 +418,24 @@ mod tests {
             "LOAD           0x001000 0xffffffff80000000 0x0000000000000000 0x100000 0x100000 RWE 0x1000",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
+        }
+        let notes = text.matches("NT_PRSTATUS (prstatus structure)").count();
+        assert_eq!(notes, 2, "{text}");
+    }
+
+    #[test]
+    fn a_page_of_memory_is_found_in_the_file() {
+        let part = |guest, length| Part {
+            guest,
+            host: 0,
+            length,
+        };
+        let parts = [part(0, MIB), part(layout::HIGH_RAM, 2 * MIB)];
+        assert_eq!(offset_of(&parts, 0x3000), Some(0x3000));
+        let high = layout::HIGH_RAM + 0x1000;
+        assert_eq!(offset_of(&parts, high), Some(MIB + 0x1000));
+        for nowhere in [MIB, layout::HIGH_RAM - 1, layout::HIGH_RAM + 2 * MIB] {
+            assert_eq!(offset_of(&parts, nowhere), None);
         }
     }
 
