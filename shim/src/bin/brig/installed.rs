@@ -14,6 +14,8 @@ use brig_shim::node::journal::{self, StateDir};
 use brig_shim::node::remains::Remains;
 use serde_json::{Value, json};
 
+use crate::terminal;
+
 /// The link to the version that new pods get.
 const CURRENT: &str = "current";
 /// What a version must have to be used.
@@ -117,12 +119,12 @@ impl Installation {
             });
             return Ok(format!("{}\n", rows.collect::<Value>()));
         }
-        let mut text = format!("{:<32} {:<8} PODS\n", "VERSION", "CURRENT");
-        for (version, is_current, pods) in rows {
+        let rows = rows.map(|(version, is_current, pods)| {
             let mark = if is_current { "*" } else { "" };
-            text.push_str(&format!("{version:<32} {mark:<8} {}\n", pods.len()));
-        }
-        Ok(text)
+            vec![version, mark.to_owned(), pods.len().to_string()]
+        });
+        let rows: Vec<_> = rows.collect();
+        Ok(terminal::table(&["VERSION", "CURRENT", "PODS"], &rows))
     }
 
     /// Gives `version` to the pods that start from now on. Those that run keep theirs.

@@ -13,6 +13,8 @@ use brig_shim::pod::size::template_machine;
 use serde_json::{Value, json};
 
 use crate::cli::TemplateCommand;
+use crate::pods::show_age;
+use crate::terminal;
 
 /// Does it; what is to be printed.
 ///
@@ -37,28 +39,25 @@ fn list(templates: &Templates, as_json: bool) -> Result<String> {
         let rows = entries.iter().map(described);
         return Ok(format!("{}\n", rows.collect::<Value>()));
     }
-    let mut text = format!(
-        "{:<32} {:>6} {:>8} {:>10} {:>5} KERNEL\n",
-        "TEMPLATE", "MIB", "AGE", "MEMORY MIB", "CPUS"
-    );
-    for entry in &entries {
+    let rows = entries.iter().map(|entry| {
         let age = SystemTime::now().duration_since(entry.made);
-        let age = age.unwrap_or_default().as_secs();
         let recipe = entry.recipe.as_ref();
         let of = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
-        text.push_str(&format!(
-            "{:<32} {:>6} {age:>7}s {:>10} {:>5} {}\n",
-            entry.key,
-            entry.bytes.div_ceil(MIB),
-            of(recipe.map(|recipe| (recipe.machine.memory / MIB).to_string())),
+        vec![
+            entry.key.clone(),
+            format!("{} MiB", entry.bytes.div_ceil(MIB)),
+            show_age(age.unwrap_or_default()),
+            of(recipe.map(|recipe| format!("{} MiB", recipe.machine.memory / MIB))),
             of(recipe.map(|recipe| recipe.machine.most_cpus.to_string())),
             match &entry.failed {
                 Some(reason) => format!("cannot be made: {reason}"),
                 None => of(recipe.map(|recipe| recipe.kernel.display().to_string())),
-            }
-        ));
-    }
-    Ok(text)
+            },
+        ]
+    });
+    let rows: Vec<_> = rows.collect();
+    let head = ["TEMPLATE", "SIZE", "AGE", "MEMORY", "CPUS", "KERNEL"];
+    Ok(terminal::table(&head, &rows))
 }
 
 fn described(entry: &Entry) -> Value {
