@@ -4,6 +4,8 @@
 //! An actor with the mailbox of a container, so that whoever asks cannot tell the difference: it is
 //! created when the VM's process exists, runs when the guest is ready, and killing it ends the pod.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use brig_agent_protocol::agent::{StatsResponse, stats_response};
@@ -13,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{ContainerHandle, Listed, Message, ProcessState, Reply, Request};
 use super::{Context, Creation, Deleted, MAILBOX, Next, not_found};
 use crate::error::{Error, Result};
+use crate::guest::vm::Vm;
 use crate::guest::vm::boot::Boot;
 use crate::pod::events::TaskEvent;
 use crate::pod::process::{Exit, KILLED, Phase, Process};
@@ -100,15 +103,45 @@ async fn why_ended(boot: &Boot, id: &str) -> Error {
 
 impl SandboxContainer {
     async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
-        let launched = self.boot.launched().await;
+        let (launched, early) = self.launching(&mut messages).await;
         if self.launched(launched.map(|vm| vm.pid())) == Next::Continue {
-            while let Some(message) = messages.recv().await {
+            let mut early = VecDeque::from(early);
+            loop {
+                let Some(message) = (match early.pop_front() {
+                    Some(message) => Some(message),
+                    None => messages.recv().await,
+                }) else {
+                    break;
+                };
                 if self.handle(message) == Next::End {
                     break;
                 }
             }
         }
         let _ = self.context.removed.send(self.id);
+    }
+
+    /// Waits for the VM's process, and keeps what is asked meanwhile for later. Only whether the task is there is
+    /// answered at once: containerd gives up on that after two seconds and tells who asked for the pid that it is 0, and
+    /// kubelet's collector of a pod's network figures believes it for as long as the pod lives.
+    async fn launching(
+        &mut self,
+        messages: &mut mpsc::Receiver<Message>,
+    ) -> (Result<Arc<Vm>>, Vec<Message>) {
+        let mut early = Vec::new();
+        let launched = self.boot.launched();
+        tokio::pin!(launched);
+        loop {
+            tokio::select! {
+                launched = &mut launched => return (launched, early),
+                Some(message) = messages.recv(), if early.len() < MAILBOX => match message {
+                    Message::Request(Request::State { exec_id, reply }) => {
+                        let _ = reply.send(Err(not_found(&self.id, &exec_id)));
+                    }
+                    message => early.push(message),
+                },
+            }
+        }
     }
 
     fn launched(&mut self, pid: Result<u32>) -> Next {

@@ -1,5 +1,7 @@
 //! Pods in pause mode: a sandbox container and the containers of its pod share one server and one VM.
 
+use std::time::Duration;
+
 use containerd_shim_protos::api::{StatsRequest, Status};
 use ttrpc::Code;
 
@@ -21,6 +23,34 @@ async fn running(behaviour: Behaviour) -> Harness {
     let own = harness.create_as("app", MEMBER).await.unwrap();
     assert!(own != pid && harness.start_of("app", "").await.unwrap() == own);
     harness
+}
+
+/// A task whose state is not told within two seconds has the pid 0 for whoever asks containerd.
+#[tokio::test]
+async fn a_sandbox_whose_vm_is_being_launched_is_not_there_yet_and_what_else_is_asked_waits() {
+    let behaviour = Behaviour {
+        slow_launch: Duration::from_secs(3),
+        ..Behaviour::default()
+    };
+    let harness = Harness::new(behaviour).await;
+    let create = harness.create_as("c", SANDBOX);
+    let meanwhile = async {
+        let began = std::time::Instant::now();
+        let memory = (1_u64 << 30) + (1_u64 << 30).div_ceil(63) + (64 << 20);
+        harness.record.until(&format!("launch {memory}")).await;
+        let asked = harness.status("").await;
+        assert!(began.elapsed() < Duration::from_secs(2));
+        assert_eq!(code(asked).0, Code::NOT_FOUND);
+        harness.start("").await
+    };
+    let (created, started) = tokio::join!(create, meanwhile);
+    let pid = created.unwrap();
+    assert!(pid != 0 && started.unwrap() == pid);
+    assert_eq!(harness.status("").await.unwrap(), Status::RUNNING);
+    harness.kill("", 9).await.unwrap();
+    harness.wait("").await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
 }
 
 #[tokio::test]
