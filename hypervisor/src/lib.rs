@@ -23,6 +23,7 @@ pub mod notice;
 pub mod pci;
 pub mod reclaim;
 pub mod server;
+mod settle;
 pub mod share;
 mod sync;
 pub mod template;

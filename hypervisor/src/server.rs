@@ -23,6 +23,7 @@ use crate::control::{
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::log::LAST_WORDS;
 use crate::notice::{Clock, Ended, Notice, Notifier};
+use crate::settle;
 use crate::template::cpu::CpuState;
 use crate::virtio::vsock::{StreamParams, VsockError, VsockEvent};
 
@@ -138,6 +139,7 @@ impl Server {
                 reason: error.to_string(),
             });
         }
+        settle::give_back();
         let mut waiting_to_send = false;
         loop {
             let sending = !self.flush()?;

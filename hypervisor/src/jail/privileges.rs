@@ -91,9 +91,7 @@ pub(super) fn drop_all() -> Result<(), JailError> {
     caps::clear(None, CapSet::Ambient)
         .map_err(io::Error::other)
         .step("clearing the ambient capabilities")?;
-    caps::clear(None, CapSet::Bounding)
-        .map_err(io::Error::other)
-        .step("clearing the bounding set")?;
+    clear_bounding_set().step("clearing the bounding set")?;
     caps::clear(None, CapSet::Inheritable)
         .map_err(io::Error::other)
         .step("clearing the inheritable capabilities")?;
@@ -107,6 +105,17 @@ pub(super) fn drop_all() -> Result<(), JailError> {
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1).step("setting no_new_privs")?;
     // Nobody but the node's root may trace it or look at its memory, and no core is written.
     prctl(libc::PR_SET_DUMPABLE, 0).step("making the process undumpable")
+}
+
+/// One after another, until the kernel has none of the number. To ask first which are there, as the library does, would be as many calls again.
+fn clear_bounding_set() -> io::Result<()> {
+    for capability in 0..64 {
+        match prctl(libc::PR_CAPBSET_DROP, capability) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 fn prctl(option: c_int, value: c_ulong) -> io::Result<()> {

@@ -21,7 +21,7 @@ use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{MessageField, MessageFull};
+use protobuf::{Message, MessageField};
 use slog::{Logger, error, warn};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
@@ -53,6 +53,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
             pid,
         } => pack(
             t::TASK_CREATE_EVENT_TOPIC,
+            "containerd.events.TaskCreate",
             &TaskCreate {
                 container_id: id,
                 bundle,
@@ -70,6 +71,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
         ),
         TaskEvent::Start { id, pid } => pack(
             t::TASK_START_EVENT_TOPIC,
+            "containerd.events.TaskStart",
             &TaskStart {
                 container_id: id,
                 pid,
@@ -78,6 +80,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
         ),
         TaskEvent::ExecAdded { id, exec_id } => pack(
             t::TASK_EXEC_ADDED_EVENT_TOPIC,
+            "containerd.events.TaskExecAdded",
             &TaskExecAdded {
                 container_id: id,
                 exec_id,
@@ -86,6 +89,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
         ),
         TaskEvent::ExecStarted { id, exec_id, pid } => pack(
             t::TASK_EXEC_STARTED_EVENT_TOPIC,
+            "containerd.events.TaskExecStarted",
             &TaskExecStarted {
                 container_id: id,
                 exec_id,
@@ -100,6 +104,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
             exit,
         } => pack(
             t::TASK_EXIT_EVENT_TOPIC,
+            "containerd.events.TaskExit",
             &TaskExit {
                 container_id: id,
                 id: process,
@@ -111,6 +116,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
         ),
         TaskEvent::Delete { id, pid, exit } => pack(
             t::TASK_DELETE_EVENT_TOPIC,
+            "containerd.events.TaskDelete",
             &TaskDelete {
                 container_id: id,
                 pid,
@@ -121,6 +127,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
         ),
         TaskEvent::Oom { id } => pack(
             t::TASK_OOM_EVENT_TOPIC,
+            "containerd.events.TaskOOM",
             &TaskOOM {
                 container_id: id,
                 ..TaskOOM::default()
@@ -128,6 +135,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
         ),
         TaskEvent::Paused { id } => pack(
             t::TASK_PAUSED_EVENT_TOPIC,
+            "containerd.events.TaskPaused",
             &TaskPaused {
                 container_id: id,
                 ..TaskPaused::default()
@@ -135,6 +143,7 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
         ),
         TaskEvent::Resumed { id } => pack(
             t::TASK_RESUMED_EVENT_TOPIC,
+            "containerd.events.TaskResumed",
             &TaskResumed {
                 container_id: id,
                 ..TaskResumed::default()
@@ -143,9 +152,15 @@ fn encode(event: TaskEvent) -> (&'static str, protobuf::Result<Any>) {
     }
 }
 
-fn pack<M: MessageFull>(topic: &'static str, message: &M) -> (&'static str, protobuf::Result<Any>) {
+/// `name` is the message's in full. The library knows it too, but to tell it would build the descriptors of all messages around it, which hold
+/// 300 KiB of each shim for good.
+fn pack(
+    topic: &'static str,
+    name: &'static str,
+    message: &impl Message,
+) -> (&'static str, protobuf::Result<Any>) {
     let any = message.write_to_bytes().map(|value| Any {
-        type_url: M::descriptor().full_name().to_owned(),
+        type_url: name.to_owned(),
         value,
         ..Any::default()
     });
@@ -338,6 +353,7 @@ mod tests {
     use super::*;
     use crate::pod::process::Exit;
     use containerd_shim_protos::shim_async::{Events, create_events};
+    use protobuf::MessageFull;
     use protobuf::well_known_types::empty::Empty;
     use std::sync::Arc;
     use tokio::sync::mpsc::UnboundedSender;
@@ -366,6 +382,50 @@ mod tests {
             .register_service(create_events(Arc::new(Containerd { seen })));
         server.start().await.unwrap();
         server
+    }
+
+    #[test]
+    fn events_have_the_names_of_their_messages() {
+        fn of<M: MessageFull>(event: TaskEvent) {
+            let (_, any) = encode(event);
+            assert_eq!(any.unwrap().type_url, M::descriptor().full_name());
+        }
+        let (id, exec_id) = ("c".to_owned(), "e".to_owned());
+        let exit = Exit {
+            status: 1,
+            at: SystemTime::now(),
+        };
+        of::<TaskCreate>(TaskEvent::Create {
+            id: id.clone(),
+            bundle: String::new(),
+            rootfs: Vec::new(),
+            io: crate::pod::process::Io::default(),
+            pid: 1,
+        });
+        of::<TaskStart>(paused(1));
+        of::<TaskExecAdded>(TaskEvent::ExecAdded {
+            id: id.clone(),
+            exec_id: exec_id.clone(),
+        });
+        of::<TaskExecStarted>(TaskEvent::ExecStarted {
+            id: id.clone(),
+            exec_id,
+            pid: 1,
+        });
+        of::<TaskExit>(TaskEvent::Exit {
+            id: id.clone(),
+            process: id.clone(),
+            pid: 1,
+            exit,
+        });
+        of::<TaskDelete>(TaskEvent::Delete {
+            id: id.clone(),
+            pid: 1,
+            exit,
+        });
+        of::<TaskOOM>(TaskEvent::Oom { id: id.clone() });
+        of::<TaskPaused>(TaskEvent::Paused { id: id.clone() });
+        of::<TaskResumed>(TaskEvent::Resumed { id });
     }
 
     fn paused(n: u32) -> TaskEvent {

@@ -33,6 +33,7 @@ use crate::error::{Error, Result, ignore_missing};
 use crate::guest::vm::Host;
 use crate::log::{self, Control};
 use crate::node::collector::Collector;
+use crate::node::heap;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::pod::actor::{self, PodHandle, Setup};
@@ -66,6 +67,7 @@ fn set_up_and_run(
     (logger, log): (&Logger, Arc<Control>),
 ) -> Result<()> {
     let failed = |error: io::Error| Error::io("cannot set up the shim's server", &error);
+    heap::share();
     // Not a member of containerd's session: its terminal's signals are not ours.
     let _ = rustix::process::setsid();
     let listener = take_listener().map_err(failed)?;

@@ -5,6 +5,7 @@ pub mod cdi;
 pub mod cgroup;
 pub mod collector;
 pub mod disk;
+pub mod heap;
 pub mod hooks;
 pub mod identity;
 pub mod image;

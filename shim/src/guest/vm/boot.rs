@@ -39,6 +39,7 @@ use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
 use crate::node::cgroup::Cgroup;
+use crate::node::heap;
 use crate::node::network::{self, GuestNetwork, Inherited, Known};
 use crate::node::pod_resources;
 use crate::node::templates::{Recipe, Templates, maker};
@@ -53,6 +54,8 @@ const KUBELET: u32 = 5;
 const WORDS: usize = 64;
 /// Missed signs of life after which the agent counts as silent.
 const MISSES: u32 = 3;
+/// By then the first containers have started, and what that took of this process's heap is free again.
+const SETTLED: Duration = Duration::from_secs(5);
 
 /// How far a VM is.
 #[derive(Debug, Clone)]
@@ -556,6 +559,10 @@ async fn bring_up(
     tokio::spawn(report_counters(Arc::clone(vm), news.clone(), executed));
     tokio::spawn(watch_agent(Arc::downgrade(vm), logger.clone()));
     tokio::spawn(clock::keep(Arc::clone(vm), logger.clone()));
+    tokio::spawn(async {
+        sleep(SETTLED).await;
+        heap::trim();
+    });
     Ok(())
 }
 
@@ -736,7 +743,11 @@ async fn watch_agent(vm: Weak<Vm>, logger: Logger) {
         let request = Empty::new();
         let answer = vm.agent.ping(context::Context::default(), &request);
         match timeout(interval, answer).await {
-            Ok(Ok(_)) => missed = 0,
+            Ok(Ok(_)) => {
+                missed = 0;
+                // Awake anyway.
+                heap::trim();
+            }
             // Its CPUs stand still, or did.
             _ if vm.is_debugged() => missed = 0,
             _ => {

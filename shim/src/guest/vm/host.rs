@@ -44,10 +44,6 @@ impl Host for Node {
         let initramfs = open_initramfs(&config.initramfs)?;
         let (origin, template) = origin(plan, kernel.as_fd(), initramfs.as_fd());
         let netns = open_netns(&plan.network)?;
-        let network = match &plan.network {
-            Network::New => PodNetwork::default(),
-            Network::Path(path) => network::set_up(path, Wanted::of(config))?,
-        };
         let failed = |error: io::Error| Error::io("cannot prepare the VM", &error);
         let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
         let (stderr, vmm_stderr) =
@@ -64,6 +60,11 @@ impl Host for Node {
         })
         .map_err(|error| not_launched(&error))?;
         set_oom_score(&process, plan.oom_score_adj);
+        // While the VMM builds its jail.
+        let network = match &plan.network {
+            Network::New => PodNetwork::default(),
+            Network::Path(path) => network::set_up(path, Wanted::of(config))?,
+        };
         let share = match Share::new(&mut process, config.file_systems.clone()) {
             Ok(share) => share,
             Err(ShareError::Jail(error)) => return Err(not_launched(&error)),
