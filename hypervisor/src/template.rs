@@ -1,7 +1,8 @@
 //! A template: a guest that stood still, in one file, from which clones go on.
 //!
-//! The file is a page-aligned head ([`Head`], JSON behind a magic number, version and length) and the pages of guest memory that
-//! were not zero, one after another. A clone maps them privately: what it writes is its own, and the file stays as it is.
+//! The file is a page-aligned head ([`Head`], JSON behind a magic number, version and length), the pages of guest memory that
+//! were not zero, one after another, and a record of those that clones touch first ([`working_set`]). A clone maps the pages privately:
+//! what it writes is its own, and the file stays as it is.
 //!
 //! What is trusted: that the file was written by this VMM, for the same kind of machine, from a guest that had run nothing but the kernel
 //! and the agent (the shim sees to that), and that nobody shortens it. Nothing else has to be: lengths and addresses are checked before
@@ -12,18 +13,21 @@ pub mod cpu;
 pub mod pages;
 pub mod point;
 pub mod registers;
+pub mod working_set;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
+use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use self::cpu::{CpuError, CpuState};
 use self::pages::Extent;
 use self::registers::{RegisterError, Write};
+use self::working_set::WorkingSet;
 use crate::arch::x86_64::layout::PAGE;
 
 const MAGIC: [u8; 8] = *b"BRIGTMPL";
@@ -97,6 +101,7 @@ pub struct Template {
     file: File,
     /// Where the pages begin.
     pages: u64,
+    working_set: WorkingSet,
 }
 
 impl Head {
@@ -146,10 +151,18 @@ impl Template {
         let head: Head = serde_json::from_slice(&json)
             .map_err(|error| TemplateError::Damaged(error.to_string()))?;
         let pages = pages_after(length);
-        let held = file.metadata()?.len().checked_sub(pages);
+        let length = file.metadata()?.len();
+        let held = length.checked_sub(pages);
         let held = held.ok_or_else(|| damaged("it has no pages"))?;
-        pages::check(&head.extents, head.shape.ram_bytes, held).map_err(damaged)?;
-        Ok(Self { head, file, pages })
+        let sum = pages::check(&head.extents, head.shape.ram_bytes, held).map_err(damaged)?;
+        let working_set = WorkingSet::read(&file, pages + sum, length, sum / PAGE)
+            .map_err(|error| TemplateError::Damaged(error.to_string()))?;
+        Ok(Self {
+            head,
+            file,
+            pages,
+            working_set,
+        })
     }
 
     /// Lets guest RAM begin as the captured guest's was; `memory` is fresh and of the head's shape.
@@ -157,7 +170,27 @@ impl Template {
     /// # Errors
     /// What the host says; the memory is of no use then.
     pub fn map(&self, memory: &GuestMemoryMmap) -> io::Result<()> {
-        pages::map(memory, &self.head.extents, &self.file, self.pages)
+        pages::map(memory, &self.head.extents, &self.file, self.pages)?;
+        self.working_set.populate(memory, &self.head.extents);
+        Ok(())
+    }
+
+    /// Has KVM know at once the pages that clones touch first. The CPU is in the captured guest's state, and its VM has the memory.
+    pub fn warm(&self, vcpu: &VcpuFd) {
+        self.working_set.map(vcpu, &self.head.extents);
+    }
+
+    /// Adds the record of what `clone`, a process that has gone on from this template, has touched of it so far.
+    ///
+    /// # Errors
+    /// What the host says; a template that has a record already.
+    pub fn record(&self, clone: u32) -> io::Result<()> {
+        let sum: u64 = self.head.extents.iter().map(|extent| extent.bytes).sum();
+        let length = self.file.metadata()?.len();
+        if length != self.pages + sum {
+            return Err(io::Error::other("it has a record of touched pages already"));
+        }
+        WorkingSet::of_process(clone, &self.file, self.pages)?.append(&self.file, length)
     }
 }
 

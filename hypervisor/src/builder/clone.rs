@@ -48,10 +48,11 @@ pub(super) fn bare(
     memory::register(&vm, &ram)?;
     let vcpu = make_vcpu(&vm, supported, 0, shape.most_cpus)?;
     let entries = cpuid::for_vcpu(supported, 0, shape.most_cpus).map_err(kvm::failed("CPUID"))?;
-    let head = template.head;
-    head.cpu
-        .write(&vcpu, &vm, &entries)
+    let cpu = &template.head.cpu;
+    cpu.write(&vcpu, &vm, &entries)
         .map_err(TemplateError::Cpu)?;
+    template.warm(&vcpu);
+    let head = template.head;
     let bare = Bare {
         vm,
         ram,

@@ -70,11 +70,11 @@ pub fn extents(memory: &GuestMemoryMmap) -> Result<Vec<Extent>, GuestMemoryError
     Ok(found)
 }
 
-/// Whether the runs lie in RAM, in order and apart, and their pages in the `held` bytes that the file has for them.
+/// Whether the runs lie in RAM, in order and apart, and their pages in the `held` bytes that the file has for them; the sum of their bytes.
 ///
 /// # Errors
 /// What is wrong.
-pub fn check(extents: &[Extent], ram_bytes: u64, held: u64) -> Result<(), &'static str> {
+pub fn check(extents: &[Extent], ram_bytes: u64, held: u64) -> Result<u64, &'static str> {
     if extents.len() > MAX_EXTENTS {
         return Err("it has too many runs of pages");
     }
@@ -99,7 +99,7 @@ pub fn check(extents: &[Extent], ram_bytes: u64, held: u64) -> Result<(), &'stat
     if sum > held {
         return Err("the file is shorter than its pages");
     }
-    Ok(())
+    Ok(sum)
 }
 
 /// Writes the pages to the file from `at` on; the file's length then.

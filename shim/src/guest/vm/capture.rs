@@ -1,4 +1,4 @@
-//! Makes a template: boots a guest in a VMM of its own, has it captured, and keeps the file. Runs in a process that lives for this alone, or in
+//! Makes a template: boots a guest in a VMM of its own, has it captured, lets a first clone go on from it, and keeps the file. Runs in a process that lives for this alone, or in
 //! `brig template build`. Blocking code.
 //!
 //! The VMM writes into memory that has no name and belongs to nobody but it and this process; what is kept is a copy.
@@ -11,8 +11,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use brig_agent_protocol::{CAPTURE, SHARE_TAG};
-use brig_hypervisor::control::{self, Event, FromVmm, Request, RequestBody, VmConfig, exit};
-use brig_hypervisor::launch::{LaunchOptions, VmmExit, launch, open_sealed};
+use brig_hypervisor::control::{
+    self, Event, FromVmm, ReplyBody, Request, RequestBody, VmConfig, exit,
+};
+use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch, open_sealed};
+use brig_hypervisor::template::Template;
 use nix::fcntl::OFlag;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -47,6 +50,7 @@ pub fn make(recipe: &Recipe) -> Result<()> {
     own.join()
         .map_err(|error| Error::io("cannot enter the cgroup of templates", &error))?;
     let made = captured(recipe, &own).and_then(|file| {
+        rehearse(recipe, &own, &file)?;
         let kept = Templates::beside(&recipe.state_dir).keep(recipe, file);
         kept.map_err(|error| Error::io("cannot keep the template", &error))
     });
@@ -57,53 +61,11 @@ pub fn make(recipe: &Recipe) -> Result<()> {
 
 /// What the VMM has captured.
 fn captured(recipe: &Recipe, own: &Cgroup) -> Result<File> {
-    let failed = |error: io::Error| Error::io("cannot prepare the VM", &error);
-    let kvm = open_kvm(&recipe.kvm)?;
-    let kernel = open_kernel(&recipe.kernel)?;
-    let initramfs = open_initramfs(&recipe.initramfs)?;
-    let files = Files {
-        kernel: kernel.as_fd(),
-        initramfs: initramfs.as_fd(),
-        vmm: &recipe.vmm,
-    };
-    if Kind::of(&files, &recipe.machine).map_err(failed)?.key() != recipe.key {
-        return Err(Error::state(
-            "the guest's kernel, its initramfs, the VMM or the CPU's microcode has just changed",
-        ));
-    }
     let file = memfd_create("brig-capture", MemfdFlags::CLOEXEC);
     let file = File::from(file.map_err(|errno| failed(errno.into()))?);
-    // Nobody answers the agent: it is captured before it calls.
-    let (_agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
-    let log = open_sealed(Path::new("/dev/null"), OFlag::O_RDWR).map_err(failed)?;
-    let v2 = cgroup::is_v2();
-    let mut process = launch(LaunchOptions {
-        vmm: recipe.vmm.clone(),
-        netns: Some(open_netns(&Network::New)?),
-        cgroup: own.open(v2),
-        cgroup_procs: own.open_procs(v2),
-        stderr: log,
-        max_files: recipe.max_files,
-    })
-    .map_err(|error| not_launched(&error))?;
-    set_oom_score(&process, OOM_SCORE);
-    process
-        .wait_jailed()
-        .map_err(|error| not_launched(&error))?;
-    let control = process
-        .take_control()
-        .ok_or_else(|| Error::internal("the VMM has no control socket"))?;
-    let copy = file.try_clone().map_err(failed)?;
-    let fds = [kvm, kernel, initramfs, vmm_agent.into(), copy.into()];
-    let request = Request {
-        id: 1,
-        body: RequestBody::Start(Box::new(machine(recipe))),
-    };
-    let sent: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
-    control::send(control.as_fd(), &request, &sent).map_err(failed)?;
-    drop(fds);
-    let reason = follow(&control, Duration::from_millis(recipe.boot_ms))?;
-    match process.wait().map_err(failed)? {
+    let mut vmm = Vmm::start(recipe, own, &file, VmFile::Capture)?;
+    let reason = vmm.follow(recipe, |_| false)?;
+    match vmm.process.wait().map_err(failed)? {
         VmmExit::Code(exit::CAPTURED) => Ok(file),
         other => Err(Error::unavailable(format!(
             "the guest was not captured: {} ({other:?})",
@@ -112,8 +74,140 @@ fn captured(recipe: &Recipe, own: &Cgroup) -> Result<File> {
     }
 }
 
-fn machine(recipe: &Recipe) -> VmConfig {
+/// Lets one clone run until its agent calls: no pod is the first to find that they cannot, and what it has touched by then is what each of them
+/// will, which is added to the file.
+fn rehearse(recipe: &Recipe, own: &Cgroup, file: &File) -> Result<()> {
+    let mut vmm = Vmm::start(recipe, own, file, VmFile::Template)?;
+    let mut called = false;
+    let reason = vmm.follow(recipe, |event| {
+        called = matches!(event, Event::AgentConnected { .. });
+        called
+    })?;
+    if !called {
+        return Err(Error::unavailable(format!(
+            "the guest did not go on from its template: {}",
+            reason.unwrap_or_else(|| "its VMM said nothing".to_owned())
+        )));
+    }
+    let copy = file.try_clone().map_err(failed)?;
+    let template = Template::open(copy).map_err(|error| Error::internal(error.to_string()))?;
+    let recorded = template.record(vmm.process.pid());
+    recorded.map_err(failed)
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::io("cannot prepare the VM", &error)
+}
+
+/// What a VMM does with the file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum VmFile {
+    Capture,
+    Template,
+}
+
+/// A VMM of the maker's own. It ends with this.
+struct Vmm {
+    process: VmmProcess,
+    control: OwnedFd,
+    /// Nobody answers the agent.
+    _agent: UnixStream,
+}
+
+impl Vmm {
+    fn start(recipe: &Recipe, own: &Cgroup, file: &File, what: VmFile) -> Result<Self> {
+        let kvm = open_kvm(&recipe.kvm)?;
+        let kernel = open_kernel(&recipe.kernel)?;
+        let initramfs = open_initramfs(&recipe.initramfs)?;
+        let files = Files {
+            kernel: kernel.as_fd(),
+            initramfs: initramfs.as_fd(),
+            vmm: &recipe.vmm,
+        };
+        if Kind::of(&files, &recipe.machine).map_err(failed)?.key() != recipe.key {
+            return Err(Error::state(
+                "the guest's kernel, its initramfs, the VMM or the CPU's microcode has just changed",
+            ));
+        }
+        let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
+        let log = open_sealed(Path::new("/dev/null"), OFlag::O_RDWR).map_err(failed)?;
+        let v2 = cgroup::is_v2();
+        let mut process = launch(LaunchOptions {
+            vmm: recipe.vmm.clone(),
+            netns: Some(open_netns(&Network::New)?),
+            cgroup: own.open(v2),
+            cgroup_procs: own.open_procs(v2),
+            stderr: log,
+            max_files: recipe.max_files,
+        })
+        .map_err(|error| not_launched(&error))?;
+        set_oom_score(&process, OOM_SCORE);
+        process
+            .wait_jailed()
+            .map_err(|error| not_launched(&error))?;
+        let control = process
+            .take_control()
+            .ok_or_else(|| Error::internal("the VMM has no control socket"))?;
+        let copy = file.try_clone().map_err(failed)?;
+        let fds = [kvm, kernel, initramfs, vmm_agent.into(), copy.into()];
+        let request = Request {
+            id: 1,
+            body: RequestBody::Start(Box::new(machine(recipe, what))),
+        };
+        let sent: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
+        control::send(control.as_fd(), &request, &sent).map_err(failed)?;
+        Ok(Self {
+            process,
+            control,
+            _agent: agent,
+        })
+    }
+
+    /// Listens until it ends, or says what is waited for; why it ended, as it says.
+    fn follow(
+        &mut self,
+        recipe: &Recipe,
+        mut enough: impl FnMut(&Event) -> bool,
+    ) -> Result<Option<String>> {
+        let within = Duration::from_millis(recipe.boot_ms);
+        let end = Instant::now() + within;
+        let mut reason = None;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).unwrap_or_default();
+            let mut fds = [PollFd::new(&self.control, PollFlags::IN)];
+            match poll(&mut fds, Some(&left)) {
+                Ok(0) => {
+                    return Err(Error::unavailable(format!(
+                        "the guest did not come to rest within {} s",
+                        within.as_secs()
+                    )));
+                }
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(errno) => return Err(Error::io("the VMM's control socket", &errno.into())),
+            }
+            match control::receive_from_vmm(self.control.as_fd()) {
+                Ok(Some(FromVmm::Event(event))) if enough(&event) => return Ok(reason),
+                Ok(Some(FromVmm::Event(Event::Ended { reason: why, .. }))) => reason = Some(why),
+                Ok(Some(FromVmm::Reply(reply))) => match reply.result {
+                    // It boots then, which is no rehearsal.
+                    Ok(ReplyBody::Started { refused, .. }) if refused.is_some() => {
+                        return Ok(refused);
+                    }
+                    Ok(_) => {}
+                    Err(error) => reason = Some(error.message),
+                },
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return Ok(reason),
+            }
+        }
+    }
+}
+
+fn machine(recipe: &Recipe, what: VmFile) -> VmConfig {
     let machine = recipe.machine;
+    let at = |wanted| (what == wanted).then_some(4);
     let mut cmdline = format!("{CAPTURE}=1");
     if machine.most_cpus > 1 {
         // Else the kernel patches itself for one CPU, and each clone that gets more would patch all of it back.
@@ -128,8 +222,8 @@ fn machine(recipe: &Recipe) -> VmConfig {
         kernel: 1,
         initramfs: 2,
         cmdline,
-        template: None,
-        capture: Some(4),
+        template: at(VmFile::Template),
+        capture: at(VmFile::Capture),
         agent: 3,
         nets: Vec::new(),
         disks: Vec::new(),
@@ -139,37 +233,5 @@ fn machine(recipe: &Recipe) -> VmConfig {
         allow_slow_kvm: recipe.allow_slow_kvm,
         passthrough: false,
         devices: Vec::new(),
-    }
-}
-
-/// Listens to the VMM until it ends; why it did, as it says.
-fn follow(control: &OwnedFd, within: Duration) -> Result<Option<String>> {
-    let end = Instant::now() + within;
-    let mut reason = None;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).unwrap_or_default();
-        let mut fds = [PollFd::new(control, PollFlags::IN)];
-        match poll(&mut fds, Some(&left)) {
-            Ok(0) => {
-                return Err(Error::unavailable(format!(
-                    "the guest did not come to rest within {} s",
-                    within.as_secs()
-                )));
-            }
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(errno) => return Err(Error::io("the VMM's control socket", &errno.into())),
-        }
-        match control::receive_from_vmm(control.as_fd()) {
-            Ok(Some(FromVmm::Event(Event::Ended { reason: why, .. }))) => reason = Some(why),
-            Ok(Some(FromVmm::Reply(reply))) => {
-                if let Err(error) = reply.result {
-                    reason = Some(error.message);
-                }
-            }
-            Ok(Some(_)) => {}
-            Ok(None) | Err(_) => return Ok(reason),
-        }
     }
 }

@@ -42,6 +42,26 @@ pub struct Kind {
     key: String,
 }
 
+/// What a captured guest has seen of its node.
+struct Host {
+    /// Of this boot.
+    boot: String,
+    /// Of the CPU. Not every kernel tells it, as that of a VM.
+    microcode: Option<String>,
+    /// Model and features of the CPU.
+    cpu: String,
+}
+
+impl Host {
+    fn now() -> io::Result<Self> {
+        Ok(Self {
+            boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?,
+            microcode: fs::read_to_string("/sys/devices/system/cpu/cpu0/microcode/version").ok(),
+            cpu: format!("{:x?}", cpuid::host_model()),
+        })
+    }
+}
+
 impl Kind {
     /// The kind that these files make on this node.
     ///
@@ -51,6 +71,10 @@ impl Kind {
     /// # Errors
     /// What the host says.
     pub fn of(files: &Files<'_>, machine: &Machine) -> io::Result<Self> {
+        Self::on(&Host::now()?, files, machine)
+    }
+
+    fn on(host: &Host, files: &Files<'_>, machine: &Machine) -> io::Result<Self> {
         let mut text = String::from("1\n");
         let identities = [
             fstat(files.kernel)?,
@@ -60,15 +84,13 @@ impl Kind {
         for file in identities {
             identify(&mut text, &file);
         }
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        // Not every kernel tells it, as that of a VM.
-        let microcode = fs::read_to_string("/sys/devices/system/cpu/cpu0/microcode/version");
-        let _ = writeln!(
-            text,
-            "{boot}{}\n{:x?}\n{machine:?}",
-            microcode.unwrap_or_default(),
-            cpuid::host_model(),
-        );
+        let Host {
+            boot,
+            microcode,
+            cpu,
+        } = host;
+        let microcode = microcode.as_deref().unwrap_or("");
+        let _ = writeln!(text, "{boot}{microcode}\n{cpu}\n{machine:?}");
         let mut key = String::new();
         for byte in Sha256::digest(text).iter().take(SHOWN) {
             let _ = write!(key, "{byte:02x}");
@@ -153,5 +175,39 @@ mod tests {
             assert!(!keys.contains(&next), "{name}");
             keys.push(next);
         }
+    }
+    #[test]
+    fn new_microcode_another_cpu_and_another_boot_are_other_kinds() {
+        let kernel = tempfile::NamedTempFile::new().unwrap();
+        let files = Files {
+            kernel: kernel.as_file().as_fd(),
+            initramfs: kernel.as_file().as_fd(),
+            vmm: kernel.path(),
+        };
+        let machine = Machine {
+            memory: 128 << 20,
+            max_memory: 1 << 30,
+            most_cpus: 1,
+        };
+        let host = |boot: &str, microcode: Option<&str>, cpu: &str| Host {
+            boot: boot.to_owned(),
+            microcode: microcode.map(str::to_owned),
+            cpu: cpu.to_owned(),
+        };
+        let key = |host: &Host| Kind::on(host, &files, &machine).unwrap().key;
+        let hosts = [
+            host("boot\n", Some("0x1\n"), "cpu"),
+            host("boot\n", Some("0x2\n"), "cpu"),
+            host("boot\n", None, "cpu"),
+            host("boot\n", Some("0x1\n"), "other"),
+            host("again\n", Some("0x1\n"), "cpu"),
+        ];
+        let keys: std::collections::BTreeSet<_> = hosts.iter().map(key).collect();
+        assert_eq!(keys.len(), hosts.len());
+        assert_eq!(key(&hosts[0]), key(&host("boot\n", Some("0x1\n"), "cpu")));
+        assert_eq!(
+            Kind::of(&files, &machine).unwrap(),
+            Kind::on(&Host::now().unwrap(), &files, &machine).unwrap()
+        );
     }
 }
