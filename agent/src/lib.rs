@@ -43,6 +43,7 @@ mod pci;
 mod pid1;
 mod places;
 mod process;
+mod quiet;
 mod readiness;
 mod reaper;
 mod root_disks;

@@ -24,7 +24,7 @@ use crate::{
     log::{LogRing, to_kernel},
     modules, network,
     places::{Places, SHARE},
-    serve, streams, template,
+    quiet, serve, streams, template,
 };
 
 /// Everything from the first instruction to power-off.
@@ -67,6 +67,7 @@ fn boot(clone: bool) -> Result<(), BootError> {
     if !clone {
         leave_initramfs()?;
         mount_kernel_file_systems()?;
+        quiet::still_timers();
         if std::env::var_os(CAPTURE).is_some() {
             template::stand_still().step("going on as a clone")?;
         }
