@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use brig_agent_protocol::agent::{DeviceRef, Empty, FindDeviceRequest, FoundDevice};
+use brig_agent_protocol::agent::{
+    DeviceRef, Empty, FindDeviceRequest, FoundDevice, LookRequest, LookResponse,
+};
 use protobuf::Message;
 use ttrpc::proto::Request;
 
@@ -49,6 +51,19 @@ impl Agent {
             ..DeviceRef::default()
         };
         self.call::<Empty>("RemoveDevice", &request).map(drop)
+    }
+
+    /// Looks into the guest (`brig exec`); the first piece of the answer.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub fn look(&self, words: &[&str]) -> Result<String> {
+        let request = LookRequest {
+            words: words.iter().map(|word| (*word).to_owned()).collect(),
+            ..LookRequest::default()
+        };
+        let answer: LookResponse = self.call("Look", &request)?;
+        Ok(String::from_utf8_lossy(&answer.content).into_owned())
     }
 
     /// Whether it answers.

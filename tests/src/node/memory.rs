@@ -24,8 +24,8 @@ impl Share {
     }
 }
 
-/// One mapping of /proc/PID/smaps, or several anonymous ones that touch: advice on a part of guest RAM makes more of
-/// one, and so it counts as one.
+/// One mapping of /proc/PID/smaps, or several of guest RAM that touch: advice on a part of it makes more of one, a template is mapped over parts of
+/// it, and so they count as one.
 struct Mapping {
     range: String,
     permissions: String,
@@ -33,6 +33,8 @@ struct Mapping {
     rss: u64,
     pss: u64,
     name: String,
+    /// Left out of core dumps, as guest RAM is.
+    left_out: bool,
 }
 
 impl Mapping {
@@ -40,8 +42,8 @@ impl Mapping {
     fn continues(&self, before: &Self) -> bool {
         let end = before.range.split_once('-').map(|(_, end)| end);
         let start = self.range.split_once('-').map(|(start, _)| start);
-        self.name.is_empty()
-            && before.name.is_empty()
+        let unnamed = self.name.is_empty() && before.name.is_empty();
+        (unnamed || self.left_out && before.left_out)
             && self.permissions == before.permissions
             && start == end
     }
@@ -53,6 +55,7 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
         match joined.last_mut() {
             Some(last) if mapping.continues(last) => {
                 last.range = mapping.range;
+                last.left_out |= mapping.left_out;
                 last.size += mapping.size;
                 last.rss += mapping.rss;
                 last.pss += mapping.pss;
@@ -68,7 +71,12 @@ fn listed(smaps: &str) -> Vec<Mapping> {
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let Some(first) = words.next() else { continue };
-        if let Some(field) = first.strip_suffix(':') {
+        if first == "VmFlags:" {
+            if let Some(mapping) = found.last_mut() {
+                let flags: Vec<&str> = words.collect();
+                mapping.left_out = flags.contains(&"dd") && !flags.contains(&"io");
+            }
+        } else if let Some(field) = first.strip_suffix(':') {
             let value: u64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
             if let Some(mapping) = found.last_mut() {
                 match field {
@@ -90,16 +98,17 @@ fn listed(smaps: &str) -> Vec<Mapping> {
                     .skip(5)
                     .collect::<Vec<_>>()
                     .join(" "),
+                left_out: false,
             });
         }
     }
     found
 }
 
-/// Guest RAM is the big anonymous mapping, and the kernel and initramfs mapped into it.
+/// Guest RAM is the big anonymous mapping with the template that is mapped over it, and the kernel and initramfs mapped into it.
 fn is_guest(mapping: &Mapping, guest_kib: u64) -> bool {
     let anonymous = mapping.name.is_empty() || mapping.name.starts_with("[anon");
-    (anonymous && guest_kib > 0 && mapping.size >= guest_kib / 4)
+    ((anonymous || mapping.left_out) && guest_kib > 0 && mapping.size >= guest_kib / 4)
         || mapping.name.contains("vmlinux")
         || mapping.name.contains("initramfs")
 }
@@ -120,6 +129,20 @@ pub fn of(pid: i32, guest_kib: u64) -> Result<Share> {
         }
     }
     Ok(share)
+}
+
+/// KiB of a process that are its own and have been written.
+///
+/// # Errors
+/// If the process is gone.
+pub fn private(pid: i32) -> Result<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))
+        .with_context(|| format!("cannot read the mappings of process {pid}"))?;
+    let line = rollup
+        .lines()
+        .find_map(|line| line.strip_prefix("Private_Dirty:"));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    Ok(word.context("no Private_Dirty")?.parse()?)
 }
 
 /// KiB of the largest mapping, which in a VMM is its guest's RAM.
@@ -212,6 +235,28 @@ Pss:                1024 kB
             .map(|mapping| (mapping.size, mapping.pss))
             .collect();
         assert_eq!(sizes, [(2048, 0), (262_144, 31_500), (1024, 1024)]);
+    }
+
+    #[test]
+    fn guest_ram_with_a_template_over_it_is_one_mapping() {
+        let smaps = "\
+7f0000000000-7f0000100000 rw-p 00000000 00:00 0
+Size:               1024 kB
+Pss:                 100 kB
+VmFlags: rd wr mr mw me ac dd hg
+7f0000100000-7f0000200000 rw-p 00005000 00:1a 9 /
+Size:               1024 kB
+Pss:                 200 kB
+VmFlags: rd wr mr mw me dd
+7f0000400000-7f0000500000 rw-p 00000000 00:00 0
+Size:               1024 kB
+Pss:                  10 kB
+VmFlags: rd wr mr mw me ac
+";
+        let found = mappings(smaps);
+        let sizes: Vec<_> = found.iter().map(|one| (one.size, one.pss)).collect();
+        assert_eq!(sizes, [(2048, 300), (1024, 10)]);
+        assert!(is_guest(&found[0], 2048) && !is_guest(&found[1], 8192));
     }
 
     #[test]

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use brig_tests::node::clock;
+use brig_tests::node::kvm::Counts;
 use brig_tests::node::machine::{Boot, Machine};
-use brig_tests::node::memory;
+use brig_tests::node::{memory, template};
 
 use crate::qemu::{self, Listener, Qemu};
 use crate::report::Report;
@@ -24,7 +25,7 @@ const LOG: &str = "/run/brig-bench-vmm.log";
 struct Cost {
     micros: u64,
     faults: u64,
-    kvm: KvmCounts,
+    kvm: Counts,
     pss: memory::Share,
 }
 
@@ -38,13 +39,13 @@ fn cost(pid: i32, micros: u64) -> Result<Cost> {
     Ok(Cost {
         micros,
         faults: faults(pid)?,
-        kvm: KvmCounts::of(pid),
+        kvm: Counts::of(pid),
         pss: memory::of(pid, GUEST_KIB)?,
     })
 }
 
 /// Minor and major page faults of a process (proc(5), stat fields 10 and 12).
-fn faults(pid: i32) -> Result<u64> {
+pub fn faults(pid: i32) -> Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let fields: Vec<&str> = stat
         .rsplit_once(')')
@@ -54,45 +55,6 @@ fn faults(pid: i32) -> Result<u64> {
         .collect();
     let field = |index: usize| fields.get(index).and_then(|text| text.parse::<u64>().ok());
     Ok(field(7).unwrap_or(0) + field(9).unwrap_or(0))
-}
-
-/// What KVM counts of a VM, the same way for every VMM.
-#[derive(Default)]
-struct KvmCounts {
-    exits: u64,
-    mmio: u64,
-    ports: u64,
-    faults: u64,
-    halts: u64,
-}
-
-impl KvmCounts {
-    fn of(pid: i32) -> Self {
-        let prefix = format!("{pid}-");
-        let directory = fs::read_dir("/sys/kernel/debug/kvm")
-            .ok()
-            .and_then(|entries| {
-                entries
-                    .flatten()
-                    .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-            });
-        let Some(directory) = directory else {
-            return Self::default();
-        };
-        let value = |name: &str| {
-            fs::read_to_string(directory.path().join(name))
-                .ok()
-                .and_then(|text| text.trim().parse().ok())
-                .unwrap_or(0)
-        };
-        Self {
-            exits: value("exits"),
-            mmio: value("mmio_exits"),
-            ports: value("io_exits"),
-            faults: value("pf_taken"),
-            halts: value("halt_exits"),
-        }
-    }
 }
 
 fn patience() -> Duration {
@@ -108,6 +70,27 @@ fn boot_brig() -> Result<(Machine, Cost)> {
     Ok((machine, cost))
 }
 
+/// Where the template is, for the clone that strace watches too.
+const TEMPLATE: &str = "/run/brig-bench-template";
+
+/// Captures a guest, and lets a first clone go on from it, as a template's maker does; what the next ones are started with.
+fn captured() -> Result<Boot> {
+    let mut boot = installed();
+    boot.cmdline = template::CMDLINE.to_owned();
+    let (boot, file) = template::capture(boot, Path::new(TEMPLATE), |_| Ok(()))?;
+    let mut first = Machine::start(&boot)?;
+    first.agent_connected(patience())?;
+    template::record(&file, &first)?;
+    Ok(boot)
+}
+
+fn go_on(boot: &Boot) -> Result<(Machine, Cost)> {
+    let mut machine = Machine::start(boot)?;
+    let micros = machine.agent_connected(patience())?;
+    let cost = cost(i32::try_from(machine.pid())?, micros)?;
+    Ok((machine, cost))
+}
+
 fn boot_qemu(listener: &Listener, initramfs: &Path) -> Result<Cost> {
     let command = qemu::command(&installed().kernel, initramfs, QEMU_CMDLINE);
     let qemu = Qemu::boot(listener, command, patience())?;
@@ -117,6 +100,13 @@ fn boot_qemu(listener: &Listener, initramfs: &Path) -> Result<Cost> {
 /// One boot for strace to watch.
 pub fn brig_once() -> Result<()> {
     boot_brig().map(|_| ())
+}
+
+/// As [`brig_once`], of a clone.
+pub fn clone_once() -> Result<()> {
+    let mut boot = installed();
+    boot.template = Some(Path::new(TEMPLATE).join("template"));
+    go_on(&boot).map(|_| ())
 }
 
 /// As [`brig_once`], of QEMU.
@@ -132,6 +122,8 @@ pub fn measure(report: &mut Report, rounds: usize) -> Result<()> {
     let listener = Listener::open();
     let mut brig: Vec<Cost> = Vec::new();
     let mut other: Vec<Cost> = Vec::new();
+    let mut clones: Vec<Cost> = Vec::new();
+    let of_template = captured()?;
     let mut exits = BTreeMap::new();
     for round in 0..rounds {
         eprintln!("boot, round {} of {rounds}", round + 1);
@@ -139,6 +131,7 @@ pub fn measure(report: &mut Report, rounds: usize) -> Result<()> {
         exits = machine.counters()?.exits;
         drop(machine);
         brig.push(cost);
+        clones.push(go_on(&of_template)?.1);
         match &listener {
             Ok(listener) => match boot_qemu(listener, &initramfs) {
                 Ok(cost) => other.push(cost),
@@ -152,12 +145,35 @@ pub fn measure(report: &mut Report, rounds: usize) -> Result<()> {
     report.section(
         "(a) and (d) from exec to agent ready, 1 vCPU, 256 MiB, same kernel and initramfs",
     );
+    rows(report, &brig, "qemu", &other);
+    report.section("(e) the same of a clone, beside a boot");
+    rows(report, &clones, "boot", &brig);
+
+    report.exits(exits);
+    let own = std::env::current_exe()?;
+    for (who, flag, program) in [
+        ("brig-vmm", "--boot-brig-once", "brig-vmm"),
+        ("brig-vmm of a clone", "--boot-clone-once", "brig-vmm"),
+        ("qemu", "--boot-qemu-once", "qemu-system-x86_64"),
+    ] {
+        match syscalls::count(&own, flag, program) {
+            Ok(calls) => {
+                report.syscalls(who, calls);
+            }
+            Err(error) => eprintln!("system calls of {who}: {error:#}"),
+        }
+    }
+    fs::remove_dir_all(TEMPLATE)?;
+    Ok(())
+}
+
+fn rows(report: &mut Report, brig: &[Cost], other_name: &'static str, other: &[Cost]) {
     let mut row = |what: &str, unit: &'static str, pick: fn(&Cost) -> u64| {
         report.row(
             what,
             unit,
             brig.iter().map(pick).collect(),
-            "qemu",
+            other_name,
             other.iter().map(pick).collect(),
         );
     };
@@ -177,19 +193,4 @@ pub fn measure(report: &mut Report, rounds: usize) -> Result<()> {
     });
     row("of it, guest RAM touched", "KiB", |cost| cost.pss.guest);
     row("of it, the VMM itself", "KiB", |cost| cost.pss.own());
-
-    report.exits(exits);
-    let own = std::env::current_exe()?;
-    for (who, flag, program) in [
-        ("brig-vmm", "--boot-brig-once", "brig-vmm"),
-        ("qemu", "--boot-qemu-once", "qemu-system-x86_64"),
-    ] {
-        match syscalls::count(&own, flag, program) {
-            Ok(calls) => {
-                report.syscalls(who, calls);
-            }
-            Err(error) => eprintln!("system calls of {who}: {error:#}"),
-        }
-    }
-    Ok(())
 }

@@ -2,10 +2,11 @@
 //! interleaved and repeated; a table and JSON.
 //!
 //! Counts do not depend on the clock. Times do, and under emulation only their ratios mean anything,
-//! which the output says. `--overhead` prints what a pod costs by its size instead.
+//! which the output says. `--overhead` prints what a pod costs by its size instead, `--density` what many pods cost.
 
 mod boot;
 mod containers;
+mod density;
 mod overhead;
 mod qemu;
 mod report;
@@ -17,7 +18,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use brig_suite::results::Place;
 
-const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR] | --overhead [RUNTIME]";
+const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR] | --overhead [RUNTIME] | --density PODS [booted] [template] [runc]";
 
 fn main() -> ExitCode {
     match run() {
@@ -44,7 +45,13 @@ fn run() -> Result<()> {
             }
             // Run under strace by this program itself: one boot, nothing else.
             "--boot-brig-once" => return boot::brig_once(),
+            "--boot-clone-once" => return boot::clone_once(),
             "--boot-qemu-once" => return boot::qemu_once(),
+            "--density" => {
+                let pods = value()?.parse::<usize>()?.max(1);
+                let kinds: Vec<String> = args.collect();
+                return density::measure(pods, &kinds);
+            }
             _ => bail!("unknown argument {arg}\n{USAGE}"),
         }
     }

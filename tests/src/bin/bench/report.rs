@@ -36,7 +36,7 @@ pub fn median(samples: &[u64]) -> Option<u64> {
 }
 
 /// Two decimals of a quotient, without floating point.
-fn ratio(brig: u64, other: u64) -> String {
+pub fn ratio(brig: u64, other: u64) -> String {
     match (brig * 100).checked_div(other) {
         Some(hundredths) => format!("{}.{:02}", hundredths / 100, hundredths % 100),
         None => "-".to_owned(),

@@ -12,6 +12,7 @@ mod init;
 mod memory;
 mod operations;
 mod privileges;
+mod sequence;
 mod terminal;
 mod vsock;
 
@@ -52,6 +53,7 @@ const USAGE: &str = "usage: brig-probe COMMAND
   serve PORT TEXT            answer each TCP connection with TEXT
   serve-udp PORT TEXT        answer each datagram with TEXT, IPv4 and IPv6
   connect IP:PORT            dial TCP, send a line, print the answer
+  sequence-numbers           the first ones of three TCP connections to itself
   sysrq LETTER               write to /proc/sysrq-trigger";
 
 fn main() -> ExitCode {
@@ -120,6 +122,7 @@ fn run() -> Result<u8> {
         ["serve", port, text] => actions::serve(number(port)?, text),
         ["serve-udp", port, text] => actions::serve_udp(number(port)?, text),
         ["connect", target] => actions::connect(target),
+        ["sequence-numbers"] => print(&sequence::numbers()?),
         ["sysrq", letter] => files::write("/proc/sysrq-trigger", letter),
         [] => {
             println!("{USAGE}");
