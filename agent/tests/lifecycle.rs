@@ -182,13 +182,15 @@ async fn exec_joins_the_container_and_has_its_own_life() {
     let mut guest = Guest::start().await;
     let (stdio, _ends) = guest.stdio(false, false).await;
     guest
-        .started("c1", &spec("echo kept > /tmp/f; sleep 1000"), stdio)
+        .started("c1", &spec("echo kept > /tmp/f; exec sleep 1000"), stdio)
         .await;
     let outcome = guest
         .exec(
             "c1",
             "e1",
-            &shell("while [ ! -s /tmp/f ]; do :; done; cat /tmp/f; cat /proc/1/comm; exit 7"),
+            &shell(
+                "until read init </proc/1/comm && [ \"$init\" = sleep ]; do :; done; cat /tmp/f; echo $init; exit 7",
+            ),
         )
         .await;
     assert_eq!(

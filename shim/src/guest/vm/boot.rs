@@ -22,7 +22,7 @@ use ttrpc::context;
 
 use super::clock;
 use super::control::{Control, ControlError, Incoming, Started};
-use super::debugger;
+use super::debug_session;
 use super::frames::{Ending, Guarded};
 use super::kill::Kill;
 use super::late::Late;
@@ -467,7 +467,7 @@ fn adopt(
         cgroup,
         kernel_release: OnceLock::new(),
         template: OnceLock::new(),
-        debugged: debugger::Session::default(),
+        debugged: debug_session::Session::default(),
     });
     tokio::spawn(watch_connection(
         Arc::downgrade(&vm),

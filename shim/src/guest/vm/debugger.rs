@@ -3,35 +3,13 @@
 //! It lasts as long as it is asked for: a debugger that is killed leaves no guest that stands still for ever. While it
 //! lasts nobody takes the agent's silence amiss.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use brig_hypervisor::control::{DebugRequest, Stopped};
 use tokio::time::{Instant, sleep_until};
 
 use super::Vm;
 use crate::error::Result;
-
-/// Until when the session lasts, if there is one.
-#[derive(Debug, Default)]
-pub(super) struct Session(Mutex<Option<Instant>>);
-
-impl Session {
-    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lasts until then; true if it begins with that.
-    fn renew(&self, until: Instant) -> bool {
-        self.lock().replace(until).is_none()
-    }
-
-    /// When it is to end; over if that is now.
-    fn end(&self, now: Instant) -> Option<Instant> {
-        let mut until = self.lock();
-        *until = until.filter(|until| *until > now);
-        *until
-    }
-}
 
 impl Vm {
     /// Has the CPUs stopped, looked at or going on; what is in them, if they stand. They go on by themselves when
@@ -68,6 +46,6 @@ impl Vm {
     /// Whether a debugger has it.
     #[must_use]
     pub fn is_debugged(&self) -> bool {
-        self.debugged.lock().is_some()
+        self.debugged.lasts()
     }
 }

@@ -10,6 +10,7 @@ mod clock;
 pub mod control;
 mod cpus;
 pub mod death;
+mod debug_session;
 mod debugger;
 mod disks;
 mod filter;
@@ -292,7 +293,7 @@ pub struct Vm {
     kernel_release: OnceLock<String>,
     /// The key of the template that the guest goes on from, once it does.
     template: OnceLock<String>,
-    debugged: debugger::Session,
+    debugged: debug_session::Session,
 }
 
 impl fmt::Debug for Vm {

@@ -22,8 +22,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Pod;
 use super::memory::{DIRECT_MAP, GuestMemory, KERNEL_MAP, KERNEL_MAP_SIZE, Part};
+use super::pod::Pod;
 use super::registers::{PRSTATUS, prstatus};
 use super::session::Session;
 use crate::shims;

@@ -26,8 +26,8 @@ use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOp
 use gdbstub::target::{Target, TargetError, TargetResult};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::Pod;
 use super::memory::GuestMemory;
+use super::pod::Pod;
 use super::registers::{Architecture, Registers};
 use super::session::Session;
 

@@ -6,66 +6,21 @@
 mod core;
 mod gdb;
 mod memory;
+mod pod;
 mod registers;
 mod session;
 mod symbols;
 
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use brig_shim::asked::config::MIB;
-use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::{Error, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::cli::{self, DebugHow};
-use crate::look;
-use crate::pods;
-use crate::shims;
-
-/// A pod whose guest may be debugged.
-struct Pod {
-    namespace: String,
-    id: String,
-    /// Its shim's.
-    socket: PathBuf,
-    vmm: u32,
-    /// Bytes of memory that it started with.
-    first: u64,
-    /// It goes on from a template.
-    template: bool,
-    /// Where the guest's kernel is.
-    kernel: PathBuf,
-}
-
-impl Pod {
-    fn find(base: &Path, pod: &cli::Pod) -> Result<Self> {
-        let row = pods::find(base, pod)?;
-        let socket = look::socket_of(&row)?;
-        let told = shims::ask_json(&socket, Method::Inspect, &Value::Null)?;
-        if told["config"]["debug"]["value"] != true {
-            return Err(Error::state(
-                "a guest is debugged where the handler has debug = true in its configuration, for pods that start from then on",
-            ));
-        }
-        let no_vm = || Error::state(format!("pod {} has no VM", row.id));
-        let vmm = row.processes().find(|(name, _)| *name == "vmm");
-        let (_, vmm) = vmm.ok_or_else(no_vm)?;
-        let first = told["size"]["startedWithMiB"].as_u64().ok_or_else(no_vm)?;
-        let kernel = told["config"]["kernel"]["value"].as_str().unwrap_or("");
-        Ok(Self {
-            socket,
-            vmm,
-            first: first * MIB,
-            template: !told["template"].is_null(),
-            kernel: PathBuf::from(kernel),
-            namespace: row.namespace,
-            id: row.id,
-        })
-    }
-}
+use pod::Pod;
 
 /// What is to be done; the text to print.
 ///

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use brig_shim::error::{Error, Result};
 
-use super::Pod;
+use super::pod::Pod;
 
 /// The name of the file.
 const NAME: &str = "vmlinux.debug";
