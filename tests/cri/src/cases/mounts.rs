@@ -11,9 +11,10 @@ use brig_tests::node::clock;
 use k8s_cri::v1::{ImageSpec, MountPropagation};
 
 use crate::container::eventually;
+use crate::loops::Loop;
 use crate::mounted::Mounted;
-use crate::node::{Directory, PROBE};
-use crate::suite::{Case, SLEEP, Suite, case, not_here};
+use crate::node::{self, Directory, PROBE};
+use crate::suite::{Case, SLEEP, Suite, case, not_here, smoke};
 
 pub const CASES: &[Case] = &[
     case(
@@ -37,7 +38,27 @@ pub const CASES: &[Case] = &[
         "a file larger than the pod's memory is written and read back",
         large_file,
     ),
+    smoke(
+        "volumes",
+        "what was mounted on the node when a pod started is free once the node has unmounted it",
+        not_the_pods,
+    ),
 ];
+
+/// Another pod's volume, say: its disk may be taken away as soon as it is unmounted, and has to have all that was written.
+fn not_the_pods(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("not-the-pods")?;
+    let disk = Loop::new(&directory.path.join("image"), 8 << 20)?;
+    node::run("mkfs.ext4", &["-q", "-F", &disk.node()])?;
+    let place = directory.directory("mounted")?;
+    node::run("mount", &[&disk.node(), &place.display().to_string()])?;
+    let mounted = Mounted::made(&place);
+    let pod = suite.run("not-the-pods")?;
+    let container = pod.container("main", SLEEP).start()?;
+    mounted.unmount()?;
+    disk.freed().context("while a pod runs that never had it")?;
+    equal("the pod", "runs", container.sh("echo runs")?.as_str())
+}
 
 fn socket(suite: &mut Suite) -> Result<()> {
     let shared = suite.shared()?;
