@@ -156,6 +156,12 @@ impl Block {
         }
         self
     }
+
+    /// Helpers have begun all that was handed to them.
+    #[cfg(test)]
+    pub fn all_begun(&self) -> bool {
+        self.helpers.as_ref().is_none_or(|it| it.waiting() == 0)
+    }
 }
 
 /// A serial number as the guest reads it.

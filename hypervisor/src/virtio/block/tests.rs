@@ -416,6 +416,10 @@ fn a_deactivation_waits_for_what_is_in_flight() {
     let mut disk = helped(Some(&gate));
     let status = disk.add(0, 4, 0, &[]);
     while disk.harness.step(5).unwrap() > 0 {}
+    // What waits for a helper is not in flight, and is dropped.
+    while !disk.harness.device.all_begun() {
+        std::thread::yield_now();
+    }
     let opener = Arc::clone(&gate);
     let opened = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
