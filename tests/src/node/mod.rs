@@ -19,6 +19,7 @@ pub mod machine;
 pub mod memory;
 pub mod process;
 pub mod scribbler;
+pub mod strace;
 pub mod tap;
 pub mod task;
 pub mod template;

@@ -3,16 +3,13 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use brig_tests::node::check::{equal, that};
-use brig_tests::node::clock;
-use brig_tests::node::process::Running;
-use nix::sys::signal::Signal;
+use brig_tests::node::strace;
 
 use super::life::sandbox_pid;
-use crate::container::{Container, eventually};
+use crate::container::Container;
 use crate::suite::{Case, SLEEP, Suite, case, not_here};
 
 pub const CASES: &[Case] = &[case(
@@ -23,7 +20,6 @@ pub const CASES: &[Case] = &[case(
 
 const MIB: usize = 16;
 const BYTES: usize = MIB << 20;
-const TRACE: &str = "/run/brig-cri-strace";
 /// Linux makes a frame as large as what it sends in a millisecond, and on a slow machine that is two segments. So it is
 /// told to take no less than fit into one.
 const SEGMENTS: (&str, &str) = ("net.ipv4.tcp_min_tso_segs", "44");
@@ -75,25 +71,7 @@ fn network_thread(vmm: i32) -> Result<i32> {
 
 /// `writev` and `readv` of a thread while `act` runs.
 fn counted(thread: i32, act: impl FnOnce() -> Result<()>) -> Result<(usize, usize)> {
-    let mut command = Command::new("strace");
-    command.args([
-        "--quiet=all",
-        "--signal=none",
-        "--output",
-        TRACE,
-        "--attach",
-    ]);
-    command.arg(thread.to_string());
-    let strace = Running::start(command)?;
-    eventually("strace attaches", clock::seconds(10), || {
-        let status = fs::read_to_string(format!("/proc/{thread}/status"))?;
-        Ok((!status.contains("TracerPid:\t0")).then_some(()))
-    })?;
-    act()?;
-    strace.signal(Signal::SIGINT)?;
-    strace.finish(clock::seconds(10))?;
-    let trace = fs::read_to_string(TRACE)?;
-    fs::remove_file(TRACE)?;
+    let trace = strace::calls(thread, act)?;
     let of = |call: &str| trace.lines().filter(|line| line.starts_with(call)).count();
     Ok((of("writev("), of("readv(")))
 }

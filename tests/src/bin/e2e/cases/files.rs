@@ -3,14 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use brig_tests::node::check::{clip, equal, field, that};
 use brig_tests::node::ctr::{Container, Ctr, Run};
-use brig_tests::node::process::{self, Running};
-use brig_tests::node::{clock, leaks};
-use nix::sys::signal::Signal;
+use brig_tests::node::process;
+use brig_tests::node::{clock, leaks, strace};
 
 use crate::suite::{Case, PROBE, Suite, brig, case, not_here};
 
@@ -175,7 +173,7 @@ fn calls(suite: &mut Suite) -> Result<()> {
         };
         let measured = |name: &str, count: usize| -> Result<Cost> {
             let asked = requests(&namespace)?;
-            let calls = traced(thread, || step(name, count))?;
+            let calls = strace::calls(thread, || step(name, count))?.lines().count();
             let requests = requests(&namespace)?.saturating_sub(asked);
             Ok(Cost { requests, calls })
         };
@@ -246,36 +244,6 @@ fn file_server(vmm: i32) -> Result<i32> {
         }
     }
     bail!("the VMM {vmm} has no file server")
-}
-
-/// How many system calls a thread ends while `act` runs.
-fn traced(thread: i32, act: impl FnOnce() -> Result<()>) -> Result<usize> {
-    const TRACE: &str = "/run/brig-e2e-strace";
-    let mut command = Command::new("strace");
-    command.args([
-        "--quiet=all",
-        "--signal=none",
-        "--output",
-        TRACE,
-        "--attach",
-    ]);
-    command.arg(thread.to_string());
-    let strace = Running::start(command)?;
-    let attached = || -> Result<bool> {
-        let status = fs::read_to_string(format!("/proc/{thread}/status"))?;
-        Ok(!status.contains("TracerPid:\t0"))
-    };
-    let end = Instant::now() + clock::seconds(10);
-    while !attached()? {
-        that("strace attaches in time", Instant::now() < end)?;
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    act()?;
-    strace.signal(Signal::SIGINT)?;
-    strace.finish(clock::seconds(10))?;
-    let trace = fs::read_to_string(TRACE)?;
-    fs::remove_file(TRACE)?;
-    Ok(trace.lines().count())
 }
 
 /// How long each stressor runs, in seconds: without it there are none.

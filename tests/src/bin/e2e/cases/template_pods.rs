@@ -281,13 +281,7 @@ fn right_time(suite: &mut Suite) -> Result<()> {
     // A node has no way to sleep here: what its clock does then is done to it.
     let moved = Moved::an_hour_on()?;
     let container = suite.ctr.start(&handler.run("sleep 100000"))?;
-    let inspected: Value =
-        serde_json::from_str(&brig_command(&["inspect", &container.id, "--json"])?)?;
-    equal(
-        "its template",
-        &Value::from(key),
-        &inspected["shim"]["template"],
-    )?;
+    went_on_from(&container, &key)?;
     has_the_nodes_time(&container, "at first")?;
     let (_, pid) = suite.ctr.status(&container.id)?.context("no task")?;
     let vmm = Pid::from_raw(i32::try_from(pid)?);
@@ -418,6 +412,11 @@ fn larger(suite: &mut Suite) -> Result<()> {
     let kib: u64 = words.nth(1).context("no memory")?.parse()?;
     ensure!(kib > 260_000, "the guest has {kib} KiB");
     that("it is a clone", text.contains("brig_capture"))?;
+    went_on_from(&container, &key)
+}
+
+/// The pod says itself from which template it went on.
+fn went_on_from(container: &Container, key: &str) -> Result<()> {
     let inspected: Value =
         serde_json::from_str(&brig_command(&["inspect", &container.id, "--json"])?)?;
     equal(
