@@ -9,6 +9,7 @@ use std::io;
 
 use brig_agent_protocol::cut;
 use brig_hypervisor::control::{ErrorKind, ErrorReply};
+use tokio::task::JoinError;
 use ttrpc::Code;
 
 /// Classes of errors, each of which is one containerd code.
@@ -173,6 +174,13 @@ impl From<ErrorReply> for Error {
         let mut message = reply.message;
         cut(&mut message);
         Self::new(kind, message)
+    }
+}
+
+/// A blocking piece of work that panicked, or whose runtime ended.
+impl From<JoinError> for Error {
+    fn from(error: JoinError) -> Self {
+        Self::internal(format!("a worker of the shim ended: {error}"))
     }
 }
 

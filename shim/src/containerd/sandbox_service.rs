@@ -113,8 +113,7 @@ impl Sandbox for SandboxService {
         }
         let config = self.config.clone();
         let prepared = tokio::task::spawn_blocking(move || prepare(&request, config)).await;
-        let ended = |error| Error::internal(format!("a worker ended: {error}"));
-        let created = match prepared.map_err(ended)? {
+        let created = match prepared.map_err(Error::from)? {
             Ok(creation) => self.pod.create_sandbox(creation).await,
             Err(error) => Err(error),
         };

@@ -165,8 +165,7 @@ impl Task for TaskService {
             self.pod.part_of(trace).await;
         }
         let prepared = tokio::task::spawn_blocking(move || prepare(request)).await;
-        let ended = |error| Error::internal(format!("a worker ended: {error}"));
-        let created = match prepared.map_err(ended)? {
+        let created = match prepared.map_err(Error::from)? {
             Ok((creation, config)) => self.pod.create(creation, config).await,
             Err(error) => Err(error),
         };

@@ -73,9 +73,8 @@ impl Vm {
     }
 
     async fn plug_device(&self, numbers: Numbers, write: bool) -> Result<Disk> {
-        let opened = tokio::task::spawn_blocking(move || disk::open(numbers, write)).await;
-        let opened =
-            opened.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
+        let opened = tokio::task::spawn_blocking(move || disk::open(numbers, write));
+        let opened = opened.await??;
         let (major, minor) = numbers;
         let config = DiskConfig {
             pieces: vec![DiskPiece::whole(0)],

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::node::network::{
     self, GuestNetwork, Known, NetworkError, PodNetwork, Ruleset, UNTOUCHED_FILTER, Wanted,
 };
@@ -69,7 +69,7 @@ impl Late {
     pub(super) async fn watch_filter(&self) -> Result<Option<(OwnedFd, bool)>> {
         let (netns, given) = (self.netns.clone(), self.known().filter);
         let watching = tokio::task::spawn_blocking(move || network::watch_filter(&netns, given));
-        Ok(watching.await.map_err(worker)??)
+        Ok(watching.await??)
     }
 
     /// The packet filter, if the guest has another.
@@ -81,7 +81,7 @@ impl Late {
         let given = self.known().filter;
         let looking =
             tokio::task::spawn_blocking(move || network::changed_filter(&netns, policy, given));
-        Ok(looking.await.map_err(worker)??)
+        Ok(looking.await??)
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, Known> {
@@ -104,10 +104,6 @@ impl Late {
             }
             Ok::<_, NetworkError>((found, guest))
         });
-        Ok(found.await.map_err(worker)??)
+        Ok(found.await??)
     }
-}
-
-fn worker(error: tokio::task::JoinError) -> Error {
-    Error::internal(format!("the network worker ended: {error}"))
 }

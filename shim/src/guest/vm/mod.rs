@@ -1,8 +1,7 @@
 //! One VM as the shim holds it: the jailed process, its control socket, the agent's connection, and
 //! the one sentence that says why it ended.
 //!
-//! What the node must do (launch, mounts) is behind [`Host`] and [`Mounts`], so that the shim's logic
-//! is tested without either. The VMM and the agent are not trusted: every call is bounded in time.
+//! The VMM and the agent are not trusted: every call is bounded in time.
 
 pub mod boot;
 pub mod capture;
@@ -21,11 +20,13 @@ mod held_disks;
 pub mod host;
 mod kill;
 mod late;
+mod launched;
 mod lines;
 mod look;
 mod memory;
 mod passthrough;
 pub mod patience;
+mod plan;
 mod plug;
 mod root_disks;
 mod root_given;
@@ -35,9 +36,7 @@ pub mod watch;
 
 use std::fmt;
 use std::future::Future;
-use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -46,223 +45,28 @@ use std::time::Duration;
 use brig_agent_protocol::agent::{ShutdownRequest, SignalRequest};
 use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_agent_protocol::{FIRST_PROCESS_STREAM, OWN_DIRECTORY, STREAM_PORT, stream_header};
-use brig_hypervisor::control::{RequestBody, StreamConfig, VmConfig};
-use brig_hypervisor::launch::{VmmExit, VmmProcess};
+use brig_hypervisor::control::{RequestBody, StreamConfig};
 pub use brig_hypervisor::share::{Attributes, LaterMount, LeftOut};
-pub use root_given::RootGiven;
 use tokio::sync::{Notify, Semaphore, oneshot, watch as watch_channel};
 use tokio::time::timeout;
 use ttrpc::context;
 
-use crate::asked::config::Config;
-use crate::asked::pod_name::PodName;
-use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::node::cgroup::Cgroup;
 use crate::node::disk::Numbers;
-use crate::node::network::GuestNetwork;
-use crate::node::pod_resources::Assigned;
-use crate::node::templates::{Machine, Recipe};
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
 use frames::Ahead;
 pub use given::Given;
 pub use groups::Holder;
 use kill::Kill;
+pub use launched::{GuestOrigin, Host, Launched, Mounts, RootfsMount, VmProcess};
 use patience::Patience;
+pub use plan::{Plan, Timeouts};
+pub use root_given::RootGiven;
 
 /// Signals that may wait for a guest that does not take them.
 const MAX_SIGNALS: usize = 64;
-
-/// What a VM is to be.
-#[derive(Debug)]
-pub struct Plan {
-    /// Files, sizes and time-outs.
-    pub config: Config,
-    /// Guest memory in bytes.
-    pub memory: u64,
-    /// As much as it may become.
-    pub max_memory: u64,
-    /// The machine of the template that it may go on from.
-    pub template: Option<Machine>,
-    /// The pod, where somebody has named it.
-    pub pod: Option<PodName>,
-    /// What kubelet has assigned to its containers.
-    pub assigned: Vec<Assigned>,
-    /// The network namespace the VMM lives in.
-    pub network: Network,
-    /// The pod's cgroup as the spec names it.
-    pub cgroup_path: Option<String>,
-    /// And once it is made.
-    pub cgroup: Option<Cgroup>,
-    /// The VMM's OOM score adjustment.
-    pub oom_score_adj: i32,
-}
-
-/// What the node does for a VM. Blocking: never called on the async thread.
-pub trait Host: Send + Sync + 'static {
-    /// Starts a jailed VMM.
-    ///
-    /// # Errors
-    /// One sentence: what is missing on the node and the fix.
-    fn launch(&self, plan: &Plan) -> Result<Launched>;
-
-    /// Makes the pod's cgroup.
-    ///
-    /// # Errors
-    /// What the host says.
-    fn make_cgroup(&self, path: &str) -> Result<Option<Cgroup>>;
-}
-
-/// A mount of a root file system, as containerd's snapshotter described it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RootfsMount {
-    /// File system type.
-    pub kind: String,
-    /// Source.
-    pub source: String,
-    /// Options as in mount(8).
-    pub options: Vec<String>,
-}
-
-/// The mounts that a guest sees below its share. Blocking: never called on the async thread.
-pub trait Mounts: Send + Sync {
-    /// Makes the mounts of a snapshotter appear at `path`.
-    ///
-    /// # Errors
-    /// What the host says.
-    fn attach_rootfs(&self, path: &str, mounts: &[RootfsMount]) -> Result<()>;
-    /// Makes a host directory or file appear at `path`; tells which mounts below it are not there, because nobody
-    /// has said that their file systems hold data.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a file system that is not shared; what the host says.
-    fn attach(&self, path: &str, source: &Path, how: Attributes) -> Result<Vec<LeftOut>>;
-    /// Makes a later mount of the node appear below what is at `path`.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a file system of the node's kernel; what the host says.
-    fn attach_below(&self, path: &str, later: &LaterMount<'_>, readonly: bool) -> Result<()>;
-    /// Takes that away, whoever uses it.
-    ///
-    /// # Errors
-    /// What the host says.
-    fn detach_below(&self, path: &str, below: &Path) -> Result<()>;
-    /// Makes it read-only on the host's side, or writable.
-    ///
-    /// # Errors
-    /// What the host says.
-    fn set_readonly(&self, path: &str, readonly: bool) -> Result<()>;
-    /// Takes it away; nothing may use it any more.
-    ///
-    /// # Errors
-    /// What the host says.
-    fn detach(&self, path: &str) -> Result<()>;
-}
-
-/// The VMM's process.
-pub trait VmProcess: Send + Sync {
-    /// Its pid.
-    fn pid(&self) -> u32;
-    /// Readable at its end.
-    fn pidfd(&self) -> BorrowedFd<'_>;
-    /// How it ended, if it has; reaps it.
-    ///
-    /// # Errors
-    /// What waitid says.
-    fn try_wait(&mut self) -> io::Result<Option<VmmExit>>;
-    /// Sends SIGKILL.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn kill(&self) -> io::Result<()>;
-}
-
-impl VmProcess for VmmProcess {
-    fn pid(&self) -> u32 {
-        VmmProcess::pid(self)
-    }
-    fn pidfd(&self) -> BorrowedFd<'_> {
-        VmmProcess::pidfd(self)
-    }
-    fn try_wait(&mut self) -> io::Result<Option<VmmExit>> {
-        VmmProcess::try_wait(self)
-    }
-    fn kill(&self) -> io::Result<()> {
-        VmmProcess::kill(self)
-    }
-}
-
-/// A VMM that was started and waits for its machine.
-pub struct Launched {
-    /// The process.
-    pub process: Box<dyn VmProcess>,
-    /// Our end of the control socket.
-    pub control: OwnedFd,
-    /// Our end of the agent's stream.
-    pub agent: UnixStream,
-    /// What the VMM writes to its standard error.
-    pub stderr: OwnedFd,
-    /// The mounts of the guest's share.
-    pub mounts: Arc<dyn Mounts>,
-    /// Where its guest comes from.
-    pub origin: GuestOrigin,
-    /// The machine, and the descriptors it names.
-    pub machine: (VmConfig, Vec<OwnedFd>),
-    /// What the guest is told about its network.
-    pub network: GuestNetwork,
-    /// Where more interfaces may appear before the container is started.
-    pub netns: Option<PathBuf>,
-    /// The devices of the node that the machine has.
-    pub given: Option<Given>,
-}
-
-/// Where a guest comes from.
-#[derive(Debug, Clone)]
-pub enum GuestOrigin {
-    /// It boots.
-    Boot,
-    /// It boots, and a template for the next ones should be made.
-    BootFirst(Box<Recipe>),
-    /// It goes on from a template.
-    Template(Box<Recipe>),
-}
-
-/// Time-outs of one VM.
-#[derive(Debug, Clone, Copy)]
-pub struct Timeouts {
-    /// From the start of the VMM until the agent has called.
-    pub boot: Duration,
-    /// One call of the agent.
-    pub call: Duration,
-    /// A call that makes or starts a process: longer than the agent itself gives its helpers, so that
-    /// a failure here means that nothing was made.
-    pub setup: Duration,
-    /// An orderly power-off.
-    pub stop: Duration,
-    /// Between two signs of life of the agent, and from SIGKILL to the end of an init process.
-    pub ping: Duration,
-    /// From the end of a process to that of its output, which another one may keep open.
-    pub left_behind: Duration,
-    /// What containerd is kept waiting at most, where it asks one pod after another.
-    pub word: Duration,
-}
-
-impl Timeouts {
-    /// The time-outs of a configuration.
-    #[must_use]
-    pub fn of(config: &Config) -> Self {
-        Self {
-            boot: config.timeout(20),
-            call: config.timeout(60),
-            setup: config.timeout(150),
-            stop: config.timeout(10),
-            ping: config.timeout(30),
-            left_behind: config.timeout(2),
-            word: config.timeout(1),
-        }
-    }
-}
 
 /// A VM with a process, from its launch to its end.
 pub struct Vm {
@@ -557,9 +361,7 @@ impl Vm {
         work: impl FnOnce(&dyn Mounts) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let mounts = Arc::clone(&self.mounts);
-        tokio::task::spawn_blocking(move || work(&*mounts))
-            .await
-            .map_err(|error| Error::internal(format!("the mount worker ended: {error}")))?
+        tokio::task::spawn_blocking(move || work(&*mounts)).await?
     }
 
     /// Takes mounts of the share away again, after the guest has let go of them: the last attached

@@ -137,8 +137,8 @@ impl Vm {
             None => {}
         }
         let (memory, cgroup) = (self.memory(), self.cgroup.clone());
-        let room = tokio::task::spawn_blocking(move || room_for(memory, cgroup.as_ref())).await;
-        room.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
+        let room = tokio::task::spawn_blocking(move || room_for(memory, cgroup.as_ref()));
+        room.await??;
         self.share_bundle(bundle, &mut passthrough.has_bundle)
             .await?;
         let shared = passthrough.space.as_ref().map(Space::try_clone);
@@ -153,10 +153,7 @@ impl Vm {
             let group = node.open(number, &space, first)?;
             Ok::<_, Error>((space, group))
         });
-        let opened = opened
-            .await
-            .map_err(|error| Error::internal(format!("a worker has ended: {error}")))?;
-        let (space, mut group) = opened?;
+        let (space, mut group) = opened.await??;
         let mut functions = Vec::new();
         for (name, device) in std::mem::take(&mut group.devices) {
             // Those of the group before it brought the address space along.

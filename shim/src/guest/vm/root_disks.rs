@@ -10,7 +10,7 @@ use slog::{Logger, info};
 use super::Vm;
 use super::root_given::RootGiven;
 use crate::asked::rootfs::{Place, Plan};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::node::disk::Opened;
 use crate::node::image::{self, Image};
 
@@ -76,9 +76,8 @@ impl Vm {
     /// # Errors
     /// One sentence: the node's, the VMM's or the guest's.
     pub async fn give_root(&self, plan: Plan, owner: &str, logger: &Logger) -> Result<RootGiven> {
-        let opened = tokio::task::spawn_blocking(move || Images::open(plan)).await;
-        let images =
-            opened.map_err(|error| Error::internal(format!("a worker has ended: {error}")))??;
+        let opened = tokio::task::spawn_blocking(move || Images::open(plan));
+        let images = opened.await??;
         let Images {
             plan,
             files,

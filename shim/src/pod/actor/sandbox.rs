@@ -119,9 +119,7 @@ impl Pod {
                 tokio::task::spawn_blocking(move || sandbox_files::write(&files, &config));
             tokio::spawn(async move {
                 let ready = boot.ready().await.map(|vm| vm.pid());
-                let written = written.await.unwrap_or_else(|error| {
-                    Err(Error::internal(format!("a worker ended: {error}")))
-                });
+                let written = written.await.unwrap_or_else(|error| Err(error.into()));
                 let pid = ready.and_then(|pid| written.map(|()| pid));
                 let _ = mailbox.send(Message::Sandbox(Ask::Ready(pid, reply))).await;
             });

@@ -122,10 +122,7 @@ impl Asked {
             let looked = self.look()?;
             Ok::<_, Error>((self, looked))
         });
-        let looked = looked
-            .await
-            .map_err(|error| Error::internal(format!("a worker has ended: {error}")))?;
-        let (asked, (found, env)) = looked?;
+        let (asked, (found, env)) = looked.await??;
         given.env = env;
         for Found { path, named } in found {
             let functions = match named.group() {

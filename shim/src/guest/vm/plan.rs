@@ -1,0 +1,71 @@
+//! What a VM is to be, and how long is waited for it.
+
+use std::time::Duration;
+
+use crate::asked::config::Config;
+use crate::asked::pod_name::PodName;
+use crate::asked::spec::Network;
+use crate::node::cgroup::Cgroup;
+use crate::node::pod_resources::Assigned;
+use crate::node::templates::Machine;
+
+/// What a VM is to be.
+#[derive(Debug)]
+pub struct Plan {
+    /// Files, sizes and time-outs.
+    pub config: Config,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// As much as it may become.
+    pub max_memory: u64,
+    /// The machine of the template that it may go on from.
+    pub template: Option<Machine>,
+    /// The pod, where somebody has named it.
+    pub pod: Option<PodName>,
+    /// What kubelet has assigned to its containers.
+    pub assigned: Vec<Assigned>,
+    /// The network namespace the VMM lives in.
+    pub network: Network,
+    /// The pod's cgroup as the spec names it.
+    pub cgroup_path: Option<String>,
+    /// And once it is made.
+    pub cgroup: Option<Cgroup>,
+    /// The VMM's OOM score adjustment.
+    pub oom_score_adj: i32,
+}
+
+/// Time-outs of one VM.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// From the start of the VMM until the agent has called.
+    pub boot: Duration,
+    /// One call of the agent.
+    pub call: Duration,
+    /// A call that makes or starts a process: longer than the agent itself gives its helpers, so that
+    /// a failure here means that nothing was made.
+    pub setup: Duration,
+    /// An orderly power-off.
+    pub stop: Duration,
+    /// Between two signs of life of the agent, and from SIGKILL to the end of an init process.
+    pub ping: Duration,
+    /// From the end of a process to that of its output, which another one may keep open.
+    pub left_behind: Duration,
+    /// What containerd is kept waiting at most, where it asks one pod after another.
+    pub word: Duration,
+}
+
+impl Timeouts {
+    /// The time-outs of a configuration.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self {
+            boot: config.timeout(20),
+            call: config.timeout(60),
+            setup: config.timeout(150),
+            stop: config.timeout(10),
+            ping: config.timeout(30),
+            left_behind: config.timeout(2),
+            word: config.timeout(1),
+        }
+    }
+}
