@@ -20,6 +20,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use slog::{Logger, debug, warn};
 use vm_memory::{GuestMemory, GuestMemoryAtomic, GuestMemoryMmap};
 
+pub use self::board::VECTORS_PER_CPU;
 pub use self::board::plug::Plugging;
 use self::board::{Board, Handles, MAX_DEVICES, Space};
 use self::capture::Capture;

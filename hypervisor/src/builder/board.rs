@@ -50,7 +50,7 @@ pub const MAX_DEVICES: usize = 16;
 
 /// Interrupt vectors of a CPU that devices may have: Linux keeps some 50 of 256 for itself, and a
 /// vector that moves to another CPU needs one on both for a moment. There is no INTx to fall back on.
-const VECTORS_PER_CPU: u32 = 180;
+pub const VECTORS_PER_CPU: u32 = 180;
 
 /// How the main thread reaches devices.
 pub struct Handles {

@@ -13,19 +13,29 @@ use crate::error::{Error, Kind, Result};
 mod assigned;
 mod calls;
 mod choose;
+mod fit;
 pub mod open;
+pub mod readiness;
+mod refusal;
+mod survey;
 #[cfg(test)]
 mod testing;
 
 pub use assigned::Meant;
 use calls::{Calls, Kernel};
 pub use choose::Opened;
+pub use fit::Room;
+pub use refusal::Refusal;
+pub use survey::Surveyed;
 
 /// Where the node shows its devices.
 #[derive(Debug, Clone)]
 pub struct Node {
     sys: PathBuf,
     dev: PathBuf,
+    proc: PathBuf,
+    /// Those of the kernel that runs.
+    modules: PathBuf,
     calls: Arc<dyn Calls>,
 }
 
@@ -74,23 +84,52 @@ fn target(link: &Path) -> Option<String> {
 }
 
 /// The name of a device's own node, by its directory in sysfs.
-fn device_node(device: &Path) -> std::result::Result<String, String> {
+fn device_node(device: &Path) -> std::result::Result<String, Refusal> {
     let mut entries = fs::read_dir(device.join("vfio-dev")).into_iter().flatten();
     let entry = entries.next().and_then(std::result::Result::ok);
     let name = entry.and_then(|entry| entry.file_name().into_string().ok());
     name.ok_or_else(|| {
-        "it has no node in /dev/vfio/devices: the node's kernel needs CONFIG_VFIO_DEVICE_CDEV, or CONFIG_VFIO_GROUP"
-            .to_owned()
+        Refusal::new(
+            "it has no node in /dev/vfio/devices",
+            "the node's kernel needs CONFIG_VFIO_DEVICE_CDEV, or CONFIG_VFIO_GROUP",
+        )
     })
+}
+
+/// A device of a group.
+struct Member {
+    name: String,
+    driver: Option<String>,
+    /// A bridge above the devices.
+    is_bridge: bool,
+}
+
+impl Member {
+    fn is_with_vfio(&self) -> bool {
+        let mut driver = self.driver.iter();
+        driver.any(|driver| driver.contains("vfio"))
+    }
+
+    /// The driver of the node that keeps the group from being given away. Nobody can take meanwhile what nobody has;
+    /// pci-stub is there to keep it so.
+    fn held_by(&self) -> Option<&str> {
+        let driver = self.driver.as_deref()?;
+        let harmless = self.is_bridge || self.is_with_vfio() || driver == "pci-stub";
+        (!harmless).then_some(driver)
+    }
 }
 
 impl Node {
     /// This one.
     #[must_use]
     pub fn new() -> Self {
+        let kernel = rustix::system::uname();
+        let release = kernel.release().to_string_lossy().into_owned();
         Self {
             sys: "/sys".into(),
             dev: "/dev".into(),
+            proc: "/proc".into(),
+            modules: Path::new("/lib/modules").join(release),
             calls: Arc::new(Kernel),
         }
     }
@@ -135,138 +174,64 @@ impl Node {
         }
     }
 
+    /// The members of a group, by name.
+    fn members_of(&self, group: &str) -> std::io::Result<Vec<Member>> {
+        let directory = self
+            .sys
+            .join(format!("kernel/iommu_groups/{group}/devices"));
+        let mut members: Vec<_> = fs::read_dir(directory)?
+            .flatten()
+            .map(|entry| {
+                let class = fs::read_to_string(entry.path().join("class")).unwrap_or_default();
+                Member {
+                    name: entry.file_name().to_string_lossy().into_owned(),
+                    driver: target(&entry.path().join("driver")),
+                    is_bridge: class.trim().starts_with("0x0604"),
+                }
+            })
+            .collect();
+        members.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(members)
+    }
+
     /// The PCI addresses of a group's devices.
     ///
     /// # Errors
     /// `FailedPrecondition` with the members that hold it back, and their drivers.
     pub fn members(&self, group: u32) -> Result<Vec<String>> {
-        let directory = self
-            .sys
-            .join(format!("kernel/iommu_groups/{group}/devices"));
-        let entries = fs::read_dir(&directory).map_err(|error| {
-            Error::new(
-                Kind::FailedPrecondition,
-                format!(
-                    "the node has no IOMMU group {group} ({error}): is its IOMMU on (intel_iommu=on, or amd_iommu in the \
-                     firmware)?"
-                ),
+        let refused = |refusal: Refusal| Error::new(Kind::FailedPrecondition, refusal.to_string());
+        self.whole(group).map_err(refused)
+    }
+
+    fn whole(&self, group: u32) -> std::result::Result<Vec<String>, Refusal> {
+        let members = self.members_of(&group.to_string()).map_err(|error| {
+            Refusal::new(
+                format!("the node has no IOMMU group {group} ({error})"),
+                "turn its IOMMU on in the firmware, and with intel_iommu=on",
             )
         })?;
-        let (mut ours, mut others) = (Vec::new(), Vec::new());
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let path = entry.path();
-            let class = fs::read_to_string(path.join("class")).unwrap_or_default();
-            match target(&path.join("driver")) {
-                Some(driver) if driver.contains("vfio") => ours.push(name),
-                // A bridge above the devices.
-                _ if class.trim().starts_with("0x0604") => {}
-                // Nobody's, and nobody can take it meanwhile; pci-stub is there to keep it so.
-                None => {}
-                Some(driver) if driver == "pci-stub" => {}
-                Some(driver) => others.push(format!("{name} ({driver})")),
-            }
-        }
+        let others = members
+            .iter()
+            .filter_map(|member| Some(format!("{} ({})", member.name, member.held_by()?)));
+        let others: Vec<_> = others.collect();
         if !others.is_empty() {
-            others.sort();
-            return Err(Error::new(
-                Kind::FailedPrecondition,
+            let held = others.join(", ");
+            return Err(Refusal::new(
                 format!(
-                    "IOMMU group {group} is not free: a driver of the node holds {}; bind every device of the group to \
-                     vfio-pci",
-                    others.join(", ")
+                    "IOMMU group {group} is not free, because a driver of the node holds {held}"
                 ),
+                "bind every device of the group to vfio-pci",
             ));
         }
+        let ours = members.into_iter().filter(Member::is_with_vfio);
+        let ours: Vec<_> = ours.map(|member| member.name).collect();
         if ours.is_empty() {
-            return Err(Error::new(
-                Kind::FailedPrecondition,
+            return Err(Refusal::new(
                 format!("no device of IOMMU group {group} is bound to vfio-pci"),
+                "bind it first",
             ));
         }
-        ours.sort();
         Ok(ours)
-    }
-
-    /// Each PCI device of the node but its bridges: where it is, and what it takes to give it to a pod, or that it can be.
-    #[must_use]
-    pub fn survey(&self) -> Vec<(String, std::result::Result<String, String>)> {
-        let Ok(entries) = fs::read_dir(self.sys.join("bus/pci/devices")) else {
-            return Vec::new();
-        };
-        let mut found: Vec<_> = entries
-            .flatten()
-            .filter_map(|entry| {
-                let read = |file: &str| {
-                    let text = fs::read_to_string(entry.path().join(file)).unwrap_or_default();
-                    text.trim().trim_start_matches("0x").to_owned()
-                };
-                if read("class").starts_with("06") {
-                    return None;
-                }
-                let name = entry.file_name().to_string_lossy().into_owned();
-                let what = format!("{name} ({}:{})", read("vendor"), read("device"));
-                Some((what, self.verdict(&entry.path())))
-            })
-            .collect();
-        found.sort();
-        found
-    }
-
-    /// The other members of a device's group that a driver of the node has, with their drivers.
-    fn and_others(&self, device: &Path, group: &str) -> String {
-        let members = self
-            .sys
-            .join(format!("kernel/iommu_groups/{group}/devices"));
-        let entries = fs::read_dir(members).into_iter().flatten().flatten();
-        let mut others: Vec<_> = entries
-            .filter(|entry| Some(entry.file_name().as_os_str()) != device.file_name())
-            .filter(|entry| {
-                let class = fs::read_to_string(entry.path().join("class")).unwrap_or_default();
-                !class.trim().starts_with("0x0604")
-            })
-            .filter_map(|entry| {
-                let driver = target(&entry.path().join("driver"))?;
-                let is_held = !driver.contains("vfio") && driver != "pci-stub";
-                let name = entry.file_name();
-                is_held.then(|| format!("{} ({driver})", name.to_string_lossy()))
-            })
-            .collect();
-        if others.is_empty() {
-            return String::new();
-        }
-        others.sort();
-        format!(", and with it {} of the same group,", others.join(", "))
-    }
-
-    /// Whether a device can be given to a pod, by its directory in sysfs.
-    fn verdict(&self, device: &Path) -> std::result::Result<String, String> {
-        let Some(group) = target(&device.join("iommu_group")) else {
-            return Err(
-                "no IOMMU stands above it: turn it on in the firmware, and with intel_iommu=on"
-                    .to_owned(),
-            );
-        };
-        match target(&device.join("driver")) {
-            Some(driver) if driver.contains("vfio") => {
-                let number = group.parse().map_err(|_| format!("IOMMU group {group}"))?;
-                self.members(number).map_err(|error| error.message)?;
-                let path = self.dev.join("vfio");
-                let node = match self.way(Way::Groups) {
-                    Way::Groups => path.join(group),
-                    Way::Iommufd => path.join("devices").join(device_node(device)?),
-                };
-                Ok(format!("can be given to a pod as {}", node.display()))
-            }
-            Some(driver) => Err(format!(
-                "the node uses it ({driver}, IOMMU group {group}): bind it{} to vfio-pci to give it to a pod",
-                self.and_others(device, &group)
-            )),
-            None => Err(format!(
-                "no driver has it (IOMMU group {group}): bind it{} to vfio-pci to give it to a pod",
-                self.and_others(device, &group)
-            )),
-        }
     }
 }
 
@@ -334,64 +299,6 @@ mod tests {
         assert!(nobody.contains("bound to vfio-pci"), "{nobody}");
         let none = fake.node.members(9).unwrap_err().message;
         assert!(none.contains("IOMMU"), "{none}");
-    }
-
-    #[test]
-    fn every_device_but_bridges_is_told_with_what_it_takes() {
-        let fake = Fake::new();
-        fake.device("0000:00:00.0", "0x060000", None, Some(0));
-        fake.device("0000:00:02.0", "0x010802", Some("vfio-pci"), Some(2));
-        fake.device("0000:00:03.0", "0x020000", Some("e1000e"), Some(3));
-        fake.device("0000:00:04.0", "0x030000", None, Some(4));
-        fake.device("0000:00:05.0", "0x030000", None, None);
-        fake.node_file("vfio/vfio");
-        let said: Vec<String> = fake
-            .node
-            .survey()
-            .into_iter()
-            .map(|(what, verdict)| format!("{what}: {verdict:?}"))
-            .collect();
-        assert_eq!(said.len(), 4, "{said:?}");
-        for (line, words) in said.iter().zip([
-            "0000:00:02.0 (1b36:0010): Ok(\"can be given",
-            "the node uses it (e1000e, IOMMU group 3)",
-            "no driver has it",
-            "no IOMMU stands above it",
-        ]) {
-            assert!(line.contains(words), "{line}");
-        }
-    }
-
-    #[test]
-    fn a_device_that_is_not_bound_is_told_with_those_of_its_group_that_the_node_uses() {
-        let fake = Fake::new();
-        fake.device("0000:03:00.0", "0x030000", Some("nouveau"), Some(3));
-        fake.device("0000:03:00.1", "0x040300", Some("snd_hda_intel"), Some(3));
-        fake.device("0000:03:00.2", "0x0c0330", None, Some(3));
-        fake.member(3, "0000:02:00.0", "0x060400", Some("pcieport"));
-        let said: Vec<_> = fake
-            .node
-            .survey()
-            .into_iter()
-            .map(|(_, verdict)| verdict.unwrap_err())
-            .collect();
-        let first =
-            "bind it, and with it 0000:03:00.1 (snd_hda_intel) of the same group, to vfio-pci";
-        assert!(said[0].contains(first), "{}", said[0]);
-        let third = "0000:03:00.0 (nouveau), 0000:03:00.1 (snd_hda_intel) of the same group";
-        assert!(said[2].contains(third), "{}", said[2]);
-    }
-
-    #[test]
-    fn a_device_of_a_kernel_without_groups_is_told_by_its_own_node() {
-        let fake = Fake::new();
-        fake.device("0000:00:02.0", "0x010802", Some("vfio-pci"), Some(2));
-        fake.node_file("iommu");
-        fake.node_file("vfio/devices/vfio3");
-        let verdict = || fake.node.survey().remove(0).1;
-        assert!(verdict().unwrap_err().contains("CONFIG_VFIO_DEVICE_CDEV"));
-        fake.own_node("0000:00:02.0", "vfio3");
-        assert!(verdict().unwrap().ends_with("/vfio/devices/vfio3"));
     }
 
     #[test]

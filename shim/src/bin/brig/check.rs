@@ -1,98 +1,18 @@
 //! `brig check`: what a VM needs of this node, each as one line with its fix.
 
-use std::fmt;
+mod devices;
+mod finding;
+
 use std::fs;
 use std::path::Path;
 
-use brig_shim::asked::config::{Config, Netfilter, Wish};
+use brig_shim::asked::config::{Config, Netfilter};
 use brig_shim::error::Error;
 use brig_shim::guest::forward;
 use brig_shim::guest::vm::host::{open_kernel, open_kvm};
-use brig_shim::node::{cgroup, vfio};
-use serde_json::{Value, json};
+use brig_shim::node::cgroup;
 
-/// How a check came out.
-#[derive(Debug, PartialEq, Eq)]
-enum Outcome {
-    Good,
-    Note,
-    Fatal,
-}
-
-/// One line of the report.
-#[derive(Debug)]
-pub struct Finding {
-    outcome: Outcome,
-    what: &'static str,
-    detail: String,
-    /// What to do about it.
-    fix: Option<&'static str>,
-}
-
-impl Finding {
-    /// Whether no VM can start with it.
-    #[must_use]
-    pub fn is_fatal(&self) -> bool {
-        self.outcome == Outcome::Fatal
-    }
-
-    /// For programs.
-    #[must_use]
-    pub fn json(&self) -> Value {
-        let outcome = match self.outcome {
-            Outcome::Good => "ok",
-            Outcome::Note => "note",
-            Outcome::Fatal => "fatal",
-        };
-        json!({ "check": self.what, "outcome": outcome, "detail": self.detail, "fix": self.fix })
-    }
-
-    /// Something without which no VM can start.
-    #[must_use]
-    pub fn of(what: &'static str, result: Result<String, String>) -> Self {
-        let (outcome, detail) = match result {
-            Ok(detail) => (Outcome::Good, detail),
-            Err(detail) => (Outcome::Fatal, detail),
-        };
-        Self {
-            outcome,
-            what,
-            detail,
-            fix: None,
-        }
-    }
-
-    /// What to do about it, if it is not as it should be.
-    fn or(mut self, fix: &'static str) -> Self {
-        if self.outcome != Outcome::Good {
-            self.fix = Some(fix);
-        }
-        self
-    }
-
-    /// Pods run without it, but not as well.
-    fn noted(mut self) -> Self {
-        if self.outcome == Outcome::Fatal {
-            self.outcome = Outcome::Note;
-        }
-        self
-    }
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sign = match self.outcome {
-            Outcome::Good => "ok  ",
-            Outcome::Note => "note",
-            Outcome::Fatal => "FAIL",
-        };
-        write!(f, "{sign}  {:<16} {}", self.what, self.detail)?;
-        match self.fix {
-            Some(fix) => write!(f, "\n      {:<16} fix: {fix}", ""),
-            None => Ok(()),
-        }
-    }
-}
+pub use finding::Finding;
 
 /// Checks this node with the configuration of a handler, or the default one.
 #[must_use]
@@ -130,37 +50,8 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         port_forward(),
         packet_filter(config.netfilter),
     ]);
-    findings.extend(devices());
-    findings.extend(listed(&vfio::Node::new(), &config.devices));
+    findings.extend(devices::findings(&config));
     findings
-}
-
-/// Entries of the handler's list that no device of the node is meant by: none of its pods can start.
-fn listed(node: &vfio::Node, wishes: &[Wish]) -> Vec<Finding> {
-    let missing = wishes
-        .iter()
-        .filter(|wish| node.candidates(wish).is_empty());
-    let finding = |wish: &Wish| {
-        let detail = format!(
-            "{wish} is on the configuration's list, and this node has no such device: pods are refused"
-        );
-        Finding::of("devices", Err(detail))
-            .or("name one that lspci -nn lists")
-            .noted()
-    };
-    missing.map(finding).collect()
-}
-
-/// Each PCI device: whether a pod can have it. Pods run without.
-fn devices() -> impl Iterator<Item = Finding> {
-    vfio::Node::new()
-        .survey()
-        .into_iter()
-        .map(|(what, verdict)| {
-            let say = |said: String| format!("{what}: {said}");
-            // What is missing for it is in the verdict.
-            Finding::of("pci device", verdict.map(say).map_err(say)).noted()
-        })
 }
 
 /// What becomes of rules in a pod's network namespace that its guest cannot have.
@@ -275,6 +166,9 @@ mod tests {
         let findings = node(Some(&path));
         let listed = findings.iter().find(|finding| finding.what == "devices");
         let said = listed.map(ToString::to_string).unwrap_or_default();
-        assert!(said.contains("ffff:ff:1f.7 is on the"), "{said}");
+        assert!(
+            said.contains("ffff:ff:1f.7 is on the list of the configuration"),
+            "{said}"
+        );
     }
 }

@@ -5,6 +5,7 @@ mod benchmark;
 mod check;
 mod cli;
 mod configuration;
+mod configured;
 mod debug;
 mod dump;
 mod exporter;

@@ -109,7 +109,7 @@ impl Node {
     fn take(&self, address: &str, opened: &mut Opened) -> Result<()> {
         let device = self.sys.join("bus/pci/devices").join(address);
         self.verdict(&device)
-            .map_err(|reason| Error::new(Kind::FailedPrecondition, reason))?;
+            .map_err(|refusal| Error::new(Kind::FailedPrecondition, refusal.to_string()))?;
         let group = target(&device.join("iommu_group"));
         let number = group.and_then(|group| group.parse().ok());
         let number = number.ok_or_else(|| Error::internal("a group without a number"))?;

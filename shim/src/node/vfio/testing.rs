@@ -33,6 +33,8 @@ impl Fake {
         let node = Node {
             sys: root.path().join("sys"),
             dev: root.path().join("dev"),
+            proc: root.path().join("proc"),
+            modules: root.path().join("modules"),
             calls: kernel.clone(),
         };
         fs::create_dir_all(node.dev.join("vfio")).unwrap();
@@ -75,8 +77,14 @@ impl Fake {
         }
     }
 
-    /// An NVMe.
-    pub(super) fn device(&self, name: &str, class: &str, driver: Option<&str>, group: Option<u32>) {
+    /// An NVMe; its place in sysfs.
+    pub(super) fn device(
+        &self,
+        name: &str,
+        class: &str,
+        driver: Option<&str>,
+        group: Option<u32>,
+    ) -> PathBuf {
         let place = self.directory(&format!("bus/pci/devices/{name}"));
         for (file, text) in [("class", class), ("vendor", "0x1b36"), ("device", "0x0010")] {
             fs::write(place.join(file), format!("{text}\n")).unwrap();
@@ -90,6 +98,15 @@ impl Fake {
             symlink(target, place.join("iommu_group")).unwrap();
             self.member(group, name, class, driver);
         }
+        place
+    }
+
+    /// A process.
+    pub(super) fn process(&self, pid: u32, name: &str) -> PathBuf {
+        let place = self.node.proc.join(pid.to_string());
+        fs::create_dir_all(place.join("fd")).unwrap();
+        fs::write(place.join("comm"), format!("{name}\n")).unwrap();
+        place
     }
 
     /// A device's own node; where it is in sysfs.
