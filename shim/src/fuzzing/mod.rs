@@ -8,6 +8,7 @@
 )]
 
 pub mod agent_frames;
+pub mod assignment;
 
 use std::path::Path;
 
@@ -35,6 +36,8 @@ pub const TARGETS: &[Target] = &[
     ("stream_uri", stream_uri),
     ("runtime_options", runtime_options),
     ("agent_frames", agent_frames::agent_frames),
+    ("kubelet_answer", assignment::kubelet_answer),
+    ("cdi_file", assignment::cdi_file),
 ];
 
 /// containerd's `config.json`.

@@ -9,6 +9,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use yaml_rust2::parser::{Event, Parser};
 use yaml_rust2::{Yaml, YamlLoader};
 
 /// What an annotation for it begins with.
@@ -160,13 +161,45 @@ fn read(path: &Path) -> Result<Value, String> {
     if text.len() as u64 > MAX_FILE {
         return Err(format!("it has more than {} MiB", MAX_FILE >> 20));
     }
-    if path.extension().is_some_and(|kind| kind == "json") {
-        return serde_json::from_str(&text).map_err(|error| error.to_string());
+    parse(&text, path.extension().is_some_and(|kind| kind == "json"))
+}
+
+/// A file's text, of JSON or YAML.
+pub(crate) fn parse(text: &str, is_json: bool) -> Result<Value, String> {
+    if is_json {
+        return serde_json::from_str(text).map_err(|error| error.to_string());
     }
-    let documents = YamlLoader::load_from_str(&text).map_err(|error| error.to_string())?;
+    plain(text)?;
+    let documents = YamlLoader::load_from_str(text).map_err(|error| error.to_string())?;
     match documents.as_slice() {
-        [document] => json(document, MAX_DEPTH).ok_or_else(|| "it is nested too deeply".to_owned()),
+        [document] => json(document, MAX_DEPTH).ok_or_else(too_deep),
         _ => Err(format!("it has {} documents", documents.len())),
+    }
+}
+
+fn too_deep() -> String {
+    "it is nested too deeply".to_owned()
+}
+
+/// Refuses what would make a document larger than its file, or deeper than a stack, before it is made: no program that
+/// writes CDI files writes such.
+fn plain(text: &str) -> Result<(), String> {
+    let mut parser = Parser::new_from_str(text);
+    let mut depth = 0;
+    loop {
+        let (event, _) = parser.next_token().map_err(|error| error.to_string())?;
+        match event {
+            Event::StreamEnd => return Ok(()),
+            Event::Alias(_) => {
+                return Err("it has an alias (*), which is not understood".to_owned());
+            }
+            Event::SequenceStart(..) | Event::MappingStart(..) => depth += 1,
+            Event::SequenceEnd | Event::MappingEnd => depth -= 1,
+            _ => {}
+        }
+        if depth > MAX_DEPTH {
+            return Err(too_deep());
+        }
     }
 }
 
@@ -195,7 +228,7 @@ fn json(yaml: &Yaml, depth: usize) -> Option<Value> {
 }
 
 /// What a file has for a device.
-fn edits(document: &Value, kind: &str, device: &str) -> Option<Edits> {
+pub(crate) fn edits(document: &Value, kind: &str, device: &str) -> Option<Edits> {
     let text = |value: &Value, key: &str| value.get(key)?.as_str().map(str::to_owned);
     if text(document, "kind")? != kind {
         return None;
@@ -324,6 +357,32 @@ devices:
         for name in ["gpu", "v.com=d", "v.com/c="] {
             assert_eq!(names.look_up(name), Err(CdiError::NoName(name.to_owned())));
         }
+    }
+
+    #[test]
+    fn a_document_that_would_be_larger_than_its_file_or_deeper_than_a_stack_is_refused_before_it_is_made()
+     {
+        let mut bomb = "a0: &a0 [x]\n".to_owned();
+        for level in 1..40 {
+            let before = level - 1;
+            bomb += &format!("a{level}: &a{level} [*a{before}, *a{before}]\n");
+        }
+        assert!(parse(&bomb, false).unwrap_err().contains("alias"));
+        for text in [
+            "- ".repeat(1 << 20),
+            "[".repeat(1 << 20),
+            format!("{}x", "a:\n".repeat(1 << 16)),
+        ] {
+            parse(&text, false).unwrap_err();
+        }
+        parse(&"[".repeat(1 << 20), true).unwrap_err();
+        let deep = |levels: usize| format!("{}x{}", "[".repeat(levels), "]".repeat(levels));
+        assert!(
+            parse(&deep(MAX_DEPTH + 1), false)
+                .unwrap_err()
+                .contains("nested too deeply")
+        );
+        parse(&deep(MAX_DEPTH - 1), false).unwrap();
     }
 
     #[test]

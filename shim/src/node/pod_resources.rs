@@ -136,7 +136,7 @@ fn refused(headers: &HeaderMap) -> Result<(), PodResourcesError> {
 }
 
 /// The one message of a body.
-fn unframed(mut body: Bytes) -> Result<Bytes, PodResourcesError> {
+pub(crate) fn unframed(mut body: Bytes) -> Result<Bytes, PodResourcesError> {
     let wrong = |what: &str| PodResourcesError::Answer(what.to_owned());
     let head: [u8; 5] = body
         .first_chunk()
@@ -154,7 +154,7 @@ fn unframed(mut body: Bytes) -> Result<Bytes, PodResourcesError> {
 }
 
 /// `v1.ListPodResourcesResponse`: the devices of one pod.
-fn part_of(answer: &[u8], pod: &PodName) -> protobuf::Result<Vec<Assigned>> {
+pub(crate) fn part_of(answer: &[u8], pod: &PodName) -> protobuf::Result<Vec<Assigned>> {
     let mut assigned = Vec::new();
     each_field(answer, |number, value| {
         if let (1, Value::Bytes(resources)) = (number, value) {
