@@ -18,10 +18,19 @@ pub const FUNCTIONS: usize = 256;
 /// The lowest slot that a function may have alone: far above those of a VM's own devices.
 const FIRST_ALONE: usize = 8;
 
-/// The bus has no free function number.
+/// The bus has no free function number, or no free slot.
 #[derive(Debug, thiserror::Error)]
-#[error("all {FUNCTIONS} functions of the VM's PCI bus are taken")]
-pub struct BusFull;
+pub enum BusFull {
+    /// Not one.
+    #[error("all {FUNCTIONS} functions of the VM's PCI bus are taken")]
+    Functions,
+    /// A function that needs a slot of its own finds none.
+    #[error(
+        "a device of the node has a slot of the VM's PCI bus to itself, and of the {} for them none is free",
+        FUNCTIONS / 8 - FIRST_ALONE
+    )]
+    Slots,
+}
 
 /// A function number.
 #[derive(Clone, Default)]
@@ -173,10 +182,13 @@ impl Bus {
         let mut functions = write(&self.functions);
         let slots = functions.chunks_exact_mut(8).enumerate().skip(FIRST_ALONE);
         let free = |slot: &[Place]| slot.iter().all(|place| matches!(place, Place::Free));
-        let (number, slot) = slots.rev().find(|(_, slot)| free(slot)).ok_or(BusFull)?;
+        let (number, slot) = slots
+            .rev()
+            .find(|(_, slot)| free(slot))
+            .ok_or(BusFull::Slots)?;
         slot.fill(Place::Beside);
         slot[0] = Place::Reserved;
-        u8::try_from(number * 8).map_err(|_| BusFull)
+        u8::try_from(number * 8).map_err(|_| BusFull::Slots)
     }
 
     /// Puts a function where a place was reserved.
@@ -353,8 +365,8 @@ enum Found {
 
 fn lowest_free(functions: &[Place]) -> Result<u8, BusFull> {
     let free = |place: &Place| matches!(place, Place::Free);
-    let index = functions.iter().position(free).ok_or(BusFull)?;
-    u8::try_from(index).map_err(|_| BusFull)
+    let index = functions.iter().position(free).ok_or(BusFull::Functions)?;
+    u8::try_from(index).map_err(|_| BusFull::Functions)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use super::config::{Bar, MsixCapability};
 use super::device::{Device, Mapping, Region};
+use super::peers::Placed;
 use crate::arch::x86_64::layout::PAGE;
 use crate::pci::msix::ENTRY_SIZE;
 use crate::sync::lock;
@@ -79,6 +80,21 @@ impl MappedBars {
             slots,
             parts: Mutex::new(parts),
         })
+    }
+
+    /// The mapped parts of a BAR whose start is at `base`.
+    #[must_use]
+    pub fn placed(&self, bar: u8, base: u64) -> Vec<Placed> {
+        let parts = lock(&self.parts);
+        let own = parts.iter().filter(|part| part.bar == bar);
+        own.filter_map(|part| {
+            Some(Placed {
+                guest: base.checked_add(part.range.start)?,
+                size: part.range.end - part.range.start,
+                host: part.mapping.host(),
+            })
+        })
+        .collect()
     }
 
     /// The BAR is at `base` from now on, or nowhere.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use vm_memory::{Address, GuestAddressSpace as _, GuestMemory as _, GuestMemoryRegion};
 
+use super::peers::Peers;
 use crate::reclaim::{Pinned, Reclaim};
 use crate::virtio::GuestMemory;
 
@@ -72,8 +73,10 @@ fn fix(lockable: Option<u64>) -> String {
 
 /// The memory of a VM, mapped for devices. Dropping it takes it from them.
 pub struct GuestDma {
-    dma: Box<dyn Dma>,
+    dma: Arc<dyn Dma>,
     mapped: Vec<(u64, u64)>,
+    /// BARs of the devices, beside it.
+    peers: Peers,
     /// No page leaves while this is there.
     _pinned: Pinned,
 }
@@ -85,13 +88,14 @@ impl GuestDma {
     /// # Errors
     /// [`DmaError`]; nothing is mapped then.
     pub fn new(
-        dma: Box<dyn Dma>,
+        dma: Arc<dyn Dma>,
         memory: &GuestMemory,
         reclaim: &Arc<Reclaim>,
         lockable: Option<u64>,
         has: impl Fn(Range<u64>) -> Vec<Range<u64>>,
     ) -> Result<Self, DmaError> {
         let mut guest = Self {
+            peers: Peers::new(Arc::clone(&dma)),
             dma,
             mapped: Vec::new(),
             // First, so that nothing is given up between.
@@ -127,6 +131,12 @@ impl GuestDma {
             guest.mapped.push((iova, size));
         }
         Ok(guest)
+    }
+
+    /// The BARs of the devices that are in it.
+    #[must_use]
+    pub fn peers(&self) -> &Peers {
+        &self.peers
     }
 }
 
@@ -186,7 +196,7 @@ mod tests {
         });
         let reclaim = Arc::new(Reclaim::default());
         let guest = GuestDma::new(
-            Box::new(Fake(Arc::clone(&seen))),
+            Arc::new(Fake(Arc::clone(&seen))),
             &memory(),
             &reclaim,
             Some(5 << 20),
@@ -207,7 +217,7 @@ mod tests {
             ..Seen::default()
         });
         let reclaim = Arc::new(Reclaim::default());
-        let fake = Box::new(Fake(Arc::clone(&seen)));
+        let fake = Arc::new(Fake(Arc::clone(&seen)));
         let has = |part: Range<u64>| match part.start {
             0 => vec![part],
             start => vec![
@@ -235,7 +245,7 @@ mod tests {
         });
         let reclaim = Arc::new(Reclaim::default());
         let error = GuestDma::new(
-            Box::new(Fake(Arc::clone(&seen))),
+            Arc::new(Fake(Arc::clone(&seen))),
             &memory(),
             &reclaim,
             Some(5 << 20),

@@ -3,13 +3,14 @@
 //! All accesses come from the guest. What is not answered here goes to the device through its own thread.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
-use slog::{Logger, warn};
+use slog::{Logger, info, warn};
 
 use super::bars::{MappedBars, MemorySlots};
 use super::config::{Bar, FilteredConfig, MsixCapability, Written};
 use super::device::{CONFIG_REGION, Device, Kind, Region, Vectors};
+use super::dma::GuestDma;
 use super::interrupts::Interrupts;
 use super::owner::Owner;
 use crate::pci::config::{COMMAND, SIZE};
@@ -93,6 +94,8 @@ pub struct PassedThrough {
     interrupts: Option<Interrupts>,
     msix: Option<MsixCapability>,
     owner: Owner,
+    /// Where the VM's other devices reach its BARs.
+    dma: Weak<GuestDma>,
     log: Logger,
 }
 
@@ -117,8 +120,39 @@ impl PassedThrough {
             kind: kind.map(|(kind, _)| kind),
             interrupts: made,
             owner,
+            dma: Weak::new(),
             log,
         }
+    }
+
+    /// It is in the address space of the VM's devices.
+    #[must_use]
+    pub fn beside(mut self, dma: Weak<GuestDma>) -> Self {
+        self.dma = dma;
+        self
+    }
+
+    /// Takes a BAR from the VM's other devices. It is not mapped for them any more when this returns, so that what was
+    /// behind it can be somebody else's.
+    fn hide(&self, bar: u8) {
+        let (dma, name) = (Weak::clone(&self.dma), self.name.clone());
+        self.owner.ask(move |_| {
+            let dma = dma.upgrade();
+            // Nothing is mapped, so nothing is refused.
+            dma.map(|dma| dma.peers().moved(&name, bar, &[]))
+        });
+    }
+
+    /// Lets the VM's other devices reach a BAR at `base`. Nobody waits: a large one takes its time.
+    fn show(&self, bar: u8, base: u64) {
+        let placed = self.bars.placed(bar, base);
+        let (dma, name, log) = (Weak::clone(&self.dma), self.name.clone(), self.log.clone());
+        self.owner.tell(move |_| {
+            let Some(dma) = dma.upgrade() else { return };
+            if let Err(error) = dma.peers().moved(&name, bar, &placed) {
+                info!(log, "the pod's devices do not reach each other's memory"; "device" => name, "error" => %error);
+            }
+        });
     }
 
     fn report(&self, what: &str, result: io::Result<()>) {
@@ -215,8 +249,15 @@ impl Function for PassedThrough {
         }
     }
 
-    fn bar_moved(&self, bar: u8, _old: Option<u64>, new: Option<u64>) {
+    fn bar_moved(&self, bar: u8, old: Option<u64>, new: Option<u64>) {
+        let has_dma = self.dma.strong_count() != 0;
+        if has_dma && old.is_some() {
+            self.hide(bar);
+        }
         self.bars.moved(bar, new);
+        if let Some(base) = new.filter(|_| has_dma) {
+            self.show(bar, base);
+        }
     }
 }
 

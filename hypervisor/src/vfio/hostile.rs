@@ -5,15 +5,19 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use slog::{Discard, Logger, o};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::bars::MemorySlots;
+use super::dma::GuestDma;
 use super::function::{PassedThrough, Prepared};
 use super::owner::{self, Owner};
-use super::testing::{Mock, Record};
+use super::testing::{MappedSpace, Mock, Record};
 use crate::pci::Function;
 use crate::pci::bus::Bus;
 use crate::pci::msix::fake::FakeRoutes;
+use crate::reclaim::Reclaim;
 use crate::sync::lock;
+use crate::virtio::GuestMemory;
 
 const LOW: std::ops::Range<u64> = 0xc000_0000..0xe000_0000;
 const HIGH: std::ops::Range<u64> = 0x10_0000_0000..0x10_0010_0000;
@@ -42,9 +46,26 @@ impl MemorySlots for Slots {
     }
 }
 
+/// Bytes of the guest's memory, from 0.
+const RAM: u64 = 1 << 20;
+
+fn guest_dma(space: &Arc<MappedSpace>) -> Arc<GuestDma> {
+    let ranges = [(GuestAddress(0), usize::try_from(RAM).unwrap())];
+    let memory = GuestMemory::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+    let dma = GuestDma::new(
+        space.clone(),
+        &memory,
+        &Arc::new(Reclaim::default()),
+        None,
+        |part| vec![part],
+    );
+    Arc::new(dma.unwrap())
+}
+
 struct Machine {
     bus: Bus,
     slots: Arc<Slots>,
+    space: Arc<MappedSpace>,
     devices: Vec<(Arc<Record>, Owner)>,
 }
 
@@ -52,6 +73,8 @@ impl Machine {
     fn new() -> Self {
         let bus = Bus::new(vec![LOW, HIGH]);
         let slots = Arc::<Slots>::default();
+        let space = Arc::<MappedSpace>::default();
+        let dma = guest_dma(&space);
         let mut devices = Vec::new();
         for number in 0..2u64 {
             let record = Arc::new(Record::default());
@@ -60,14 +83,16 @@ impl Machine {
             let bar = prepared.bars()[0];
             prepared.place(bar, HIGH.start + number * BAR_SIZE);
             let (owner, orders) = owner::pair();
-            std::thread::spawn(move || orders.serve(Box::new(mock), ()));
+            let held = Arc::clone(&dma);
+            std::thread::spawn(move || orders.serve(Box::new(mock), held));
             let function = PassedThrough::new(
                 format!("0000:0{number}:00.0"),
                 prepared,
                 owner.clone(),
                 Arc::new(FakeRoutes::default()),
                 Logger::root(Discard, o!()),
-            );
+            )
+            .beside(Arc::downgrade(&dma));
             let function: Arc<dyn Function> = Arc::new(function);
             bus.add(function).unwrap();
             devices.push((record, owner));
@@ -75,6 +100,7 @@ impl Machine {
         Self {
             bus,
             slots,
+            space,
             devices,
         }
     }
@@ -87,6 +113,20 @@ impl Machine {
             prop_assert!(inside(&LOW) || inside(&HIGH), "a slot at {at:#x}");
             // The guest's table is never the device's.
             prop_assert!(*size == TABLE.start || *size == BAR_SIZE - TABLE.end);
+        }
+        // What devices reach: the guest's memory, and no more of each other than the guest does.
+        for (_, owner) in &self.devices {
+            owner.ask(|_| ());
+        }
+        for (at, size) in self.space.all() {
+            if at == 0 {
+                prop_assert_eq!(size, RAM);
+                continue;
+            }
+            let inside =
+                |window: &std::ops::Range<u64>| window.start <= at && at + size <= window.end;
+            prop_assert!(inside(&LOW) || inside(&HIGH), "a mapping at {at:#x}");
+            prop_assert!(size == TABLE.start || size == BAR_SIZE - TABLE.end);
         }
         for (record, _) in &self.devices {
             for entry in record.all() {
@@ -260,5 +300,8 @@ proptest! {
             prop_assert!(slots.iter().any(|(_, at, _)| *at == place), "it is mapped");
         }
         machine.check()?;
+        // Each reaches the other where the guest has put it; one that is alone has nobody to reach it.
+        let of_devices = machine.space.all().into_iter().filter(|(at, _)| *at != 0).count();
+        prop_assert_eq!(of_devices, if gone.is_some() { 0 } else { 4 });
     }
 }

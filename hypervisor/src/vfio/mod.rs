@@ -19,7 +19,10 @@ pub mod function;
 mod hostile;
 pub mod interrupts;
 pub mod kernel;
+#[cfg(test)]
+mod many;
 pub mod owner;
+pub mod peers;
 pub mod space;
 #[cfg(test)]
 pub(crate) mod testing;

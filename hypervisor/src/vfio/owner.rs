@@ -43,6 +43,12 @@ impl Owner {
         answered.recv().ok()
     }
 
+    /// Has `job` run on the thread after all that it was asked before, without waiting for it.
+    pub fn tell(&self, job: impl FnOnce(&dyn Device) + Send + 'static) {
+        // A device that has gone needs nothing any more.
+        let _ = self.0.send(Order::Run(Box::new(job)));
+    }
+
     /// As [`Self::ask`] for what may fail; a device that has gone is an error too.
     ///
     /// # Errors

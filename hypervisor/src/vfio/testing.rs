@@ -1,11 +1,13 @@
-//! A device that remembers what was asked of it, and what an NVMe's configuration space looks like.
+//! A device that remembers what was asked of it, what an NVMe's configuration space looks like, and an address space.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 
 use super::device::{CONFIG_REGION, Device, Kind, Mapping, Region, Vectors, Word};
+use super::dma::Dma;
 use crate::pci::config::SIZE;
 use crate::sync::lock;
 
@@ -176,6 +178,48 @@ impl Device for Mock {
 
     fn reset(&self) -> io::Result<()> {
         self.record.add("reset");
+        Ok(())
+    }
+}
+
+/// An address space that keeps to the kernel's rules: no mapping meets another one, and one goes as it came.
+#[derive(Default)]
+pub(crate) struct MappedSpace {
+    mapped: Mutex<BTreeMap<u64, u64>>,
+    refuses: Mutex<Option<i32>>,
+}
+
+impl MappedSpace {
+    /// Where something is mapped, and how long it is.
+    pub(crate) fn all(&self) -> Vec<(u64, u64)> {
+        let mapped = lock(&self.mapped);
+        mapped.iter().map(|(at, size)| (*at, *size)).collect()
+    }
+
+    /// From now on nothing can be mapped.
+    pub(crate) fn refuses(&self, errno: i32) {
+        *lock(&self.refuses) = Some(errno);
+    }
+}
+
+impl Dma for MappedSpace {
+    fn map(&self, iova: u64, _: u64, size: u64) -> io::Result<()> {
+        if let Some(errno) = *lock(&self.refuses) {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let mut mapped = lock(&self.mapped);
+        if mapped
+            .iter()
+            .any(|(at, length)| *at < iova + size && iova < at + length)
+        {
+            return Err(io::Error::from_raw_os_error(libc::EEXIST));
+        }
+        mapped.insert(iova, size);
+        Ok(())
+    }
+
+    fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {
+        assert_eq!(lock(&self.mapped).remove(&iova), Some(size));
         Ok(())
     }
 }

@@ -52,7 +52,7 @@ struct Preparing {
 /// Where a device's memory mappings come from.
 enum Source {
     /// The first device brings their address space.
-    New(Box<dyn Dma>),
+    New(Arc<dyn Dma>),
     /// There are some.
     Shared(Arc<GuestDma>),
 }
@@ -135,11 +135,11 @@ impl Board {
         let device = fds.take(vfio.device, "device")?;
         let source = match vfio.space {
             Some(SpaceConfig::Container(index)) => {
-                Source::New(Box::new(Container(fds.take(index, "container")?)))
+                Source::New(Arc::new(Container(fds.take(index, "container")?)))
             }
             Some(SpaceConfig::Ioas { iommufd, id }) => {
                 let iommufd = fds.take(iommufd, "iommufd")?;
-                Source::New(Box::new(Ioas { iommufd, id }))
+                Source::New(Arc::new(Ioas { iommufd, id }))
             }
             None => Source::Shared(self.passthrough.dma.upgrade().ok_or_else(|| {
                 StartError::State(
@@ -251,7 +251,8 @@ impl Board {
             owner.clone(),
             self.routes.clone(),
             log,
-        );
+        )
+        .beside(Weak::clone(&dma));
         self.bus.fill(function, Arc::new(made));
         self.passthrough.dma = dma;
         self.vectors += u32::from(vectors);

@@ -25,6 +25,7 @@ mod passthrough_assigned;
 mod passthrough_back;
 mod passthrough_hostile;
 mod passthrough_list;
+mod passthrough_peers;
 mod process;
 mod resize;
 mod resources;
@@ -63,6 +64,7 @@ pub fn all() -> Vec<Case> {
         passthrough_list::CASES,
         passthrough_back::CASES,
         passthrough_hostile::CASES,
+        passthrough_peers::CASES,
         block::CASES,
         file_systems::CASES,
         security::CASES,
