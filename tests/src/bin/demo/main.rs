@@ -1,6 +1,8 @@
 //! `brig-demo`: shows, inside the disposable node, a container in a microVM of its own. Every command
 //! is printed before it runs; nothing is prepared beyond importing an image.
 
+mod device;
+
 use std::fs;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -85,7 +87,7 @@ fn run() -> Result<()> {
         "    (running after {:.1} s)",
         started.elapsed().as_secs_f64()
     );
-    let result = tour(&ctr);
+    let result = tour(&ctr).and_then(|()| device::tour(&ctr));
 
     heading("Gone again");
     ctr.remove(ID);

@@ -28,6 +28,7 @@ mod operator_debug;
 mod operator_look;
 mod operator_sent;
 mod passthrough;
+mod passthrough_clone;
 mod plug;
 mod resources;
 mod root_disks;
@@ -69,6 +70,7 @@ const GROUPS: &[&[Case]] = &[
     devices::CASES,
     plug::CASES,
     passthrough::CASES,
+    passthrough_clone::CASES,
     daemon::CASES,
     daemon_pods::CASES,
     daemon_restart::CASES,

@@ -23,11 +23,11 @@ use crate::suite::{Case, Suite, brig, patience};
 
 const IMAGE: &str = "docker.io/brig/busybox:test";
 const TAR: &str = "/host/assets/images/busybox.tar";
-const TEMPLATES: &str = "/run/brig.templates";
+pub(super) const TEMPLATES: &str = "/run/brig.templates";
 /// Pods of one template.
 const CLONES: usize = 20;
 /// A pod that lives long enough for its shim to have a template made, which it begins when the guest is ready.
-const BRIEF: &str = "sleep 2";
+pub(super) const BRIEF: &str = "sleep 2";
 /// First pods at once, `BRIG_FIRST_PODS` if that is set.
 const AT_ONCE: usize = 4;
 
@@ -70,13 +70,13 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A handler whose VMs have a size that no other case's have.
-struct Handler {
+pub(super) struct Handler {
     file: PathBuf,
     mib: u64,
 }
 
 impl Handler {
-    fn new(suite: &Suite, mib: u64, more: &str) -> Result<Self> {
+    pub(super) fn new(suite: &Suite, mib: u64, more: &str) -> Result<Self> {
         suite.import(IMAGE, TAR)?;
         let directory = Path::new("/run/brig-e2e");
         fs::create_dir_all(directory)?;
@@ -91,13 +91,13 @@ impl Handler {
         Ok(handler)
     }
 
-    fn run(&self, script: &str) -> Run {
+    pub(super) fn run(&self, script: &str) -> Run {
         Run::new("template", IMAGE, &["sh", "-c", script])
             .with("--runtime-config-path", &self.file.to_string_lossy())
     }
 
     /// What a pod's shell prints.
-    fn sh(&self, suite: &Suite, script: &str) -> Result<String> {
+    pub(super) fn sh(&self, suite: &Suite, script: &str) -> Result<String> {
         let outcome = suite.ctr.run(&self.run(script))?.success()?;
         Ok(outcome.text().trim().to_owned())
     }
@@ -114,7 +114,7 @@ impl Handler {
     }
 
     /// Waits for the one template of this size.
-    fn made(&self) -> Result<String> {
+    pub(super) fn made(&self) -> Result<String> {
         let end = Instant::now() + clock::seconds(20);
         loop {
             let mut keys = self.keys()?;
@@ -132,7 +132,7 @@ impl Handler {
     }
 }
 
-fn brig_command(args: &[&str]) -> Result<String> {
+pub(super) fn brig_command(args: &[&str]) -> Result<String> {
     let mut command = Command::new("brig");
     command.args(args);
     Ok(process::run(command, clock::seconds(20))?.success()?.text())
