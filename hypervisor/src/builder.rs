@@ -115,7 +115,8 @@ impl Vm {
         device: &DeviceConfig,
         fds: &mut Descriptors,
     ) -> Result<Plugging, StartError> {
-        self.board.plug(device, fds)
+        let vcpus = u8::try_from(self.counters.len()).unwrap_or(u8::MAX);
+        self.board.plug(device, vcpus, fds)
     }
 
     /// Whether devices of the node may be plugged.

@@ -33,7 +33,7 @@ use crate::pci::window::Window;
 use crate::reclaim::Reclaim;
 use crate::template::registers::{self, RegisterError, Write};
 use crate::virtio::balloon::Balloon;
-use crate::virtio::block::Block;
+use crate::virtio::block::{self, Block};
 use crate::virtio::counts::DeviceCounts;
 use crate::virtio::fs::{Fs, FsHandle};
 use crate::virtio::net::Net;
@@ -277,7 +277,8 @@ impl Board {
     /// Each disk has its own thread, which starts others for what takes its time.
     fn add_disks(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
         for disk in &config.disks {
-            let device = new_disk(disk, fds)?;
+            let queues = disk_queues(self.vectors, config.vcpus, config.vcpus);
+            let device = new_disk(disk, queues, fds)?;
             self.add("block", ThreadKind::Disk, vec![Box::new(device)])?;
         }
         Ok(())
@@ -372,10 +373,10 @@ fn new_net(net: &NetConfig, fds: &mut Descriptors) -> Result<Net, StartError> {
     Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))
 }
 
-fn new_disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, StartError> {
+fn new_disk(disk: &DiskConfig, queues: u16, fds: &mut Descriptors) -> Result<Block, StartError> {
     let made = if let [DiskPiece { file, length: None }] = disk.pieces[..] {
         let file = fds.take(file, "disk")?;
-        Block::new(file, disk.readonly, &disk.serial, disk.block_size)
+        Block::new(file, disk.readonly, &disk.serial, disk.block_size, queues)
     } else {
         let mut files = Vec::new();
         for piece in &disk.pieces {
@@ -386,7 +387,7 @@ fn new_disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, StartErro
             };
             files.push((fds.take(piece.file, "disk")?, length));
         }
-        Block::of_pieces(files, &disk.serial)
+        Block::of_pieces(files, &disk.serial, queues)
     };
     Ok(made.map_err(device_error("block"))?.with_helpers())
 }
@@ -410,9 +411,34 @@ fn check_vectors(needed: u32, vcpus: u8) -> Result<(), StartError> {
     )))
 }
 
+/// Queues of a disk that comes when `taken` vectors are: one for each of the CPUs there are, as long as devices have less than
+/// half of the vectors of those that the guest booted with. Beyond that it has one, so that queues keep no device out.
+fn disk_queues(taken: u32, boot_vcpus: u8, vcpus: u8) -> u16 {
+    if taken > u32::from(boot_vcpus) * VECTORS_PER_CPU / 2 {
+        return 1;
+    }
+    u16::from(vcpus).clamp(1, block::MAX_QUEUES)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_has_a_queue_for_each_cpu_as_long_as_there_are_vectors_for_many_devices() {
+        assert_eq!(disk_queues(10, 1, 1), 1);
+        assert_eq!(disk_queues(10, 1, 3), 3);
+        assert_eq!(disk_queues(10, 64, 64), block::MAX_QUEUES);
+        assert_eq!(disk_queues(VECTORS_PER_CPU, 2, 2), 2);
+        assert_eq!(disk_queues(VECTORS_PER_CPU + 1, 2, 2), 1);
+        // Even where each of them takes most: two of a CPU's vectors a disk are what one with a queue takes.
+        let mut taken = 0;
+        let disks = (0..).take_while(|_| {
+            taken += u32::from(disk_queues(taken, 1, 8)) + 1;
+            check_vectors(taken, 1).is_ok()
+        });
+        assert!(disks.count() > 50);
+    }
 
     #[test]
     fn more_vectors_than_the_cpus_have_are_refused_with_the_numbers() {

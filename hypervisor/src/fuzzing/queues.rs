@@ -147,10 +147,12 @@ fn file(content: &[u8]) -> OwnedFd {
 
 pub fn block_queue(data: &[u8]) {
     let mut input = Input::new(data);
-    let readonly = input.flag();
+    // Two of its bits.
+    let choice = input.byte();
+    let (readonly, queues) = (choice & 1 == 1, u16::from(choice >> 1 & 1) + 1);
     let disk = file(&[0x5a; 64 * 512]);
     let copy = std::fs::File::from(disk.try_clone().unwrap());
-    let mut harness = Harness::new(Block::new(disk, readonly, "disk", 512).unwrap());
+    let mut harness = Harness::new(Block::new(disk, readonly, "disk", 512, queues).unwrap());
     drive(&mut harness, &mut input, |_| {});
     let length = copy.metadata().unwrap().len();
     assert_eq!(length, 64 * 512, "the disk has another size");

@@ -64,6 +64,36 @@ impl Ring {
             .map_err(|source| self.host(source))
     }
 
+    /// The event of its kicks, for a thread that is to wait for it.
+    ///
+    /// # Errors
+    /// If there is no copy of it.
+    pub fn copy_of_kick(&self) -> io::Result<EventFd> {
+        self.active.kick.try_clone()
+    }
+
+    /// Leaves its kicks to whoever waits for them elsewhere.
+    ///
+    /// # Errors
+    /// If they were not waited for here.
+    pub fn leave_kicks(&self, sources: &mut Sources<'_>) -> io::Result<()> {
+        sources.remove(borrow_event(&self.active.kick))
+    }
+
+    /// Waits for its kicks again, under `token`; one that has come meanwhile counts.
+    ///
+    /// # Errors
+    /// If its event cannot be waited for.
+    pub fn take_kicks_back(
+        &self,
+        token: u32,
+        sources: &mut Sources<'_>,
+    ) -> Result<(), DeviceError> {
+        sources
+            .add(borrow_event(&self.active.kick), token, EventSet::IN)
+            .map_err(|source| self.host(source))
+    }
+
     /// Stops waiting for kicks.
     pub fn release(self, sources: &mut Sources<'_>) {
         // It was added in `new`; if the epoll set is gone there is nothing to remove.

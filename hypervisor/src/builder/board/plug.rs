@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use slog::{info, o};
 
-use super::{Board, MAX_DEVICES, check_vectors, new_disk, new_net};
+use super::{Board, MAX_DEVICES, check_vectors, disk_queues, new_disk, new_net};
 use crate::builder::descriptors::{self, Descriptors};
 use crate::builder::error::StartError;
 use crate::control::{DeviceConfig, exit};
@@ -68,13 +68,14 @@ pub(super) enum Place {
 }
 
 impl Board {
-    /// Adds a device to the running machine; the number of its function.
+    /// Adds a device to the running machine, which has so many CPUs; the number of its function.
     ///
     /// # Errors
     /// See [`StartError`]: what has run out is told with the numbers. The guest sees nothing of the device then.
     pub fn plug(
         &mut self,
         device: &DeviceConfig,
+        vcpus: u8,
         fds: &mut Descriptors,
     ) -> Result<Plugging, StartError> {
         match device {
@@ -90,7 +91,8 @@ impl Board {
                 Ok(Plugging::Done(function))
             }
             DeviceConfig::Disk(disk) => {
-                let device = new_disk(disk, fds)?;
+                let queues = disk_queues(self.vectors, self.vcpus, vcpus);
+                let device = new_disk(disk, queues, fds)?;
                 let (function, _) =
                     self.plug_virtio(Box::new(device), Place::Own("block", ThreadKind::Disk))?;
                 Ok(Plugging::Done(function))
@@ -249,10 +251,10 @@ impl Board {
     }
 }
 
-/// The most that a device opens: its thread's epoll set and wake-up, each queue's event and the copy of it that is
-/// the device's, an event for each vector.
+/// The most that a device opens: its thread's epoll set and wake-up, each queue's event, the copy of it that is the
+/// device's and the one of a disk's thread for it, an event for each vector.
 fn descriptors_of(description: &Description) -> usize {
-    2 + 2 * description.queues() + usize::from(description.vectors())
+    2 + 3 * description.queues() + usize::from(description.vectors())
 }
 
 /// As Linux names it: `00:04.2`.

@@ -117,7 +117,7 @@ pub fn kind(name: &str) -> ThreadKind {
     match name {
         "brig-vmm" => ThreadKind::Main,
         "fs" | "fs-io" => ThreadKind::Fs,
-        "block" | "block-io" => ThreadKind::Disk,
+        "block" | "block-io" | "block-queue" => ThreadKind::Disk,
         "vfio" => ThreadKind::Vfio,
         name if name.starts_with("vcpu") && name.ends_with("-debug") => ThreadKind::DebuggedVcpu,
         name if name.starts_with("vcpu") => ThreadKind::Vcpu,

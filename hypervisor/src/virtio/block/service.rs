@@ -1,11 +1,13 @@
-//! The queue and who serves it. Reads of what the node has in memory are done by the device's worker, at once; everything
-//! else may take as long as the disk takes, and is handed to helpers, so that a slow request holds nobody up.
+//! The queues and who serves them. Reads of what the node has in memory are done at once by the thread that serves the
+//! queue; everything else may take as long as the disk takes, and is handed to helpers, so that a slow request holds
+//! nobody up.
 //!
-//! The worker alone takes requests from the queue, and goes on to the next when it has handed one over; helpers return
-//! theirs. A request is read once more by who does it: what the worker saw of it decides nothing then.
+//! One thread alone takes requests from a queue (the device's worker, or one that [`super::queue_thread`] has started), and
+//! goes on to the next when it has handed one over; helpers return theirs. A request is read once more by who does it:
+//! what was seen of it before decides nothing then.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
@@ -22,22 +24,20 @@ pub const NAME: &str = "block";
 /// Requests per event.
 const BUDGET: usize = 32;
 
-/// A disk and its queue.
+/// A disk and its queues.
 pub struct Service {
     backend: Backend,
     readonly: bool,
     sectors: AtomicU64,
-    state: Mutex<State>,
+    /// By index; none where the driver has enabled none.
+    queues: Vec<Mutex<Option<Active>>>,
+    /// Descriptors of all queues that are active.
+    descriptors: AtomicUsize,
+    /// What somebody met who is not the worker; the worker tells.
+    failure: Mutex<Option<DeviceError>>,
 }
 
-#[derive(Default)]
-struct State {
-    active: Option<Active>,
-    /// What a helper met; the worker tells.
-    failure: Option<DeviceError>,
-}
-
-/// The queue and what belongs to it.
+/// A queue and what belongs to it.
 pub struct Active {
     /// Guest RAM.
     pub memory: GuestMemory,
@@ -49,6 +49,7 @@ pub struct Active {
 
 /// A request for a helper.
 pub struct Job {
+    queue: u16,
     memory: Arc<GuestMemoryMmap>,
     descriptors: Descriptors,
 }
@@ -62,13 +63,15 @@ enum Tried {
 }
 
 impl Service {
-    /// A disk without a queue.
-    pub fn new(backend: Backend, limits: Limits) -> Self {
+    /// A disk with so many queues, none of which is active.
+    pub fn new(backend: Backend, limits: Limits, queues: u16) -> Self {
         Self {
             backend,
             readonly: limits.readonly,
             sectors: AtomicU64::new(limits.sectors),
-            state: Mutex::default(),
+            queues: (0..queues).map(|_| Mutex::default()).collect(),
+            descriptors: AtomicUsize::new(0),
+            failure: Mutex::default(),
         }
     }
 
@@ -91,46 +94,100 @@ impl Service {
         }
     }
 
+    /// How many queues a driver may enable.
+    pub fn queues(&self) -> u16 {
+        // A device has no more than a few.
+        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
+    }
+
+    fn queue(&self, index: u16) -> Option<MutexGuard<'_, Option<Active>>> {
+        self.queues.get(usize::from(index)).map(lock)
+    }
+
     /// The disk has another size, in sectors; tells the driver.
     pub fn resize(&self, sectors: u64) -> Result<(), DeviceError> {
         self.sectors.store(sectors, Ordering::SeqCst);
-        match &lock(&self.state).active {
-            Some(active) => active
+        match self.queue(0).as_deref() {
+            Some(Some(active)) => active
                 .interrupt
                 .config()
                 .map_err(|source| DeviceError::Host {
                     device: NAME,
                     source,
                 }),
-            None => Ok(()),
+            _ => Ok(()),
         }
     }
 
-    /// Takes the queue.
-    pub fn activate(&self, active: Active) {
-        *lock(&self.state) = State {
-            active: Some(active),
-            failure: None,
-        };
+    /// Takes a queue. No one but the worker is at work.
+    pub fn activate(&self, index: u16, active: Active) {
+        if let Some(mut queue) = self.queue(index) {
+            let size = usize::from(active.ring.size());
+            self.descriptors.fetch_add(size, Ordering::Relaxed);
+            *queue = Some(active);
+        }
     }
 
-    /// Gives the queue up. No helper is at work.
+    /// Gives all queues up. No one but the worker is at work.
     pub fn deactivate(&self, sources: &mut Sources<'_>) {
-        if let Some(active) = lock(&self.state).active.take() {
-            active.ring.release(sources);
+        for queue in &self.queues {
+            if let Some(active) = lock(queue).take() {
+                active.ring.release(sources);
+            }
         }
+        self.descriptors.store(0, Ordering::Relaxed);
+        *lock(&self.failure) = None;
     }
 
-    /// Serves a kick. On the worker's thread, which does everything if there are no helpers.
+    /// What somebody else met, for the worker.
     ///
     /// # Errors
-    /// What the guest or the host did wrong, also towards a helper.
-    pub fn serve(&self, helpers: Option<&Helpers<Job>>) -> Result<(), DeviceError> {
-        let mut guard = lock(&self.state);
-        if let Some(failure) = guard.failure.take() {
-            return Err(failure);
+    /// That.
+    pub fn failed(&self) -> Result<(), DeviceError> {
+        lock(&self.failure).take().map_or(Ok(()), Err)
+    }
+
+    /// Has the worker hear of it.
+    pub fn fail(&self, failure: DeviceError) {
+        *lock(&self.failure) = Some(failure);
+        self.call_worker();
+    }
+
+    /// The worker looks after the queues.
+    pub fn call_worker(&self) {
+        if let Some(Some(active)) = self.queue(0).as_deref() {
+            // If that fails, the guest's next kick does it.
+            let _ = active.ring.call_again();
         }
-        let Some(active) = guard.active.as_mut() else {
+    }
+
+    /// Does something with a queue's ring, if it is active.
+    pub fn with_ring<T>(&self, index: u16, what: impl FnOnce(&Ring) -> T) -> Option<T> {
+        let queue = self.queue(index)?;
+        queue.as_ref().map(|active| what(&active.ring))
+    }
+
+    /// Whether the driver has put something into a queue that nobody has taken.
+    pub fn waits(&self, index: u16) -> bool {
+        match self.queue(index).as_deref() {
+            // A ring that breaks the rules is told by who serves it.
+            Some(Some(active)) => {
+                let pending = active.ring.pending(&active.memory.memory());
+                pending.is_ok_and(|count| count > 0)
+            }
+            _ => false,
+        }
+    }
+
+    /// Serves a kick, on the one thread that serves the queue. It does everything if there are no helpers.
+    ///
+    /// # Errors
+    /// What the guest or the host did wrong.
+    pub fn serve(&self, index: u16, helpers: Option<&Helpers<Job>>) -> Result<(), DeviceError> {
+        let Some(mut guard) = self.queue(index) else {
+            return Ok(());
+        };
+        let Some(active) = guard.as_mut() else {
             return Ok(());
         };
         let memory = active.memory.memory().into_inner();
@@ -138,7 +195,12 @@ impl Service {
         for _ in 0..BUDGET {
             match active.ring.pop_descriptors(&memory)? {
                 Some(descriptors) => {
-                    let done = self.do_or_hand_over(&memory, descriptors, helpers, &active.ring)?;
+                    let job = Job {
+                        queue: index,
+                        memory: Arc::clone(&memory),
+                        descriptors,
+                    };
+                    let done = self.do_or_hand_over(job, helpers, &active.ring)?;
                     if let Some((head, written)) = done {
                         active.ring.push(&memory, head, written)?;
                     }
@@ -154,47 +216,44 @@ impl Service {
     /// The head of what is done and the bytes written; `None` if a helper does it.
     fn do_or_hand_over(
         &self,
-        memory: &Arc<GuestMemoryMmap>,
-        descriptors: Descriptors,
+        job: Job,
         helpers: Option<&Helpers<Job>>,
         ring: &Ring,
     ) -> Result<Option<(u16, u32)>, DeviceError> {
         let Some(helpers) = helpers else {
-            return self.complete(memory, descriptors).map(Some);
+            return self.complete(&job.memory, job.descriptors).map(Some);
         };
-        if let Tried::Done(head, written) = self.attempt(memory, descriptors.clone())? {
+        if let Tried::Done(head, written) = self.attempt(&job.memory, job.descriptors.clone())? {
             return Ok(Some((head, written)));
         }
         // No driver has more requests than descriptors.
-        if helpers.waiting() >= usize::from(ring.size()) {
-            return Err(ring.guest("more requests at once than the queue has descriptors"));
+        if helpers.waiting() >= self.descriptors.load(Ordering::Relaxed) {
+            return Err(ring.guest("more requests at once than the queues have descriptors"));
         }
-        let job = Job {
-            memory: Arc::clone(memory),
-            descriptors,
-        };
-        match helpers.submit(0, job) {
+        match helpers.submit(u32::from(job.queue), job) {
             Ok(()) => Ok(None),
             // The node gives no thread.
-            Err(job) => self.complete(memory, job.descriptors).map(Some),
+            Err(job) => self.complete(&job.memory, job.descriptors).map(Some),
         }
     }
 
     /// A helper's work.
     pub fn help(&self, job: Job) {
         let outcome = self.complete(&job.memory, job.descriptors);
-        let mut state = lock(&self.state);
-        let Some(active) = state.active.as_mut() else {
-            return;
+        let returned = {
+            let Some(mut queue) = self.queue(job.queue) else {
+                return;
+            };
+            let Some(active) = queue.as_mut() else {
+                return;
+            };
+            outcome.and_then(|(head, written)| {
+                active.ring.push(&job.memory, head, written)?;
+                active.ring.notify(&job.memory, &*active.interrupt)
+            })
         };
-        let returned = outcome.and_then(|(head, written)| {
-            active.ring.push(&job.memory, head, written)?;
-            active.ring.notify(&job.memory, &*active.interrupt)
-        });
         if let Err(failure) = returned {
-            // The worker is called to hear of it. If that fails, the guest's next kick does it.
-            let _ = active.ring.call_again();
-            state.failure = Some(failure);
+            self.fail(failure);
         }
     }
 

@@ -13,6 +13,8 @@ use super::{Block, BlockError};
 use crate::virtio::testing::{Harness, Part, any_descriptor};
 use crate::virtio::{DeviceError, VirtioDevice};
 
+mod queues;
+
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -29,7 +31,8 @@ impl Disk {
         let mut file = tempfile::tempfile().unwrap();
         let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
         file.write_all(&bytes).unwrap();
-        let device = Block::new(file.try_clone().unwrap().into(), readonly, "disk-1", 512).unwrap();
+        let device =
+            Block::new(file.try_clone().unwrap().into(), readonly, "disk-1", 512, 1).unwrap();
         Self::over(device, file)
     }
 
@@ -176,7 +179,7 @@ fn the_serial_number_is_told() {
     file.set_len(512).unwrap();
     let long = "x".repeat(21);
     assert!(matches!(
-        Block::new(file.into(), false, &long, 512),
+        Block::new(file.into(), false, &long, 512, 1),
         Err(BlockError::Serial(21))
     ));
 }
@@ -287,12 +290,12 @@ fn a_file_without_a_sector_is_refused() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(511).unwrap();
     assert!(matches!(
-        Block::new(file.into(), false, "", 512),
+        Block::new(file.into(), false, "", 512, 1),
         Err(BlockError::Empty)
     ));
     let (reader, _writer) = nix::unistd::pipe().unwrap();
     assert!(matches!(
-        Block::new(reader, false, "", 512),
+        Block::new(reader, false, "", 512, 1),
         Err(BlockError::Size(_))
     ));
 }
@@ -334,13 +337,13 @@ fn a_block_has_the_size_that_was_asked_for() {
         file.set_len(8192).unwrap();
         file.into()
     };
-    let device = Block::new(file(), false, "", 4096).unwrap();
+    let device = Block::new(file(), false, "", 4096, 1).unwrap();
     let mut size = [0; 4];
     device.config().read(20, &mut size);
     assert_eq!(u32::from_le_bytes(size), 4096);
     for wrong in [0, 511, 256, 8192] {
         assert!(matches!(
-            Block::new(file(), false, "", wrong),
+            Block::new(file(), false, "", wrong, 1),
             Err(BlockError::Blocks(_))
         ));
     }
@@ -351,7 +354,7 @@ fn helped(gate: Option<&Arc<Barrier>>) -> Disk {
     let mut file = tempfile::tempfile().unwrap();
     let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
     file.write_all(&bytes).unwrap();
-    let mut device = Block::new(file.try_clone().unwrap().into(), false, "helped", 512).unwrap();
+    let mut device = Block::new(file.try_clone().unwrap().into(), false, "helped", 512, 1).unwrap();
     if let Some(gate) = gate {
         device = device.gated(Arc::clone(gate));
     }
@@ -361,6 +364,10 @@ fn helped(gate: Option<&Arc<Barrier>>) -> Disk {
 impl Disk {
     /// Adds a request with its own header and status, at most 60 of them; returns where its status is.
     fn add(&mut self, number: u64, kind: u32, sector: u64, parts: &[Part]) -> u64 {
+        self.add_to(0, number, kind, sector, parts)
+    }
+
+    fn add_to(&mut self, queue: usize, number: u64, kind: u32, sector: u64, parts: &[Part]) -> u64 {
         let mut header = kind.to_le_bytes().to_vec();
         header.extend([0; 4]);
         header.extend(sector.to_le_bytes());
@@ -370,7 +377,7 @@ impl Disk {
         let mut all = vec![(at, 16, false)];
         all.extend(parts);
         all.push((at + 32, 1, true));
-        self.harness.queues[0].add(&all);
+        self.harness.queues[queue].add(&all);
         at + 32
     }
 
@@ -380,7 +387,8 @@ impl Disk {
         let mut returned = 0;
         while Instant::now() < end {
             self.harness.step(5).unwrap();
-            returned += self.harness.queues[0].used().len();
+            let queues = self.harness.queues.iter_mut();
+            returned += queues.map(|queue| queue.used().len()).sum::<usize>();
             if returned == wanted {
                 return true;
             }
@@ -492,13 +500,13 @@ fn content(number: u8, size: usize) -> Vec<u8> {
 
 #[test]
 fn pieces_must_have_the_lengths_that_they_are_said_to_have() {
-    let of = |length| Block::of_pieces(vec![(piece(1, 5000).into(), length)], "");
+    let of = |length| Block::of_pieces(vec![(piece(1, 5000).into(), length)], "", 1);
     assert!(of(8192).is_ok());
     for wrong in [0, 4096, 5000, 12288, u64::MAX, u64::MAX - 4095] {
         assert!(matches!(of(wrong), Err(BlockError::Pieces(_))), "{wrong}");
     }
     assert!(matches!(
-        Block::of_pieces(Vec::new(), ""),
+        Block::of_pieces(Vec::new(), "", 1),
         Err(BlockError::Pieces(_))
     ));
 }
@@ -561,7 +569,7 @@ proptest! {
             let length = u64::try_from(size.next_multiple_of(4096)).unwrap();
             files.push((OwnedFd::from(piece(number, *size)), length));
         }
-        let device = Block::of_pieces(files, "layers").unwrap();
+        let device = Block::of_pieces(files, "layers", 1).unwrap();
         let mut disk = Disk::over(device, tempfile::tempfile().unwrap());
         let data = disk.data;
         for (sector, count) in reads {

@@ -2,17 +2,20 @@
 //! devices, and hostPath volumes of a device's node.
 
 use anyhow::{Context, Result};
+use brig_hypervisor::control::Counters;
 use brig_tests::node::check::{contains, contains_one, equal, that};
 use brig_tests::node::clock;
 use k8s_cri::v1::{ContainerConfig, Device};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::handlers::Own;
 use super::life::{sandbox_pid, shim_of};
 use crate::container::{Container, eventually};
 use crate::loops::Loop;
 use crate::mounted::Mounted;
 use crate::node::{self, Directory};
+use crate::pod::{Pod, PodSpec};
 use crate::suite::{Case, SLEEP, Suite, case, not_here, smoke};
 
 pub const CASES: &[Case] = &[
@@ -35,6 +38,11 @@ pub const CASES: &[Case] = &[
         "volumes",
         "raw block volume: read-only is held against the guest's root",
         read_only,
+    ),
+    case(
+        "volumes",
+        "raw block volume: a queue for each CPU, each used, a limit holds for all of them together",
+        queues,
     ),
     case(
         "volumes",
@@ -239,6 +247,87 @@ fn read_only(suite: &mut Suite) -> Result<()> {
     drop(root);
     reader.remove()?;
     disk.freed()
+}
+
+fn queues(suite: &mut Suite) -> Result<()> {
+    let _own = Own::new(suite, "vcpus = 2\n", &[])?;
+    let directory = Directory::new("block-queues")?;
+    let disk = Loop::new(&directory.path.join("disk"), 8 * MIB)?;
+    let pod = PodSpec::new(Own::HANDLER, "block-queues")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    let container = pod
+        .container("main", SLEEP)
+        .security(|security| security.privileged = true)
+        .edit(volume(&disk, "/dev/data", "mrw"))
+        .start()?;
+    let number = container.sh("set -- $(stat -c '%t %T' /dev/data); echo $((0x$1)):$((0x$2))")?;
+    let count = format!("ls -d /sys/dev/block/{number}/mq/* | wc -l");
+    equal("queues", "2", container.sh(&count)?)?;
+
+    // Both CPUs at once, each its own half.
+    let half = |cpu: u32| {
+        format!(
+            "yes cpu-{cpu} | taskset {mask:x} dd of=/dev/data bs=64k count=32 seek={seek} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null",
+            mask = 1 << cpu,
+            seek = 32 * cpu
+        )
+    };
+    let both = format!("{} & {}; wait", half(0), half(1));
+    let unlimited = seconds(&container, &both)?;
+    for (cpu, offset) in [(0, 0), (1, 2 * MIB)] {
+        let there = disk.read(offset, 6)?;
+        equal(
+            "on the node",
+            format!("cpu-{cpu}\n"),
+            String::from_utf8_lossy(&there),
+        )?;
+    }
+    let counted = served(&pod)?;
+    that(
+        &format!("both queues have served requests and interrupted: {counted:?}"),
+        counted.len() == 2
+            && counted
+                .iter()
+                .all(|(chains, interrupts)| *chains > 16 && *interrupts > 0),
+    )?;
+
+    // 4 MiB at one a second, in a group below the container's own, which has no processes then.
+    let limited = container.sh(&format!(
+        "cd /sys/fs/cgroup; mkdir rest limited
+        for pid in $(cat cgroup.procs); do echo $pid > rest/cgroup.procs 2>/dev/null; done
+        echo +io > cgroup.subtree_control && echo '{number} wbps={MIB}' > limited/io.max || exit 1
+        echo $$ > limited/cgroup.procs; before=$(cut -d. -f1 /proc/uptime)
+        {both}
+        echo $(($(cut -d. -f1 /proc/uptime) - before))"
+    ))?;
+    let limited: f64 = limited.parse()?;
+    that(
+        &format!("{limited} s with the limit are three at least, {unlimited} s without are less"),
+        limited >= 3.0 && unlimited < limited,
+    )?;
+    container.remove()?;
+    disk.freed()
+}
+
+/// What a script takes by the clock of its guest.
+fn seconds(container: &Container, script: &str) -> Result<f64> {
+    let uptime = || -> Result<f64> { Ok(container.sh("cut -d' ' -f1 /proc/uptime")?.parse()?) };
+    let before = uptime()?;
+    container.sh(script)?;
+    Ok(uptime()? - before)
+}
+
+/// Requests and interrupts of each queue of the pod's only disk.
+fn served(pod: &Pod) -> Result<Vec<(u64, u64)>> {
+    let counters: Counters = serde_json::from_str(&node::run("brig", &["counters", &pod.id])?)?;
+    let mut disks = counters
+        .devices
+        .into_iter()
+        .filter(|one| one.device == "block");
+    let disk = disks.next().context("no disk")?;
+    that("one disk", disks.next().is_none())?;
+    Ok(disk.queues)
 }
 
 fn full(suite: &mut Suite) -> Result<()> {
