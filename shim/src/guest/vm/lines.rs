@@ -34,9 +34,11 @@ enum Severity {
     Warning,
     Info,
     Debug,
+    /// It does not say: a panic's, or a library's.
+    Unsaid,
 }
 
-/// Logs the lines of a pipe within the gate's rate; returns the last one's message.
+/// Logs the lines of a pipe within the gate's rate; returns the message of the last one that may say why something ended.
 pub async fn forward(fd: OwnedFd, source: &'static str, logger: Logger) -> Option<String> {
     let _ = rustix::io::ioctl_fionbio(fd.as_fd(), true);
     let reader = match pipe::Receiver::from_owned_fd(fd) {
@@ -51,7 +53,10 @@ pub async fn forward(fd: OwnedFd, source: &'static str, logger: Logger) -> Optio
     let mut last = None;
     while let Ok(Some(line)) = next(&mut reader).await {
         if !line.trim().is_empty() {
-            last = Some(log(&logger, &mut gate, source, &line));
+            let (severity, message) = logged(&logger, &mut gate, source, &line);
+            if !matches!(severity, Severity::Info | Severity::Debug) {
+                last = Some(message);
+            }
         }
     }
     last
@@ -69,6 +74,10 @@ async fn next<R: AsyncRead + Unpin>(reader: &mut BufReader<R>) -> io::Result<Opt
 
 /// Logs one line if the gate lets it pass; returns its message.
 pub(super) fn log(logger: &Logger, gate: &mut Gate, source: &str, line: &str) -> String {
+    logged(logger, gate, source, line).1
+}
+
+fn logged(logger: &Logger, gate: &mut Gate, source: &str, line: &str) -> (Severity, String) {
     let (severity, message) = read(line);
     if let Passed::Yes { suppressed } = gate.pass(Instant::now()) {
         if suppressed > 0 {
@@ -77,16 +86,16 @@ pub(super) fn log(logger: &Logger, gate: &mut Gate, source: &str, line: &str) ->
         match severity {
             Severity::Error => error!(logger, "{}", message; "from" => source),
             Severity::Warning => warn!(logger, "{}", message; "from" => source),
-            Severity::Info => info!(logger, "{}", message; "from" => source),
+            Severity::Info | Severity::Unsaid => info!(logger, "{}", message; "from" => source),
             Severity::Debug => debug!(logger, "{}", message; "from" => source),
         }
     }
-    message
+    (severity, message)
 }
 
 /// Takes a JSON line of slog's apart.
 fn read(line: &str) -> (Severity, String) {
-    let plain = || (Severity::Info, line.to_owned());
+    let plain = || (Severity::Unsaid, line.to_owned());
     if !line.starts_with('{') {
         return plain();
     }
@@ -127,7 +136,7 @@ mod tests {
             (Severity::Warning, "slow micros=7 why=x".into())
         );
         for plain in ["panicked at main.rs", "{broken", r#"{"no":"message"}"#, ""] {
-            assert_eq!(read(plain), (Severity::Info, plain.into()));
+            assert_eq!(read(plain), (Severity::Unsaid, plain.into()));
         }
     }
 
@@ -140,6 +149,26 @@ mod tests {
         rustix::io::write(&write, text.as_bytes()).unwrap();
         drop(write);
         assert_eq!(forward(read, "test", logger).await.unwrap(), "last words");
+    }
+
+    #[tokio::test]
+    async fn what_goes_as_it_should_is_no_reason_of_an_end() {
+        let started = r#"{"level":"INFO","msg":"VM started","vcpus":1}"#;
+        let slow = r#"{"level":"WARN","msg":"the disk is slow"}"#;
+        for (lines, expected) in [
+            (vec![started], None),
+            (vec![slow, started], Some("the disk is slow")),
+            (
+                vec!["panicked at main.rs", started],
+                Some("panicked at main.rs"),
+            ),
+        ] {
+            let (read, write) = rustix::pipe::pipe().unwrap();
+            rustix::io::write(&write, lines.join("\n").as_bytes()).unwrap();
+            drop(write);
+            let logger = Logger::root(slog::Discard, slog::o!());
+            assert_eq!(forward(read, "test", logger).await.as_deref(), expected);
+        }
     }
 
     proptest! {
