@@ -1,10 +1,13 @@
 //! Brig's runtime handlers in containerd's configuration: put there and taken away again, without touching anything
 //! else of a file that is the operator's.
 //!
-//! containerd 2 merges the files that its `imports` name, so there the handlers are a file of their own. containerd 1
-//! lets an imported file replace the whole section of the CRI plugin, with the operator's registries and networks in
-//! it, so there they are a marked block at the end of the operator's file. What is written is parsed before it takes a
-//! place, and the file as it was is kept beside it until the handlers are taken away.
+//! containerd 2 merges the files that its `imports` name, so there the handlers are a file of their own, of the version
+//! that the operator's has: containerd does not start with an imported file of a higher one. From 2.2 on its default
+//! configuration, and so every one made from it, imports `conf.d` already. containerd 1 lets an imported file replace the
+//! whole section of the CRI plugin, with the operator's registries and networks in it, so there they are a marked block at
+//! the end of the operator's file. Versions 3 and 4 (containerd 2.3) call the CRI plugin's section the same; what 4 moves
+//! are the sockets. What is written is parsed before it takes a place, and the file as it was is kept beside it until the
+//! handlers are taken away.
 
 use std::fs;
 use std::io;
@@ -58,6 +61,8 @@ pub struct Containerd {
     file: PathBuf,
     /// Where handlers have theirs.
     handlers: PathBuf,
+    /// It is where containerd looks when it is not told, so that it may be made.
+    is_usual: bool,
     /// Imported files are merged.
     merges: bool,
 }
@@ -76,6 +81,7 @@ impl Containerd {
         Self {
             file: file.to_owned(),
             handlers: PathBuf::from(HANDLERS),
+            is_usual: file == Path::new(CONTAINERD),
             merges: installed_major().is_some_and(|major| major >= 2),
         }
     }
@@ -95,11 +101,24 @@ impl Containerd {
     /// `InvalidArgument` for a file that containerd would not read, or that has a handler of these names already;
     /// what the file system says.
     pub fn add(&self) -> Result<Done> {
+        if !self.is_usual && !self.file.exists() {
+            return Err(Error::not_found(format!(
+                "{} is not there: --config is the file that containerd was started with",
+                self.file.display()
+            )));
+        }
         let whole = self.text()?;
         let without = stripped(&whole);
-        let (version, table) = read(&without, &self.file)?;
-        let merges = self.merges || version.is_some_and(|version| version >= 3);
-        let version = version.unwrap_or(2);
+        let (said, table) = read(&without, &self.file)?;
+        let merges = self.merges || said.is_some_and(|version| version >= 3);
+        let version = said.unwrap_or(2);
+        if let Some(plugin) = disabled(&table) {
+            return Err(Error::state(format!(
+                "{} has {plugin} in disabled_plugins, so containerd serves no Kubernetes and would not read the handlers: \
+                 take it out, and say this again",
+                self.file.display()
+            )));
+        }
         if let Some(handler) = ALL
             .iter()
             .find(|handler| has(&table, version, handler.name))
@@ -125,31 +144,27 @@ impl Containerd {
         let covered = imported.is_some();
         let imported = imported
             .or_else(|| (merges && !table.contains_key("imports")).then(|| self.own_directory()));
+        // A file that sets nothing has no version either.
+        let head = said.map_or_else(|| format!("version = {version}\n"), |_| String::new());
         let (new, drop_in) = match imported {
             Some(dir) => {
                 let text =
                     format!("# Made by 'brig containerd add'.\nversion = {version}\n\n{tables}");
-                let line = format!("{BEGIN}imports = [\"{}/*.toml\"]\n{END}", dir.display());
-                let new = match (covered, without.is_empty()) {
-                    (true, _) => without.clone(),
-                    (false, true) => format!("{line}version = {version}\n"),
-                    // Before the first table, where keys of the whole belong.
-                    (false, false) => format!("{line}{without}"),
+                let line = format!("imports = [\"{}/*.toml\"]\n", dir.display());
+                // Before the first table, where keys of the whole belong.
+                let new = match covered {
+                    true => without.clone(),
+                    false => format!("{BEGIN}{head}{line}{END}{without}"),
                 };
                 (new, Some((dir.join(FILE), text)))
             }
             None => {
-                let head = if without.is_empty() {
-                    format!("version = {version}\n")
-                } else {
-                    String::new()
-                };
                 let gap = if without.is_empty() || without.ends_with('\n') {
                     ""
                 } else {
                     "\n"
                 };
-                (format!("{head}{without}{gap}{BEGIN}{tables}{END}"), None)
+                (format!("{without}{gap}{BEGIN}{head}{tables}{END}"), None)
             }
         };
         if let Err(error) = read(&new, &self.file) {
@@ -164,7 +179,7 @@ impl Containerd {
             changed.push(path);
         }
         if new != whole {
-            if !without.is_empty() && !self.backup().exists() {
+            if whole == without && self.file.exists() {
                 write(&self.backup(), &without)?;
             }
             write(&self.file, &new)?;
@@ -210,10 +225,7 @@ impl Containerd {
         let without = stripped(&whole);
         if without != whole {
             let backup = fs::read_to_string(self.backup()).ok();
-            if backup.is_none()
-                && without.trim().starts_with("version = ")
-                && without.trim().lines().count() == 1
-            {
+            if backup.is_none() && without.is_empty() {
                 // There was none before.
                 gone(self.file.clone())?;
                 if let Some(dir) = self.file.parent() {
@@ -304,6 +316,20 @@ fn has(table: &Table, version: u64, handler: &str) -> bool {
     at.is_some()
 }
 
+/// A part of the CRI plugin that the configuration turns off.
+fn disabled(table: &Table) -> Option<&str> {
+    let plugins = table.get("disabled_plugins")?.as_array()?.iter();
+    let mut plugins = plugins.filter_map(Value::as_str);
+    plugins.find(|plugin| {
+        [
+            "io.containerd.grpc.v1.cri",
+            "io.containerd.cri.v1.runtime",
+            "io.containerd.cri.v1.images",
+        ]
+        .contains(plugin)
+    })
+}
+
 /// Its version, if it says one, and the whole.
 fn read(text: &str, file: &Path) -> Result<(Option<u64>, Table)> {
     let invalid = |what: String| Error::invalid(format!("{}: {what}", file.display()));
@@ -320,7 +346,8 @@ fn read(text: &str, file: &Path) -> Result<(Option<u64>, Table)> {
     };
     match version {
         Some(0 | 1) => Err(invalid(
-            "it has no version, so containerd takes it for version 1: 'containerd config migrate' makes a newer one"
+            "it has no version, so containerd takes it for version 1: 'containerd config migrate' prints it as a newer \
+             one, 'containerd config default' one that sets nothing"
                 .to_owned(),
         )),
         Some(5..) => Err(invalid("its version is newer than Brig knows: 2, 3 and 4".to_owned())),
@@ -394,6 +421,7 @@ mod tests {
             Containerd {
                 file,
                 handlers,
+                is_usual: true,
                 merges,
             },
             dir,
@@ -430,7 +458,20 @@ mod tests {
         "version = 3\n[plugins.\"io.containerd.cri.v1.images\"]\n  snapshotter = \"x\"\n";
     const V3_IMPORTS: &str = "version = 3\nimports = [\"extra/*.toml\"]\n";
     const V3_FIXED: &str = "version = 3\nimports = [\"/one.toml\"]\n";
-    const V4: &str = "version = 4\n";
+    /// What `containerd config default` of 2.3 prints, shortened: it imports drop-ins, quotes with apostrophes, and has its
+    /// sockets among the plugins.
+    const V4: &str = "version = 4\nroot = '/var/lib/containerd'\nstate = '/run/containerd'\ntemp = ''\n\
+        disabled_plugins = []\nrequired_plugins = []\noom_score = 0\nimports = ['/IMPORTED/*.toml']\n\n\
+        [debug]\n  level = ''\n  format = ''\n\n[plugins]\n  [plugins.'io.containerd.cri.v1.images']\n    \
+        snapshotter = 'overlayfs'\n\n  [plugins.'io.containerd.cri.v1.runtime']\n    enable_cdi = true\n\n    \
+        [plugins.'io.containerd.cri.v1.runtime'.containerd]\n      default_runtime_name = 'runc'\n\n      \
+        [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes]\n        \
+        [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n          \
+        runtime_type = 'io.containerd.runc.v2'\n          sandboxer = 'podsandbox'\n\n  \
+        [plugins.'io.containerd.server.v1.grpc']\n    address = '/run/containerd/containerd.sock'\n    uid = 0\n\n  \
+        [plugins.'io.containerd.server.v1.ttrpc']\n    address = '/run/containerd/containerd.sock.ttrpc'\n";
+    const V4_BARE: &str = "version = 4\n";
+    const COMMENTS: &str = "# Nothing is set here.\n#version = 2";
 
     #[test]
     fn handlers_come_and_go_and_leave_every_kind_of_file_as_it_was() {
@@ -440,7 +481,11 @@ mod tests {
             (Some(V3), true, 3),
             (Some(V3_IMPORTS), true, 3),
             (Some(V3_FIXED), true, 3),
-            (Some(V4), true, 4),
+            (Some(V4_BARE), true, 4),
+            (Some(COMMENTS), false, 2),
+            (Some(COMMENTS), true, 2),
+            (Some(""), false, 2),
+            (Some(""), true, 2),
             (None, false, 2),
             (None, true, 2),
         ] {
@@ -474,6 +519,51 @@ mod tests {
     }
 
     #[test]
+    fn a_default_configuration_of_version_4_is_not_touched_and_its_drop_in_is_of_its_version() {
+        // That this containerd merges is told by the version, whatever the one in PATH is.
+        for merges in [true, false] {
+            let (node, dir) = node(None, merges);
+            let imported = dir.path().join("containerd/conf.d");
+            let text = V4.replace("/IMPORTED", &imported.display().to_string());
+            write(&node.file, &text).unwrap();
+            let before = names(dir.path());
+            node.add().unwrap();
+            assert_eq!(node.text().unwrap(), text);
+            assert!(!node.backup().exists());
+            let drop_in: Table =
+                toml::from_str(&fs::read_to_string(imported.join(FILE)).unwrap()).unwrap();
+            assert_eq!(drop_in["version"], Value::Integer(4));
+            let plugins = drop_in["plugins"].as_table().unwrap();
+            assert_eq!(
+                plugins.keys().collect::<Vec<_>>(),
+                ["io.containerd.cri.v1.runtime"]
+            );
+            assert!(ALL.iter().all(|handler| has(&drop_in, 4, handler.name)));
+            assert_eq!(node.print().unwrap().matches("runtimes.brig").count(), 5);
+            node.remove().unwrap();
+            assert_eq!(names(dir.path()), before);
+            assert_eq!(node.text().unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn handlers_of_another_version_of_brig_are_replaced() {
+        for text in [Some(V2), Some(COMMENTS), None] {
+            let (node, _dir) = node(text, false);
+            node.add().unwrap();
+            let older = node.text().unwrap().replace("io.brig.*", "io.older.*");
+            fs::write(&node.file, &older).unwrap();
+            assert_eq!(
+                node.add().unwrap().changed,
+                std::slice::from_ref(&node.file)
+            );
+            assert!(!node.text().unwrap().contains("io.older"));
+            node.remove().unwrap();
+            assert_eq!(fs::read_to_string(&node.file).ok().as_deref(), text);
+        }
+    }
+
+    #[test]
     fn what_the_operator_changes_meanwhile_stays() {
         let (node, _dir) = node(Some(V2), false);
         node.add().unwrap();
@@ -504,6 +594,14 @@ mod tests {
                 "already",
             ),
             ("version = = 2", "cannot read it"),
+            (
+                "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n",
+                "take it out",
+            ),
+            (
+                "version = 4\ndisabled_plugins = ['x', 'io.containerd.cri.v1.runtime']\n",
+                "io.containerd.cri.v1.runtime in disabled_plugins",
+            ),
         ] {
             let (node, dir) = node(Some(text), false);
             let error = node.add().unwrap_err();
@@ -511,6 +609,19 @@ mod tests {
             assert_eq!(node.text().unwrap(), text);
             assert!(!dir.path().join("containerd/conf.d").exists());
         }
+    }
+
+    #[test]
+    fn a_file_that_containerd_was_not_started_with_is_not_made() {
+        let (usual, dir) = node(None, true);
+        let node = Containerd {
+            is_usual: false,
+            ..usual
+        };
+        let error = node.add().unwrap_err();
+        assert!(error.message.contains("is not there"), "{error}");
+        assert_eq!(names(dir.path()), Vec::<String>::new());
+        assert!(node.print().is_ok() && node.remove().unwrap().changed.is_empty());
     }
 
     #[test]
