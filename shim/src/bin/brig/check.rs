@@ -21,10 +21,16 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         Ok(config) => config,
         Err(error) => {
             let finding = Finding::of("configuration", Err(error.message));
-            return vec![finding.or("mend that line: 'brig config default' explains every key")];
+            return vec![
+                finding.or("mend what it names: 'brig config default' explains every key"),
+            ];
         }
     };
     let message = |error: Error| error.message;
+    let user = (!rustix::process::geteuid().is_root()).then(|| {
+        Finding::of("user", Err("not root, as the shim is".to_owned()))
+            .or("run brig as root: what is said below may only hold for this user")
+    });
     let kernel = open_kernel(&config.kernel).map(|_| config.kernel.display().to_string());
     let mut findings = vec![
         Finding::of(
@@ -50,6 +56,7 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         port_forward(),
         packet_filter(config.netfilter),
     ]);
+    findings.splice(1..1, user);
     findings.extend(devices::findings(&config));
     findings
 }

@@ -2,12 +2,18 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser as Word;
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 
 /// What pods in Brig's VMs do on this node, what they cost, and what the node lacks.
 #[derive(Debug, Parser)]
-#[command(name = "brig", version, disable_help_subcommand = true)]
+#[command(
+    name = "brig",
+    version,
+    disable_help_subcommand = true,
+    after_help = "Exit status: 0; 1 if 'brig check' has found that this node lacks something; 2 for what could not be done, with the reason on standard error."
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -115,21 +121,21 @@ pub enum Command {
     /// How a pod's start spent its time, and its VM exits by reason
     Timeline {
         /// containerd's namespace, where the id is in several
-        #[arg(short, long, value_name = "NAME")]
+        #[arg(short, long, value_name = "NAME", value_parser = Word::new())]
         namespace: Option<String>,
         /// As for 'brig inspect'
-        #[arg(required_unless_present = "follow")]
+        #[arg(required_unless_present = "follow", value_parser = Word::new())]
         id: Option<String>,
         /// Wait for the next pod that starts, and show its start once it has a container that runs
         #[arg(short, long, conflicts_with_all = ["id", "compare"])]
         follow: bool,
         #[command(flatten)]
         output: Output,
-        /// Draw it into a file
+        /// Draw it into a file; - is standard output
         #[arg(long, value_name = "FILE", conflicts_with = "json")]
         svg: Option<PathBuf>,
         /// Beside that of another pod, step by step
-        #[arg(long, value_name = "ID", conflicts_with = "svg")]
+        #[arg(long, value_name = "ID", conflicts_with = "svg", value_parser = Word::new())]
         compare: Option<String>,
     },
     /// The guest's kernel under gdb (for handlers with debug = true)
@@ -172,6 +178,7 @@ pub enum Command {
     /// Give another installed version to the pods that start from now on
     Use {
         /// As 'brig versions' has it
+        #[arg(value_parser = Word::new())]
         version: String,
         #[command(flatten)]
         output: Output,
@@ -179,6 +186,7 @@ pub enum Command {
     /// Remove an installed version that no pod uses
     Remove {
         /// As 'brig versions' has it
+        #[arg(value_parser = Word::new())]
         version: String,
         #[command(flatten)]
         output: Output,
@@ -257,7 +265,7 @@ pub enum TemplateCommand {
     /// Drop one, or all: the next pod boots. Pods that go on from it keep what they have
     Drop {
         /// The beginning of what 'brig template list' calls it
-        #[arg(value_name = "TEMPLATE")]
+        #[arg(value_name = "TEMPLATE", value_parser = Word::new())]
         key: Option<String>,
         #[command(flatten)]
         output: Output,
@@ -351,8 +359,9 @@ pub struct Lines {
 #[derive(Debug, Args)]
 pub struct Pod {
     /// containerd's namespace, where the id is in several
-    #[arg(short, long, value_name = "NAME")]
+    #[arg(short, long, value_name = "NAME", value_parser = Word::new())]
     pub namespace: Option<String>,
     /// The beginning of its id or of that of one of its containers, or its name in Kubernetes (web-0 or shop/web-0)
+    #[arg(value_parser = Word::new())]
     pub id: String,
 }

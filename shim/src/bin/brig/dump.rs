@@ -7,10 +7,9 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use brig_shim::containerd::debug_service::Method;
-use brig_shim::error::{Error, Result};
+use brig_shim::error::{Error, Kind, Result};
 use brig_shim::log::rfc3339;
 use brig_shim::node::journal::StateDir;
-use brig_shim::node::remains::Remains;
 use serde_json::{Value, json};
 
 use crate::cli;
@@ -25,11 +24,13 @@ type Part = (&'static str, Vec<u8>);
 /// Writes a bundle of the pod to `into`, or to `brig-ID.tar` here, or to standard output for `-`. Says where it is.
 ///
 /// # Errors
-/// `NotFound` for a pod that is neither there nor remembered, and what the file system says.
+/// `NotFound` for a pod that is neither there nor remembered, `InvalidArgument` if several are meant, and what the file
+/// system says.
 pub fn dump(base: &Path, pod: &cli::Pod, into: Option<&Path>, as_json: bool) -> Result<String> {
-    let (id, mut parts) = match pods::find(base, pod) {
+    let (id, mut parts) = match pods::find_here(base, pod) {
         Ok(row) => (row.id.clone(), living(base, &row)?),
-        Err(missing) => match remembered(base, pod)? {
+        Err(several) if several.kind != Kind::NotFound => return Err(several),
+        Err(missing) => match pods::remembered(base, pod)? {
             Some(account) => (
                 account["id"].as_str().unwrap_or("pod").to_owned(),
                 gone(&account),
@@ -108,45 +109,6 @@ fn living(base: &Path, row: &pods::Row) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
-/// The account of a pod that has failed and gone: by the beginning of its id, or by its name.
-///
-/// # Errors
-/// `InvalidArgument` if several pods may be meant.
-pub fn remembered(base: &Path, pod: &cli::Pod) -> Result<Option<Value>> {
-    let text = |account: &Value, pointer: &str| {
-        let text = account.pointer(pointer).and_then(Value::as_str);
-        text.unwrap_or_default().to_owned()
-    };
-    let mut meant: Vec<Value> = Remains::beside(base).all();
-    meant.retain(|account| {
-        let namespace = text(account, "/namespace");
-        let name = text(account, "/pod/name");
-        let full = format!("{}/{name}", text(account, "/pod/namespace"));
-        let wanted = pod.namespace.as_ref();
-        wanted.is_none_or(|wanted| *wanted == namespace)
-            && (text(account, "/id").starts_with(&pod.id) || pod.id == name || pod.id == full)
-    });
-    // The newest of one pod is its last.
-    let first = meant.first().cloned();
-    let id = first.as_ref().map(|account| text(account, "/id"));
-    if meant.iter().any(|account| Some(text(account, "/id")) != id) {
-        let several = meant.iter().map(|account| {
-            format!(
-                "\n  -n {} {} ({})",
-                text(account, "/namespace"),
-                text(account, "/id"),
-                text(account, "/at")
-            )
-        });
-        let several: String = several.collect();
-        return Err(Error::invalid(format!(
-            "{} may be one of these, which have failed:{several}",
-            pod.id
-        )));
-    }
-    Ok(first)
-}
-
 fn gone(account: &Value) -> Vec<Part> {
     let mut rest = account.clone();
     let mut parts = Vec::new();
@@ -198,6 +160,7 @@ fn write(into: impl Write, id: &str, parts: &[Part]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use brig_shim::node::remains::Remains;
     use std::collections::BTreeMap;
     use std::io::Read as _;
 
@@ -254,6 +217,19 @@ mod tests {
         assert!(error.message.contains("which have failed"), "{error}");
         let error = dump(&base, &meant("nobody"), Some(&file), false).unwrap_err();
         assert!(error.message.contains("no pod nobody"), "{error}");
+        // Other commands say where to look.
+        let error = pods::find(&base, &meant("shop/web-abd2")).unwrap_err();
+        assert!(
+            error.message.contains("'brig dump abd2' has why"),
+            "{error}"
+        );
+        let error = pods::find(&base, &meant("nobody")).unwrap_err();
+        assert!(error.message.contains("no pod nobody"), "{error}");
+        // Of living ones that may be meant none is passed over for one that is gone.
+        pods::fake(&base, "k8s.io", "ab1");
+        pods::fake(&base, "k8s.io", "ab2");
+        let error = dump(&base, &meant("ab"), Some(&file), false).unwrap_err();
+        assert!(error.message.contains("may be one of these:"), "{error}");
     }
 
     #[test]

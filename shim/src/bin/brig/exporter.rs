@@ -45,8 +45,12 @@ pub fn serve(base: &Path, address: Option<&str>) -> Result<()> {
     let stdin = std::io::stdin().as_fd().try_clone_to_owned();
     let given = stdin.map(TcpListener::from).map_err(failed)?;
     let listener = match address {
-        Some(address) => TcpListener::bind(address)
-            .map_err(|error| Error::io(format_args!("cannot listen on {address}"), &error))?,
+        Some(address) => TcpListener::bind(address).map_err(|error| {
+            Error::io(
+                format_args!("cannot listen on {address} (an address is as 127.0.0.1:9736)"),
+                &error,
+            )
+        })?,
         // Of what is no socket there is no address.
         None if given.local_addr().is_ok() => given,
         None => {

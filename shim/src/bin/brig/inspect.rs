@@ -68,6 +68,7 @@ fn text(whole: &Value) -> String {
     let shim = &whole["shim"];
     let shown = |value: &Value| match value {
         Value::Null => "-".to_owned(),
+        Value::String(text) if text.is_empty() => "-".to_owned(),
         Value::String(text) => printable_line(text),
         other => printable_line(&other.to_string()),
     };

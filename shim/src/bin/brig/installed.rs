@@ -4,6 +4,7 @@
 //! one of them through which containerd finds the shim. A shim resolves the link when it starts, so a pod
 //! keeps the binaries, kernel and initramfs it began with. Trusts the files below PREFIX, which are root's.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -26,6 +27,8 @@ const PARTS: [&str; 5] = [
     "share/brig/vmlinux",
     "share/brig/brig-initramfs.cpio",
 ];
+/// Where the Debian package has its versions.
+const PACKAGED: &str = "/usr/lib/brig";
 /// Directories in which `./install` makes links into PREFIX.
 const LINKED: [&str; 3] = ["bin", "share/man/man1", "share/bash-completion/completions"];
 
@@ -44,13 +47,10 @@ impl Installation {
     /// `FailedPrecondition` for a program that `./install` has not put where it is.
     pub fn own(state: PathBuf) -> Result<Self> {
         let binary = std::env::current_exe().and_then(fs::canonicalize);
-        let prefix = binary
-            .ok()
-            .and_then(|binary| Some(binary.ancestors().nth(3)?.to_owned()))
-            .filter(|prefix| prefix.join(CURRENT).is_symlink());
-        let prefix = prefix.ok_or_else(|| {
-            Error::state("this brig was not put here by ./install, so it knows of no versions: run /usr/local/bin/brig")
-        })?;
+        let binary = binary.unwrap_or_default();
+        let prefix = binary.ancestors().nth(3).map(Path::to_owned);
+        let prefix = prefix.filter(|prefix| prefix.join(CURRENT).is_symlink());
+        let prefix = prefix.ok_or_else(|| Error::state(without_versions(&binary)))?;
         Ok(Self { prefix, state })
     }
 
@@ -84,22 +84,25 @@ impl Installation {
         )))
     }
 
-    /// The pods of which a process runs from `dir`.
+    /// The pods of which a process runs from `dir`; by its pid one that has no journal in this place: it begins just now, or
+    /// its handler has a `state_dir` of its own.
     fn users(&self, dir: &Path) -> Vec<String> {
-        let uses = |pid: u32| {
-            let binary = fs::read_link(format!("/proc/{pid}/exe"));
-            binary.is_ok_and(|binary| binary.starts_with(dir))
-        };
-        let pods = journal::list(&self.state).into_iter();
-        pods.filter(|(namespace, id)| {
-            let dir = StateDir::new(&self.state, namespace, id);
-            let journal = dir.and_then(|dir| dir.read()).ok().flatten();
+        let mut pids = running(dir);
+        let mut users = Vec::new();
+        for (namespace, id) in journal::list(&self.state) {
+            let state = StateDir::new(&self.state, &namespace, &id);
+            let journal = state.and_then(|state| state.read()).ok().flatten();
             let processes = journal.map(|journal| [Some(journal.shim), journal.vmm]);
-            let mut processes = processes.into_iter().flatten().flatten();
-            processes.any(|process| process.is_alive() && uses(process.pid))
-        })
-        .map(|(namespace, id)| format!("{namespace}/{id}"))
-        .collect()
+            let mut uses = false;
+            for process in processes.into_iter().flatten().flatten() {
+                uses |= process.is_alive() && pids.remove(&process.pid);
+            }
+            if uses {
+                users.push(format!("{namespace}/{id}"));
+            }
+        }
+        users.extend(pids.iter().map(|pid| format!("process {pid}")));
+        users
     }
 
     /// The versions, the one in use for new pods marked, with the pods of each.
@@ -167,8 +170,7 @@ impl Installation {
             return Ok(());
         }
         Err(Error::state(format!(
-            "{what} is used by {} pods, which need it until they end: {}",
-            users.len(),
+            "{what} is used by pods that need it until they end: {}",
             users.join(", ")
         )))
     }
@@ -216,6 +218,28 @@ impl Installation {
         let _ = fs::remove_dir(&self.state);
         Ok(self.prefix.clone())
     }
+}
+
+/// Why a program at this place knows of no versions.
+fn without_versions(binary: &Path) -> &'static str {
+    if binary.starts_with(PACKAGED) {
+        "this brig is of the Debian package, which has one version at a time: 'apt install' of another upgrades it or rolls \
+         it back, 'apt remove brig' removes it"
+    } else {
+        "this brig was not put here by ./install, so it knows of no versions: run /usr/local/bin/brig"
+    }
+}
+
+/// The shims and VMMs that run from `dir`.
+fn running(dir: &Path) -> BTreeSet<u32> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &u32| {
+        let binary = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        let ours = [PARTS[0], PARTS[2]];
+        binary.starts_with(dir) && ours.iter().any(|part| binary.ends_with(part))
+    })
+    .collect()
 }
 
 fn ignore_absent(outcome: io::Result<()>) -> io::Result<()> {
@@ -287,6 +311,13 @@ mod tests {
         let error = installation.remove("1.0-a").unwrap_err();
         assert!(error.message.contains("k8s.io/web"), "{error}");
         drop(running);
+        // One that is not known by its journal.
+        let running = pod(&installation, "1.0-a");
+        fs::remove_dir_all(&installation.state).unwrap();
+        let error = installation.remove("1.0-a").unwrap_err();
+        let process = format!("process {}", running.0.id());
+        assert!(error.message.contains(&process), "{error}");
+        drop(running);
         installation.remove("1.0-a").unwrap();
         assert_eq!(installation.versions().unwrap(), ["1.1-b"]);
     }
@@ -305,6 +336,14 @@ mod tests {
         assert_eq!(rows[1]["pods"][0], "k8s.io/web");
         let text = installation.list(false).unwrap();
         assert!(text.lines().nth(1).unwrap().contains('*'), "{text}");
+    }
+
+    #[test]
+    fn what_the_package_brought_is_left_to_the_package() {
+        let said = without_versions(Path::new("/usr/lib/brig/0.1.0+1/bin/brig"));
+        assert!(said.contains("apt remove brig"), "{said}");
+        let said = without_versions(Path::new("/host/bin/brig"));
+        assert!(said.contains("/usr/local/bin/brig"), "{said}");
     }
 
     #[test]

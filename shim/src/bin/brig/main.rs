@@ -25,6 +25,7 @@ mod timelines;
 mod top;
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -224,8 +225,26 @@ fn installation() -> Result<installed::Installation> {
     installed::Installation::own(base()?)
 }
 
+/// Where pods keep their journals, for those who look. What runs was started with a configuration that was right: one that
+/// is wrong now hides it from nobody.
 fn base() -> Result<PathBuf> {
-    Ok(Config::load(None)?.state_dir)
+    let base = Config::load(None).map_or_else(
+        |error| {
+            let base = Config::installed().state_dir;
+            let place = base.display();
+            eprintln!("brig: {error}; until that is mended pods are looked for in {place}");
+            base
+        },
+        |config| config.state_dir,
+    );
+    match fs::read_dir(&base) {
+        // Before the first pod.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(
+            format_args!("cannot look at pods in {}", base.display()),
+            &error,
+        )),
+        _ => Ok(base),
+    }
 }
 
 fn run_check(config: Option<&Path>, bench: bool, as_json: bool) -> Result<bool> {
@@ -267,10 +286,15 @@ fn compared(base: &Path, pod: &cli::Pod, other: String, output: &cli::Output) ->
 }
 
 fn drawn(base: &Path, pod: &cli::Pod, file: &Path) -> Result<String> {
-    let picture = timelines::svg(&read_timeline(base, pod)?, &pod.id);
+    let timeline = read_timeline(base, pod)?;
+    let picture = timelines::svg(&timeline, &pod.id);
+    if file == Path::new("-") {
+        return Ok(picture);
+    }
     fs::write(file, picture)
         .map_err(|error| Error::io(format_args!("cannot write {}", file.display()), &error))?;
-    Ok(String::new())
+    let moments = timeline.marks.len();
+    Ok(format!("{}: {moments} moments\n", file.display()))
 }
 
 fn timeline(base: &Path, pod: &cli::Pod, as_json: bool) -> Result<String> {
@@ -307,6 +331,31 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_word_that_is_empty_means_no_pod_and_not_every_one() {
+        for line in [
+            "inspect |",
+            "exec | -- ps",
+            "dump |",
+            "timeline |",
+            "timeline web --compare |",
+            "inspect web --namespace |",
+            "template drop |",
+            "use |",
+            "remove |",
+        ] {
+            let words = line
+                .split(' ')
+                .map(|word| if word == "|" { "" } else { word });
+            let error = Cli::try_parse_from(["brig"].into_iter().chain(words)).unwrap_err();
+            assert_eq!(
+                error.kind(),
+                clap::error::ErrorKind::InvalidValue,
+                "{line}: {error}"
+            );
+        }
     }
 
     #[test]

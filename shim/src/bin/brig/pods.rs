@@ -6,9 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use brig_shim::asked::pod_name::PodName;
 use brig_shim::containerd::debug_service::Method;
-use brig_shim::error::{Error, Result};
+use brig_shim::error::{Error, Kind, Result};
 use brig_shim::node::identity::Identity;
 use brig_shim::node::journal::{self, StateDir};
+use brig_shim::node::remains::Remains;
 use serde_json::{Value, json};
 
 use crate::cli;
@@ -169,8 +170,26 @@ pub fn list(base: &Path, as_json: bool) -> String {
 /// name in Kubernetes (`web-0`, `shop/web-0`); else the one with a container whose id begins so.
 ///
 /// # Errors
-/// `NotFound`; `InvalidArgument` that lists them when several are meant.
+/// `NotFound`, which says where to look for one that failed and is gone; `InvalidArgument` that lists them when
+/// several are meant.
 pub fn find(base: &Path, pod: &cli::Pod) -> Result<Row> {
+    find_here(base, pod).map_err(|error| match remembered(base, pod) {
+        Ok(Some(account)) if error.kind == Kind::NotFound => {
+            let id = account["id"].as_str().unwrap_or_default();
+            Error::not_found(format!(
+                "pod {} has failed and is gone: 'brig dump {id}' has why",
+                pod.id
+            ))
+        }
+        _ => error,
+    })
+}
+
+/// As [`find`], without a word on those that are gone.
+///
+/// # Errors
+/// As of [`find`].
+pub fn find_here(base: &Path, pod: &cli::Pod) -> Result<Row> {
     let wanted = pod.namespace.as_ref();
     let of_namespace = |row: &Row| wanted.is_none_or(|wanted| *wanted == row.namespace);
     let all: Vec<Row> = rows(base).into_iter().filter(of_namespace).collect();
@@ -197,6 +216,45 @@ pub fn find(base: &Path, pod: &cli::Pod) -> Result<Row> {
         ids.any(|id| id.starts_with(word))
     });
     only(having.map(|(row, _)| row).collect(), word)
+}
+
+/// The account of a pod that has failed and gone: by the beginning of its id, or by its name.
+///
+/// # Errors
+/// `InvalidArgument` if several pods may be meant.
+pub fn remembered(base: &Path, pod: &cli::Pod) -> Result<Option<Value>> {
+    let text = |account: &Value, pointer: &str| {
+        let text = account.pointer(pointer).and_then(Value::as_str);
+        text.unwrap_or_default().to_owned()
+    };
+    let mut meant: Vec<Value> = Remains::beside(base).all();
+    meant.retain(|account| {
+        let namespace = text(account, "/namespace");
+        let name = text(account, "/pod/name");
+        let full = format!("{}/{name}", text(account, "/pod/namespace"));
+        let wanted = pod.namespace.as_ref();
+        wanted.is_none_or(|wanted| *wanted == namespace)
+            && (text(account, "/id").starts_with(&pod.id) || pod.id == name || pod.id == full)
+    });
+    // The newest of one pod is its last.
+    let first = meant.first().cloned();
+    let id = first.as_ref().map(|account| text(account, "/id"));
+    if meant.iter().any(|account| Some(text(account, "/id")) != id) {
+        let several = meant.iter().map(|account| {
+            format!(
+                "\n  -n {} {} ({})",
+                text(account, "/namespace"),
+                text(account, "/id"),
+                text(account, "/at")
+            )
+        });
+        let several: String = several.collect();
+        return Err(Error::invalid(format!(
+            "{} may be one of these, which have failed:{several}",
+            pod.id
+        )));
+    }
+    Ok(first)
 }
 
 fn only(mut found: Vec<Row>, word: &str) -> Result<Row> {

@@ -77,11 +77,12 @@ impl fmt::Display for Dumped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{}: {} MiB of memory, of which {} MiB were in use, and the registers of {} CPUs; it may hold secrets of the pod",
+            "{}: {} MiB of memory, of which {} MiB were in use, and the registers of {} CPU{}; it may hold secrets of the pod",
             self.file.display(),
             self.memory / MIB,
             self.copied / MIB,
-            self.cpus
+            self.cpus,
+            if self.cpus == 1 { "" } else { "s" }
         )?;
         if self.cpus == 0 {
             writeln!(

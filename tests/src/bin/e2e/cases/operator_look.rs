@@ -334,7 +334,8 @@ fn fail(suite: &mut Suite) -> Result<()> {
         sleep(Duration::from_millis(200));
     }
     let sentence = refused(&["inspect", &run.id])?;
-    contains("what is said of a pod that is gone", "no pod", &sentence)?;
+    let hint = format!("has failed and is gone: 'brig dump {}'", run.id);
+    contains("what is said of a pod that is gone", &hint, &sentence)?;
     let dumped = bundle(&run.id)?;
     for part in [
         "killed by signal 9",
