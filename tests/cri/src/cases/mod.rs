@@ -23,6 +23,7 @@ mod networks;
 mod passthrough;
 mod passthrough_assigned;
 mod passthrough_back;
+mod passthrough_checked;
 mod passthrough_hostile;
 mod passthrough_list;
 mod passthrough_peers;
@@ -61,6 +62,7 @@ pub fn all() -> Vec<Case> {
         devices::CASES,
         passthrough::CASES,
         passthrough_assigned::CASES,
+        passthrough_checked::CASES,
         passthrough_list::CASES,
         passthrough_back::CASES,
         passthrough_hostile::CASES,
