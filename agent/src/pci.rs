@@ -33,6 +33,9 @@ const MAX_NODES: usize = 256;
 /// Base classes whose drivers make nodes: storage, display, accelerators.
 const WITH_NODES: [u32; 3] = [0x01, 0x03, 0x12];
 
+/// The class of a port, as sysfs has it.
+const PORT: &str = "0x0604";
+
 /// Looks for new devices on all buses.
 ///
 /// # Errors
@@ -54,7 +57,7 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
     let mut loaded = None;
     loop {
         let here = directory.clone();
-        let looked = tokio::task::spawn_blocking(move || look(&here)).await;
+        let looked = tokio::task::spawn_blocking(move || look(&device_at(here))).await;
         let looked = looked.map_err(|e| Error::Internal(e.to_string()))?;
         let found = looked.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => {
@@ -68,7 +71,7 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
         }
         if loaded.is_none() {
             let has_driver = !found.driver.is_empty();
-            let outcome = load_driver(directory.clone(), has_driver).await;
+            let outcome = load_driver(device_at(directory.clone()), has_driver).await;
             if outcome.is_err() {
                 deadline = deadline.min(Instant::now() + WITHOUT_MODULE);
             }
@@ -92,7 +95,7 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
 /// `NotFound` if there is none.
 pub async fn nodes(function: u32) -> Result<Vec<DeviceNode>> {
     let (name, directory) = place(function)?;
-    let looked = tokio::task::spawn_blocking(move || look(&directory)).await;
+    let looked = tokio::task::spawn_blocking(move || look(&device_at(directory))).await;
     match looked.map_err(|e| Error::Internal(e.to_string()))? {
         Ok(found) => Ok(found.nodes),
         Err(error) => Err(Error::NotFound(format!(
@@ -173,6 +176,20 @@ fn place(function: u32) -> Result<(String, PathBuf)> {
     let name = format!("0000:00:{:02x}.{}", number >> 3, number & 7);
     let directory = Path::new("/sys/bus/pci/devices").join(&name);
     Ok((name, directory))
+}
+
+/// The device that a function is: itself, or what is behind it if it is a port. They come and go together.
+pub fn device_at(function: PathBuf) -> PathBuf {
+    let class = fs::read_to_string(function.join("class")).unwrap_or_default();
+    if !class.starts_with(PORT) {
+        return function;
+    }
+    let entries = fs::read_dir(&function).into_iter().flatten().flatten();
+    let mut devices = entries.filter(|entry| {
+        let name = entry.file_name();
+        name.to_string_lossy().starts_with("0000:") && entry.path().join("vendor").exists()
+    });
+    devices.next().map_or(function, |entry| entry.path())
 }
 
 /// The function of a name in sysfs, if it is on bus 0.
@@ -310,6 +327,23 @@ mod tests {
         // Back up: a loop for whoever follows it.
         link("nvme/nvme0/device", "../..");
         device
+    }
+
+    #[test]
+    fn a_port_is_looked_at_for_what_is_behind_it() {
+        let root = tempfile::tempdir().unwrap();
+        let port = root.path().join("0000:00:1f.0");
+        fs::create_dir_all(port.join("pci_bus/0000:1f")).unwrap();
+        fs::write(port.join("class"), "0x060400\n").unwrap();
+        // Nothing is there yet.
+        assert_eq!(device_at(port.clone()), port);
+        let behind = port.join("0000:1f:00.0");
+        fs::create_dir_all(&behind).unwrap();
+        assert_eq!(device_at(port.clone()), port);
+        fs::write(behind.join("vendor"), "0x1234\n").unwrap();
+        assert_eq!(device_at(port), behind);
+        let plain = nvme(root.path());
+        assert_eq!(device_at(plain.clone()), plain);
     }
 
     #[test]

@@ -53,14 +53,15 @@ fn edits(functions: &[u32]) -> std::result::Result<Vec<Edits>, String> {
     bundle.edits(functions, &all)
 }
 
-/// The functions of the bus, in their order.
+/// The functions of bus 0, in their order; a port counts as what is behind it.
 fn present() -> io::Result<Vec<Function>> {
     let mut all = Vec::new();
     for entry in fs::read_dir(DEVICES)? {
         let entry = entry?;
         let name = entry.file_name();
         let number = name.to_str().and_then(pci::number);
-        let modalias = fs::read_to_string(entry.path().join("modalias"));
+        let place = pci::device_at(entry.path());
+        let modalias = fs::read_to_string(place.join("modalias"));
         // One that goes meanwhile is not there.
         if let (Some(number), Ok(modalias)) = (number, modalias) {
             all.push(Function {

@@ -1,4 +1,4 @@
-//! The PCI bus: dispatches ECAM and BAR accesses to functions, and follows BARs as they move.
+//! The PCI bus, and those behind its ports: dispatches ECAM and BAR accesses to functions, and follows BARs as they move.
 //!
 //! A guest may put a BAR anywhere, also at 0 or over another one while it sizes it. An address is
 //! answered only inside the bus's windows, and by the function that took it first; RAM is never
@@ -220,6 +220,10 @@ impl Bus {
             return;
         }
         function.config_write(register, data);
+        let is_port = function.behind().is_some();
+        if is_port {
+            return;
+        }
         if touches(COMMAND..COMMAND + 2) || touches(BARS..BARS_END) {
             self.follow(devfn, &function);
         }
@@ -232,14 +236,19 @@ impl Bus {
         }
     }
 
-    /// The function an ECAM access is for; none if absent or beyond the conventional space.
+    /// The function an ECAM access is for, and its number, which is its port's if it is behind one; none if absent or
+    /// beyond the conventional space.
     fn target(&self, offset: u64, length: usize) -> Option<(u8, Arc<dyn Function>, u16)> {
-        let devfn = usize::try_from(offset >> 12).ok()?;
+        let number = usize::try_from(offset >> 12).ok()?;
         let register = usize::try_from(offset & 0xfff).ok()?;
         if register + length > SIZE {
             return None;
         }
-        let function = Arc::clone(read(&self.functions).get(devfn)?.function()?);
+        let functions = read(&self.functions);
+        let (devfn, function) = match functions.get(number) {
+            Some(place) => (number, Arc::clone(place.function()?)),
+            None => behind_a_port(&functions, number)?,
+        };
         Some((
             u8::try_from(devfn).ok()?,
             function,
@@ -251,7 +260,10 @@ impl Bus {
     fn has(&self, devfn: u8, function: &Arc<dyn Function>) -> bool {
         let functions = read(&self.functions);
         let found = functions.get(usize::from(devfn)).and_then(Place::function);
-        found.is_some_and(|found| Arc::ptr_eq(found, function))
+        found.is_some_and(|found| {
+            let is_it = |other: &Arc<dyn Function>| Arc::ptr_eq(other, function);
+            is_it(found) || found.behind().is_some_and(|(_, behind)| is_it(&behind))
+        })
     }
 
     /// Brings `decoded` up to date with one function and tells it what moved.
@@ -361,6 +373,18 @@ impl Bus {
 enum Found {
     Function(Arc<dyn Function>, u8, u64),
     Gone(u8),
+}
+
+/// The function at this number, counted over all buses, if the bus is behind a port: it is the only one there. And that of
+/// its port. A guest that gives several ports one bus finds the first.
+fn behind_a_port(functions: &[Place], number: usize) -> Option<(usize, Arc<dyn Function>)> {
+    let (bus, devfn) = (number / FUNCTIONS, number % FUNCTIONS);
+    let slots = functions.iter().enumerate().step_by(8).skip(FIRST_ALONE);
+    let mut behind = slots.filter_map(|(port, place)| {
+        let (secondary, function) = place.function()?.behind()?;
+        (usize::from(secondary) == bus).then_some((port, function))
+    });
+    behind.next().filter(|_| devfn == 0)
 }
 
 fn lowest_free(functions: &[Place]) -> Result<u8, BusFull> {

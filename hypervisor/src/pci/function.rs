@@ -1,5 +1,7 @@
 //! What the bus asks of a function. Everything written comes from the guest and is hostile.
 
+use std::sync::Arc;
+
 use super::bar::BarRange;
 use super::config::SIZE;
 
@@ -25,6 +27,10 @@ pub trait Function: Send + Sync {
     /// What each byte of its BARs reads as after it was taken from the bus without the guest's consent.
     fn reads_when_gone(&self) -> u8 {
         0xff
+    }
+    /// Of a port: the number of the bus behind it, as the guest has it now, and the one function there.
+    fn behind(&self) -> Option<(u8, Arc<dyn Function>)> {
+        None
     }
     /// A BAR became visible (`Some`) at an address or ceased to be.
     fn bar_moved(&self, bar: u8, old: Option<u64>, new: Option<u64>);

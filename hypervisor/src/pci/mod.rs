@@ -1,4 +1,4 @@
-//! PCI: one segment, one bus, functions with type-0 headers, MSI-X and nothing else.
+//! PCI: one segment, one bus and those behind root ports, functions with type-0 headers, MSI-X and nothing else.
 //!
 //! Configuration space is reached through ECAM alone: `0xCF8`/`0xCFC` is not implemented, so that
 //! each access is one exit and there is less to attack. Everything written here comes from the
@@ -11,6 +11,7 @@ mod function;
 pub mod host_bridge;
 pub mod mirror;
 pub mod msix;
+pub mod root_port;
 pub mod window;
 
 pub use bar::BarRange;

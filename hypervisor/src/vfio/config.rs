@@ -86,6 +86,30 @@ pub struct Written {
     pub msi: bool,
 }
 
+/// Whether a driver may want to see a root port above this device: a display or an accelerator that is an endpoint of
+/// PCI Express.
+#[must_use]
+pub fn wants_port(device: &[u8; SIZE]) -> bool {
+    const BASE_CLASS: usize = 0x0b;
+    /// Displays, accelerators.
+    const CLASSES: [u8; 2] = [0x03, 0x12];
+    if !CLASSES.contains(&device[BASE_CLASS]) || device[STATUS] & STATUS_CAPABILITY_LIST == 0 {
+        return false;
+    }
+    let mut at = usize::from(device[CAPABILITIES] & 0xfc);
+    for _ in 0..SIZE / 4 {
+        if at < FIRST_CAPABILITY {
+            break;
+        }
+        if device[at] == ID_EXPRESS {
+            // An endpoint, or a legacy one; not one that is a part of the root complex.
+            return device[at + 2] >> 4 < 2;
+        }
+        at = usize::from(device[at + 1] & 0xfc);
+    }
+    false
+}
+
 /// The filtered space.
 pub struct FilteredConfig {
     /// What is ours.
@@ -470,6 +494,24 @@ mod tests {
         );
         // Its registers are the device's.
         assert_eq!(read(&config, 0x84, 4), [0xdd; 4]);
+    }
+
+    #[test]
+    fn displays_and_accelerators_of_pci_express_want_a_port() {
+        let of = |class: u8, express: u8| {
+            let mut device = nvme();
+            device[0x0b] = class;
+            device[0x82] = express;
+            wants_port(&device)
+        };
+        assert!(of(0x03, 0x02) && of(0x12, 0x12));
+        // A part of the root complex; a disk; one that is none of PCI Express.
+        assert!(!of(0x03, 0x92) && !of(0x01, 0x02));
+        let mut plain = nvme();
+        (plain[0x0b], plain[0x80]) = (0x03, 0x09);
+        assert!(!wants_port(&plain));
+        plain[0x81] = 0x40;
+        assert!(!wants_port(&plain));
     }
 
     #[test]

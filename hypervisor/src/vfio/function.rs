@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, Weak};
 use slog::{Logger, info, warn};
 
 use super::bars::{MappedBars, MemorySlots};
-use super::config::{Bar, FilteredConfig, MsixCapability, Written};
+use super::config::{self, Bar, FilteredConfig, MsixCapability, Written};
 use super::device::{CONFIG_REGION, Device, Kind, Region, Vectors};
 use super::dma::GuestDma;
 use super::interrupts::Interrupts;
@@ -24,6 +24,7 @@ pub struct Prepared {
     bars: MappedBars,
     /// The interrupts that the guest may use.
     kind: Option<(Kind, Vectors)>,
+    wants_port: bool,
 }
 
 impl Prepared {
@@ -45,7 +46,12 @@ impl Prepared {
         let command = config.device_command().to_le_bytes();
         device.write(CONFIG_REGION, COMMAND.into(), &command)?;
         let bars = MappedBars::new(device, &config.bars, &regions, config.msix, slots)?;
-        Ok(Self { config, bars, kind })
+        Ok(Self {
+            config,
+            bars,
+            kind,
+            wants_port: config::wants_port(&space),
+        })
     }
 
     /// Its BARs, each to be put somewhere.
@@ -58,6 +64,12 @@ impl Prepared {
     #[must_use]
     pub fn vectors(&self) -> u16 {
         self.kind.map_or(0, |(_, vectors)| vectors.count)
+    }
+
+    /// It is to be behind a root port.
+    #[must_use]
+    pub fn wants_port(&self) -> bool {
+        self.wants_port
     }
 
     /// Puts a BAR at an address.
@@ -109,7 +121,9 @@ impl PassedThrough {
         routes: Arc<dyn Routes>,
         log: Logger,
     ) -> Self {
-        let Prepared { config, bars, kind } = prepared;
+        let Prepared {
+            config, bars, kind, ..
+        } = prepared;
         let made =
             kind.map(|(kind, vectors)| Interrupts::new(kind, vectors, owner.clone(), routes));
         Self {

@@ -57,7 +57,8 @@ pub const E1000E: Kind = Kind {
     vendor: "0x8086",
     device: "0x10d3",
 };
-/// A display. There are two: the second one has memory of 512 MiB, at addresses of 32 bits.
+/// A display. There are three: the second one has memory of 512 MiB, at addresses of 32 bits, and the third one is an
+/// endpoint of PCI Express behind a root port.
 pub const DISPLAY: Kind = Kind {
     vendor: "0x1234",
     device: "0x1111",

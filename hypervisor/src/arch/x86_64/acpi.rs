@@ -1,5 +1,6 @@
 //! Static, hardware-reduced ACPI tables (ACPI 6.5 §4.1): no SCI, no GPEs, no interrupt controller
-//! beside the local APICs, one PCI host bridge with exactly one bus.
+//! beside the local APICs, one PCI host bridge, whose other buses are behind ports that
+//! come with a device of the node.
 //!
 //! Everything here comes from the VMM's own configuration.
 
@@ -38,7 +39,7 @@ pub fn tables(platform: &Platform) -> Vec<u8> {
     let fadt = append(&mut image, &fadt(dsdt));
     let madt = append(&mut image, &madt(platform.vcpus));
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, REVISION);
-    mcfg.add_ecam(layout::ECAM.start, 0, 0, 0);
+    mcfg.add_ecam(layout::ECAM.start, 0, 0, layout::LAST_BUS);
     let mcfg = append(&mut image, &mcfg);
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
     for table in [fadt, madt, mcfg] {
@@ -143,7 +144,7 @@ fn motherboard(body: &mut Vec<u8>) {
 
 fn host_bridge(platform: &Platform, body: &mut Vec<u8>) {
     use aml::AddressSpaceCacheable::NotCacheable;
-    let bus = aml::AddressSpace::new_bus_number(0u16, 0u16);
+    let bus = aml::AddressSpace::new_bus_number(0u16, u16::from(layout::LAST_BUS));
     let low = aml::AddressSpace::new_memory(
         NotCacheable,
         true,

@@ -17,7 +17,8 @@ const MEMMAP_RESERVED: u32 = 2;
 ///
 /// - `earlyprintk` writes to the debug port; at log level 1 that is panics only.
 /// - `reboot=t panic=-1`: a triple fault ends the VM at once.
-/// - `pci=noearly` leaves out the port-I/O probes that find nothing here.
+/// - `pci=noearly` leaves out the port-I/O probes that find nothing here; `lastbus=0` the search of 31 buses that are
+///   behind no port (32 exits each).
 /// - `percpu_alloc=page`: memory by CPU grows in pieces of what the kernel's own takes (190 KiB). Else each piece is 2 MiB of
 ///   addresses, whose accounting takes 4 MiB at once, and the second piece comes with little.
 /// - `audit=0`: no audit thread; what is wanted of it is `/proc/PID/loginuid` alone.
@@ -25,7 +26,7 @@ const MEMMAP_RESERVED: u32 = 2;
 ///
 /// The log level comes before it: `earlyprintk` prints what was logged so far at the level it finds.
 const BASE: &str = "earlyprintk=serial,0x3f8,115200,keep reboot=t panic=-1 tsc=reliable \
-     no_timer_check rcupdate.rcu_expedited=1 random.trust_cpu=on pci=noearly swiotlb=noforce dummy.numdummies=0 \
+     no_timer_check rcupdate.rcu_expedited=1 random.trust_cpu=on pci=noearly,lastbus=0 swiotlb=noforce dummy.numdummies=0 \
      audit=0 percpu_alloc=page";
 
 /// Boot information did not fit or could not be written.

@@ -5,7 +5,7 @@
 //! 0xa_0000   reserved; ACPI tables at 0xe_0000
 //! 0x10_0000  RAM up to 3 GiB; the initramfs at its end
 //! 3 GiB      32-bit MMIO window: every BAR of a virtio function
-//! 0xe000_0000  ECAM of bus 0
+//! 0xe000_0000  ECAM
 //! 4 GiB      the rest of RAM, then the region of memory that may come later, then the 64-bit MMIO window
 //! ```
 
@@ -38,8 +38,10 @@ pub const HIMEM: u64 = 0x10_0000;
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// BARs of virtio functions, and 32-bit BARs of passed-through ones.
 pub const MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
-/// Enhanced configuration space of bus 0, the only bus: 1 MiB.
-pub const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
+/// The highest bus number: as many as bus 0 has slots, each of which may have a port.
+pub const LAST_BUS: u8 = 31;
+/// Enhanced configuration space, 1 MiB for each bus.
+pub const ECAM: Range<u64> = 0xe000_0000..0xe200_0000;
 /// The local APIC's page and the range for MSI writes.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// A page KVM needs on Intel CPUs without unrestricted guest mode.
@@ -115,6 +117,12 @@ pub fn ram(ram_bytes: u64) -> Vec<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_bus_has_its_mebibyte_of_configuration_space() {
+        assert_eq!(ECAM.end - ECAM.start, (u64::from(LAST_BUS) + 1) << 20);
+        const { assert!(MMIO32.end <= ECAM.start && ECAM.end <= LOCAL_APIC) };
+    }
 
     #[test]
     fn ram_never_overlaps_the_hole_or_the_64_bit_window() {

@@ -16,6 +16,8 @@ use crate::builder::error::StartError;
 use crate::control::{DeviceWord, SpaceConfig, VfioConfig, exit};
 use crate::jail::seccomp::{SeccompError, ThreadKind};
 use crate::notice::Notice;
+use crate::pci::Function;
+use crate::pci::root_port::RootPort;
 use crate::vfio::bars::MemorySlots;
 use crate::vfio::device::Word;
 use crate::vfio::dma::{Dma, DmaError, GuestDma};
@@ -239,7 +241,7 @@ impl Board {
         } = preparing;
         let outcome = outcome.recv().map_err(failed)?;
         let (mut prepared, dma) = outcome?;
-        let vectors = prepared.vectors();
+        let (vectors, wants_port) = (prepared.vectors(), prepared.wants_port());
         check_vectors(self.vectors + u32::from(vectors), self.vcpus)?;
         let needed = DESCRIPTORS + usize::from(vectors);
         descriptors::room_for(needed, self.max_files, &format!("device {name}"))?;
@@ -253,7 +255,12 @@ impl Board {
             log,
         )
         .beside(Weak::clone(&dma));
-        self.bus.fill(function, Arc::new(made));
+        let mut made: Arc<dyn Function> = Arc::new(made);
+        if wants_port {
+            // Slots are its buses' numbers, so no two ports begin with the same.
+            made = Arc::new(RootPort::above(made, function >> 3));
+        }
+        self.bus.fill(function, made);
         self.passthrough.dma = dma;
         self.vectors += u32::from(vectors);
         info!(self.log, "device plugged"; "device" => &name, "function" => function);

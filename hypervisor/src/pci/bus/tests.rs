@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::super::config::{ConfigSpace, Identity};
+use super::super::root_port::RootPort;
 use super::*;
 
 type Moves = Vec<(Option<u64>, Option<u64>)>;
@@ -219,6 +220,78 @@ fn a_function_alone_in_its_slot_has_nothing_beside_it_until_it_is_released() {
     assert!(bus.remove(30 << 3).is_some());
     bus.release(30 << 3);
     assert_eq!(bus.reserve().unwrap(), 30 << 3);
+}
+
+#[test]
+fn a_function_behind_a_port_is_on_the_bus_that_the_guest_gives_the_port() {
+    let bus = bus();
+    let slot = bus.reserve().unwrap();
+    let fake = Fake::new(0xc000_0000);
+    let behind: Arc<dyn Function> = Arc::<Fake>::clone(&fake);
+    bus.fill(slot, Arc::new(RootPort::above(behind, slot >> 3)));
+    let port = u64::from(slot) << 12;
+    let read = |at: u64| {
+        let mut value = [0; 4];
+        bus.ecam_read(at, &mut value);
+        u32::from_le_bytes(value)
+    };
+    let on = |number: u64, devfn: u64| number << 20 | devfn << 12;
+    assert_eq!(read(port), 0x000c_1b36);
+    assert_eq!(read(port + 0x18), 0x001f_1f00);
+    assert_eq!(read(on(31, 0)), 0x0002_0001);
+    // It is alone there, and nothing is on other buses.
+    for absent in [on(31, 1), on(31, 8), on(30, 0), on(1, 0), on(255, 0)] {
+        assert_eq!(read(absent), u32::MAX, "{absent:#x}");
+    }
+    // The guest's bus number; its command is no command of the function behind.
+    bus.ecam_write(on(31, 0) + 4, &[2, 0]);
+    assert!(bus.memory_read(0xc000_0000, &mut [0]));
+    bus.ecam_write(port + 0x18, &[0, 5, 5]);
+    bus.ecam_write(port + 4, &[0, 0]);
+    assert_eq!((read(on(31, 0)), read(on(5, 0))), (u32::MAX, 0x0002_0001));
+    assert!(bus.memory_read(0xc000_0000, &mut [0]));
+    bus.ecam_write(on(5, 0) + 0x10, &0xc000_1000u32.to_le_bytes());
+    assert!(bus.memory_read(0xc000_1000, &mut [0]));
+    // Bus 0 is not behind it, whatever the guest says.
+    bus.ecam_write(port + 0x18, &[0, 0, 0]);
+    assert_eq!(read(0), u32::MAX);
+    bus.ecam_write(port + 0x18, &[0, 5, 5]);
+    // They go together.
+    assert!(bus.remove(slot).is_some());
+    assert_eq!(lock(&fake.moves).last(), Some(&(Some(0xc000_1000), None)));
+    assert_eq!((read(port), read(on(5, 0))), (u32::MAX, u32::MAX));
+    bus.release(slot);
+    assert_eq!(bus.reserve().unwrap(), slot);
+}
+
+#[test]
+fn a_guest_changes_what_a_port_keeps_for_it_and_no_more() {
+    let bus = bus();
+    let slot = bus.reserve().unwrap();
+    bus.fill(slot, Arc::new(RootPort::above(Fake::new(0xc000_0000), 7)));
+    let port = u64::from(slot) << 12;
+    let mut before = [0; 256];
+    for (at, byte) in (0..).zip(&mut before) {
+        bus.ecam_read(port + at, std::slice::from_mut(byte));
+        bus.ecam_write(port + at, &[0xff]);
+    }
+    let mut after = [0; 256];
+    for (at, byte) in (0..).zip(&mut after) {
+        bus.ecam_read(port + at, std::slice::from_mut(byte));
+    }
+    // Identity, class, the kind of header and the capability are as they were.
+    for range in [0..4, 8..16, 0x34..0x3c, 0x40..0x48, 0x4c..0x50] {
+        assert_eq!(before[range.clone()], after[range]);
+    }
+    // Windows that can be at any place, of 64 bits where memory is prefetchable; no I/O.
+    assert_eq!(after[0x1c..0x1e], [0, 0]);
+    assert_eq!(
+        after[0x20..0x30],
+        [
+            0xf0, 0xff, 0xf0, 0xff, 0xf1, 0xff, 0xf1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+            0xff, 0xff
+        ]
+    );
 }
 
 #[test]

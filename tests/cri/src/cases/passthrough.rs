@@ -49,6 +49,11 @@ pub const CASES: &[Case] = &[
     case("passthrough", "a BAR of 64 GiB has its place", large),
     case(
         "passthrough",
+        "a display of PCI Express is behind a root port, which comes and goes with it",
+        port,
+    ),
+    case(
+        "passthrough",
         "what is written under load is what is read, with an interrupt for each",
         load,
     ),
@@ -345,6 +350,44 @@ fn by_own_node(suite: &mut Suite) -> Result<()> {
     first.remove()?;
     let again = by_own("again").start()?;
     write_and_read(&again, 1)
+}
+
+fn port(suite: &mut Suite) -> Result<()> {
+    only_brig(suite)?;
+    let (express, plain) = (Given::nth(DISPLAY, 2)?, Given::nth(DISPLAY, 0)?);
+    let pod = suite.run("port")?;
+    let observer = pod.container("observer", SLEEP).start()?;
+    let ports = "grep -l 0x0604 /sys/bus/pci/devices/*/class | wc -l";
+    for _ in 0..2 {
+        equal("ports", "0", observer.sh(ports)?)?;
+        let container = with(pod.container("main", SLEEP), &[&express]).start()?;
+        equal("ports", "1", container.sh(ports)?)?;
+        let place =
+            container.sh("readlink -f /sys/class/drm/card0/device && exec 3<> /dev/dri/card0")?;
+        contains(
+            "it is behind the port",
+            "/0000:00:1f.0/0000:1f:00.0",
+            &place,
+        )?;
+        // Its registers are where the guest has put them: by them its driver knows it.
+        equal(
+            "its driver",
+            "bochs-drm",
+            container.sh("basename $(readlink /sys/class/drm/card0/device/driver)")?,
+        )?;
+        let beside = with(pod.container("beside", SLEEP), &[&plain]).start()?;
+        equal("ports", "1", beside.sh(ports)?)?;
+        beside.sh("exec 3<> $(ls /dev/dri/card*)")?;
+        container.remove()?;
+        beside
+            .sh("exec 3<> $(ls /dev/dri/card*)")
+            .context("the other one works")?;
+        beside.remove()?;
+    }
+    for given in [&express, &plain] {
+        given.is_with("vfio-pci")?;
+    }
+    Ok(())
 }
 
 fn large(suite: &mut Suite) -> Result<()> {
