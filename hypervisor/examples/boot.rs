@@ -192,6 +192,7 @@ fn main() {
                 .iter()
                 .map(|_| NetConfig {
                     taps: vec![tap_index],
+                    vhosts: Vec::new(),
                     mac: [2, 0, 0, 0, 0, 1],
                     mtu: 1500,
                 })
@@ -210,6 +211,7 @@ fn main() {
             debugger: false,
             allow_slow_kvm: false,
             passthrough: false,
+            vhost: false,
             devices: Vec::new(),
         })),
         &fds,

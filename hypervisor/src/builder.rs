@@ -580,6 +580,7 @@ mod tests {
             debugger: false,
             allow_slow_kvm: false,
             passthrough: false,
+            vhost: false,
             devices: Vec::new(),
         }
     }

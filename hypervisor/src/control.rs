@@ -129,6 +129,8 @@ pub struct VmConfig {
     /// The VM may be given devices of the node while it runs: the control loop may start a thread that makes VFIO's
     /// calls.
     pub passthrough: bool,
+    /// Interfaces may be served by the node's vhost-net: the thread that they are on may make its calls.
+    pub vhost: bool,
     /// Devices of the node that are there when the guest boots. Its memory is pinned before it runs.
     pub devices: Vec<VfioConfig>,
 }
@@ -239,10 +241,21 @@ pub enum SpaceConfig {
 pub struct NetConfig {
     /// One tap descriptor per queue pair, opened with `IFF_VNET_HDR | IFF_NO_PI`.
     pub taps: Vec<FdIndex>,
+    /// One descriptor of `/dev/vhost-net` for each tap, which then moves the frames; none: the VMM does. Only in a VM with
+    /// [`VmConfig::vhost`].
+    pub vhosts: Vec<FdIndex>,
     /// MAC address of the guest's interface.
     pub mac: [u8; 6],
     /// MTU in bytes offered to the guest.
     pub mtu: u16,
+}
+
+impl NetConfig {
+    /// Whether the node's vhost-net moves the frames.
+    #[must_use]
+    pub fn by_vhost(&self) -> bool {
+        !self.vhosts.is_empty()
+    }
 }
 
 /// A virtio-blk device over raw files or a block device.

@@ -193,8 +193,21 @@ impl Routes for KvmRoutes {
         Ok(())
     }
 
+    fn disconnect(&self, route: &Route) -> io::Result<()> {
+        self.vm
+            .unregister_irqfd(&route.trigger, route.gsi)
+            .map_err(io::Error::from)
+    }
+
+    fn connect(&self, route: &Route) -> io::Result<()> {
+        // KVM looks whether the event was signalled before.
+        self.vm
+            .register_irqfd(&route.trigger, route.gsi)
+            .map_err(io::Error::from)
+    }
+
     fn release(&self, route: Route) {
-        // Closing the event would do it as well.
+        // It may be disconnected. Closing the event would do it as well.
         let _ = self.vm.unregister_irqfd(&route.trigger, route.gsi);
         // KVM's own table follows with the next update: a route that nothing signals is inert.
         lock(&self.table).retain(|entry| entry.gsi != route.gsi);

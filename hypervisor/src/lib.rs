@@ -9,6 +9,7 @@ pub mod builder;
 pub mod console;
 pub mod control;
 pub mod debugger;
+mod event;
 pub mod exits;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;

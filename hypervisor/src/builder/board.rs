@@ -21,7 +21,7 @@ use self::plug::Plugged;
 use super::descriptors::{self, Descriptors};
 use super::error::StartError;
 use crate::arch::x86_64::layout;
-use crate::control::{DeviceCounters, DiskConfig, DiskPiece, NetConfig, VmConfig, exit};
+use crate::control::{DeviceCounters, DiskConfig, DiskPiece, FdIndex, NetConfig, VmConfig, exit};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::kvm::{KvmIoEventFds, KvmMemorySlots, KvmRoutes};
 use crate::notice::{Notice, Notifier};
@@ -36,7 +36,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{self, Block};
 use crate::virtio::counts::DeviceCounts;
 use crate::virtio::fs::{Fs, FsHandle};
-use crate::virtio::net::Net;
+use crate::virtio::net::{Net, VhostNet};
 use crate::virtio::pci::capability::BAR_SIZE;
 use crate::virtio::pci::interrupt::VirtioInterrupt;
 use crate::virtio::pci::{Description, Services, VirtioPci};
@@ -94,6 +94,10 @@ pub struct Board {
     nets: usize,
     /// What was plugged into the running machine, by function.
     plugged: BTreeMap<u8, Plugged>,
+    /// Devices that must hear of more memory, by function.
+    followers: BTreeMap<u8, DeviceHandle>,
+    /// Interfaces may be served by vhost-net.
+    vhost: bool,
     /// What each virtio device on the bus has done, by function.
     counts: BTreeMap<u8, (&'static str, Arc<DeviceCounts>)>,
     /// Descriptors that the process may have open.
@@ -140,6 +144,8 @@ impl Board {
             net_worker: 0,
             nets: 0,
             plugged: BTreeMap::new(),
+            followers: BTreeMap::new(),
+            vhost: false,
             counts: BTreeMap::new(),
             max_files: descriptors::limit(),
             lockable: descriptors::lockable(),
@@ -209,7 +215,14 @@ impl Board {
         if config.devices.is_empty() {
             quiet.push(Box::new(Balloon::new(Arc::clone(&self.reclaim))));
         }
-        self.add("memory", ThreadKind::Worker, quiet)?;
+        self.vhost = config.vhost;
+        // Interfaces that come later run here if there is none now.
+        let (name, kind) = if config.vhost && config.nets.is_empty() {
+            ("memory-vhost", ThreadKind::VhostWorker)
+        } else {
+            ("memory", ThreadKind::Worker)
+        };
+        self.add(name, kind, quiet)?;
         self.quiet_worker = self.workers.len() - 1;
         self.net_worker = self.quiet_worker;
         self.add_nets(config, fds)?;
@@ -263,13 +276,18 @@ impl Board {
     fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for net in &config.nets {
-            devices.push(Box::new(new_net(net, fds)?));
+            devices.push(self.new_net(net, fds)?);
         }
         if devices.is_empty() {
             return Ok(());
         }
         self.nets = devices.len();
-        self.add("net", ThreadKind::Worker, devices)?;
+        let (name, kind) = if config.vhost {
+            ("net-vhost", ThreadKind::VhostWorker)
+        } else {
+            ("net", ThreadKind::Worker)
+        };
+        self.add(name, kind, devices)?;
         self.net_worker = self.workers.len() - 1;
         Ok(())
     }
@@ -341,6 +359,7 @@ impl Board {
         let multi_function = self.bus.next()?.is_multiple_of(8);
         let base = self.low.allocate(BAR_SIZE)?;
         let counts = Arc::clone(part.interrupt.counts());
+        let follower = part.description.follows_memory().then(|| handle.clone());
         let function = VirtioPci::new(
             &part.description,
             handle,
@@ -357,7 +376,34 @@ impl Board {
         let name = part.description.name();
         let number = self.bus.add(Arc::new(function))?;
         self.counts.insert(number, (name, counts));
+        if let Some(handle) = follower {
+            self.followers.insert(number, handle);
+        }
         Ok((number, base))
+    }
+
+    fn new_net(
+        &self,
+        net: &NetConfig,
+        fds: &mut Descriptors,
+    ) -> Result<Box<dyn VirtioDevice>, StartError> {
+        let mut take = |indexes: &[FdIndex], what| {
+            let taken = indexes.iter().map(|index| fds.take(*index, what));
+            taken.collect::<Result<Vec<_>, _>>()
+        };
+        let taps = take(&net.taps, "tap")?;
+        let vhosts = take(&net.vhosts, "vhost-net")?;
+        if vhosts.is_empty() {
+            let device = Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))?;
+            return Ok(Box::new(device));
+        }
+        if !self.vhost {
+            return Err(StartError::Invalid(
+                "an interface has vhost-net in a VM that was started without".to_owned(),
+            ));
+        }
+        let device = VhostNet::new(taps, vhosts, &self.memory, net.mac, net.mtu);
+        Ok(Box::new(device.map_err(device_error("vhost-net"))?))
     }
 }
 
@@ -365,12 +411,6 @@ impl Board {
 struct Part {
     description: Description,
     interrupt: Arc<VirtioInterrupt>,
-}
-
-fn new_net(net: &NetConfig, fds: &mut Descriptors) -> Result<Net, StartError> {
-    let taps = net.taps.iter().map(|tap| fds.take(*tap, "tap"));
-    let taps = taps.collect::<Result<Vec<_>, _>>()?;
-    Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))
 }
 
 fn new_disk(disk: &DiskConfig, queues: u16, fds: &mut Descriptors) -> Result<Block, StartError> {

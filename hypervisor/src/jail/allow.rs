@@ -89,6 +89,8 @@ pub enum ThreadKind {
     DebuggedVcpu,
     /// Queues of vsock, net, rng, balloon, console.
     Worker,
+    /// The same in a VM whose interfaces may be served by the node's vhost-net: the thread that they are on.
+    VhostWorker,
     /// A disk's queue, and what of it takes its time.
     Disk,
     /// The file server's thread, and what of it takes its time.
@@ -143,7 +145,7 @@ impl ThreadKind {
 
 /// All of them.
 #[cfg(any(test, feature = "jail-probe"))]
-pub(super) const KINDS: [ThreadKind; 12] = [
+pub(super) const KINDS: [ThreadKind; 13] = [
     ThreadKind::Main,
     ThreadKind::MainWithDevices,
     ThreadKind::MainWithCpus,
@@ -154,6 +156,7 @@ pub(super) const KINDS: [ThreadKind; 12] = [
     ThreadKind::CapturedVcpu,
     ThreadKind::DebuggedVcpu,
     ThreadKind::Worker,
+    ThreadKind::VhostWorker,
     ThreadKind::Disk,
     ThreadKind::Fs,
 ];
@@ -413,6 +416,23 @@ const WORKER_IOCTL: [u32; 8] = [
     0x0000_127f, // BLKZEROOUT
 ];
 
+/// The rings of an interface and guest memory, for the node's kernel to serve, and which of a tap's queues get frames.
+const VHOST: &[Allowed] = allow![SYS_ioctl one_of(1, &VHOST_IOCTL),];
+
+const VHOST_IOCTL: [u32; 11] = [
+    0x4008_af00, // VHOST_SET_FEATURES
+    0x0000_af01, // VHOST_SET_OWNER
+    0x4008_af03, // VHOST_SET_MEM_TABLE
+    0x4008_af10, // VHOST_SET_VRING_NUM
+    0x4028_af11, // VHOST_SET_VRING_ADDR
+    0x4008_af12, // VHOST_SET_VRING_BASE
+    0x4008_af20, // VHOST_SET_VRING_KICK
+    0x4008_af21, // VHOST_SET_VRING_CALL
+    0x4008_af22, // VHOST_SET_VRING_ERR
+    0x4008_af30, // VHOST_NET_SET_BACKEND
+    0x4004_54d9, // TUNSETQUEUE
+];
+
 /// A device of the node, and guest memory for it. Its interrupts' events and its BARs' memory slots are made and
 /// taken by whichever thread the guest's write came to.
 const VFIO: &[Allowed] = allow![
@@ -506,6 +526,7 @@ pub fn system_calls(kind: ThreadKind) -> impl Iterator<Item = &'static Allowed> 
         ThreadKind::CapturedVcpu => [VCPU, CAPTURE, &[], &[], &[], &[], &[], &[]],
         ThreadKind::DebuggedVcpu => [VCPU, DEBUG, &[], &[], &[], &[], &[], &[]],
         ThreadKind::Worker => [EPOLL, WORKER, &[], &[], &[], &[], &[], &[]],
+        ThreadKind::VhostWorker => [EPOLL, WORKER, VHOST, &[], &[], &[], &[], &[]],
         ThreadKind::Disk => [EPOLL, WORKER, THREADS, &[], &[], &[], &[], &[]],
         ThreadKind::Fs => [EPOLL, FS, THREADS, &[], &[], &[], &[], &[]],
     };
@@ -650,6 +671,10 @@ mod tests {
             let devices = kind == ThreadKind::Vfio || kind.gives_devices();
             for request in kernel::REQUESTS.into_iter().chain(space::REQUESTS) {
                 assert_eq!(can(kind, libc::SYS_ioctl, request), devices, "{kind:?}");
+            }
+            for request in VHOST_IOCTL {
+                let serves = kind == ThreadKind::VhostWorker;
+                assert_eq!(can(kind, libc::SYS_ioctl, request), serves, "{kind:?}");
             }
             assert_eq!(can(kind, libc::SYS_setresuid, 0), kind == ThreadKind::Fs);
             for call in system_calls(kind).filter(|call| call.number == libc::SYS_setresuid) {

@@ -3,13 +3,17 @@
 //! The table is the guest's and may hold anything: a message can only interrupt the guest's own
 //! CPUs. Each change of a route costs KVM the whole routing table and a grace period, so routes are
 //! made when a function first interrupts, for all its vectors at once: what the guest writes before,
-//! masked or twice, costs nothing, nor do vectors of a device that is never used.
+//! masked or twice, costs nothing, nor do vectors of a device that is never used. A vector may be lent: somebody else, the
+//! node's kernel, then signals its event, and the route follows what the guest writes at once.
 
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::event::borrow_event;
 use crate::sync::lock;
 
 /// Bytes of a table entry.
@@ -47,6 +51,16 @@ pub trait Routes: Send + Sync {
     /// # Errors
     /// If the hypervisor refuses.
     fn update(&self, routes: &[(u32, Message)]) -> io::Result<()>;
+    /// Lets what signals a source interrupt nobody for now: it stays in the source's event.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    fn disconnect(&self, route: &Route) -> io::Result<()>;
+    /// Ends that; what was signalled meanwhile is delivered.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    fn connect(&self, route: &Route) -> io::Result<()>;
     /// Takes a source back: nothing signals it any more.
     fn release(&self, route: Route);
 }
@@ -59,6 +73,13 @@ struct Vector {
     pending: bool,
     route: Option<Route>,
     routed: Option<Message>,
+    lent: Option<Lent>,
+}
+
+/// A vector whose event somebody else signals.
+struct Lent {
+    /// What is signalled interrupts the guest.
+    connected: bool,
 }
 
 impl Vector {
@@ -110,6 +131,7 @@ impl Msix {
         let mut state = lock(&self.state);
         state.enabled = enabled;
         state.function_masked = function_masked;
+        self.follow(&mut state)?;
         self.deliver_pending(&mut state)
     }
 
@@ -143,7 +165,43 @@ impl Msix {
         vector.address = part(0..8);
         vector.data = u32::try_from(part(8..12)).unwrap_or(0);
         vector.control = u32::try_from(part(12..16)).unwrap_or(0) & MASKED;
+        if vector.lent.is_some() {
+            self.follow(&mut state)?;
+        }
         self.deliver_pending(&mut state)
+    }
+
+    /// The event of a vector, for somebody who signals it without asking here; none if there is no such vector. What the
+    /// guest masks is kept in the event until it is unmasked.
+    ///
+    /// # Errors
+    /// If the route could not be made.
+    pub fn lend(&self, index: u16) -> io::Result<Option<EventFd>> {
+        let mut state = lock(&self.state);
+        let Some(vector) = state.vectors.get_mut(usize::from(index)) else {
+            return Ok(None);
+        };
+        if vector.route.is_none() {
+            vector.route = Some(self.routes.allocate()?);
+        }
+        let route = vector.route.as_ref();
+        let event = route.map(|route| route.trigger.try_clone()).transpose()?;
+        // A source is connected when it is allocated.
+        vector.lent.get_or_insert(Lent { connected: true });
+        self.follow(&mut state)?;
+        Ok(event)
+    }
+
+    /// Takes back all that was lent. Nobody signals it any more.
+    pub fn take_back(&self) {
+        for vector in &mut lock(&self.state).vectors {
+            if vector.lent.take().is_some()
+                && let Some(route) = vector.route.take()
+            {
+                vector.routed = None;
+                self.routes.release(route);
+            }
+        }
     }
 
     /// Reads the pending bits; `offset` from their start.
@@ -156,7 +214,7 @@ impl Msix {
                     .checked_mul(8)
                     .and_then(|first| usize::try_from(first + bit).ok())
                     .and_then(|index| state.vectors.get(index))
-                    .is_some_and(|vector| vector.pending);
+                    .is_some_and(Vector::is_pending);
                 *byte |= u8::from(pending) << bit;
             }
         }
@@ -176,6 +234,9 @@ impl Msix {
         let Some(vector) = state.vectors.get_mut(usize::from(index)) else {
             return Ok(());
         };
+        if vector.lent.is_some() {
+            return vector.signal();
+        }
         if masked || vector.masked() {
             vector.pending = true;
             return Ok(());
@@ -184,6 +245,32 @@ impl Msix {
             self.route(&mut state)?;
         }
         state.vectors[usize::from(index)].signal()
+    }
+
+    /// Brings the sources of lent vectors up to date with the table.
+    fn follow(&self, state: &mut State) -> io::Result<()> {
+        let open = state.enabled && !state.function_masked;
+        let unrouted = |vector: &Vector| {
+            open && vector.lent.is_some() && !vector.masked() && !vector.is_routed()
+        };
+        if state.vectors.iter().any(unrouted) {
+            self.route(state)?;
+        }
+        for vector in &mut state.vectors {
+            let wanted = open && !vector.masked();
+            let (Some(lent), Some(route)) = (&mut vector.lent, &vector.route) else {
+                continue;
+            };
+            if lent.connected != wanted {
+                if wanted {
+                    self.routes.connect(route)?;
+                } else {
+                    self.routes.disconnect(route)?;
+                }
+                lent.connected = wanted;
+            }
+        }
+        Ok(())
     }
 
     /// Delivers what became deliverable.
@@ -245,6 +332,17 @@ impl Vector {
         self.route.is_some() && self.routed == Some(self.message())
     }
 
+    /// Of one that is lent it is in its event, which is read by whoever takes the interrupt.
+    fn is_pending(&self) -> bool {
+        match (&self.lent, &self.route) {
+            (Some(Lent { connected: false }), Some(route)) => {
+                let mut event = [PollFd::new(borrow_event(&route.trigger), PollFlags::POLLIN)];
+                ppoll(&mut event, Some(TimeSpec::new(0, 0)), None).is_ok_and(|ready| ready > 0)
+            }
+            _ => self.pending,
+        }
+    }
+
     fn signal(&self) -> io::Result<()> {
         match &self.route {
             Some(route) => route.trigger.write(1),
@@ -280,6 +378,8 @@ pub(crate) mod fake {
         pub(crate) updates: Mutex<Vec<Vec<(u32, Message)>>>,
         pub(crate) triggers: Mutex<Vec<EventFd>>,
         pub(crate) released: Mutex<Vec<u32>>,
+        /// Sources that interrupt nobody.
+        pub(crate) disconnected: Mutex<Vec<u32>>,
     }
 
     impl Routes for FakeRoutes {
@@ -294,7 +394,20 @@ pub(crate) mod fake {
             lock(&self.updates).push(routes.to_vec());
             Ok(())
         }
+        fn disconnect(&self, route: &Route) -> io::Result<()> {
+            let mut disconnected = lock(&self.disconnected);
+            assert!(!disconnected.contains(&route.gsi), "twice");
+            disconnected.push(route.gsi);
+            Ok(())
+        }
+        fn connect(&self, route: &Route) -> io::Result<()> {
+            let mut disconnected = lock(&self.disconnected);
+            assert!(disconnected.contains(&route.gsi), "twice");
+            disconnected.retain(|gsi| *gsi != route.gsi);
+            Ok(())
+        }
         fn release(&self, route: Route) {
+            lock(&self.disconnected).retain(|gsi| *gsi != route.gsi);
             lock(&self.released).push(route.gsi);
         }
     }
@@ -391,7 +504,89 @@ mod tests {
         assert_eq!(*lock(&routes.released), [24, 25]);
     }
 
+    #[test]
+    fn a_lent_vector_is_routed_at_once_and_follows_every_mask() {
+        let routes = Arc::new(FakeRoutes::default());
+        let msix = Msix::new(3, Arc::<FakeRoutes>::clone(&routes));
+        let silent = || !lock(&routes.disconnected).is_empty();
+        write_entry(&msix, 1, ONE, false);
+        msix.control(true, false).unwrap();
+        let event = msix.lend(1).unwrap().unwrap();
+        assert_eq!(*lock(&routes.updates), [vec![(24, ONE)]]);
+        assert!(!silent());
+        // Another CPU: the message changes while the vector is masked.
+        write_entry(&msix, 1, ONE, true);
+        assert!(silent());
+        event.write(1).unwrap();
+        let mut pending = [0u8; 8];
+        msix.pending_read(0, &mut pending);
+        assert_eq!(pending[0], 2);
+        write_entry(&msix, 1, TWO, false);
+        assert!(!silent());
+        assert_eq!(lock(&routes.updates)[1], [(24, TWO)]);
+        for (enabled, masked) in [(true, true), (false, false)] {
+            msix.control(enabled, masked).unwrap();
+            assert!(silent());
+            msix.control(true, false).unwrap();
+            assert!(!silent());
+        }
+        assert_eq!(lock(&routes.updates).len(), 2);
+        // Our own say goes the same way.
+        event.read().unwrap();
+        msix.trigger(1).unwrap();
+        assert_eq!(event.read().unwrap(), 1);
+        assert!(msix.lend(3).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_vector_that_is_lent_while_it_is_masked_interrupts_once_it_is_not() {
+        let routes = Arc::new(FakeRoutes::default());
+        let msix = Msix::new(1, Arc::<FakeRoutes>::clone(&routes));
+        msix.lend(0).unwrap();
+        assert_eq!(*lock(&routes.disconnected), [24]);
+        msix.control(true, false).unwrap();
+        assert_eq!(*lock(&routes.disconnected), [24]);
+        assert!(lock(&routes.updates).is_empty());
+        write_entry(&msix, 0, ONE, false);
+        assert!(lock(&routes.disconnected).is_empty());
+        assert_eq!(*lock(&routes.updates), [vec![(24, ONE)]]);
+        msix.take_back();
+        assert_eq!(*lock(&routes.released), [24]);
+        // It is ours again, with a source of its own.
+        msix.trigger(0).unwrap();
+        assert_eq!(lock(&routes.updates)[1], [(25, ONE)]);
+    }
+
     proptest! {
+        /// Whatever a guest writes: what is signalled reaches it exactly while its vector may interrupt, by the message that
+        /// the table holds.
+        #[test]
+        fn lent_vectors_follow_the_table(
+            steps in prop::collection::vec((0u64..2, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()), 1..40)
+        ) {
+            let routes = Arc::new(FakeRoutes::default());
+            let msix = Msix::new(2, Arc::<FakeRoutes>::clone(&routes));
+            for index in 0..2 {
+                msix.lend(index).unwrap();
+            }
+            let mut table = [(Message { address: 0, data: 0 }, true); 2];
+            for (index, first, masked, enabled, all_masked) in steps {
+                let message = if first { ONE } else { TWO };
+                write_entry(&msix, index, message, masked);
+                table[usize::try_from(index).unwrap()] = (message, masked);
+                msix.control(enabled, all_masked).unwrap();
+                for (gsi, (message, masked)) in (24..).zip(&table) {
+                    let open = enabled && !all_masked && !masked;
+                    prop_assert_eq!(!lock(&routes.disconnected).contains(&gsi), open);
+                    let updates = lock(&routes.updates);
+                    let by = updates.iter().flatten().rev().find(|(of, _)| *of == gsi);
+                    if open {
+                        prop_assert_eq!(by.map(|(_, by)| *by), Some(*message));
+                    }
+                }
+            }
+        }
+
         #[test]
         fn any_table_accesses_end_without_a_panic(
             accesses in prop::collection::vec((0u64..200, 1usize..9, any::<u64>(), any::<bool>()), 0..60)
@@ -404,8 +599,13 @@ mod tests {
                 msix.pending_read(value, &mut [0; 8][..length]);
                 msix.control(flag, value & 1 == 1).unwrap();
                 msix.trigger(u16::try_from(offset).unwrap()).unwrap();
+                if value & 6 == 6 {
+                    msix.lend(u16::try_from(offset).unwrap()).unwrap();
+                }
             }
             prop_assert!(lock(&routes.triggers).len() <= 4);
+            msix.take_back();
+            prop_assert!(lock(&routes.disconnected).is_empty());
         }
     }
 }

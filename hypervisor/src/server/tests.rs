@@ -63,6 +63,7 @@ fn start(vcpus: u8) -> RequestBody {
         debugger: false,
         allow_slow_kvm: true,
         passthrough: false,
+        vhost: false,
         devices: Vec::new(),
     }))
 }

@@ -43,6 +43,12 @@ pub trait Interrupt: Send + Sync {
     /// # Errors
     /// If the event could not be signalled.
     fn queue(&self, index: u16) -> io::Result<()>;
+    /// The event of a queue's notification, for the node's kernel to signal; none if the driver wants none. It is good until
+    /// the device is reset, before which nobody may be left who signals it.
+    ///
+    /// # Errors
+    /// If there is none to be had.
+    fn event(&self, index: u16) -> io::Result<Option<EventFd>>;
     /// Configuration change notification.
     ///
     /// # Errors
@@ -134,6 +140,10 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> Vec<u16>;
     /// The configuration space, shared with the transport.
     fn config(&self) -> Arc<dyn ConfigSpace>;
+    /// Whether somebody else knows the guest's memory, who must hear of more of it before the guest does: see [`Self::refresh`].
+    fn follows_memory(&self) -> bool {
+        false
+    }
     /// Takes the queues and registers what it waits for (each queue's kick at least).
     ///
     /// # Errors
@@ -165,7 +175,7 @@ pub trait VirtioDevice: Send {
     fn catch_up(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
-    /// Looks again at what the device stands on: it may have another size.
+    /// Looks again at what the device stands on: it may have another size, as the guest's memory may.
     ///
     /// # Errors
     /// As those of [`Self::process`].

@@ -5,7 +5,6 @@
 //! notifications in the same way.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -17,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, ChainError};
 use super::{Activation, ActiveQueue, DeviceError, GuestMemory, Interrupt, Sources};
+use crate::event::borrow_event;
 
 /// A chain that nobody has read, with the memory that it is in.
 pub type Descriptors = virtio_queue::DescriptorChain<Arc<GuestMemoryMmap>>;
@@ -284,13 +284,6 @@ impl Ring {
             source,
         }
     }
-}
-
-/// The descriptor of an event, to wait on it.
-#[must_use]
-pub fn borrow_event(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open for as long as `event`, which the result borrows.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// An activation taken apart, with the queues that the device cannot do without.

@@ -58,6 +58,10 @@ impl Interrupt for Interrupts {
         Ok(())
     }
 
+    fn event(&self, _index: u16) -> io::Result<Option<EventFd>> {
+        EventFd::new(EFD_NONBLOCK).map(Some)
+    }
+
     fn config(&self) -> io::Result<()> {
         self.config.fetch_add(1, Ordering::SeqCst);
         Ok(())

@@ -25,7 +25,7 @@ enum Command {
     Add(u32, Slot),
     Activate(u32, Box<Activation>),
     Deactivate(u32, SyncSender<()>),
-    Refresh(u32),
+    Refresh(u32, Option<SyncSender<()>>),
     Remove(u32, OnRemoved),
     Stop,
 }
@@ -74,7 +74,16 @@ impl DeviceHandle {
 
     /// Lets the device look again at what it stands on. Returns at once.
     pub fn refresh(&self) {
-        self.send(Command::Refresh(self.slot));
+        self.send(Command::Refresh(self.slot, None));
+    }
+
+    /// As [`Self::refresh`]; the receiver gets one message when the device has looked, and is disconnected if the worker is
+    /// gone.
+    #[must_use]
+    pub fn refreshed(&self) -> Receiver<()> {
+        let (done, receiver) = sync_channel(1);
+        self.send(Command::Refresh(self.slot, Some(done)));
+        receiver
     }
 
     /// Takes the device from its worker: in-flight I/O is drained, and when the device has been dropped, with
@@ -280,7 +289,13 @@ impl Thread {
                     // A transport that stopped waiting has dropped its end.
                     let _ = done.send(());
                 }
-                Ok(Command::Refresh(slot)) => self.refresh(slot),
+                Ok(Command::Refresh(slot, done)) => {
+                    self.refresh(slot);
+                    // One that stopped waiting has dropped its end.
+                    if let Some(done) = done {
+                        let _ = done.send(());
+                    }
+                }
                 Ok(Command::Remove(slot, removed)) => {
                     self.deactivate(slot);
                     self.slots.remove(&slot);

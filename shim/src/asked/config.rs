@@ -95,6 +95,8 @@ pub struct Config {
     pub file_systems: FileSystems,
     /// What becomes of a pod whose packet filter its guest cannot have.
     pub netfilter: Netfilter,
+    /// The node's vhost-net moves the frames of interfaces, where the node has it.
+    pub vhost_net: bool,
     /// Keys that a pod may set for itself, as annotations.
     pub pod_annotations: Vec<Key>,
     /// Where the keys have their values from whose values are not the defaults.
@@ -207,6 +209,7 @@ struct File {
     max_files: Option<u64>,
     file_systems: Option<Vec<String>>,
     netfilter: Option<Netfilter>,
+    vhost_net: Option<bool>,
     pod_annotations: Option<Vec<Key>>,
 }
 
@@ -261,6 +264,7 @@ impl Config {
             max_files: 524_288,
             file_systems: FileSystems::default(),
             netfilter: Netfilter::Require,
+            vhost_net: false,
             pod_annotations: Vec::new(),
             origins: Origins::new(),
         }
@@ -313,6 +317,7 @@ impl Config {
         whole.shutdown_grace = file.shutdown_grace.unwrap_or(whole.shutdown_grace);
         whole.max_files = file.max_files.unwrap_or(whole.max_files);
         whole.netfilter = file.netfilter.unwrap_or(whole.netfilter);
+        whole.vhost_net = file.vhost_net.unwrap_or(whole.vhost_net);
         if let Some(keys) = file.pod_annotations {
             whole.pod_annotations = keys;
         }

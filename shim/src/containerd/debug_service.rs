@@ -154,6 +154,20 @@ impl Handler {
                 "maxVcpus": vm.most_cpus(),
             })
         });
+        let interfaces: Vec<Value> = pod
+            .vm
+            .iter()
+            .flat_map(|vm| vm.interfaces())
+            .map(|interface| {
+                let octets = interface.mac.map(|octet| format!("{octet:02x}"));
+                let frames = if interface.by_vhost {
+                    "vhost-net"
+                } else {
+                    "brig-vmm"
+                };
+                json!({ "mac": octets.join(":"), "framesBy": frames })
+            })
+            .collect();
         let devices: Vec<Value> = devices
             .into_iter()
             .map(|(group, functions, holder)| {
@@ -199,6 +213,7 @@ impl Handler {
             "logLevel": self.level_name(),
             "config": pod.config.as_ref().map(keys::in_force),
             "netns": pod.netns,
+            "interfaces": interfaces,
             "cgroup": pod.cgroup.as_ref().map(|cgroup| cgroup.dirs().to_vec()),
             "devices": devices,
             "disks": disks,

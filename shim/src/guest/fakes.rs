@@ -198,6 +198,7 @@ impl Host for FakeHost {
             debugger: plan.config.debug,
             allow_slow_kvm: false,
             passthrough: false,
+            vhost: false,
             devices: Vec::new(),
         };
         Ok(Launched {

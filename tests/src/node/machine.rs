@@ -148,6 +148,7 @@ impl Machine {
         if let Some(tap) = &boot.tap {
             nets.push(NetConfig {
                 taps: vec![fds.len()],
+                vhosts: Vec::new(),
                 mac: [0x02, 0, 0, 0, 0, 1],
                 mtu: 1500,
             });
@@ -202,6 +203,7 @@ impl Machine {
             debugger: false,
             allow_slow_kvm: false,
             passthrough: false,
+            vhost: false,
             devices: Vec::new(),
         };
         let id = machine.number();

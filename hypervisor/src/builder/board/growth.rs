@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use slog::info;
 use vm_memory::{GuestAddressSpace as _, GuestMemory as _, GuestMemoryRegion as _};
@@ -17,8 +19,13 @@ use crate::builder::error::StartError;
 use crate::memory::{self, MemoryError};
 use crate::vfio::bars::MemorySlots as _;
 use crate::virtio::mem::{BLOCK, Mem, MemHandle};
+use crate::virtio::net::MAX_VHOST_REGIONS;
 use crate::virtio::pci::interrupt::VirtioInterrupt;
+use crate::virtio::worker::DeviceHandle;
 use crate::virtio::{GuestMemory, Interrupt as _};
+
+/// What a device has to hear of more memory.
+const FOLLOW_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The region for more memory.
 pub(super) struct Growth {
@@ -147,6 +154,12 @@ impl Board {
         if bytes <= growth.mapped {
             return Ok(());
         }
+        let pieces = self.memory.memory().num_regions();
+        if !self.followers.is_empty() && pieces >= MAX_VHOST_REGIONS {
+            return Err(StartError::Limit(format!(
+                "the VM's memory has grown in {pieces} pieces, and vhost-net takes no more"
+            )));
+        }
         let (start, length) = (growth.region.start + growth.mapped, bytes - growth.mapped);
         let part = memory::more(start, length)?;
         let host = part.as_ptr() as u64;
@@ -164,6 +177,24 @@ impl Board {
             Err(poisoned) => poisoned.into_inner().replace(grown),
         }
         growth.mapped = bytes;
+        self.tell_followers()
+    }
+
+    /// Before the guest may put anything of theirs into new memory.
+    fn tell_followers(&self) -> Result<(), StartError> {
+        let told: Vec<_> = self
+            .followers
+            .values()
+            .map(DeviceHandle::refreshed)
+            .collect();
+        for done in told {
+            // A worker that is gone has said so; the VM is ending.
+            if done.recv_timeout(FOLLOW_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+                return Err(StartError::State(
+                    "the VM's interfaces are slow to hear of more memory; try again".to_owned(),
+                ));
+            }
+        }
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use slog::{info, o};
 
-use super::{Board, MAX_DEVICES, check_vectors, disk_queues, new_disk, new_net};
+use super::{Board, MAX_DEVICES, check_vectors, disk_queues, new_disk};
 use crate::builder::descriptors::{self, Descriptors};
 use crate::builder::error::StartError;
 use crate::control::{DeviceConfig, exit};
@@ -85,8 +85,8 @@ impl Board {
                         "at most {MAX_DEVICES} network interfaces are possible"
                     )));
                 }
-                let device = new_net(net, fds)?;
-                let (function, _) = self.plug_virtio(Box::new(device), Place::Shared)?;
+                let device = self.new_net(net, fds)?;
+                let (function, _) = self.plug_virtio(device, Place::Shared)?;
                 self.nets += 1;
                 Ok(Plugging::Done(function))
             }
@@ -191,6 +191,7 @@ impl Board {
             )));
         };
         plugged.leaving = true;
+        self.followers.remove(&function);
         // With it go its mapped BARs.
         drop(self.bus.remove(function));
         let notifier = self.notifier.clone();

@@ -91,8 +91,8 @@ pub fn difference(thread: i32, kind: ThreadKind) -> io::Result<Option<String>> {
     )))
 }
 
-/// What is wrong with the filters of a VMM's threads, one sentence each. KVM's own helpers have that of their
-/// creator and are left out.
+/// What is wrong with the filters of a VMM's threads, one sentence each. Helpers of KVM and vhost, which are the kernel's own,
+/// have that of their creator and are left out.
 ///
 /// # Errors
 /// As [`difference`], or if the process has ended.
@@ -101,7 +101,7 @@ pub fn differences(pid: u32) -> io::Result<Vec<String>> {
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         let task = task?;
         let name = fs::read_to_string(task.path().join("comm"))?;
-        if name.starts_with("kvm-") {
+        if name.starts_with("kvm-") || name.starts_with("vhost-") {
             continue;
         }
         let thread = task.file_name().to_string_lossy().parse();
@@ -118,6 +118,7 @@ pub fn kind(name: &str) -> ThreadKind {
         "brig-vmm" => ThreadKind::Main,
         "fs" | "fs-io" => ThreadKind::Fs,
         "block" | "block-io" | "block-queue" => ThreadKind::Disk,
+        "net-vhost" | "memory-vhost" => ThreadKind::VhostWorker,
         "vfio" => ThreadKind::Vfio,
         name if name.starts_with("vcpu") && name.ends_with("-debug") => ThreadKind::DebuggedVcpu,
         name if name.starts_with("vcpu") => ThreadKind::Vcpu,

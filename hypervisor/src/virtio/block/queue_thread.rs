@@ -15,8 +15,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::service::{self, Job, Service};
+use crate::event::borrow_event;
 use crate::virtio::helpers::Helpers;
-use crate::virtio::ring::{Ring, borrow_event};
+use crate::virtio::ring::Ring;
 use crate::virtio::{DeviceError, Sources};
 
 /// As it is seen among the threads of the VMM.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::header::feature;
@@ -79,13 +79,7 @@ impl Net {
     /// As [`Self::new`], with taps that are set up.
     pub(super) fn with_taps(taps: Vec<Tap>, mac: [u8; 6], mtu: u16) -> Self {
         let mtu = mtu.max(MIN_MTU);
-        // At most MAX_PAIRS.
-        let pairs = u16::try_from(taps.len()).unwrap_or(1);
-        let mut config = mac.to_vec();
-        // `status` is not offered, so it stays zero.
-        config.extend([0, 0]);
-        config.extend(pairs.to_le_bytes());
-        config.extend(mtu.to_le_bytes());
+        let config = configuration(mac, taps.len(), mtu);
         let lanes = taps
             .into_iter()
             .map(|tap| Lane {
@@ -166,18 +160,8 @@ impl Net {
         };
         let memory = active.memory.memory();
         let pairs = active.pairs.len();
-        let in_use = &mut active.in_use;
-        let done = ring.drain(&memory, &*active.interrupt, CONTROL_BUDGET, |mut chain| {
-            let answer = match asked_pairs(&mut chain) {
-                Some(count) if (1..=pairs).contains(&count) => {
-                    *in_use = count;
-                    ACK
-                }
-                _ => REFUSED,
-            };
-            let written = chain.writable.copy_from(&[answer]);
-            Ok((chain.head, u32::from(written > 0)))
-        })?;
+        let (asked, done) = serve_control(ring, &memory, &*active.interrupt, pairs)?;
+        active.in_use = asked.unwrap_or(active.in_use);
         if done {
             // Frames may be waiting for a pair that is now in use.
             for pair in 0..self.lanes.len() {
@@ -186,6 +170,78 @@ impl Net {
         }
         Ok(())
     }
+}
+
+/// `struct virtio_net_config` up to `mtu`, which is in bytes.
+pub(super) fn configuration(mac: [u8; 6], pairs: usize, mtu: u16) -> Vec<u8> {
+    let mut config = mac.to_vec();
+    // `status` is not offered, so it stays zero.
+    config.extend([0, 0]);
+    // At most MAX_PAIRS.
+    config.extend(u16::try_from(pairs).unwrap_or(1).to_le_bytes());
+    config.extend(mtu.max(MIN_MTU).to_le_bytes());
+    config
+}
+
+/// What an interface with a queue pair for each of these taps offers.
+pub(super) fn offered<'t>(mut taps: impl ExactSizeIterator<Item = &'t Tap>) -> u64 {
+    let multiple = if taps.len() > 1 {
+        feature::CTRL_VQ | feature::MQ
+    } else {
+        0
+    };
+    let datagrams = if taps.all(Tap::cuts_datagrams) {
+        feature::GUEST_USO4 | feature::GUEST_USO6 | feature::HOST_USO
+    } else {
+        0
+    };
+    feature::CSUM
+        | feature::GUEST_CSUM
+        | feature::MTU
+        | feature::MAC
+        | feature::GUEST_TSO4
+        | feature::GUEST_TSO6
+        | feature::GUEST_ECN
+        | feature::HOST_TSO4
+        | feature::HOST_TSO6
+        | feature::HOST_ECN
+        | feature::MRG_RXBUF
+        | multiple
+        | datagrams
+        | 1 << VIRTIO_RING_F_EVENT_IDX
+        | 1 << VIRTIO_RING_F_INDIRECT_DESC
+}
+
+/// The queues of an interface with so many pairs.
+pub(super) fn queue_sizes(pairs: usize) -> Vec<u16> {
+    let mut sizes = vec![QUEUE_SIZE; 2 * pairs];
+    if pairs > 1 {
+        sizes.push(CONTROL_SIZE);
+    }
+    sizes
+}
+
+/// Serves the control queue, with so many pairs to be had; what the driver has asked for last, if anything, and whether
+/// nothing is left in the queue.
+pub(super) fn serve_control(
+    ring: &mut Ring,
+    memory: &GuestMemoryMmap,
+    interrupt: &dyn Interrupt,
+    pairs: usize,
+) -> Result<(Option<usize>, bool), DeviceError> {
+    let mut asked = None;
+    let done = ring.drain(memory, interrupt, CONTROL_BUDGET, |mut chain| {
+        let answer = match asked_pairs(&mut chain) {
+            Some(count) if (1..=pairs).contains(&count) => {
+                asked = Some(count);
+                ACK
+            }
+            _ => REFUSED,
+        };
+        let written = chain.writable.copy_from(&[answer]);
+        Ok((chain.head, u32::from(written > 0)))
+    })?;
+    Ok((asked, done))
 }
 
 /// The number of pairs a control command asks for, if that is what it asks.
@@ -213,39 +269,11 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        let multiple = if self.lanes.len() > 1 {
-            feature::CTRL_VQ | feature::MQ
-        } else {
-            0
-        };
-        let datagrams = if self.lanes.iter().all(|lane| lane.tap.cuts_datagrams()) {
-            feature::GUEST_USO4 | feature::GUEST_USO6 | feature::HOST_USO
-        } else {
-            0
-        };
-        feature::CSUM
-            | feature::GUEST_CSUM
-            | feature::MTU
-            | feature::MAC
-            | feature::GUEST_TSO4
-            | feature::GUEST_TSO6
-            | feature::GUEST_ECN
-            | feature::HOST_TSO4
-            | feature::HOST_TSO6
-            | feature::HOST_ECN
-            | feature::MRG_RXBUF
-            | multiple
-            | datagrams
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        offered(self.lanes.iter().map(|lane| &lane.tap))
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        let mut sizes = vec![QUEUE_SIZE; 2 * self.lanes.len()];
-        if self.lanes.len() > 1 {
-            sizes.push(CONTROL_SIZE);
-        }
-        sizes
+        queue_sizes(self.lanes.len())
     }
 
     fn config(&self) -> Arc<dyn ConfigSpace> {

@@ -11,7 +11,15 @@ mod requests {
     //! `linux/if_tun.h`.
     nix::ioctl_write_ptr!(set_header_size, b'T', 216, libc::c_int);
     nix::ioctl_write_int!(set_offload, b'T', 208);
+    nix::ioctl_write_ptr_bad!(
+        set_queue,
+        nix::request_code_write!(b'T', 217, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
 }
+
+const IFF_ATTACH_QUEUE: libc::c_short = 0x0200;
+const IFF_DETACH_QUEUE: libc::c_short = 0x0400;
 
 const TUN_F_CSUM: u64 = 1;
 const TUN_F_TSO4: u64 = 2;
@@ -27,6 +35,9 @@ pub enum NetError {
     /// There has to be one tap for each queue pair, 1 to this many.
     #[error("{0} tap descriptors are not between 1 and {1}")]
     Taps(usize, usize),
+    /// One vhost-net for each tap.
+    #[error("{0} descriptors of vhost-net for {1} taps")]
+    Vhosts(usize, usize),
     /// A tap refuses to be set up.
     #[error("cannot {what} of a tap: {source}")]
     Tap {
@@ -123,6 +134,26 @@ impl Tap {
         }
         self.ask_for(offloads)
             .map_err(|error| failed("set the offloads", error))
+    }
+
+    /// Whether this queue of several gets frames. One that does not loses those that it has.
+    pub fn set_in_use(&self, in_use: bool) -> Result<(), NetError> {
+        if !self.is_tap {
+            return Ok(());
+        }
+        // SAFETY: an ifreq is plain data, for which zeros are valid.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_ifru.ifru_flags = if in_use {
+            IFF_ATTACH_QUEUE
+        } else {
+            IFF_DETACH_QUEUE
+        };
+        // SAFETY: the request reads one ifreq, which lives during the call.
+        match unsafe { requests::set_queue(self.fd.as_raw_fd(), &raw const request) } {
+            // It is as it is wanted.
+            Ok(_) | Err(nix::Error::EINVAL) => Ok(()),
+            Err(error) => Err(failed("set the use of a queue", error)),
+        }
     }
 
     fn ask_for(&self, offloads: u64) -> nix::Result<()> {

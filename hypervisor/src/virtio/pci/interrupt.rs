@@ -4,6 +4,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::super::Interrupt;
 use super::super::counts::DeviceCounts;
 use crate::pci::msix::Msix;
@@ -81,8 +83,14 @@ impl VirtioInterrupt {
         for vector in &self.queue_vectors {
             vector.store(NO_VECTOR, Ordering::Release);
         }
+        self.msix.take_back();
         self.isr.store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
+    }
+
+    fn vector_of(&self, index: u16) -> u16 {
+        let vector = self.queue_vectors.get(usize::from(index));
+        vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))
     }
 
     /// Reads and clears the interrupt status.
@@ -94,14 +102,17 @@ impl VirtioInterrupt {
 
 impl Interrupt for VirtioInterrupt {
     fn queue(&self, index: u16) -> io::Result<()> {
-        let vector = self
-            .queue_vectors
-            .get(usize::from(index))
-            .map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire));
-        if vector == NO_VECTOR {
-            return Ok(());
+        match self.vector_of(index) {
+            NO_VECTOR => Ok(()),
+            vector => self.msix.trigger(vector),
         }
-        self.msix.trigger(vector)
+    }
+
+    fn event(&self, index: u16) -> io::Result<Option<EventFd>> {
+        match self.vector_of(index) {
+            NO_VECTOR => Ok(None),
+            vector => self.msix.lend(vector),
+        }
     }
 
     fn config(&self) -> io::Result<()> {

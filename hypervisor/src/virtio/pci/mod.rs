@@ -60,6 +60,7 @@ pub struct Description {
     features: u64,
     queue_sizes: Vec<u16>,
     config: Arc<dyn DeviceConfig>,
+    follows_memory: bool,
 }
 
 impl Description {
@@ -72,7 +73,14 @@ impl Description {
             features: device.features(),
             queue_sizes: device.queue_sizes(),
             config: device.config(),
+            follows_memory: device.follows_memory(),
         }
+    }
+
+    /// As [`VirtioDevice::follows_memory`].
+    #[must_use]
+    pub fn follows_memory(&self) -> bool {
+        self.follows_memory
     }
 
     /// As [`VirtioDevice::name`].

@@ -19,7 +19,8 @@ use super::connection::Origin;
 use super::handle::{Command, VsockEvent, VsockHandle};
 use super::mux::Mux;
 use super::packet::{HEADER, Header};
-use crate::virtio::ring::{Ring, borrow_event};
+use crate::event::borrow_event;
+use crate::virtio::ring::Ring;
 use crate::virtio::{
     Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice,
 };

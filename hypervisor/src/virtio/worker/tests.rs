@@ -20,6 +20,9 @@ impl Interrupt for Silent {
     fn queue(&self, _: u16) -> io::Result<()> {
         Ok(())
     }
+    fn event(&self, _: u16) -> io::Result<Option<EventFd>> {
+        Ok(None)
+    }
     fn config(&self) -> io::Result<()> {
         Ok(())
     }

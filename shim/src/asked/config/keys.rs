@@ -187,6 +187,12 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| c.netfilter.name().into(),
     },
     KeyDoc {
+        name: "vhost_net",
+        what: "let the node's kernel move the frames of pods' interfaces (/dev/vhost-net), instead of the jailed VMM: no system call a frame, and more of the kernel within a guest's reach (docs/threat-model.md); where the node has none the VMM moves them, and the log says so",
+        form: Form::Switch,
+        value: |c| c.vhost_net.into(),
+    },
+    KeyDoc {
         name: "shutdown_grace",
         what: "what a pod's processes have between SIGTERM and SIGKILL when the node shuts down",
         form: Form::Time(MAX_GRACE),

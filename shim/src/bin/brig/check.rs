@@ -10,7 +10,7 @@ use brig_shim::asked::config::{Config, Netfilter};
 use brig_shim::error::Error;
 use brig_shim::guest::forward;
 use brig_shim::guest::vm::host::{open_kernel, open_kvm};
-use brig_shim::node::cgroup;
+use brig_shim::node::{cgroup, network};
 
 pub use finding::Finding;
 
@@ -57,6 +57,7 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
         packet_filter(config.netfilter),
     ]);
     findings.splice(1..1, user);
+    findings.extend(config.vhost_net.then(vhost_net));
     findings.extend(devices::findings(&config));
     findings
 }
@@ -79,6 +80,17 @@ fn packet_filter(policy: Netfilter) -> Finding {
     )
     .noted()
     .or("set netfilter = \"require\" in Brig's configuration, if pods need those rules")
+}
+
+/// Whether the node's kernel can move the frames of pods, where it is to.
+fn vhost_net() -> Finding {
+    let found = network::open_vhosts(1);
+    Finding::of(
+        "vhost-net",
+        found.map(|_| "the node's kernel moves the frames of pods".to_owned()),
+    )
+    .noted()
+    .or("modprobe vhost_net, or set vhost_net = false: until then the VMM moves them")
 }
 
 fn kvm(path: &Path) -> Result<String, String> {

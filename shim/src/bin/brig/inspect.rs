@@ -150,6 +150,14 @@ fn text(whole: &Value) -> String {
     line("cgroup", shown(&shim["cgroup"][0]));
     line("log level", shown(&shim["logLevel"]));
     let _ = writeln!(text, "\nnetwork (namespace {})", shown(&shim["netns"]));
+    for interface in shim["interfaces"].as_array().into_iter().flatten() {
+        let _ = writeln!(
+            text,
+            "  {}: frames by {}",
+            shown(&interface["mac"]),
+            shown(&interface["framesBy"])
+        );
+    }
     for entry in whole["network"]["guest"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "  {}", shown(entry).trim_end());
     }

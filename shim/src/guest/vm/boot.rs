@@ -9,6 +9,7 @@ mod sandbox;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use brig_hypervisor::control::NetConfig;
 use slog::{Logger, debug, error, warn};
 use tokio::sync::{mpsc, watch as watch_channel};
 use tokio::task::JoinHandle;
@@ -190,8 +191,9 @@ async fn boot(
     let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan)).await??;
     mark("vmm.launched", SystemTime::now());
     sandbox.network = std::mem::take(&mut launched.network);
-    for what in &sandbox.network.left_out {
-        warn!(logger, "the guest's network is not all of the pod's"; "left_out" => what);
+    sandbox.network.log(logger);
+    if launched.machine.0.nets.iter().any(NetConfig::by_vhost) {
+        mark("network.vhost", SystemTime::now());
     }
     let parts = Parts {
         timeouts,

@@ -232,6 +232,7 @@ fn machine(recipe: &Recipe, what: VmFile) -> VmConfig {
         debugger: false,
         allow_slow_kvm: recipe.allow_slow_kvm,
         passthrough: false,
+        vhost: false,
         devices: Vec::new(),
     }
 }

@@ -116,6 +116,7 @@ impl Host for Node {
             debugger: config.debug,
             allow_slow_kvm: config.allow_slow_kvm,
             passthrough: vfio::Node::new().has_devices(),
+            vhost: config.vhost_net,
             devices,
         };
         Ok(Launched {

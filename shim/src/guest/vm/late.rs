@@ -5,10 +5,39 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use brig_hypervisor::control::NetConfig;
+
 use crate::error::Result;
 use crate::node::network::{
     self, GuestNetwork, Known, NetworkError, PodNetwork, Ruleset, UNTOUCHED_FILTER, Wanted,
 };
+
+/// An interface that the guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interface {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// The node's vhost-net moves its frames, and not the VMM.
+    pub by_vhost: bool,
+}
+
+impl Interface {
+    /// That of a device.
+    pub(super) fn of(net: &NetConfig) -> Self {
+        Self {
+            mac: net.mac,
+            by_vhost: net.by_vhost(),
+        }
+    }
+}
+
+/// What of its namespace the guest has.
+#[derive(Debug)]
+struct Had {
+    interfaces: Vec<Interface>,
+    /// The state of the packet filter that it was given.
+    filter: Option<u32>,
+}
 
 /// Where a network may appear, and what of it the guest has.
 #[derive(Debug)]
@@ -16,7 +45,7 @@ pub(super) struct Late {
     netns: PathBuf,
     /// How it is to be taken.
     pub(super) wanted: Wanted,
-    known: Mutex<Known>,
+    had: Mutex<Had>,
     /// The generation of the guest's own ruleset, as it was loaded last.
     guest_filter: AtomicU32,
     /// Later changes of the packet filter are followed.
@@ -25,24 +54,34 @@ pub(super) struct Late {
 
 impl Late {
     /// The VM has this from its launch.
-    pub(super) fn new(netns: PathBuf, wanted: Wanted, known: Known) -> Self {
+    pub(super) fn new(
+        netns: PathBuf,
+        wanted: Wanted,
+        interfaces: Vec<Interface>,
+        filter: Option<u32>,
+    ) -> Self {
         Self {
             netns,
             wanted,
-            known: Mutex::new(known),
+            had: Mutex::new(Had { interfaces, filter }),
             guest_filter: AtomicU32::new(UNTOUCHED_FILTER),
             followed: AtomicBool::new(false),
         }
     }
 
-    /// The guest has the interface of this address now.
-    pub(super) fn plugged(&self, mac: [u8; 6]) {
-        self.known().interfaces.push(mac);
+    /// The guest has this interface now.
+    pub(super) fn plugged(&self, interface: Interface) {
+        self.had().interfaces.push(interface);
+    }
+
+    /// The interfaces that the guest has.
+    pub(super) fn interfaces(&self) -> Vec<Interface> {
+        self.had().interfaces.clone()
     }
 
     /// The guest has this state of the packet filter now.
     pub(super) fn filtered(&self, generation: u32) {
-        self.known().filter = Some(generation);
+        self.had().filter = Some(generation);
     }
 
     /// The guest says that its ruleset has this generation after it loaded one; 0: it had none to load.
@@ -67,7 +106,7 @@ impl Late {
     /// # Errors
     /// As of [`network::watch_filter`].
     pub(super) async fn watch_filter(&self) -> Result<Option<(OwnedFd, bool)>> {
-        let (netns, given) = (self.netns.clone(), self.known().filter);
+        let (netns, given) = (self.netns.clone(), self.had().filter);
         let watching = tokio::task::spawn_blocking(move || network::watch_filter(&netns, given));
         Ok(watching.await??)
     }
@@ -78,15 +117,15 @@ impl Late {
     /// As of [`network::changed_filter`].
     pub(super) async fn changed_filter(&self) -> Result<Option<(Ruleset, Vec<String>)>> {
         let (netns, policy) = (self.netns.clone(), self.wanted.netfilter);
-        let given = self.known().filter;
+        let given = self.had().filter;
         let looking =
             tokio::task::spawn_blocking(move || network::changed_filter(&netns, policy, given));
         Ok(looking.await??)
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
-        // What is known is whole whatever its holder did.
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn had(&self) -> std::sync::MutexGuard<'_, Had> {
+        // It is whole whatever its holder did.
+        self.had.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is there that the guest does not have yet.
@@ -95,7 +134,13 @@ impl Late {
     /// As of [`network::find_new`].
     pub(super) async fn find(&self) -> Result<(PodNetwork, GuestNetwork)> {
         let (netns, wanted) = (self.netns.clone(), self.wanted);
-        let known = self.known().clone();
+        let known = {
+            let had = self.had();
+            Known {
+                interfaces: had.interfaces.iter().map(|one| one.mac).collect(),
+                filter: had.filter,
+            }
+        };
         let found = tokio::task::spawn_blocking(move || {
             let found = network::find_new(&netns, wanted, &known)?;
             let mut guest = found.guest();

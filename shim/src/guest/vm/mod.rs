@@ -60,6 +60,7 @@ use frames::Ahead;
 pub use given::Given;
 pub use groups::Holder;
 use kill::Kill;
+pub use late::Interface;
 pub use launched::{GuestOrigin, Host, Launched, Mounts, RootfsMount, VmProcess};
 use patience::Patience;
 pub use plan::{Plan, Timeouts};
@@ -156,6 +157,13 @@ impl Vm {
     #[must_use]
     pub fn template(&self) -> Option<&str> {
         self.template.get().map(String::as_str)
+    }
+
+    /// Its interfaces, if it has its network from a namespace.
+    #[must_use]
+    pub fn interfaces(&self) -> Vec<Interface> {
+        let late = self.late.as_ref();
+        late.map_or_else(Vec::new, late::Late::interfaces)
     }
 
     /// Devices of the node that the VM has: IOMMU group, functions on the guest's bus, and for whom.

@@ -9,10 +9,11 @@ use std::os::fd::OwnedFd;
 
 use brig_agent_protocol::agent::{AddNetworkRequest, DeviceRef, FindDeviceRequest, FoundDevice};
 use brig_hypervisor::control::{DeviceConfig, RequestBody};
-use slog::{Logger, info, warn};
+use slog::{Logger, info};
 use ttrpc::context;
 
 use super::Vm;
+use super::late::Interface;
 use crate::error::Result;
 
 impl Vm {
@@ -95,18 +96,16 @@ impl Vm {
             return Ok(());
         };
         let (found, guest) = late.find().await?;
-        for what in &guest.left_out {
-            warn!(logger, "the guest's network is not all of the pod's"; "left_out" => what);
-        }
+        guest.log(logger);
         if found.interfaces.is_empty() && guest.filter.objects.is_empty() {
             return Ok(());
         }
         for interface in found.interfaces {
             let mut fds = Vec::new();
-            let mac = interface.mac;
             let device = interface.device(&mut fds);
+            let plugged = Interface::of(&device);
             self.plug(DeviceConfig::Net(device), fds).await?;
-            late.plugged(mac);
+            late.plugged(plugged);
         }
         let count = guest.interfaces.len();
         let policy = late.wanted.netfilter;

@@ -20,12 +20,14 @@ mod sysctls;
 mod tap;
 #[cfg(test)]
 pub(crate) mod tests;
+mod vhost;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use brig_agent_protocol::agent;
 use brig_hypervisor::control::NetConfig;
+use slog::{Logger, warn};
 
 use crate::asked::config::{Config, Netfilter};
 use error::failed;
@@ -34,14 +36,15 @@ pub use interface::Prefix;
 pub use netfilter::{Ruleset, UNTOUCHED as UNTOUCHED_FILTER, heard as heard_of_filter};
 pub use sysctls::{Inherited, of_node as limits_of_node};
 pub use tap::is_our_name as is_our_tap;
+pub use vhost::open as open_vhosts;
 
 use interface::{Link, mac_text};
 pub(crate) use namespace::Namespace;
 use netlink::Netlink;
 use scan::Layout;
 
-/// The most queue pairs of all interfaces together: a tap descriptor each, of the 64 that one control message
-/// carries, and two interrupt vectors each.
+/// The most queue pairs of all interfaces together: a tap descriptor each, of those that one control message carries, with
+/// vhost-net another, and two interrupt vectors.
 const MAX_PAIRS: usize = 32;
 /// The most queue pairs of one interface, as the VMM takes them.
 const MAX_PAIRS_EACH: usize = 16;
@@ -57,6 +60,8 @@ pub struct TapInterface {
     pub mtu: u16,
     /// One descriptor for each queue pair. The tap exists as long as one of them is open.
     pub taps: Vec<OwnedFd>,
+    /// One descriptor of vhost-net for each of them, if it is to move the frames.
+    pub vhosts: Vec<OwnedFd>,
     /// IPv4 and IPv6 addresses, the first one of a family being the preferred one.
     pub addresses: Vec<Prefix>,
 }
@@ -64,10 +69,14 @@ pub struct TapInterface {
 impl TapInterface {
     /// The VMM's network device. The tap descriptors are appended to `fds`, which travel with the message.
     pub fn device(self, fds: &mut Vec<OwnedFd>) -> NetConfig {
-        let first = fds.len();
-        fds.extend(self.taps);
+        let mut add = |descriptors| {
+            let first = fds.len();
+            fds.extend(descriptors);
+            (first..fds.len()).collect()
+        };
         NetConfig {
-            taps: (first..fds.len()).collect(),
+            taps: add(self.taps),
+            vhosts: add(self.vhosts),
             mac: self.mac,
             mtu: self.mtu,
         }
@@ -87,6 +96,8 @@ pub struct PodNetwork {
     pub filter: Ruleset,
     /// One sentence for each thing in the namespace that the guest does not get.
     pub left_out: Vec<String>,
+    /// Why vhost-net does not move the frames, if it should.
+    pub without_vhost: Option<String>,
 }
 
 /// What the guest is told about its network.
@@ -104,6 +115,8 @@ pub struct GuestNetwork {
     pub sysctls: Vec<agent::Sysctl>,
     /// One sentence for each thing that it does not get, for the log.
     pub left_out: Vec<String>,
+    /// As [`PodNetwork::without_vhost`], for the log.
+    pub without_vhost: Option<String>,
 }
 
 impl GuestNetwork {
@@ -113,6 +126,16 @@ impl GuestNetwork {
         for interface in &mut self.interfaces {
             let own = inherited.interfaces.remove(&interface.name);
             interface.sysctls = own.unwrap_or_default();
+        }
+    }
+
+    /// Says in the log what it is not.
+    pub fn log(&self, logger: &Logger) {
+        for what in &self.left_out {
+            warn!(logger, "the guest's network is not all of the pod's"; "left_out" => what);
+        }
+        if let Some(reason) = &self.without_vhost {
+            warn!(logger, "the interfaces are served without vhost-net"; "reason" => reason);
         }
     }
 
@@ -142,6 +165,7 @@ impl PodNetwork {
             filter: self.filter.clone(),
             sysctls: Vec::new(),
             left_out: self.left_out.clone(),
+            without_vhost: self.without_vhost.clone(),
         }
     }
 
@@ -159,6 +183,8 @@ pub struct Wanted {
     pub queues: usize,
     /// What becomes of its packet filter.
     pub netfilter: Netfilter,
+    /// vhost-net moves the frames, where the node has it.
+    pub vhost: bool,
 }
 
 impl Wanted {
@@ -168,6 +194,7 @@ impl Wanted {
         Self {
             queues: config.vcpus.into(),
             netfilter: config.netfilter,
+            vhost: config.vhost_net,
         }
     }
 }
@@ -206,13 +233,18 @@ pub fn find_new(path: &Path, wanted: Wanted, known: &Known) -> Result<PodNetwork
         layout.leave_out_known(&known.interfaces);
         let queues = queue_pairs(wanted.queues, layout.links.len());
         let result = take_over(&mut netlink, &layout.links, queues);
-        let interfaces = result.inspect_err(|_| {
+        let mut interfaces = result.inspect_err(|_| {
             for link in &layout.links {
                 let _ = redirect::remove(&mut netlink, link.index);
             }
         })?;
+        let without_vhost = match wanted.vhost {
+            true => give_vhosts(&mut interfaces).err(),
+            false => None,
+        };
         Ok(PodNetwork {
             interfaces,
+            without_vhost,
             routes: layout.routes,
             neighbours: layout.neighbours,
             filter,
@@ -346,10 +378,22 @@ fn take_over(
             mac: link.mac,
             mtu: link.mtu,
             taps: tap.queues,
+            vhosts: Vec::new(),
             addresses: link.addresses.clone(),
         });
     }
     Ok(interfaces)
+}
+
+/// All interfaces, or none.
+fn give_vhosts(interfaces: &mut [TapInterface]) -> Result<(), String> {
+    let pairs = interfaces.iter().map(|interface| interface.taps.len());
+    let mut all = vhost::open(pairs.sum())?;
+    for interface in interfaces {
+        let rest = all.split_off(interface.taps.len());
+        interface.vhosts = std::mem::replace(&mut all, rest);
+    }
+    Ok(())
 }
 
 /// Queue pairs of each interface, so that all together stay within the budget.

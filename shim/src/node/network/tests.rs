@@ -16,6 +16,7 @@ const fn wanted(queues: usize) -> Wanted {
     Wanted {
         queues,
         netfilter: Netfilter::Require,
+        vhost: false,
     }
 }
 
@@ -36,26 +37,34 @@ fn queue_pairs_stay_within_the_budget() {
 #[test]
 fn descriptors_are_numbered_behind_those_that_are_there() {
     let fd = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-    let interface = |name: &str, taps| TapInterface {
+    let interface = |name: &str, taps, vhosts| TapInterface {
         name: name.to_owned(),
         mac: [2, 0, 0, 0, 0, 1],
         mtu: 1400,
         taps,
+        vhosts,
         addresses: vec![],
     };
     let network = PodNetwork {
         interfaces: vec![
-            interface("eth0", vec![fd(), fd()]),
-            interface("net1", vec![fd()]),
+            interface("eth0", vec![fd(), fd()], vec![fd(), fd()]),
+            interface("net1", vec![fd()], vec![]),
         ],
         ..PodNetwork::default()
     };
     assert_eq!(network.guest().interfaces[0].mac, "02:00:00:00:00:01");
     let mut fds = vec![fd()];
     let devices = network.devices(&mut fds);
-    assert_eq!(devices[0].taps, [1, 2]);
-    assert_eq!(devices[1].taps, [3]);
-    assert_eq!(fds.len(), 4);
+    assert_eq!(
+        (&*devices[0].taps, &*devices[0].vhosts),
+        (&[1, 2][..], &[3, 4][..])
+    );
+    assert_eq!(
+        (&*devices[1].taps, &*devices[1].vhosts),
+        (&[5][..], &[][..])
+    );
+    assert!(devices[0].by_vhost() && !devices[1].by_vhost());
+    assert_eq!(fds.len(), 6);
 }
 
 #[test]

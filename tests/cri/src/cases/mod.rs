@@ -38,6 +38,7 @@ mod stats;
 mod streams;
 mod transfer_cost;
 mod user_namespace;
+mod vhost;
 mod volumes;
 
 use crate::suite::Case;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Case> {
         network::CASES,
         networks::CASES,
         transfer_cost::CASES,
+        vhost::CASES,
         rules::CASES,
         streams::CASES,
         attach::CASES,

@@ -11,6 +11,7 @@ use k8s_cri::v1::Protocol;
 use super::network::{bracketed, fetch, server};
 use crate::container::{Container, eventually};
 use crate::node::{self, Configured, Directory, PROBE};
+use crate::pod::{Pod, PodSpec};
 use crate::suite::{Case, SLEEP, Suite, case};
 
 pub const CASES: &[Case] = &[
@@ -52,6 +53,16 @@ impl Drop for Bridge {
 }
 
 fn two_networks(suite: &mut Suite) -> Result<()> {
+    let pod = suite.pod("two-networks");
+    in_both(suite, pod, |_| Ok(()))
+}
+
+/// What a pod has in two networks; `look` sees it at work.
+pub(super) fn in_both(
+    suite: &Suite,
+    pod: PodSpec,
+    look: impl FnOnce(&Pod) -> Result<()>,
+) -> Result<()> {
     let networks = Directory::new("networks")?;
     networks.file("10-first.conflist", &std::fs::read_to_string(FIRST)?)?;
     networks.file("20-second.conflist", SECOND)?;
@@ -63,7 +74,7 @@ fn two_networks(suite: &mut Suite) -> Result<()> {
             false => line.to_owned(),
         }
     })?;
-    let pod = suite.run("two-networks")?;
+    let pod = pod.run(&suite.cri)?;
     let web = server(&pod)?;
     let second = [
         address(&web, "inet", "eth1")?,
@@ -98,6 +109,7 @@ fn two_networks(suite: &mut Suite) -> Result<()> {
         web.sh(&format!("ping -c 1 -W 20 {gateway}"))
             .with_context(|| format!("from the pod to {gateway}"))?;
     }
+    look(&pod)?;
     let mut leases = Vec::new();
     for (network, addresses) in [
         ("brig-node", pod.addresses()?),

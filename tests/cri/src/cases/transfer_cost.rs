@@ -22,7 +22,7 @@ const MIB: usize = 16;
 const BYTES: usize = MIB << 20;
 /// Linux makes a frame as large as what it sends in a millisecond, and on a slow machine that is two segments. So it is
 /// told to take no less than fit into one.
-const SEGMENTS: (&str, &str) = ("net.ipv4.tcp_min_tso_segs", "44");
+pub(super) const SEGMENTS: (&str, &str) = ("net.ipv4.tcp_min_tso_segs", "44");
 /// A frame of 64 KiB is sixteen of them; slow start and answers are smaller.
 const MOST: usize = 120;
 
@@ -53,14 +53,14 @@ fn frames(suite: &mut Suite) -> Result<()> {
 }
 
 /// The thread that its interfaces are on.
-fn network_thread(vmm: i32) -> Result<i32> {
+pub(super) fn network_thread(vmm: i32) -> Result<i32> {
     let mut found = None;
     for thread in fs::read_dir(format!("/proc/{vmm}/task"))? {
         let thread = thread?;
         let name = fs::read_to_string(thread.path().join("comm"))?;
         let number: i32 = thread.file_name().to_string_lossy().parse()?;
         match name.trim() {
-            "net" => return Ok(number),
+            "net" | "net-vhost" => return Ok(number),
             // One that was plugged later is with the quiet devices.
             "memory" => found = Some(number),
             _ => {}
@@ -70,13 +70,13 @@ fn network_thread(vmm: i32) -> Result<i32> {
 }
 
 /// `writev` and `readv` of a thread while `act` runs.
-fn counted(thread: i32, act: impl FnOnce() -> Result<()>) -> Result<(usize, usize)> {
+pub(super) fn counted(thread: i32, act: impl FnOnce() -> Result<()>) -> Result<(usize, usize)> {
     let trace = strace::calls(thread, act)?;
     let of = |call: &str| trace.lines().filter(|line| line.starts_with(call)).count();
     Ok((of("writev("), of("readv(")))
 }
 
-fn send(container: &Container) -> Result<()> {
+pub(super) fn send(container: &Container) -> Result<()> {
     let listener = TcpListener::bind("10.88.0.1:0")?;
     let port = listener.local_addr()?.port();
     let reader = std::thread::spawn(move || -> Result<usize> {
@@ -96,7 +96,7 @@ fn send(container: &Container) -> Result<()> {
     equal("bytes that arrive", BYTES, arrived)
 }
 
-fn receive(container: &Container) -> Result<()> {
+pub(super) fn receive(container: &Container) -> Result<()> {
     let listener = TcpListener::bind("10.88.0.1:0")?;
     let port = listener.local_addr()?.port();
     let writer = std::thread::spawn(move || -> Result<()> {

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::guest::vm::control::{Control, Incoming};
 use crate::guest::vm::frames::Guarded;
 use crate::guest::vm::kill::Kill;
-use crate::guest::vm::late::Late;
+use crate::guest::vm::late::{Interface, Late};
 use crate::guest::vm::patience::Patience;
 use crate::guest::vm::size::{Cpus, Memory};
 use crate::guest::vm::watch::Watch;
@@ -25,7 +25,7 @@ use crate::guest::vm::{
     passthrough,
 };
 use crate::node::cgroup::Cgroup;
-use crate::node::network::{self, Known};
+use crate::node::network;
 
 /// Words of devices that wait for what is done about them.
 const WORDS: usize = 64;
@@ -87,11 +87,7 @@ pub(super) fn adopt(
     tokio::spawn(watch.run());
     let late = launched.netns.map(|netns| {
         let nets = launched.machine.0.nets.iter();
-        let known = Known {
-            interfaces: nets.map(|net| net.mac).collect(),
-            filter,
-        };
-        Late::new(netns, wanted, known)
+        Late::new(netns, wanted, nets.map(Interface::of).collect(), filter)
     });
     let vm = Arc::new(Vm {
         pid,
