@@ -71,7 +71,12 @@ impl Loop {
     /// If somebody has it.
     pub fn freed(mut self) -> Result<()> {
         // udev may look at it for a moment after its last writer has closed it.
-        eventually("the device opens exclusively", clock::seconds(1), || {
+        let what = format!(
+            "{} of {} opens exclusively",
+            self.node(),
+            self.file.display()
+        );
+        eventually(&what, clock::seconds(1), || {
             let flags = OFlag::O_EXCL.bits();
             Ok(OpenOptions::new()
                 .read(true)

@@ -16,6 +16,7 @@ mod idle;
 mod image_paths;
 mod kernel;
 pub mod life;
+mod many_volumes;
 mod modules;
 mod mounts;
 mod network;
@@ -59,6 +60,7 @@ pub fn all() -> Vec<Case> {
         forward::CASES,
         volumes::CASES,
         config_volumes::CASES,
+        many_volumes::CASES,
         mounts::CASES,
         image_paths::CASES,
         devices::CASES,
