@@ -94,6 +94,17 @@ impl Vm {
         Ok(())
     }
 
+    /// What is at this path of the share, or will be, may never answer; see [`FsHandle::expect_remote`].
+    ///
+    /// # Errors
+    /// If this VM has no share.
+    pub fn remote_share(&self, path: &str) -> Result<(), String> {
+        let share = self.handles.share.as_ref();
+        let share = share.ok_or_else(|| "this VM has no share".to_owned())?;
+        share.expect_remote(path);
+        Ok(())
+    }
+
     /// Requests to the file server so far.
     #[must_use]
     pub fn file_requests(&self) -> u64 {

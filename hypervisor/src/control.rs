@@ -52,6 +52,12 @@ pub enum RequestBody {
         /// Relative to the share's root.
         path: String,
     },
+    /// Says that what is at this path of the share, or will be, or what is mounted below it, has its answers from elsewhere
+    /// (NFS, FUSE), and may never answer: the file server's own thread asks it nothing, not even at the first look.
+    RemoteShare {
+        /// Relative to the share's root. Until it is forgotten.
+        path: String,
+    },
     /// Adds a device to the running machine. The guest sees it once it has scanned the PCI bus again. The reply is
     /// [`ReplyBody::Plugged`].
     Plug(DeviceConfig),

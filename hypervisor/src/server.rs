@@ -291,6 +291,10 @@ impl Server {
                 .forget_share(&path)
                 .map(|()| ReplyBody::Done)
                 .map_err(|reason| state(&reason)),
+            RequestBody::RemoteShare { path } => vm
+                .remote_share(&path)
+                .map(|()| ReplyBody::Done)
+                .map_err(|reason| state(&reason)),
             RequestBody::Plug(device) => match vm.plug(&device, &mut Descriptors::new(fds)) {
                 Ok(Plugging::Done(function)) => Ok(ReplyBody::Plugged { function }),
                 // Answered when it is there.

@@ -1,6 +1,7 @@
 //! A file system that hangs, as one over a network does whose server has gone: FUSE, of which the suite is the server.
 //!
-//! It has ten files, [`file`]. Who reads one waits until the test lets go. Speaks what the node's kernel asks of such a thing
+//! It has ten files, [`file`]. Who reads one waits until the test lets go, and a process that it is silent to with whatever
+//! it asks. Speaks what the node's kernel asks of such a thing
 //! and no more (linux/fuse.h).
 
 use std::fs::{self, File, OpenOptions};
@@ -41,10 +42,14 @@ pub struct Hanging {
 
 #[derive(Default)]
 struct State {
-    /// Reads that wait: the request's number, and whether it is at the file's beginning.
-    held: Vec<(u64, bool)>,
+    /// Those that wait: the request's number, and its answer.
+    held: Vec<(u64, Reply)>,
     let_go: bool,
+    /// A process that gets no answer at all.
+    silent_to: Option<i32>,
 }
+
+type Reply = std::result::Result<Vec<u8>, i32>;
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -84,16 +89,21 @@ impl Hanging {
         })
     }
 
-    /// Waits until so many reads wait.
+    /// From now on a process gets no answer, whatever it asks, until the test lets go.
+    pub fn be_silent_to(&self, process: i32) {
+        lock(&self.state).silent_to = Some(process);
+    }
+
+    /// Waits until so many requests wait.
     ///
     /// # Errors
     /// If they do not come in time.
-    pub fn wait_for(&self, reads: usize, patience: Duration) -> Result<()> {
+    pub fn wait_for(&self, requests: usize, patience: Duration) -> Result<()> {
         let end = Instant::now() + patience;
-        while self.held() < reads {
+        while self.held() < requests {
             ensure!(
                 Instant::now() < end,
-                "{} of {reads} reads have come",
+                "{} of {requests} requests have come",
                 self.held()
             );
             std::thread::sleep(Duration::from_millis(20));
@@ -101,18 +111,18 @@ impl Hanging {
         Ok(())
     }
 
-    /// How many reads wait.
+    /// How many requests wait.
     #[must_use]
     pub fn held(&self) -> usize {
         lock(&self.state).held.len()
     }
 
-    /// Answers all reads, those that come later too.
+    /// Answers all that wait, and those that come later.
     pub fn let_go(&self) {
         let mut state = lock(&self.state);
         state.let_go = true;
-        for (unique, begin) in state.held.drain(..) {
-            answer(&self.device, unique, Ok(content(begin)));
+        for (unique, reply) in state.held.drain(..) {
+            answer(&self.device, unique, reply);
         }
     }
 }
@@ -149,6 +159,7 @@ fn serve(device: &File, state: &Mutex<State>) {
         };
         let opcode = word(4) & 0xffff_ffff;
         let (unique, node) = (word(8), word(16));
+        let thread = word(32) & 0xffff_ffff;
         let reply = match opcode {
             // FORGET, INTERRUPT, BATCH_FORGET: nobody waits.
             2 | 36 | 42 => continue,
@@ -160,13 +171,13 @@ fn serve(device: &File, state: &Mutex<State>) {
             14 | 27 => Ok(words(&[1, u64::from(DIRECT)])),
             // READ
             15 => {
-                let begin = word(HEADER + 8) == 0;
+                let reply = Ok(content(word(HEADER + 8) == 0));
                 let mut state = lock(state);
                 if !state.let_go {
-                    state.held.push((unique, begin));
+                    state.held.push((unique, reply));
                     continue;
                 }
-                Ok(content(begin))
+                reply
             }
             // STATFS
             17 => Ok(vec![0; 80]),
@@ -176,6 +187,13 @@ fn serve(device: &File, state: &Mutex<State>) {
             26 => Ok([words(&[7 | 31 << 32, 0, 4096 << 32, 1]), vec![0; 32]].concat()),
             _ => Err(libc::ENOSYS),
         };
+        let mut state = lock(state);
+        let silent = |process| Path::new(&format!("/proc/{process}/task/{thread}")).exists();
+        if !state.let_go && state.silent_to.is_some_and(silent) {
+            state.held.push((unique, reply));
+            continue;
+        }
+        drop(state);
         answer(device, unique, reply);
     }
 }
@@ -184,7 +202,7 @@ fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-fn answer(mut device: &File, unique: u64, reply: std::result::Result<Vec<u8>, i32>) {
+fn answer(mut device: &File, unique: u64, reply: Reply) {
     let (error, body) = match reply {
         Ok(body) => (0, body),
         Err(error) => (-error, Vec::new()),

@@ -96,12 +96,24 @@ impl FsHandle {
     pub fn forget(&self, path: &str) {
         // A guest may have looked at what is its own by way of both.
         self.served.forget_path(path);
-        if let Some(own) = &self.own {
-            let below = path.strip_prefix(OWN_DIRECTORY);
-            if let Some(below) = below.and_then(|below| below.strip_prefix('/')) {
-                own.forget_path(below);
-            }
+        if let Some((own, below)) = self.own_at(path) {
+            own.forget_path(below);
         }
+    }
+
+    /// What is at this path of the share, now or later, may never answer, or something that is mounted in it: helpers ask it
+    /// alone, also when the guest first looks at it. Until the path is forgotten.
+    pub fn expect_remote(&self, path: &str) {
+        self.served.expect_remote(path);
+        if let Some((own, below)) = self.own_at(path) {
+            own.expect_remote(below);
+        }
+    }
+
+    /// Who else serves a path, and as what.
+    fn own_at<'a>(&self, path: &'a str) -> Option<(&Served, &'a str)> {
+        let below = path.strip_prefix(OWN_DIRECTORY)?.strip_prefix('/')?;
+        Some((self.own.as_deref()?, below))
     }
 
     /// How many requests there were.

@@ -125,6 +125,11 @@ impl Served {
         self.exports.forget_path(path);
     }
 
+    /// Only helpers are to ask what is at or below this path, from the first look on.
+    pub(super) fn expect_remote(&self, path: &str) {
+        self.exports.expect_remote(path);
+    }
+
     /// To be called when something has been done about a request: it was served, or else it will be, or cannot be.
     pub(super) fn request_ended(&self, served: bool) {
         if served {
@@ -153,17 +158,23 @@ impl Served {
         NodeId::from_guest(node).export
     }
 
-    /// Whether the file system of a mount has its answers from elsewhere: from a server or a process.
-    pub(super) fn is_remote(&self, mount: u32) -> bool {
-        let export = self.exports.get(mount);
-        export.is_ok_and(|export| export.tree.is_remote())
+    /// Whether a file system that a request about this node may have to ask has its answers from elsewhere: from a server
+    /// or a process.
+    pub(super) fn is_remote(&self, node: u64) -> bool {
+        self.exports.is_remote(NodeId::from_guest(node))
     }
 
     /// A mount is taken for a remote one.
     #[cfg(test)]
     pub(super) fn pretend_remote(&self, node: u64) {
         let export = self.exports.get(Self::mount_of(node)).unwrap();
-        export.tree.pretend_remote();
+        export.tree.is_taken_for_remote();
+    }
+
+    /// Called before a mount is first looked at.
+    #[cfg(test)]
+    pub(super) fn at_first_look(&self, gate: exports::Gate) {
+        assert!(self.exports.gate.set(gate).is_ok());
     }
 
     /// Called in each FSYNC.

@@ -1,5 +1,6 @@
 //! Which requests may take long, and go to helpers: what waits for a disk by its nature, everything on a mount whose
-//! file system has its answers from elsewhere, and everything on a mount that keeps a helper waiting.
+//! file system has its answers from elsewhere, the first look at such a mount too, and everything on a mount that keeps a
+//! helper waiting.
 //!
 //! A READ of what is not in memory is found out by trying ([`super::read`]).
 
@@ -73,8 +74,7 @@ impl Slow {
         if AT_ONCE.contains(&header.opcode) {
             return None;
         }
-        let slow = served.is_remote(Served::mount_of(header.nodeid))
-            || self.keeps_waiting(header, helpers);
+        let slow = served.is_remote(header.nodeid) || self.keeps_waiting(header, helpers);
         slow.then(|| lane_of(header))
     }
 

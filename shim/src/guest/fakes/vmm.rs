@@ -78,6 +78,10 @@ impl FakeVmm {
                     self.record.add(format!("forget {path}"));
                     Ok(ReplyBody::Done)
                 }
+                RequestBody::RemoteShare { path } => {
+                    self.record.add(format!("remote {path}"));
+                    Ok(ReplyBody::Done)
+                }
                 RequestBody::Plug(device) => {
                     self.record.add(match &device {
                         DeviceConfig::Net(net) => format!("plug {} taps", net.taps.len()),

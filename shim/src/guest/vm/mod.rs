@@ -372,6 +372,20 @@ impl Vm {
         tokio::task::spawn_blocking(move || work(&*mounts)).await?
     }
 
+    /// Tells the VMM that what is at this path of the share, or will be, may never answer.
+    ///
+    /// # Errors
+    /// The VMM's.
+    pub async fn expect_remote(&self, path: &str) -> Result<()> {
+        let body = RequestBody::RemoteShare {
+            path: path.to_owned(),
+        };
+        match self.control.request(body, Vec::new()).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
     /// Takes mounts of the share away again, after the guest has let go of them: the last attached
     /// first. Returns the first error, after having tried all.
     ///

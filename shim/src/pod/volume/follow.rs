@@ -24,6 +24,8 @@ pub(super) struct Changes {
     pub(super) added: Vec<(u64, PathBuf)>,
     /// Mounts that have gone, by the way from the volume's top. What lay below is first.
     pub(super) removed: Vec<PathBuf>,
+    /// A new one may never answer.
+    pub(super) remote: bool,
 }
 
 /// The mounts below one directory of the node, as the guest has them.
@@ -49,15 +51,15 @@ impl Below {
 
     /// What is different in `table`.
     pub(super) fn changes(&mut self, table: &MountTable) -> Changes {
-        let now: Vec<(u64, PathBuf)> = table
+        let now: Vec<(u64, PathBuf, bool)> = table
             .below(&self.source)
-            .filter_map(|mounted| Some((mounted.id, self.way(mounted)?)))
+            .filter_map(|mounted| Some((mounted.id, self.way(mounted)?, mounted.is_remote())))
             .collect();
         let mut changes = Changes::default();
         let gone: Vec<u64> = self
             .known
             .keys()
-            .filter(|id| !now.iter().any(|(known, _)| known == *id))
+            .filter(|id| !now.iter().any(|(known, ..)| known == *id))
             .copied()
             .collect();
         for id in gone.iter().rev() {
@@ -66,8 +68,9 @@ impl Below {
         changes
             .removed
             .sort_by_key(|way| std::cmp::Reverse(way.components().count()));
-        for (id, way) in now {
+        for (id, way, remote) in now {
             if let Entry::Vacant(place) = self.known.entry(id) {
+                changes.remote |= remote;
                 changes.added.push((id, way.clone()));
                 place.insert(way);
             }
@@ -140,6 +143,16 @@ mod tests {
         let changes = below.changes(&table(&before[..2]));
         assert_eq!(changes.removed, [Path::new("a/b"), Path::new("a")]);
         assert!(changes.added.is_empty());
+    }
+
+    #[test]
+    fn a_new_mount_that_may_never_answer_is_told() {
+        let mut below = Below::new(Path::new("/v"));
+        let first = [(1, "/", "nfs4"), (2, "/v", "fuse.x"), (3, "/v/a", "tmpfs")];
+        assert!(!below.changes(&table(&first)).remote, "not of those below");
+        let then = [&first[..], &[(4, "/v/b", "fuse.sshfs")]].concat();
+        assert!(below.changes(&table(&then)).remote);
+        assert!(!below.changes(&table(&then)).remote, "it is known");
     }
 
     #[test]

@@ -25,6 +25,22 @@ pub struct Mounted {
     pub kind: String,
 }
 
+/// File systems that have their answers from a server, a process or another node, and may wait for ever for them; FUSE's
+/// have a second name behind a dot.
+const REMOTE: [&str; 20] = [
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse", "fuseblk", "ceph", "afs", "9p", "virtiofs",
+    "coda", "lustre", "ncpfs", "beegfs", "gpfs", "pvfs2", "orangefs", "ocfs2", "gfs2",
+];
+
+impl Mounted {
+    /// Whether looking at it may wait for an answer from elsewhere.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        let (kind, _) = self.kind.split_once('.').unwrap_or((&self.kind, ""));
+        REMOTE.contains(&kind)
+    }
+}
+
 /// All mounts, in the order of the table: a later one covers an earlier one at the same place.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MountTable(Vec<Mounted>);

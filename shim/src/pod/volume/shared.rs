@@ -43,6 +43,8 @@ pub(super) struct Key {
     id_map: Option<IdMap>,
     /// Nobody but the pod writes there.
     own: bool,
+    /// Something in it may never answer.
+    remote: bool,
 }
 
 impl Key {
@@ -54,6 +56,10 @@ impl Key {
         table: &MountTable,
     ) -> Self {
         let mut seen = table.seen_from(&source);
+        let remote = seen
+            .iter()
+            .take(if bind.recursive { seen.len() } else { 1 })
+            .any(|mounted| mounted.is_remote());
         let follows = bind.propagation != Propagation::Private && bind.recursive;
         // Those below come and go for all who follow.
         if !bind.recursive || follows {
@@ -71,6 +77,7 @@ impl Key {
             writable_below: bind.readonly && !bind.readonly_below && seen.len() > 1,
             id_map: bind.id_map.clone(),
             own: false,
+            remote,
         }
     }
 
@@ -87,6 +94,7 @@ impl Key {
             writable_below: false,
             id_map: None,
             own: true,
+            remote: false,
         }
     }
 
@@ -170,6 +178,7 @@ impl Attachment {
             identity: key.identity,
             recursive: key.recursive,
             follows: key.follows,
+            remote: key.remote,
             writable_below: key.writable_below,
             id_map: key.id_map.clone(),
             path: path.clone(),
@@ -229,6 +238,7 @@ struct Task {
     identity: FileId,
     recursive: bool,
     follows: bool,
+    remote: bool,
     writable_below: bool,
     id_map: Option<IdMap>,
     path: String,
@@ -319,6 +329,9 @@ impl Task {
                     })?),
                     false => None,
                 };
+            if self.remote {
+                self.vm.expect_remote(&self.path).await?;
+            }
             let left_out = self
                 .vm
                 .with_mounts(move |mounts| mounts.attach(&path, &source, how))
@@ -354,7 +367,14 @@ impl Task {
             Ok(Ok(table)) => table,
             _ => return,
         };
-        let Changes { added, removed } = below.changes(&table);
+        let Changes {
+            added,
+            removed,
+            remote,
+        } = below.changes(&table);
+        if remote && !self.remote && self.vm.expect_remote(&self.path).await.is_ok() {
+            self.remote = true;
+        }
         let (any_gone, readonly) = (!removed.is_empty(), !self.writable);
         let (path, logger) = (self.path.clone(), self.logger.clone());
         let (top, identity) = (self.source.clone(), self.identity);

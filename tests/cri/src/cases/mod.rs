@@ -9,6 +9,7 @@ pub mod config_volumes;
 mod devices;
 mod failures;
 mod file_systems;
+mod first_look;
 mod forward;
 mod handlers;
 mod huge_pages;
@@ -61,6 +62,7 @@ pub fn all() -> Vec<Case> {
         volumes::CASES,
         config_volumes::CASES,
         many_volumes::CASES,
+        first_look::CASES,
         mounts::CASES,
         image_paths::CASES,
         devices::CASES,

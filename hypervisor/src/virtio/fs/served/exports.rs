@@ -3,7 +3,7 @@
 //! The root's tree has only the directories of mount points, which the shim made; their paths are
 //! remembered so that the shim can name a mount by path.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -96,6 +96,10 @@ impl Export {
     }
 }
 
+/// Told of a mount that is looked at for the first time.
+#[cfg(test)]
+pub(super) type Gate = Box<dyn Fn(&Path) + Send + Sync>;
+
 /// All exports of a share.
 pub(super) struct Exports {
     root: PathBuf,
@@ -110,11 +114,18 @@ pub(super) struct Exports {
     waiting: AtomicU32,
     /// Signalled with the lock held when a request has ended while one waits.
     ended: Condvar,
+    /// Called before a mount is opened.
+    #[cfg(test)]
+    pub(super) gate: std::sync::OnceLock<Gate>,
 }
 
 struct State {
     live: HashMap<u32, Arc<Export>>,
     next: u32,
+    /// Numbers and paths of those that are being opened, and whether they have been forgotten meanwhile.
+    opening: Vec<(u32, PathBuf, bool)>,
+    /// Paths of mounts that may never answer.
+    remote: BTreeSet<PathBuf>,
     /// Paths of the root export's inodes.
     directories: HashMap<u64, PathBuf>,
     clean_at: usize,
@@ -133,6 +144,8 @@ impl Exports {
             state: Mutex::new(State {
                 live: HashMap::new(),
                 next: ROOT_EXPORT,
+                opening: Vec::new(),
+                remote: BTreeSet::new(),
                 directories: HashMap::new(),
                 clean_at: CLEAN_AT,
                 devices: HashMap::new(),
@@ -141,6 +154,8 @@ impl Exports {
             submounts: AtomicBool::new(false),
             waiting: AtomicU32::new(0),
             ended: Condvar::new(),
+            #[cfg(test)]
+            gate: std::sync::OnceLock::new(),
         };
         exports.add_root(&mut exports.lock())?;
         Ok(exports)
@@ -208,13 +223,49 @@ impl Exports {
             .ok_or_else(|| errno(libc::ESTALE))
     }
 
+    /// What is at or below a path may never answer.
+    pub(super) fn expect_remote(&self, path: &str) {
+        let path = plain(path);
+        let mut state = self.lock();
+        for export in state.live.values() {
+            if export.number != ROOT_EXPORT && export.path == path {
+                export.tree.is_taken_for_remote();
+            }
+        }
+        state.remote.insert(path);
+    }
+
+    /// Whether a request about this node may have to wait for an answer from elsewhere: it is about a file in such a mount,
+    /// or about the directory that has one in it.
+    pub(super) fn is_remote(&self, node: NodeId) -> bool {
+        let state = self.lock();
+        let Some(export) = state.live.get(&node.export) else {
+            return false;
+        };
+        if export.tree.is_remote() {
+            return true;
+        }
+        if node.export != ROOT_EXPORT || state.remote.is_empty() {
+            return false;
+        }
+        let directory = state.directories.get(&node.number);
+        directory.is_some_and(|directory| {
+            let mut remote = state.remote.iter();
+            remote.any(|path| path.parent() == Some(directory))
+        })
+    }
+
     /// Drops the exports at and below a path of the share, and waits a little for the request that may be
-    /// using one.
+    /// using or opening one.
     pub(super) fn forget_path(&self, path: &str) {
-        let path: PathBuf = path.split('/').filter(|part| !part.is_empty()).collect();
+        let path = plain(path);
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut gone = Vec::new();
         let mut state = self.lock();
+        state.remote.retain(|remote| !remote.starts_with(&path));
+        for (_, opening, forgotten) in &mut state.opening {
+            *forgotten |= opening.starts_with(&path);
+        }
         state.live.retain(|number, export| {
             let keep = *number == ROOT_EXPORT || !export.path.starts_with(&path);
             if !keep {
@@ -228,8 +279,10 @@ impl Exports {
         state
             .directories
             .retain(|inode, directory| *inode == ROOT_ID || !directory.starts_with(&path));
-        let waited = self.ended.wait_timeout_while(state, PATIENCE, |_| {
-            gone.iter().any(|export| Arc::strong_count(export) > 1)
+        let waited = self.ended.wait_timeout_while(state, PATIENCE, |state| {
+            let mut opening = state.opening.iter();
+            opening.any(|(_, opening, _)| opening.starts_with(&path))
+                || gone.iter().any(|export| Arc::strong_count(export) > 1)
         });
         drop(waited);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
@@ -322,14 +375,44 @@ impl Exports {
         if number > MAX_EXPORT {
             return Err(errno(libc::ENFILE));
         }
-        let directory = self.root.join(&path);
-        let fresh = Arc::new(self.open_export(number, &directory, path)?);
         state.next = number + 1;
+        state.opening.push((number, path.clone(), false));
+        drop(state);
+        // Without the lock: it may take long, and others serve what there is.
+        let directory = self.root.join(&path);
+        let opened = self.open_export(number, &directory, path.clone());
+        let mut state = self.lock();
+        let own = state.opening.iter().position(|(one, _, _)| *one == number);
+        let forgotten = own.is_none_or(|own| state.opening.swap_remove(own).2);
+        let fresh = Arc::new(opened?);
+        if forgotten {
+            return Err(errno(libc::ESTALE));
+        }
+        let mut live = state.live.values();
+        let other = live.find(|export| export.number != ROOT_EXPORT && export.path == path);
+        match other {
+            // Somebody else has looked there at the same time.
+            Some(other) if (other.device, other.top) == (fresh.device, fresh.top) => {
+                return Ok(Arc::clone(other));
+            }
+            Some(stale) => {
+                let stale = stale.number;
+                state.live.remove(&stale);
+            }
+            None => {}
+        }
+        if state.remote.contains(&path) {
+            fresh.tree.is_taken_for_remote();
+        }
         state.live.insert(number, Arc::clone(&fresh));
         Ok(fresh)
     }
 
     fn open_export(&self, number: u32, directory: &Path, path: PathBuf) -> io::Result<Export> {
+        #[cfg(test)]
+        if let Some(gate) = self.gate.get() {
+            gate(&path);
+        }
         let exclusive = path.file_name().is_some_and(|name| name == ROOTFS);
         let timeout = if exclusive {
             ROOTFS_TIMEOUT
@@ -379,6 +462,11 @@ impl Exports {
         stat.st_ino ^= u64::from(number) << 48;
         stat
     }
+}
+
+/// A path of the share as its exports have it.
+fn plain(path: &str) -> PathBuf {
+    path.split('/').filter(|part| !part.is_empty()).collect()
 }
 
 #[cfg(test)]

@@ -549,8 +549,8 @@ impl Tree {
         self.open_as(number, handle, false)
     }
 
-    #[cfg(test)]
-    pub(super) fn pretend_remote(&self) {
+    /// Answers are taken to come from elsewhere from now on.
+    pub(super) fn is_taken_for_remote(&self) {
         self.remote.store(true, Ordering::Relaxed);
     }
 

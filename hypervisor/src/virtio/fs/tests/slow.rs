@@ -25,14 +25,16 @@ impl Gate {
         let gate = Arc::new(Self::default());
         let inner = Arc::clone(&gate);
         let served = &client.handle.served;
-        served.at_sync(Box::new(move || {
-            inner.arrived.fetch_add(1, Ordering::SeqCst);
-            let mut open = lock(&inner.open);
-            while !*open {
-                open = inner.opened.wait(open).unwrap();
-            }
-        }));
+        served.at_sync(Box::new(move || inner.wait()));
         gate
+    }
+
+    fn wait(&self) {
+        self.arrived.fetch_add(1, Ordering::SeqCst);
+        let mut open = lock(&self.open);
+        while !*open {
+            open = self.opened.wait(open).unwrap();
+        }
     }
 
     fn wait_for(&self, count: usize) {
@@ -100,6 +102,79 @@ fn syncs_that_hang_hold_up_nothing_else_and_all_are_answered_at_last() {
         assert_eq!(u32_at(&client.harness.read(place, HEADER), 0), 16);
         assert_eq!(u32_at(&client.harness.read(place, HEADER), 4), 0);
     }
+}
+
+#[test]
+fn a_first_look_that_hangs_holds_up_nothing_else_where_it_was_to_be_expected() {
+    let Some(share) = mounted_share() else { return };
+    let mut client = Client::with_helpers(share.path());
+    let gate = Arc::new(Gate::default());
+    let inner = Arc::clone(&gate);
+    let served = &client.handle.served;
+    served.at_first_look(Box::new(move |path| {
+        if path == Path::new("v") {
+            inner.wait();
+        }
+    }));
+    client.handle.expect_remote("v");
+    let looks: Vec<u64> = (0..2).map(|_| client.send(LOOKUP, ROOT, b"v\0")).collect();
+    client.harness.run();
+    gate.wait_for(2);
+    // Beside it, and in another mount that is looked at for the first time.
+    assert_eq!(client.walk("c/rootfs/same").size, 8);
+    // What was forgotten meanwhile is not known afterwards.
+    let handle = client.handle.clone();
+    let began = Instant::now();
+    handle.forget("c");
+    assert!(began.elapsed() < Duration::from_millis(900));
+    assert_eq!(client.walk("c/rootfs/same").size, 8);
+    for place in &looks {
+        assert_eq!(client.harness.read(*place, 4), [0; 4], "no answer yet");
+    }
+    gate.open();
+    returned(&mut client, looks.len());
+    let nodes: Vec<u64> = looks
+        .into_iter()
+        .map(|place| {
+            let reply = client.harness.read(place, HEADER + 128);
+            assert_eq!(u32_at(&reply, 4), 0);
+            Found::parse(&reply[HEADER..]).node
+        })
+        .collect();
+    assert_eq!(nodes[0], nodes[1], "one mount, whoever came first");
+    // All that is in it goes to helpers from now on, and the answers are right.
+    assert!(client.handle.served.is_remote(nodes[0]));
+    client.handle.forget("");
+    assert!(!client.handle.served.is_remote(ROOT));
+}
+
+#[test]
+fn a_mount_that_is_forgotten_while_it_is_first_looked_at_is_free_afterwards() {
+    let Some(share) = mounted_share() else { return };
+    let mut client = Client::with_helpers(share.path());
+    let gate = Arc::new(Gate::default());
+    let inner = Arc::clone(&gate);
+    let served = &client.handle.served;
+    served.at_first_look(Box::new(move |_| inner.wait()));
+    client.handle.expect_remote("v");
+    let look = client.send(LOOKUP, ROOT, b"v\0");
+    client.harness.run();
+    gate.wait_for(1);
+    let handle = client.handle.clone();
+    let opener = Arc::clone(&gate);
+    let forgotten = std::thread::spawn(move || {
+        let opened = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            opener.open();
+        });
+        handle.forget("v");
+        opened.join().unwrap();
+    });
+    returned(&mut client, 1);
+    forgotten.join().unwrap();
+    let reply = client.harness.read(look, HEADER);
+    assert_eq!(u32_at(&reply, 4).cast_signed(), -libc::ESTALE);
+    unmount(&share.path().join("v"));
 }
 
 #[test]
