@@ -29,6 +29,7 @@ use crate::{
     names, network, pci,
     process::Reply,
     sandbox, setup, spec, validate,
+    volume::disk::Disk,
 };
 
 /// The service. Every request of a container becomes one message to that container's task.
@@ -45,10 +46,10 @@ impl Service {
     /// A service over `context`; `shutdown` is sent to once the containers have ended.
     pub fn new(context: Arc<Context>, shutdown: mpsc::UnboundedSender<()>) -> Self {
         Self {
-            context,
             started: OnceCell::new(),
             forwarder: Forwarder::default(),
-            looker: Looker::default(),
+            looker: Looker::new(&context.places),
+            context,
             shutdown,
         }
     }
@@ -320,12 +321,17 @@ impl Agent for Service {
     async fn update_volume(
         &self,
         _: &TtrpcContext,
-        request: UpdateVolumeRequest,
+        mut request: UpdateVolumeRequest,
     ) -> ttrpc::Result<Empty> {
         if !self.started.initialized() {
             return Err(Error::FailedPrecondition("start the sandbox first".into()).into());
         }
         let volumes = Arc::clone(&self.context.volumes);
+        if let Some(disk) = request.disk.take() {
+            let disk = Disk::find(disk, &self.context.logger).await?;
+            blocking(move || volumes.update_disk(&request.id, &disk, request.size)).await?;
+            return Ok(Empty::new());
+        }
         let pages = Arc::clone(&self.context.huge_pages);
         blocking(move || {
             if request.kind.enum_value() == Ok(update_volume_request::Kind::HUGE) {

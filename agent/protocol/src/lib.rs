@@ -96,11 +96,11 @@ pub const MAX_LISTED: usize = 4096;
 pub const MAX_DEVICES: usize = 256;
 
 /// What an operator may look at in the guest: the first word of a `LookRequest`.
-pub const LOOKS: [&str; 7] = ["cat", "dmesg", "free", "ip", "ls", "mounts", "ps"];
+pub const LOOKS: [&str; 8] = ["cat", "df", "dmesg", "free", "ip", "ls", "mounts", "ps"];
 
 /// Those of [`LOOKS`] that tell of the machine alone and of nothing that containers brought: they need no debug
 /// handler.
-pub const OPEN_LOOKS: [&str; 3] = ["dmesg", "free", "ip"];
+pub const OPEN_LOOKS: [&str; 4] = ["df", "dmesg", "free", "ip"];
 
 /// The most bytes of what is looked at, all pieces together.
 pub const MAX_LOOK: usize = 256 << 10;

@@ -5,6 +5,7 @@
 //! mounts), and the host treats it so.
 mod bounded;
 mod file;
+mod file_systems;
 mod interfaces;
 mod kernel_log;
 mod processes;
@@ -16,27 +17,31 @@ use brig_agent_protocol::{LOOK_PIECE, LOOKS, agent::LookResponse};
 use tokio::sync::Semaphore;
 
 use crate::error::{Error, Result};
+use crate::places::Places;
 use crate::sync::lock;
 
 /// The answers, of which one is read in pieces.
 #[derive(Clone)]
 pub struct Looker {
+    /// Where the agent keeps things.
+    places: Arc<Places>,
     /// Held by the thread that reads, which a file may keep waiting for longer than the host waits.
     free: Arc<Semaphore>,
     /// What of the last answer has not been asked for yet.
     rest: Arc<Mutex<Vec<u8>>>,
 }
 
-impl Default for Looker {
-    fn default() -> Self {
+impl Looker {
+    /// Nothing has been asked yet.
+    #[must_use]
+    pub fn new(places: &Places) -> Self {
         Self {
+            places: Arc::new(places.clone()),
             free: Arc::new(Semaphore::new(1)),
             rest: Arc::default(),
         }
     }
-}
 
-impl Looker {
     /// The first piece of the answer to `words`, or the next one of the last if there are none.
     ///
     /// # Errors
@@ -50,8 +55,9 @@ impl Looker {
                     "something else is being looked at in this guest: try again".into(),
                 )
             })?;
+            let places = Arc::clone(&self.places);
             let read = tokio::task::spawn_blocking(move || {
-                let answer = answer(&words);
+                let answer = answer(&words, &places);
                 drop(permit);
                 answer
             });
@@ -74,10 +80,11 @@ impl Looker {
     }
 }
 
-fn answer(words: &[String]) -> Result<Vec<u8>> {
+fn answer(words: &[String], places: &Places) -> Result<Vec<u8>> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["cat", paths @ ..] if !paths.is_empty() => file::contents(paths),
+        ["df"] => Ok(bounded(file_systems::list(places)?)),
         ["dmesg"] => kernel_log::read(),
         ["free"] => file::contents(&["/proc/meminfo"]),
         ["ip"] => Ok(bounded(interfaces::list()?)),
@@ -98,6 +105,17 @@ mod tests {
     use super::*;
     use brig_agent_protocol::MAX_LOOK;
 
+    fn looker() -> Looker {
+        let none = std::path::PathBuf::from("/nonexistent");
+        Looker::new(&Places {
+            run: none.clone(),
+            share: none.clone(),
+            cgroup_root: none.clone(),
+            cgroup_base: none,
+            owns_machine: false,
+        })
+    }
+
     fn words(words: &[&str]) -> Vec<String> {
         words.iter().map(|&word| word.to_owned()).collect()
     }
@@ -108,7 +126,7 @@ mod tests {
         let path = dir.path().join("long");
         let long: Vec<u8> = (0..=255).cycle().take(MAX_LOOK + 5).collect();
         std::fs::write(&path, &long).unwrap();
-        let looker = Looker::default();
+        let looker = looker();
         let mut piece = looker
             .look(words(&["cat", path.to_str().unwrap()]))
             .await
@@ -132,14 +150,14 @@ mod tests {
     #[tokio::test]
     async fn what_there_is_not_is_refused_with_what_there_is() {
         for unknown in [&["sh"][..], &["cat"], &["ps", "aux"], &["", "x"]] {
-            let error = Looker::default().look(words(unknown)).await.unwrap_err();
-            assert!(error.to_string().contains("dmesg, free"), "{error}");
+            let error = looker().look(words(unknown)).await.unwrap_err();
+            assert!(error.to_string().contains("df, dmesg, free"), "{error}");
         }
     }
 
     #[tokio::test]
     async fn one_at_a_time() {
-        let looker = Looker::default();
+        let looker = looker();
         let _held = Arc::clone(&looker.free).try_acquire_owned().unwrap();
         let error = looker.look(words(&["free"])).await.unwrap_err();
         assert!(matches!(error, Error::ResourceExhausted(_)), "{error}");
@@ -152,7 +170,7 @@ mod tests {
                 "cat" => words(&["cat", "/proc/version"]),
                 look => words(&[look]),
             };
-            match Looker::default().look(asked).await {
+            match looker().look(asked).await {
                 Ok(answer) => assert!(!answer.content.is_empty(), "{look}"),
                 // Of a machine that keeps its log from us.
                 Err(error) => assert!(look == "dmesg", "{look}: {error}"),

@@ -1,9 +1,11 @@
-//! Volumes in the guest's memory: replicas of host directories (ConfigMap, Secret…) and emptyDirs.
+//! Volumes in the guest's memory, replicas of host directories (ConfigMap, Secret…) and emptyDirs, and on disks of the
+//! guest.
 //!
-//! Each is a tmpfs of its own in the agent's directory, made and fed by the host (`UpdateVolume`) and
+//! Each is a mount of its own in the agent's directory, made and fed by the host (`UpdateVolume`) and
 //! bound into containers. The host is trusted; what containers do to a volume's files is not: every
 //! path is resolved inside the volume, without the links they may have put there.
 pub mod copy;
+pub mod disk;
 mod entry;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
@@ -31,6 +33,7 @@ use crate::{
     submounts::{Entered, Submounts},
     sync::lock,
 };
+use disk::Disk;
 use entry::Entry;
 use replica::Replica;
 use tree::Tree;
@@ -65,6 +68,8 @@ enum Content {
     Memory,
     /// Its files are the host's.
     Shared,
+    /// Its files are on a disk.
+    Disk,
 }
 
 impl Volume {
@@ -130,10 +135,44 @@ impl Volumes {
         let Volume { tree, content, .. } = &mut *volume;
         let applied = match content {
             Content::Replica(replica) => replica.become_exactly(tree, entries),
-            Content::Memory => replica::add_missing(tree, &entries),
+            Content::Memory | Content::Disk => replica::add_missing(tree, &entries),
             Content::Shared => Ok(()),
         };
         applied.map_err(|error| Error::io(format_args!("volume {}", request.id), error))
+    }
+
+    /// Mounts the file system on a disk as a volume, or lets the one that is there grow with it to `size` bytes. Blocking,
+    /// for as long as the disk takes; other volumes are not held up.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for what is no file system of a disk, `FailedPrecondition` with what the kernel says of this one.
+    pub fn update_disk(&self, id: &str, disk: &Disk, size: u64) -> Result<()> {
+        names::id(id)?;
+        let at = self.root.join(id);
+        if lock(&self.live).contains_key(id) {
+            return disk.grow(&at, size);
+        }
+        let tree = disk.mount()?;
+        let failed = |error: std::io::Error| Error::io(format_args!("volume {id}"), error);
+        let mut live = lock(&self.live);
+        if live.len() >= MAX_VOLUMES || live.contains_key(id) {
+            return Err(Error::ResourceExhausted(format!(
+                "the sandbox has {MAX_VOLUMES} volumes already, or one with this id"
+            )));
+        }
+        fs::create_dir_all(&at).map_err(failed)?;
+        attach_at(&tree, &at)
+            .inspect_err(|_| drop(fs::remove_dir(&at)))
+            .map_err(failed)?;
+        let volume = Volume {
+            tree: Tree::new(tree),
+            content: Content::Disk,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            _entered: None,
+        };
+        live.insert(id.to_owned(), Arc::new(Mutex::new(volume)));
+        Ok(())
     }
 
     /// The volume, mounted if it is new.
@@ -151,6 +190,12 @@ impl Volumes {
             Ok(Kind::REPLICA) => Content::Replica(Replica::default()),
             Ok(Kind::MEMORY | Kind::HUGE) => Content::Memory,
             Ok(Kind::SHARED) => Content::Shared,
+            Ok(Kind::DISK) => {
+                return Err(Error::InvalidArgument(format!(
+                    "volume {} is on a disk that was not named",
+                    request.id
+                )));
+            }
             Err(kind) => {
                 return Err(Error::InvalidArgument(format!(
                     "volume {} is of the unknown kind {kind}",
@@ -170,7 +215,7 @@ impl Volumes {
                 let pages = format!("pagesize={}", huge_pages::PAGE);
                 mount_memory("hugetlbfs", &at, Some(&pages), request.size)
             }
-            Content::Replica(_) | Content::Memory => mount_memory("tmpfs", &at, None, request.size),
+            _ => mount_memory("tmpfs", &at, None, request.size),
         };
         let top = top.map_err(|error| Error::io(format_args!("volume {}", request.id), error))?;
         let volume = Arc::new(Mutex::new(Volume {
@@ -191,14 +236,22 @@ impl Volumes {
     /// `Internal` when it cannot be unmounted.
     pub fn remove(&self, id: &str) -> Result<()> {
         names::id(id)?;
-        let Some(_volume) = lock(&self.live).remove(id) else {
+        let Some(volume) = lock(&self.live).remove(id) else {
             return Ok(());
         };
         let at = self.root.join(id);
+        let synced = match lock(&volume).content {
+            // An error that nobody has met yet is met here or nowhere.
+            Content::Disk => disk::sync(&at),
+            _ => Ok(()),
+        };
+        // It keeps its mount in use.
+        drop(volume);
         umount2(&at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
             .map_err(|error| Error::io(format_args!("volume {id}"), error))?;
         fs::remove_dir(&at)
             .or_else(|_| fs::remove_file(&at))
+            .and(synced)
             .map_err(|error| Error::io(format_args!("volume {id}"), error))
     }
 }

@@ -93,6 +93,8 @@ pub struct Config {
     pub max_files: u64,
     /// File systems whose directories and files a pod may be given.
     pub file_systems: FileSystems,
+    /// Volumes that a storage driver hands over as block devices are mounted in the guest.
+    pub direct_volumes: bool,
     /// What becomes of a pod whose packet filter its guest cannot have.
     pub netfilter: Netfilter,
     /// The node's vhost-net moves the frames of interfaces, where the node has it.
@@ -208,6 +210,7 @@ struct File {
     state_dir: Option<PathBuf>,
     max_files: Option<u64>,
     file_systems: Option<Vec<String>>,
+    direct_volumes: Option<bool>,
     netfilter: Option<Netfilter>,
     vhost_net: Option<bool>,
     pod_annotations: Option<Vec<Key>>,
@@ -263,6 +266,7 @@ impl Config {
             state_dir: PathBuf::from("/run/brig"),
             max_files: 524_288,
             file_systems: FileSystems::default(),
+            direct_volumes: false,
             netfilter: Netfilter::Require,
             vhost_net: false,
             pod_annotations: Vec::new(),
@@ -316,6 +320,7 @@ impl Config {
         whole.time_scale = file.time_scale.unwrap_or(whole.time_scale);
         whole.shutdown_grace = file.shutdown_grace.unwrap_or(whole.shutdown_grace);
         whole.max_files = file.max_files.unwrap_or(whole.max_files);
+        whole.direct_volumes = file.direct_volumes.unwrap_or(whole.direct_volumes);
         whole.netfilter = file.netfilter.unwrap_or(whole.netfilter);
         whole.vhost_net = file.vhost_net.unwrap_or(whole.vhost_net);
         if let Some(keys) = file.pod_annotations {

@@ -141,10 +141,27 @@ impl Handler {
                 containers.push(container);
             }
         }
-        let (devices, disks, release) = match &pod.vm {
-            Some(vm) => (vm.devices().await, vm.disks().await, vm.kernel_release()),
-            None => (Vec::new(), Vec::new(), None),
+        let (devices, disks, volumes, release) = match &pod.vm {
+            Some(vm) => (
+                vm.devices().await,
+                vm.disks().await,
+                vm.volumes().await,
+                vm.kernel_release(),
+            ),
+            None => (Vec::new(), Vec::new(), Vec::new(), None),
         };
+        let volumes: Vec<Value> = volumes
+            .into_iter()
+            .map(|volume| {
+                json!({
+                    "id": volume.id,
+                    "path": volume.path,
+                    "device": volume.device,
+                    "fileSystem": volume.file_system,
+                    "writable": !volume.readonly,
+                })
+            })
+            .collect();
         let size = pod.vm.as_ref().map(|vm| {
             json!({
                 "startedWithMiB": vm.first_memory() / MIB,
@@ -217,6 +234,7 @@ impl Handler {
             "cgroup": pod.cgroup.as_ref().map(|cgroup| cgroup.dirs().to_vec()),
             "devices": devices,
             "disks": disks,
+            "volumes": volumes,
             "containers": containers,
         }))
     }

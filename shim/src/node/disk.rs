@@ -61,6 +61,13 @@ fn place(numbers: Numbers) -> Result<PathBuf> {
     Ok(Path::new("/dev").join(name))
 }
 
+/// Bytes that a device has at the moment, if it is there.
+#[must_use]
+pub fn size((major, minor): Numbers) -> Option<u64> {
+    let sectors = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")).ok()?;
+    sectors.trim().parse::<u64>().ok()?.checked_mul(512)
+}
+
 /// Opens the device, for writing too if that is wanted and the device lets itself be written to.
 ///
 /// # Errors

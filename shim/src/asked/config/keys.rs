@@ -181,6 +181,12 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| c.file_systems.added().into(),
     },
     KeyDoc {
+        name: "direct_volumes",
+        what: "take volumes that a storage driver hands over as block devices, by Kata Containers' direct-volumes files: their file systems are mounted in the guest and never on the node (docs/volumes.md); a pod with one is refused without it",
+        form: Form::Switch,
+        value: |c| c.direct_volumes.into(),
+    },
+    KeyDoc {
         name: "netfilter",
         what: "what becomes of a pod with packet filter rules in its network namespace that its guest cannot have: it is refused (require), starts without them and each is logged (warn), or no rule is looked at (ignore)",
         form: Form::Word(&["require", "warn", "ignore"]),

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::cli;
 use crate::configuration;
+use crate::file_systems;
 use crate::look;
 use crate::pods;
 use crate::seen::{self, Seen};
@@ -48,6 +49,14 @@ pub fn described(base: &Path, pod: &cli::Pod) -> Result<Value> {
         let text = String::from_utf8_lossy(&answer).into_owned();
         text.lines().map(str::to_owned).collect::<Vec<_>>()
     });
+    // Likewise on its file systems.
+    let asked = found
+        .to_ask()
+        .map(|socket| look::bytes(&socket, &["df".to_owned()]));
+    whole["fileSystems"] = match asked {
+        Some(Ok(answer)) => file_systems::rows(&answer, &whole["shim"]).into(),
+        _ => Value::Null,
+    };
     whole["network"] = json!({ "netns": whole["shim"]["netns"], "guest": lines });
     Ok(whole)
 }
@@ -180,6 +189,28 @@ fn text(whole: &Value) -> String {
             shown(&disk["guestName"]),
             shown(&disk["containers"])
         );
+    }
+    for volume in shim["volumes"].as_array().into_iter().flatten() {
+        let access = if volume["writable"] == true {
+            "rw"
+        } else {
+            "ro"
+        };
+        let _ = writeln!(
+            text,
+            "\nvolume {} on {}: {} mounted in the guest ({access})",
+            shown(&volume["path"]),
+            shown(&volume["device"]),
+            shown(&volume["fileSystem"])
+        );
+    }
+    let rows = whole["fileSystems"].as_array();
+    if rows.is_some_and(|rows| !rows.is_empty()) {
+        text.push_str("\nfile systems, as the guest tells\n");
+    }
+    for row in rows.into_iter().flatten() {
+        let line = printable_line(&file_systems::line(row));
+        let _ = writeln!(text, "  {line}");
     }
     for container in shim["containers"].as_array().into_iter().flatten() {
         let _ = writeln!(

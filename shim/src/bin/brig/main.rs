@@ -9,6 +9,7 @@ mod configured;
 mod debug;
 mod dump;
 mod exporter;
+mod file_systems;
 mod handlers;
 mod inspect;
 mod installed;

@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
+use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece, RequestBody};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
@@ -16,10 +18,12 @@ use slog::{Logger, info, warn};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
+use tokio::time::timeout;
+use ttrpc::context;
 
 use super::Vm;
 use super::control::Control;
-use super::held_disks::{Disk, Disks, Held, Root, Watch};
+use super::held_disks::{Disk, Disks, Held, Root, Volume, Watch};
 use crate::error::{Error, Result};
 use crate::node::disk::{self, Numbers};
 use crate::node::watched::watched;
@@ -64,9 +68,7 @@ impl Vm {
                 Ok(disk)
             }
             Err(error) => {
-                if disks.held.is_empty() {
-                    disks.watch = None;
-                }
+                disks.rest();
                 Err(error)
             }
         }
@@ -135,9 +137,7 @@ impl Vm {
             }
             !held.owners.is_empty()
         });
-        if disks.held.is_empty() {
-            disks.watch = None;
-        }
+        disks.rest();
         disks.roots.retain_mut(|root| {
             if root.owners.remove(owner) && root.owners.is_empty() {
                 free.push(root.function);
@@ -156,11 +156,17 @@ impl Vm {
     }
 
     /// Begins to follow the devices' sizes. Without it the disks keep theirs.
-    fn watch_disks(&self, logger: &Logger) -> Option<Watch> {
+    pub(super) fn watch_disks(&self, logger: &Logger) -> Option<Watch> {
         match events() {
             Ok(events) => {
-                let (disks, control) = (Arc::downgrade(&self.disks), self.control.clone());
-                Some(Watch(tokio::spawn(follow(events, disks, control))))
+                let follower = Follower {
+                    disks: Arc::downgrade(&self.disks),
+                    control: self.control.clone(),
+                    agent: self.agent.clone(),
+                    patience: self.timeouts.setup,
+                    logger: logger.clone(),
+                };
+                Some(Watch(tokio::spawn(follower.follow(events))))
             }
             Err(error) => {
                 warn!(logger, "a disk that grows is not seen to grow"; "error" => %error);
@@ -182,39 +188,65 @@ fn events() -> io::Result<AsyncFd<OwnedFd>> {
     watched(socket, Interest::READABLE)
 }
 
-/// Tells the VMM of each device of the node that has changed. It knows the disks only while it asks for them, so that
-/// they end with their VM.
-async fn follow(events: AsyncFd<OwnedFd>, disks: Weak<Mutex<Disks>>, control: Control) {
-    let mut event = vec![0; MAX_EVENT];
-    loop {
-        let received = events.async_io(Interest::READABLE, |socket| {
-            Ok(recv(socket.as_raw_fd(), &mut event, MsgFlags::empty())?)
-        });
-        let numbers = match received.await {
-            Ok(length) => match disk::changed(event.get(..length).unwrap_or_default()) {
-                Some(numbers) => Some(numbers),
-                None => continue,
-            },
-            // Too many at once: any may have changed.
-            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => None,
-            Err(_) => return,
-        };
-        let Some(disks) = disks.upgrade() else {
+/// Who follows the devices' sizes. It knows the disks only while it asks for them, so that they end with their VM.
+struct Follower {
+    disks: Weak<Mutex<Disks>>,
+    control: Control,
+    agent: AgentClient,
+    /// What the agent has to let a file system grow.
+    patience: Duration,
+    logger: Logger,
+}
+
+impl Follower {
+    /// Tells the VMM of each device of the node that has changed, and the agent of each volume on one.
+    async fn follow(self, events: AsyncFd<OwnedFd>) {
+        let mut event = vec![0; MAX_EVENT];
+        loop {
+            let received = events.async_io(Interest::READABLE, |socket| {
+                Ok(recv(socket.as_raw_fd(), &mut event, MsgFlags::empty())?)
+            });
+            let numbers = match received.await {
+                Ok(length) => match disk::changed(event.get(..length).unwrap_or_default()) {
+                    Some(numbers) => Some(numbers),
+                    None => continue,
+                },
+                // Too many at once: any may have changed.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => None,
+                Err(_) => return,
+            };
+            let Some(disks) = self.disks.upgrade() else {
+                return;
+            };
+            let (functions, volumes) = {
+                let disks = disks.lock().await;
+                let functions: Vec<u8> = disks.of(numbers).collect();
+                let volumes: Vec<Volume> = disks.volumes_of(numbers).cloned().collect();
+                (functions, volumes)
+            };
+            drop(disks);
+            for function in functions {
+                // One that has gone meanwhile has no size to be told.
+                let body = RequestBody::Resize { function };
+                let _ = self.control.request(body, Vec::new()).await;
+            }
+            for volume in volumes {
+                self.grow(&volume).await;
+            }
+        }
+    }
+
+    async fn grow(&self, volume: &Volume) {
+        let Some(request) = volume.growth() else {
             return;
         };
-        let functions: Vec<u8> = {
-            let disks = disks.lock().await;
-            match numbers {
-                Some(numbers) => disks.of(numbers).collect(),
-                None => disks.held.values().map(|held| held.disk.function).collect(),
-            }
+        let context = context::Context::default();
+        let answer = self.agent.update_volume(context, &request);
+        let why = match timeout(self.patience, answer).await {
+            Ok(Ok(_)) => return,
+            Ok(Err(error)) => Error::from_agent(error).message,
+            Err(_) => "the guest's agent did not answer".to_owned(),
         };
-        drop(disks);
-        for function in functions {
-            // One that has gone meanwhile has no size to be told.
-            let _ = control
-                .request(RequestBody::Resize { function }, Vec::new())
-                .await;
-        }
+        warn!(self.logger, "a volume did not grow with its disk"; "volume" => &volume.id, "error" => why);
     }
 }

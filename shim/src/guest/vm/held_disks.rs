@@ -1,16 +1,20 @@
 //! Which block devices of the node a VM has as disks, and for whom.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
+use brig_agent_protocol::agent::update_volume_request::Kind;
+use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeDisk};
 use tokio::task::JoinHandle;
 
-use crate::node::disk::Numbers;
+use crate::node::disk::{self, Numbers};
 
 /// The disks of a VM.
 #[derive(Debug, Default)]
 pub(super) struct Disks {
     pub(super) held: BTreeMap<Key, Held>,
     pub(super) roots: Vec<Root>,
+    pub(super) volumes: Vec<Volume>,
     /// While there is one.
     pub(super) watch: Option<Watch>,
 }
@@ -34,6 +38,63 @@ pub(super) struct Root {
     pub(super) files: Option<Vec<(u64, u64)>>,
     pub(super) function: u8,
     pub(super) owners: BTreeSet<String>,
+}
+
+/// A disk whose file system is a volume.
+#[derive(Debug, Clone)]
+pub(super) struct Volume {
+    pub(super) id: String,
+    pub(super) path: PathBuf,
+    pub(super) device: PathBuf,
+    pub(super) readonly: bool,
+    pub(super) function: u8,
+    /// Of the node's device, unless it is a file.
+    pub(super) numbers: Option<Numbers>,
+    /// As the agent was told.
+    pub(super) file_system: VolumeDisk,
+}
+
+impl Volume {
+    /// The request by which it grows with its disk; none if the disk's size cannot be told.
+    pub(super) fn growth(&self) -> Option<UpdateVolumeRequest> {
+        Some(UpdateVolumeRequest {
+            id: self.id.clone(),
+            kind: Kind::DISK.into(),
+            size: disk::size(self.numbers?)?,
+            disk: Some(self.file_system.clone()).into(),
+            ..UpdateVolumeRequest::default()
+        })
+    }
+}
+
+/// A volume on a disk, as it is asked for.
+#[derive(Debug, Clone)]
+pub struct DiskVolume {
+    /// The guest's name of it.
+    pub id: String,
+    /// What it is called on the node.
+    pub path: PathBuf,
+    /// The node's block device, or an image in a file.
+    pub device: PathBuf,
+    /// Nothing is to be written.
+    pub readonly: bool,
+    /// What the agent mounts; the function is not known yet.
+    pub file_system: VolumeDisk,
+}
+
+/// What an operator is told of one that the guest has.
+#[derive(Debug, Clone)]
+pub struct VolumeShown {
+    /// The guest's name of it.
+    pub id: String,
+    /// What it is called on the node.
+    pub path: PathBuf,
+    /// What it is on.
+    pub device: PathBuf,
+    /// The type of what is on it.
+    pub file_system: String,
+    /// Nothing can be written.
+    pub readonly: bool,
 }
 
 /// A disk of the guest.
@@ -66,12 +127,25 @@ impl Disks {
         self.held.get_mut(&key)
     }
 
-    /// The functions of a device's disks.
-    pub(super) fn of(&self, numbers: Numbers) -> impl Iterator<Item = u8> {
-        let held = self
-            .held
-            .iter()
-            .filter(move |((other, _), _)| *other == numbers);
-        held.map(|(_, held)| held.disk.function)
+    /// The functions of a device's disks, or of all that can grow.
+    pub(super) fn of(&self, numbers: Option<Numbers>) -> impl Iterator<Item = u8> {
+        let is = move |other: &Numbers| numbers.is_none_or(|numbers| *other == numbers);
+        let held = self.held.iter().filter(move |((other, _), _)| is(other));
+        let held = held.map(|(_, held)| held.disk.function);
+        held.chain(self.volumes_of(numbers).map(|volume| volume.function))
+    }
+
+    /// The volumes on a device, or on all that can grow.
+    pub(super) fn volumes_of(&self, numbers: Option<Numbers>) -> impl Iterator<Item = &Volume> {
+        let is = move |other: &Numbers| numbers.is_none_or(|numbers| *other == numbers);
+        let volumes = self.volumes.iter();
+        volumes.filter(move |volume| volume.numbers.as_ref().is_some_and(is))
+    }
+
+    /// Nothing is followed if there is nothing to be.
+    pub(super) fn rest(&mut self) {
+        if self.held.is_empty() && self.volumes.is_empty() {
+            self.watch = None;
+        }
     }
 }

@@ -32,6 +32,7 @@ mod root_disks;
 mod root_given;
 mod share;
 mod size;
+mod volume_disks;
 pub mod watch;
 
 use std::fmt;
@@ -59,6 +60,7 @@ use death::Death;
 use frames::Ahead;
 pub use given::Given;
 pub use groups::Holder;
+pub use held_disks::{DiskVolume, VolumeShown};
 use kill::Kill;
 pub use late::Interface;
 pub use launched::{GuestOrigin, Host, Launched, Mounts, RootfsMount, VmProcess};
@@ -185,6 +187,19 @@ impl Vm {
             (*numbers, *write, held.disk.name.clone(), owners)
         })
         .collect()
+    }
+
+    /// Volumes that the guest mounts from disks.
+    pub async fn volumes(&self) -> Vec<VolumeShown> {
+        let disks = self.disks.lock().await;
+        let volumes = disks.volumes.iter().map(|volume| VolumeShown {
+            id: volume.id.clone(),
+            path: volume.path.clone(),
+            device: volume.device.clone(),
+            file_system: volume.file_system.type_.clone(),
+            readonly: volume.readonly,
+        });
+        volumes.collect()
     }
 
     /// How long containerd waits for figures of this VM.

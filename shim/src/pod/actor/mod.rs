@@ -130,6 +130,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         removed,
         drain: Duration::from_secs(10),
         driver_bundle: None,
+        direct_volumes: false,
         streams: setup.streams.clone(),
         size: PodSize::default(),
     };
@@ -356,6 +357,7 @@ impl Pod {
         self.context
             .driver_bundle
             .clone_from(&wanted.config.driver_bundle);
+        self.context.direct_volumes = wanted.config.direct_volumes;
         self.grace = wanted.config.scaled(wanted.config.shutdown_grace);
         if let Network::Path(path) = &wanted.network {
             self.setup.journal.netns = Some(path.clone());

@@ -31,6 +31,8 @@ pub struct Context {
     pub drain: Duration,
     /// The handler's image of drivers for devices of the node.
     pub driver_bundle: Option<PathBuf>,
+    /// The handler takes volumes that storage drivers hand over as block devices.
+    pub direct_volumes: bool,
     /// containerd's streams.
     pub streams: Streams,
     /// The pod's size.

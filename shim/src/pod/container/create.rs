@@ -132,7 +132,10 @@ async fn steps(
     let mut rootfs = Rootfs::of(&creation)?;
     let root_plan = rootfs.take_plan();
     // Read while the VM starts.
-    let mut planned = context.volumes.plan(binds, &boot).await?;
+    let mut planned = context
+        .volumes
+        .plan(binds, &boot, context.direct_volumes)
+        .await?;
     let ends = Ends::open(
         &creation.io,
         &context.streams,
@@ -174,7 +177,9 @@ async fn steps(
     let asked = Asked::by(&creation, disks, context.driver_bundle.clone());
     let (for_devices, logger) = (Arc::clone(&vm), context.logger.clone());
     let id = creation.id.clone();
+    let volumes = progress.leases.disks();
     progress.giving = Some(tokio::spawn(async move {
+        volumes.mount(&for_devices).await?;
         let root = match root_plan {
             Some(plan) => for_devices.give_root(plan, &id, &logger).await?,
             None => RootGiven::default(),

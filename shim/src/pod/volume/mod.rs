@@ -7,9 +7,11 @@
 //! containers of the pod that mount the same host directory.
 
 mod classify;
+mod direct;
 mod feed;
 mod follow;
 pub(crate) mod mountinfo;
+mod on_disk;
 mod own;
 mod shared;
 mod snapshot;
@@ -29,8 +31,10 @@ use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Vm, shown};
 use crate::node::disk::{Numbers, Owner};
 use classify::Class;
+use direct::DirectVolume;
 use feed::{Budget, Feed, Source, Volume};
 use mountinfo::MountTable;
+use on_disk::OnDisk;
 use shared::{Attachment, Use};
 use watch::Watcher;
 
@@ -75,6 +79,8 @@ struct State {
     writable: BTreeSet<PathBuf>,
     /// What is attached to the share, and how many containers use it.
     attached: HashMap<shared::Key, (Attachment, usize)>,
+    /// Volumes on disks that a container of the pod has, or has had.
+    on_disk: Vec<Arc<OnDisk>>,
     watcher: Option<Arc<Watcher>>,
 }
 
@@ -83,6 +89,7 @@ pub struct Planned {
     shared: Vec<(BindMount, Place)>,
     in_guest: Vec<InGuest>,
     disks: Vec<DiskMount>,
+    direct: Vec<Direct>,
     logger: Logger,
 }
 
@@ -122,6 +129,7 @@ enum What {
 pub struct Leases {
     in_guest: Vec<Arc<Volume>>,
     shared: Vec<Use>,
+    on_disk: Vec<on_disk::Use>,
 }
 
 impl Volumes {
@@ -137,18 +145,21 @@ impl Volumes {
         }
     }
 
-    /// Decides what each bind mount is and starts to read what is to be copied; the guest need not be up.
+    /// Decides what each bind mount is and starts to read what is to be copied; the guest need not be up. With
+    /// `direct`, volumes that storage drivers hand over as block devices are taken.
     ///
     /// # Errors
     /// `InvalidArgument` or `NotFound` with the reason for a source that no guest can have.
-    pub async fn plan(&self, binds: Vec<BindMount>, boot: &Boot) -> Result<Planned> {
-        let classified = tokio::task::spawn_blocking(move || classify_all(binds))
+    pub async fn plan(&self, binds: Vec<BindMount>, boot: &Boot, direct: bool) -> Result<Planned> {
+        let classified = tokio::task::spawn_blocking(move || classify_all(binds, direct))
             .await
             .map_err(|error| Error::internal(format!("the reader of mounts ended: {error}")))??;
+        let (classified, direct) = classified;
         let mut planned = Planned {
             shared: Vec::new(),
             in_guest: Vec::new(),
             disks: Vec::new(),
+            direct,
             logger: self.shared.logger.clone(),
         };
         let writable = self.writable(&classified);
@@ -252,6 +263,26 @@ impl Volumes {
                 readonly: bind.readonly,
             });
         }
+        for (bind, wanted, inside) in planned.direct.drain(..) {
+            let mut known = state.on_disk.iter();
+            let volume = match known.find(|volume| volume.wanted == wanted) {
+                Some(volume) => Arc::clone(volume),
+                None => {
+                    state.made += 1;
+                    let (id, logger) = (format!("d{}", state.made), self.shared.logger.clone());
+                    let volume = Arc::new(OnDisk::new(wanted, id, Arc::clone(vm), logger));
+                    state.on_disk.push(Arc::clone(&volume));
+                    volume
+                }
+            };
+            volume.acquire();
+            leases.on_disk.push(on_disk::Use {
+                index: bind.index,
+                destination: bind.destination,
+                inside,
+                volume,
+            });
+        }
         Attaching(attaching)
     }
 
@@ -260,6 +291,9 @@ impl Volumes {
     pub async fn release(&self, leases: Leases) {
         // The guest's own volumes end by themselves.
         drop(leases.in_guest);
+        for held in leases.on_disk {
+            held.volume.release().await;
+        }
         for held in leases.shared.into_iter().rev() {
             let last = self.shared.lock().give_back(&held.key);
             held.attachment.release(held.readonly, last).await;
@@ -355,6 +389,23 @@ impl Attaching {
     }
 }
 
+/// A container's volumes on disks.
+pub struct Disks(Vec<(String, PathBuf, Arc<OnDisk>)>);
+
+impl Disks {
+    /// Has the guest, which is up, mount them, as far as it has not.
+    ///
+    /// # Errors
+    /// One sentence with the mount's destination: the node's, the VMM's or the guest's. Those before it stay.
+    pub async fn mount(self, vm: &Vm) -> Result<()> {
+        for (destination, inside, volume) in self.0 {
+            volume.ready(&destination).await?;
+            prepare_way(vm, volume.id(), &volume.wanted.path, &inside).await?;
+        }
+        Ok(())
+    }
+}
+
 impl Leases {
     /// What the agent is told of the mounts that are shared.
     ///
@@ -381,7 +432,24 @@ impl Leases {
                 },
             })
         };
-        self.shared.iter().map(source).collect()
+        let on_disk = self.on_disk.iter().map(|held| {
+            Ok(MountSource {
+                index: u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?,
+                volume: held.volume.id().to_owned(),
+                volume_path: told(&held.inside, &held.destination)?,
+                ..MountSource::default()
+            })
+        });
+        self.shared.iter().map(source).chain(on_disk).collect()
+    }
+
+    /// What [`Disks::mount`] does is a step of its own, which is not given up half way.
+    pub fn disks(&self) -> Disks {
+        let uses = self.on_disk.iter().map(|held| {
+            let (destination, inside) = (held.destination.clone(), held.inside.clone());
+            (destination, inside, Arc::clone(&held.volume))
+        });
+        Disks(uses.collect())
     }
 
     /// Waits until the guest, which is up, has made what it needs for those mounts.
@@ -496,18 +564,35 @@ enum Found {
     },
 }
 
+type Direct = (BindMount, DirectVolume, PathBuf);
+
 /// Blocking.
-fn classify_all(binds: Vec<BindMount>) -> Result<Vec<Classified>> {
+fn classify_all(binds: Vec<BindMount>, direct: bool) -> Result<(Vec<Classified>, Vec<Direct>)> {
     let table =
         MountTable::read().map_err(|error| Error::io("cannot read the node's mounts", &error))?;
-    binds
-        .into_iter()
-        .map(|bind| {
-            let found = find(&bind, &table)?;
-            let place = share_place(&bind, &table)?;
-            Ok((bind, place, found))
-        })
-        .collect()
+    let (mut classified, mut on_disk) = (Vec::new(), Vec::new());
+    for bind in binds {
+        // What is at the path on the node does not count, nor whether there is anything.
+        if let Some((volume, inside)) = direct::find(&bind, &table, direct)? {
+            on_disk.push((bind, volume, inside));
+            continue;
+        }
+        let found = find(&bind, &table)?;
+        let place = share_place(&bind, &table)?;
+        classified.push((bind, place, found));
+    }
+    Ok((classified, on_disk))
+}
+
+/// A way in a volume as the agent is told it.
+fn told(inside: &Path, destination: &str) -> Result<String> {
+    let text = inside.to_str().map(str::to_owned);
+    text.ok_or_else(|| {
+        Error::invalid(format!(
+            "mount on {destination}: the sub-path {} is not UTF-8",
+            shown(inside)
+        ))
+    })
 }
 
 fn share_place(bind: &BindMount, table: &MountTable) -> Result<Place> {

@@ -45,7 +45,7 @@ fn pod() -> Pod {
 
 impl Pod {
     async fn mount(&self, binds: Vec<BindMount>) -> (Planned, Vec<MountSource>) {
-        let planned = self.volumes.plan(binds, &self.boot).await.unwrap();
+        let planned = self.volumes.plan(binds, &self.boot, false).await.unwrap();
         let vm = self.boot.ready().await.unwrap();
         let sources = planned.in_guest(&vm).await.unwrap();
         (planned, sources)
@@ -171,7 +171,10 @@ async fn what_cannot_be_copied_is_shared_and_what_cannot_be_had_is_refused() {
     assert_eq!((sources[0].index, sources[0].device.as_str()), (2, "null"));
     let fifo = dir.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let refused = pod.volumes.plan(vec![bind(0, &fifo)], &pod.boot).await;
+    let refused = pod
+        .volumes
+        .plan(vec![bind(0, &fifo)], &pod.boot, false)
+        .await;
     assert!(refused.is_err_and(|error| error.message.contains("/fifo")));
 }
 
@@ -267,7 +270,7 @@ async fn a_fixed_copy_does_not_follow_its_source() {
 
 impl Pod {
     async fn share(&self, binds: Vec<BindMount>) -> Leases {
-        let mut planned = self.volumes.plan(binds, &self.boot).await.unwrap();
+        let mut planned = self.volumes.plan(binds, &self.boot, false).await.unwrap();
         let vm = self.boot.ready().await.unwrap();
         let mut leases = Leases::default();
         let attaching = self.volumes.share(&mut planned, &vm, &mut leases);
@@ -335,7 +338,7 @@ async fn an_attachment_that_fails_names_its_mount() {
     fs::create_dir(&volume).unwrap();
     let pod = pod();
     let binds = vec![bind(7, &volume)];
-    let mut planned = pod.volumes.plan(binds, &pod.boot).await.unwrap();
+    let mut planned = pod.volumes.plan(binds, &pod.boot, false).await.unwrap();
     let vm = pod.boot.ready().await.unwrap();
     fs::remove_dir(&volume).unwrap();
     let mut leases = Leases::default();
@@ -463,7 +466,7 @@ async fn huge_pages_are_the_guests_own_and_nothing_of_the_nodes_is_sent() {
         assert!(!pod.record.has("remove volume v1"));
     }
     let _mounted = Tmpfs::of("hugetlbfs", &volume, "pagesize=1G");
-    let planned = pod.volumes.plan(vec![bind(0, &volume)], &pod.boot);
+    let planned = pod.volumes.plan(vec![bind(0, &volume)], &pod.boot, false);
     let Err(error) = planned.await else {
         panic!("a guest has no pages of that size")
     };
@@ -580,7 +583,7 @@ async fn a_memory_volume_that_failed_is_made_anew() {
     fs::write(volume.join("refused-once"), "x").unwrap();
     let pod = pod();
     let vm = pod.boot.ready().await.unwrap();
-    let planned = pod.volumes.plan(vec![bind(0, &volume)], &pod.boot);
+    let planned = pod.volumes.plan(vec![bind(0, &volume)], &pod.boot, false);
     assert!(planned.await.unwrap().in_guest(&vm).await.is_err());
     pod.eventually("remove volume v1").await;
     let (_second, sources) = pod.mount(vec![bind(0, &volume)]).await;

@@ -7,6 +7,7 @@ mod cgroups;
 mod clock;
 pub mod config_volumes;
 mod devices;
+mod direct_volumes;
 mod failures;
 mod file_systems;
 mod first_look;
@@ -63,6 +64,7 @@ pub fn all() -> Vec<Case> {
         config_volumes::CASES,
         many_volumes::CASES,
         first_look::CASES,
+        direct_volumes::CASES,
         mounts::CASES,
         image_paths::CASES,
         devices::CASES,

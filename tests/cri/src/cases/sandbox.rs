@@ -408,10 +408,10 @@ fn annotation(suite: &mut Suite) -> Result<()> {
 }
 
 /// A drop-in of Brig's configuration, for as long as it is in scope.
-struct DropIn(std::path::PathBuf);
+pub(super) struct DropIn(std::path::PathBuf);
 
 impl DropIn {
-    fn new(text: &str) -> Result<Self> {
+    pub(super) fn new(text: &str) -> Result<Self> {
         let directory = std::path::Path::new("/etc/brig/config.d");
         std::fs::create_dir_all(directory)?;
         let path = directory.join("brig-cri.toml");

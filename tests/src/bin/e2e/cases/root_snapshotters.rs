@@ -37,6 +37,9 @@ const OWN_CONFIG: &str = "/run/brig-node/config.toml";
 /// What systemd gives containerd besides.
 const OWN_UNIT: &str = "/run/systemd/system/containerd.service.d/brig-e2e.conf";
 pub const PROBE: &str = "/probe";
+const MIB: u64 = 1 << 20;
+/// MiB that a container writes.
+const FILLED: u64 = 8;
 
 /// A snapshotter of containerd that gives block devices or images.
 pub trait Snapshotter {
@@ -211,7 +214,10 @@ fn on(suite: &Suite, snapshotter: &dyn Snapshotter) -> Result<()> {
         runtime: "io.containerd.runc.v2".to_owned(),
         ..ctr.clone()
     };
-    let reference = worked_in(&runc, runc.start(&sleeper())?, name)?;
+    let under_runc = runc.start(&sleeper())?;
+    let counted_under_runc = counted(&runc, &under_runc, name)?;
+    under_runc.exec(&["rm", "/filled"])?.success()?;
+    let reference = worked_in(&runc, under_runc, name)?;
     let before = mounts()?;
     let container = ctr.start(&sleeper())?;
     let added: Vec<_> = mounts()?.difference(&before).cloned().collect();
@@ -221,6 +227,22 @@ fn on(suite: &Suite, snapshotter: &dyn Snapshotter) -> Result<()> {
     let said = container.exec(&["sh", "-c", script])?.success()?.text();
     contains("the root", "/dev/vd", &said)?;
     contains("the root", " / ext4 rw", &said)?;
+    let counted = counted(&ctr, &container, name)?;
+    let differ = counted.abs_diff(counted_under_runc);
+    that(
+        &format!("the snapshotter counts {counted_under_runc} bytes under runc and {counted} here"),
+        differ <= MIB,
+    )?;
+    let guests = run("brig", &["inspect", "--json", &container.id])?;
+    let guests: serde_json::Value = serde_json::from_str(&guests)?;
+    let root = &guests["fileSystems"][0];
+    equal("a root on a disk", Some("ext4"), root["type"].as_str())?;
+    let used = root["usedBytes"].as_u64().unwrap_or(0);
+    that(
+        &format!("the guest tells what is used of it: {root}"),
+        (FILLED * MIB..64 * MIB).contains(&used),
+    )?;
+    container.exec(&["rm", "/filled"])?.success()?;
     let worked = worked_in(&ctr, container, name)?;
     let differ = reference
         .iter()
@@ -261,6 +283,29 @@ fn on(suite: &Suite, snapshotter: &dyn Snapshotter) -> Result<()> {
     let left = ctr.ok(&["snapshots", "--snapshotter", name, "ls"])?;
     that("the snapshot was removed", !left.contains(&id))?;
     equal("in use at the end", "", snapshotter.in_use()?.as_str())
+}
+
+/// By how many bytes what the snapshotter counts (`ephemeral-storage`) grows when a container writes `/filled`.
+fn counted(ctr: &Ctr, container: &Container, snapshotter: &str) -> Result<u64> {
+    let count = || -> Result<u64> {
+        let usage = [
+            "snapshots",
+            "--snapshotter",
+            snapshotter,
+            "usage",
+            "-b",
+            &container.id,
+        ];
+        let table = ctr.ok(&usage)?;
+        let line = table.lines().last().context("no line")?;
+        let size = line.split_whitespace().nth(1).context("no size")?;
+        size.parse().with_context(|| line.to_owned())
+    };
+    let before = count()?;
+    let script =
+        format!("dd if=/dev/urandom of=/filled bs=1M count={FILLED} 2> /dev/null && sync /filled");
+    container.exec(&["sh", "-c", &script])?.success()?;
+    Ok(count()?.saturating_sub(before))
 }
 
 /// Does what changes owners, modes, attributes and contents, ends the container, and tells what came of each and what its

@@ -1,0 +1,128 @@
+//! Disks whose file systems are volumes of the pod: nobody on the node mounts them, and each is one volume's alone.
+
+use brig_agent_protocol::agent::update_volume_request::Kind;
+use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeRef};
+use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece};
+use nix::sys::stat::fstat;
+use slog::{Logger, info, warn};
+use ttrpc::context;
+
+use super::Vm;
+use super::held_disks::{DiskVolume, Volume};
+use crate::error::Result;
+use crate::node::image::{self, Image};
+
+/// Bytes of a logical block of a file.
+const BLOCK: u32 = 512;
+
+impl Vm {
+    /// Gives the guest a disk and has its file system mounted as a volume. [`Self::take_volume`] takes it back.
+    ///
+    /// # Errors
+    /// One sentence: the node's, the VMM's or the guest's. Nothing is left of it then.
+    pub async fn give_volume(&self, volume: &DiskVolume, logger: &Logger) -> Result<()> {
+        let (device, readonly) = (volume.device.clone(), volume.readonly);
+        let opened = tokio::task::spawn_blocking(move || image::open(&device, readonly)).await??;
+        let (piece, file, readonly, block_size) = match opened {
+            Image::Disk(opened) => {
+                let piece = DiskPiece::whole(0);
+                (piece, opened.file, opened.readonly, opened.block_size)
+            }
+            Image::File { file, length, .. } => {
+                let piece = DiskPiece {
+                    file: 0,
+                    length: Some(length),
+                };
+                (piece, file, true, BLOCK)
+            }
+        };
+        // Of what can grow.
+        let numbers = fstat(&file)
+            .ok()
+            .filter(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFBLK)
+            .map(|stat| (libc::major(stat.st_rdev), libc::minor(stat.st_rdev)));
+        let config = DiskConfig {
+            pieces: vec![piece],
+            readonly,
+            serial: volume.id.clone(),
+            block_size,
+        };
+        let mut disks = self.disks.lock().await;
+        // Before its size is looked at: no growth is missed.
+        if disks.watch.is_none() {
+            disks.watch = self.watch_disks(logger);
+        }
+        let plugged = self
+            .plug_and_find(DeviceConfig::Disk(config), vec![file])
+            .await;
+        let function = match plugged {
+            Ok((function, _)) => function,
+            Err(error) => {
+                disks.rest();
+                return Err(error);
+            }
+        };
+        let mut file_system = volume.file_system.clone();
+        file_system.function = function.into();
+        disks.volumes.push(Volume {
+            id: volume.id.clone(),
+            path: volume.path.clone(),
+            device: volume.device.clone(),
+            readonly,
+            function,
+            numbers,
+            file_system: file_system.clone(),
+        });
+        // What is on it may take long.
+        drop(disks);
+        let request = UpdateVolumeRequest {
+            id: volume.id.clone(),
+            kind: Kind::DISK.into(),
+            disk: Some(file_system).into(),
+            ..UpdateVolumeRequest::default()
+        };
+        let answer = self
+            .agent()
+            .update_volume(context::Context::default(), &request);
+        let limit = self.timeouts().setup;
+        match self.call_within(limit, "UpdateVolume", answer).await {
+            Ok(_) => {
+                info!(logger, "a volume is on a disk"; "volume" => &volume.id, "device" => %volume.device.display(),
+                    "writable" => !readonly, "function" => function);
+                Ok(())
+            }
+            Err(error) => {
+                self.take_volume(&volume.id, logger).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a volume's disk back, after the guest has let go of its file system. With the VM it is back by itself.
+    pub async fn take_volume(&self, id: &str, logger: &Logger) {
+        let function = {
+            let mut disks = self.disks.lock().await;
+            let place = disks.volumes.iter().position(|volume| volume.id == id);
+            let volume = place.map(|place| disks.volumes.swap_remove(place));
+            disks.rest();
+            volume.map(|volume| volume.function)
+        };
+        let Some(function) = function.filter(|_| self.death().is_none()) else {
+            return;
+        };
+        let request = VolumeRef {
+            id: id.to_owned(),
+            ..VolumeRef::default()
+        };
+        let answer = self
+            .agent()
+            .remove_volume(context::Context::default(), &request);
+        if let Err(error) = self.call("RemoveVolume", answer).await {
+            warn!(logger, "the guest did not let go of a volume as it should"; "volume" => id,
+                "error" => error.message);
+        }
+        if let Err(error) = self.unplug(function).await {
+            warn!(logger, "the disk of a volume stays with the VM"; "volume" => id, "error" => error.message);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Volumes that a storage driver hands over as block devices, as it does for Kata Containers: their file systems are the
+//! guest's, and the node mounts nothing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use brig_tests::node::check::{contains, equal, that};
+use brig_tests::node::clock;
+
+use super::sandbox::DropIn;
+use crate::container::eventually;
+use crate::loops::Loop;
+use crate::mounted::Mounted;
+use crate::node::{self, Directory};
+use crate::suite::{Case, SLEEP, Suite, case, not_here, refused};
+
+pub const CASES: &[Case] = &[
+    case(
+        "volumes",
+        "direct volume: the guest's file system, its group's, shared by the pod, grown online, and free afterwards",
+        used,
+    ),
+    case(
+        "volumes",
+        "direct volume: what cannot be had, or is not allowed, is refused with the reason, and nothing is left",
+        refusals,
+    ),
+];
+
+const ROOT: &str = "/run/kata-containers/shared/direct-volumes";
+const ALLOWED: &str = "direct_volumes = true\n";
+const MIB: u64 = 1 << 20;
+const GROUP: &str = "4242";
+
+/// A volume as kubelet and a driver prepare it.
+struct Direct {
+    /// Where kubelet has it, with nothing in it.
+    path: PathBuf,
+    /// What the driver has written.
+    written: PathBuf,
+    directory: Directory,
+}
+
+impl Direct {
+    fn new(name: &str) -> Result<Self> {
+        let directory = Directory::volume("kubernetes.io~csi", name)?;
+        let path = directory.directory("mount")?;
+        // By another program than the one under test.
+        let encode = format!("printf %s {} | base64 -w0 | tr '+/' '-_'", path.display());
+        let written = Path::new(ROOT).join(node::run("sh", &["-c", &encode])?.trim());
+        fs::create_dir_all(&written)?;
+        Ok(Self {
+            path,
+            written,
+            directory,
+        })
+    }
+
+    fn write(&self, text: &str) -> Result<()> {
+        Ok(fs::write(self.written.join("mountInfo.json"), text)?)
+    }
+
+    fn of(&self, device: &str, kind: &str, metadata: &str) -> Result<()> {
+        self.write(&format!(
+            r#"{{"volume-type":"block","device":"{device}","fstype":"{kind}","metadata":{{{metadata}}},"options":["noatime"]}}"#
+        ))
+    }
+}
+
+impl Drop for Direct {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.written);
+        // If they were made for this.
+        let _ = fs::remove_dir(ROOT);
+    }
+}
+
+/// A disk with ext4 on it.
+fn formatted(directory: &Directory, bytes: u64) -> Result<Loop> {
+    let disk = Loop::new(&directory.path.join("disk"), bytes)?;
+    node::run("mkfs.ext4", &["-q", "-F", &disk.node()])?;
+    Ok(disk)
+}
+
+fn used(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("runc knows no direct volumes");
+    }
+    let directory = Directory::new("direct")?;
+    let disk = formatted(&directory, 16 * MIB)?;
+    let volume = Direct::new("pv")?;
+    volume.of(&disk.node(), "ext4", &format!(r#""fsGroup":"{GROUP}""#))?;
+    let configured = DropIn::new(ALLOWED)?;
+    let pod = suite.run("direct")?;
+    let writer = pod.container("writer", SLEEP).mount(&volume.path, "/data");
+    let writer = writer
+        .security(|security| {
+            security.run_as_user = Some(k8s_cri::v1::Int64Value { value: 1000 });
+            security.supplemental_groups = vec![4242];
+        })
+        .start()?;
+    let shown = writer.sh("grep ' /data ' /proc/mounts; stat -c '%g %a' /data")?;
+    contains("what is mounted", " ext4 ", &shown)?;
+    contains("its options", "noatime", &shown)?;
+    contains("who may write", "4242 2775", &shown)?;
+    writer.sh("mkdir -p /data/a/b && echo text > /data/a/b/file && sync /data/a/b/file")?;
+    let seen = fs::read_dir(&volume.path)?.count();
+    equal("on the node", 0, seen)?;
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    that(
+        "no mount of the node",
+        !mounts.contains(&format!("{} ", disk.node())),
+    )?;
+    let elsewhere = directory.directory("elsewhere")?;
+    let place = elsewhere.display().to_string();
+    let mounted = node::run("mount", &[&disk.node(), &place]);
+    refused(
+        "a mount by the node meanwhile",
+        mounted,
+        &["Can't open blockdev", "busy"],
+    )?;
+
+    // Kubelet makes the directory of a sub-path where it has the volume, and binds it.
+    fs::create_dir_all(volume.path.join("a/b"))?;
+    let bound = volume.directory.sub_path()?;
+    fs::create_dir(&bound)?;
+    let bind = Mounted::bind(&volume.path.join("a/b"), &bound)?;
+    let reader = pod
+        .container("reader", SLEEP)
+        .mount_readonly(&bound, "/part");
+    let reader = reader.start()?;
+    equal("a part of it", "text", reader.sh("cat /part/file")?)?;
+    reader.sh_fails("echo more > /part/file")?;
+    writer.sh("echo more >> /data/a/b/file")?;
+    equal("at once", "text\nmore", reader.sh("cat /part/file")?)?;
+    // And one that is not there is made in the volume.
+    let fresh = pod.container("fresh", SLEEP);
+    fs::create_dir_all(volume.path.join("new"))?;
+    let fresh = fresh.mount(&volume.path.join("new"), "/new").start()?;
+    fresh.sh("echo made > /new/file")?;
+    equal("in the volume", "made", writer.sh("cat /data/new/file")?)?;
+
+    let size = || -> Result<u64> {
+        let kib = writer.sh("df -k /data | tail -n 1 | awk '{ print $2 }'")?;
+        kib.trim().parse().context("df")
+    };
+    let before = size()?;
+    ensure!(before < 16 << 10, "{before} KiB before it grows");
+    disk.grow(48 * MIB)?;
+    eventually("the file system has grown", clock::seconds(5), || {
+        Ok((size()? > 40 << 10).then_some(()))
+    })?;
+
+    let other = suite.run("direct-other")?;
+    let second = other
+        .container("second", SLEEP)
+        .mount(&volume.path, "/data");
+    refused("another pod", second.start(), &["in use on the node"])?;
+
+    writer.remove().context("the writer")?;
+    equal(
+        "left to the others",
+        "text\nmore",
+        reader.sh("cat /part/file")?,
+    )?;
+    fresh.remove().context("the one with a new part")?;
+    reader.remove().context("the reader")?;
+    // Unplugged, and clean.
+    node::run("e2fsck", &["-fn", &disk.node()]).context("what is on the disk")?;
+    let again = pod.container("again", SLEEP).mount(&volume.path, "/data");
+    let again = again.start()?;
+    equal(
+        "it is there again",
+        "text\nmore",
+        again.sh("cat /data/a/b/file")?,
+    )?;
+    drop((again, configured));
+    bind.unmount()?;
+    drop(pod);
+    disk.freed()
+}
+
+fn refusals(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("runc knows no direct volumes");
+    }
+    let directory = Directory::new("direct")?;
+    let disk = formatted(&directory, 16 * MIB)?;
+    let blank = directory.directory("blank")?;
+    let blank = Loop::new(&blank.join("disk"), 16 * MIB)?;
+    let volume = Direct::new("pv")?;
+    volume.of(&disk.node(), "ext4", "")?;
+    {
+        let pod = suite.run("direct-not-allowed")?;
+        let container = pod.container("main", SLEEP).mount(&volume.path, "/data");
+        refused(
+            "a handler that takes none",
+            container.start(),
+            &["direct_volumes = true"],
+        )?;
+    }
+    let _configured = DropIn::new(ALLOWED)?;
+    let pod = suite.run("direct-refused")?;
+    let refused_for = |what: &str, reason: &str| -> Result<()> {
+        let container = pod.container("main", SLEEP).mount(&volume.path, "/data");
+        let started = container.start();
+        refused(what, started, &[reason]).with_context(|| what.to_owned())
+    };
+    volume.write("{ \"device\": ")?;
+    refused_for("what is no JSON", "not what a storage driver writes")?;
+    volume.of("/dev/brig-no-such-device", "ext4", "")?;
+    refused_for("a device that is not there", "missing on this node")?;
+    volume.of("/dev/null", "ext4", "")?;
+    refused_for("what is no block device", "neither a block device")?;
+    volume.of(&disk.node(), "nosuchfs", "")?;
+    refused_for(
+        "a file system that the guest lacks",
+        "no file system \"nosuchfs\"",
+    )?;
+    volume.of(&disk.node(), "proc", "")?;
+    refused_for("the kernel's own file system", "no file system of a disk")?;
+    volume.of(&blank.node(), "ext4", "")?;
+    refused_for("a device with nothing on it", "mounting it as ext4")?;
+    volume.of(&disk.node(), "ext4", r#""encryptionKey":"x""#)?;
+    refused_for("what is encrypted", "encryptionKey")?;
+    // The pod is none the worse, and the devices are free though it lives.
+    let plain = pod.container("main", SLEEP).start()?;
+    equal(
+        "disks of the guest",
+        "0",
+        plain.sh("ls /sys/block | grep -c ^vd || true")?,
+    )?;
+    blank.freed()?;
+    disk.freed()
+}
