@@ -16,6 +16,21 @@ const UNSAFE_INTERRUPTS: [&str; 2] = [
     "iommufd/parameters/allow_unsafe_interrupts",
 ];
 
+/// What to do about interrupts that are not remapped.
+const REMAP: &str = "turn interrupt remapping on in the firmware, and take intremap=off and nointremap from the kernel's \
+                     command line";
+
+/// What becomes of devices' interrupts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Remapping {
+    /// They go where the node lets them; or nothing is known of it.
+    On,
+    /// They go anywhere, so no device is given away.
+    Off,
+    /// They go anywhere, and that was allowed.
+    Ignored,
+}
+
 /// How far a module is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Module {
@@ -93,28 +108,41 @@ impl Node {
                 "turn it on in the firmware (VT-d, AMD-Vi), and with intel_iommu=on in the kernel's command line",
             ));
         }
-        let interrupts = fs::read_to_string(self.proc.join("interrupts")).unwrap_or_default();
-        let (plain, remapped) = (
-            interrupts.contains(" PCI-MSI"),
-            interrupts.contains(" IR-PCI-MSI"),
-        );
-        if plain && !remapped {
-            let is_on = |path: &str| {
-                let text = fs::read_to_string(self.sys.join("module").join(path));
-                text.is_ok_and(|text| text.trim() == "Y")
-            };
-            let what = if UNSAFE_INTERRUPTS.iter().any(|path| is_on(path)) {
+        let what = match self.remapping() {
+            Remapping::On => return Ok(format!("{groups} groups")),
+            Remapping::Off => "so devices are refused to pods",
+            Remapping::Ignored => {
                 "and allow_unsafe_interrupts is set: a pod with a device can send the node any interrupt"
-            } else {
-                "so devices are refused to pods"
-            };
-            return Err(Refusal::new(
-                format!("{groups} groups, but interrupts are not remapped, {what}"),
-                "turn interrupt remapping on in the firmware, and take intremap=off and nointremap from the kernel's \
-                 command line",
-            ));
+            }
+        };
+        Err(Refusal::new(
+            format!("{groups} groups, but interrupts are not remapped, {what}"),
+            REMAP,
+        ))
+    }
+
+    /// Whether the kernel gives a device away, by what becomes of its interrupts.
+    pub(super) fn gives_away(&self) -> Result<(), Refusal> {
+        match self.remapping() {
+            Remapping::On | Remapping::Ignored => Ok(()),
+            Remapping::Off => Err(Refusal::new("the node does not remap interrupts", REMAP)),
         }
-        Ok(format!("{groups} groups"))
+    }
+
+    fn remapping(&self) -> Remapping {
+        let interrupts = fs::read_to_string(self.proc.join("interrupts")).unwrap_or_default();
+        if !interrupts.contains(" PCI-MSI") || interrupts.contains(" IR-PCI-MSI") {
+            return Remapping::On;
+        }
+        let is_on = |path: &str| {
+            let text = fs::read_to_string(self.sys.join("module").join(path));
+            text.is_ok_and(|text| text.trim() == "Y")
+        };
+        if UNSAFE_INTERRUPTS.iter().any(|path| is_on(path)) {
+            Remapping::Ignored
+        } else {
+            Remapping::Off
+        }
     }
 
     /// Which of the kernel's interfaces to its devices there is.

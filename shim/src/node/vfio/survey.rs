@@ -64,6 +64,7 @@ impl Node {
     fn fitting(&self, device: &Path, room: &Room) -> Result<PathBuf, Refusal> {
         if device.join("iommu_group").exists() {
             fit::check(device, room)?;
+            self.gives_away()?;
         }
         self.verdict(device)
     }
@@ -346,6 +347,24 @@ mod tests {
         assert!(!said(&fake)[0].contains("vfio-pci"));
         let missing = fake.node.missing(&["00:03.0".parse().unwrap()], &ROOM);
         assert!(missing[0].1.contains("does not fit"), "{missing:?}");
+    }
+
+    #[test]
+    fn a_node_that_remaps_no_interrupts_has_no_device_to_give() {
+        let fake = Fake::new();
+        fake.device("0000:00:03.0", "0x030000", Some("vfio-pci"), Some(3));
+        fake.node_file("vfio/vfio");
+        fs::create_dir_all(&fake.node.proc).unwrap();
+        fs::write(
+            fake.node.proc.join("interrupts"),
+            " 25: 0 PCI-MSIX-0000:00:0b.0 0-edge x\n",
+        )
+        .unwrap();
+        assert!(
+            said(&fake)[0].contains("does not remap interrupts"),
+            "{}",
+            said(&fake)[0]
+        );
     }
 
     #[test]
