@@ -332,12 +332,14 @@ impl VirtioDevice for Block {
         _events: EventSet,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        self.service.failed()?;
-        self.threads.take_back(&self.service, sources)?;
         match u16::try_from(token) {
-            Ok(index) if !self.threads.has(index) => self.serve(index, sources),
-            _ => Ok(()),
+            Ok(index) if !self.threads.has(index) => self.serve(index, sources)?,
+            _ => {}
         }
+        // Afterwards: who has something to say of it says it by a kick of queue 0, which serving that has just read. What is
+        // said from now on kicks again.
+        self.service.failed()?;
+        self.threads.take_back(&self.service, sources)
     }
 
     fn refresh(&mut self) -> Result<(), DeviceError> {

@@ -107,6 +107,15 @@ fn a_queue_that_waited_for_another_has_a_thread_until_it_rests() {
     assert!(disk.harness.device.queue_threads().is_empty());
 }
 
+/// What a thread says at its end comes by the kick of queue 0, which the worker may be about to take.
+#[test]
+fn a_queue_whose_thread_rests_while_the_worker_serves_is_served_again() {
+    let mut disk = many(2, Duration::ZERO);
+    for _ in 0..3000 {
+        disk.crowd();
+    }
+}
+
 #[test]
 fn a_busy_queue_leaves_the_worker_when_the_first_one_waits() {
     let mut disk = many(3, LONG);
