@@ -15,7 +15,8 @@ use super::tap::{NetError, Tap};
 use crate::virtio::chain::Chain;
 use crate::virtio::ring::{Ring, take_queue};
 use crate::virtio::{
-    Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice,
+    Activation, ActiveQueue, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources,
+    VirtioDevice,
 };
 
 const NAME: &str = "net";
@@ -69,11 +70,7 @@ impl Net {
     /// # Errors
     /// If there are no or too many taps, or one refuses to be set up.
     pub fn new(taps: Vec<OwnedFd>, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
-        if taps.is_empty() || taps.len() > MAX_PAIRS {
-            return Err(NetError::Taps(taps.len(), MAX_PAIRS));
-        }
-        let taps = taps.into_iter().map(Tap::new).collect::<Result<_, _>>()?;
-        Ok(Self::with_taps(taps, mac, mtu))
+        Ok(Self::with_taps(set_up(taps)?, mac, mtu))
     }
 
     /// As [`Self::new`], with taps that are set up.
@@ -172,6 +169,17 @@ impl Net {
     }
 }
 
+/// The taps of an interface, one for each queue pair.
+///
+/// # Errors
+/// If there are none or too many, or one refuses to be set up.
+pub(super) fn set_up(taps: Vec<OwnedFd>) -> Result<Vec<Tap>, NetError> {
+    if taps.is_empty() || taps.len() > MAX_PAIRS {
+        return Err(NetError::Taps(taps.len(), MAX_PAIRS));
+    }
+    taps.into_iter().map(Tap::new).collect()
+}
+
 /// `struct virtio_net_config` up to `mtu`, which is in bytes.
 pub(super) fn configuration(mac: [u8; 6], pairs: usize, mtu: u16) -> Vec<u8> {
     let mut config = mac.to_vec();
@@ -219,6 +227,35 @@ pub(super) fn queue_sizes(pairs: usize) -> Vec<u16> {
         sizes.push(CONTROL_SIZE);
     }
     sizes
+}
+
+/// How many of the pairs that there are a driver with these features sets up.
+pub(super) fn pairs_set_up(features: u64, pairs: usize) -> usize {
+    if features & feature::MQ == 0 {
+        1
+    } else {
+        pairs
+    }
+}
+
+/// The control queue, which comes after those of so many pairs, if the driver knows of it.
+///
+/// # Errors
+/// If it has not enabled it, or its kicks cannot be waited for.
+pub(super) fn open_control(
+    device: &'static str,
+    queues: &mut Vec<ActiveQueue>,
+    pairs: usize,
+    features: u64,
+    token: u32,
+    sources: &mut Sources<'_>,
+) -> Result<Option<Ring>, DeviceError> {
+    if features & feature::CTRL_VQ == 0 {
+        return Ok(None);
+    }
+    let index = u16::try_from(2 * pairs).unwrap_or(u16::MAX);
+    let queue = take_queue(queues, device, index)?;
+    Ring::new(queue, device, features, token, sources).map(Some)
 }
 
 /// Serves the control queue, with so many pairs to be had; what the driver has asked for last, if anything, and whether
@@ -301,8 +338,7 @@ impl VirtioDevice for Net {
             in_use: 1,
         });
         let mut result = Ok(());
-        let multiple = features & feature::MQ != 0;
-        let pairs = if multiple { self.lanes.len() } else { 1 };
+        let pairs = pairs_set_up(features, self.lanes.len());
         for pair in 0..pairs {
             result = result.and_then(|()| {
                 active
@@ -311,14 +347,10 @@ impl VirtioDevice for Net {
                 Ok(())
             });
         }
-        if features & feature::CTRL_VQ != 0 {
-            result = result.and_then(|()| {
-                let index = u16::try_from(2 * pairs).unwrap_or(u16::MAX);
-                let queue = take_queue(&mut queues, NAME, index)?;
-                active.control = Some(Ring::new(queue, NAME, features, CONTROL, sources)?);
-                Ok(())
-            });
-        }
+        result = result.and_then(|()| {
+            active.control = open_control(NAME, &mut queues, pairs, features, CONTROL, sources)?;
+            Ok(())
+        });
         for (token, lane) in (TAP..).zip(&mut self.lanes) {
             result = result.and_then(|()| {
                 lane.readable = true;
@@ -398,7 +430,7 @@ impl VirtioDevice for Net {
 
 fn open_pair(
     pair: usize,
-    queues: &mut Vec<crate::virtio::ActiveQueue>,
+    queues: &mut Vec<ActiveQueue>,
     features: u64,
     sources: &mut Sources<'_>,
 ) -> Result<Pair, DeviceError> {

@@ -10,8 +10,9 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{MAX_PAIRS, configuration, offered, queue_sizes, serve_control};
-use super::header::feature;
+use super::device::{
+    configuration, offered, open_control, pairs_set_up, queue_sizes, serve_control, set_up,
+};
 use super::tap::{NetError, Tap};
 use super::vhost::Vhost;
 use crate::event::borrow_event;
@@ -72,20 +73,16 @@ impl VhostNet {
         mac: [u8; 6],
         mtu: u16,
     ) -> Result<Self, NetError> {
-        if taps.is_empty() || taps.len() > MAX_PAIRS {
-            return Err(NetError::Taps(taps.len(), MAX_PAIRS));
-        }
+        let taps = set_up(taps)?;
         if taps.len() != vhosts.len() {
             return Err(NetError::Vhosts(vhosts.len(), taps.len()));
         }
-        let lanes = taps.into_iter().zip(vhosts).map(|(tap, vhost)| {
-            Ok(Lane {
-                tap: Tap::new(tap)?,
-                vhost: Vhost::new(vhost, memory.clone()),
-                prepared: false,
-            })
+        let lanes = taps.into_iter().zip(vhosts).map(|(tap, vhost)| Lane {
+            tap,
+            vhost: Vhost::new(vhost, memory.clone()),
+            prepared: false,
         });
-        let lanes = lanes.collect::<Result<Vec<_>, NetError>>()?;
+        let lanes: Vec<_> = lanes.collect();
         Ok(Self {
             config: Arc::new(configuration(mac, lanes.len(), mtu)),
             lanes,
@@ -146,11 +143,7 @@ impl VhostNet {
             mut queues,
             interrupt,
         } = activation;
-        let count = if features & feature::MQ == 0 {
-            1
-        } else {
-            self.lanes.len()
-        };
+        let count = pairs_set_up(features, self.lanes.len());
         let mut pairs = Vec::new();
         // At most MAX_PAIRS.
         for index in (0..u16::MAX).step_by(2).take(count) {
@@ -163,7 +156,6 @@ impl VhostNet {
         sources
             .add(borrow_event(&trouble), TROUBLE, EventSet::IN)
             .map_err(host)?;
-        let index = u16::try_from(2 * count).unwrap_or(u16::MAX);
         let active = self.active.insert(Active {
             memory,
             interrupt,
@@ -172,10 +164,7 @@ impl VhostNet {
             control: None,
             trouble,
         });
-        if features & feature::CTRL_VQ != 0 {
-            let queue = take_queue(&mut queues, NAME, index)?;
-            active.control = Some(Ring::new(queue, NAME, features, CONTROL, sources)?);
-        }
+        active.control = open_control(NAME, &mut queues, count, features, CONTROL, sources)?;
         for lane in &self.lanes {
             lane.tap.set_offloads(features).map_err(host)?;
         }
