@@ -26,11 +26,17 @@ struct Disk {
     data: u64,
 }
 
+/// A file of 256 sectors, each filled with its number.
+fn sectors() -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
+    file.write_all(&bytes).unwrap();
+    file
+}
+
 impl Disk {
     fn new(readonly: bool) -> Self {
-        let mut file = tempfile::tempfile().unwrap();
-        let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
-        file.write_all(&bytes).unwrap();
+        let file = sectors();
         let device =
             Block::new(file.try_clone().unwrap().into(), readonly, "disk-1", 512, 1).unwrap();
         Self::over(device, file)
@@ -351,9 +357,7 @@ fn a_block_has_the_size_that_was_asked_for() {
 
 /// A disk of 256 sectors with helpers, a flush of which waits at the gate if there is one.
 fn helped(gate: Option<&Arc<Barrier>>) -> Disk {
-    let mut file = tempfile::tempfile().unwrap();
-    let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
-    file.write_all(&bytes).unwrap();
+    let file = sectors();
     let mut device = Block::new(file.try_clone().unwrap().into(), false, "helped", 512, 1).unwrap();
     if let Some(gate) = gate {
         device = device.gated(Arc::clone(gate));
@@ -511,48 +515,68 @@ fn pieces_must_have_the_lengths_that_they_are_said_to_have() {
     ));
 }
 
+/// Requests for one of the queues: read, write or flush, and the sector; and whether the device is reset after them.
+type Round = (Vec<(usize, u32, u64)>, bool);
+
+/// Asks for all of a round at once: all of it is done once, what is read is right, and each sector has what was written to
+/// it last.
+fn check_rounds(disk: &mut Disk, rounds: Vec<Round>) -> Result<(), TestCaseError> {
+    let features = disk.harness.device.features();
+    let mut model: Vec<u8> = (0..=255).collect();
+    for (round, (requests, reset)) in (1u8..).zip(rounds) {
+        let mut seen = std::collections::BTreeSet::new();
+        let mut added = Vec::new();
+        for (number, (queue, kind, sector)) in (0u64..).zip(requests) {
+            // Two of one round for a sector have no order.
+            if !seen.insert(sector) {
+                continue;
+            }
+            let at = disk.data + number * 512;
+            let byte = u8::try_from(sector)
+                .unwrap()
+                .wrapping_mul(3)
+                .wrapping_add(round);
+            disk.harness.write(at, &[byte; 512]);
+            let status = match kind {
+                0 => disk.add_to(queue, number, 0, sector, &[(at, 512, true)]),
+                1 => disk.add_to(queue, number, 1, sector, &[(at, 512, false)]),
+                _ => disk.add_to(queue, number, 4, 0, &[]),
+            };
+            if kind == 1 {
+                model[usize::try_from(sector).unwrap()] = byte;
+            }
+            added.push((kind, sector, at, status));
+        }
+        prop_assert!(disk.returned(added.len()));
+        for (kind, sector, at, status) in added {
+            prop_assert_eq!(disk.harness.read(status, 1), [OK]);
+            if kind == 0 {
+                let wanted = [model[usize::try_from(sector).unwrap()]; 512];
+                prop_assert_eq!(disk.harness.read(at, 512), wanted);
+            }
+        }
+        if reset {
+            disk.harness.deactivate();
+            disk.harness.activate(features);
+        }
+    }
+    for (sector, byte) in (0u64..).zip(&model) {
+        prop_assert_eq!(disk.sector(sector), [*byte; 512]);
+    }
+    Ok(())
+}
+
 proptest! {
     /// Whatever is asked for at once, all of it is done, and each sector has what was written to it.
     #[test]
     fn nothing_is_lost_or_mixed_up_among_helpers(
         rounds in prop::collection::vec(prop::collection::vec((0u32..3, 0u64..60), 1..50), 1..6),
     ) {
-        let mut disk = helped(None);
-        let data = disk.data;
-        let mut model: Vec<u8> = (0..=255).collect();
-        for (round, requests) in (1u8..).zip(rounds) {
-            let mut seen = std::collections::BTreeSet::new();
-            let mut added = Vec::new();
-            for (number, (kind, sector)) in (0u64..).zip(requests) {
-                // Two of one round for a sector have no order.
-                if !seen.insert(sector) {
-                    continue;
-                }
-                let at = data + number * 512;
-                let byte = u8::try_from(sector).unwrap().wrapping_mul(3).wrapping_add(round);
-                disk.harness.write(at, &[byte; 512]);
-                let status = match kind {
-                    0 => disk.add(number, 0, sector, &[(at, 512, true)]),
-                    1 => disk.add(number, 1, sector, &[(at, 512, false)]),
-                    _ => disk.add(number, 4, 0, &[]),
-                };
-                if kind == 1 {
-                    model[usize::try_from(sector).unwrap()] = byte;
-                }
-                added.push((kind, sector, at, status));
-            }
-            prop_assert!(disk.returned(added.len()));
-            for (kind, sector, at, status) in added {
-                prop_assert_eq!(disk.harness.read(status, 1), [OK]);
-                if kind == 0 {
-                    let wanted = [model[usize::try_from(sector).unwrap()]; 512];
-                    prop_assert_eq!(disk.harness.read(at, 512), wanted);
-                }
-            }
-        }
-        for (sector, byte) in (0u64..).zip(&model) {
-            prop_assert_eq!(disk.sector(sector), [*byte; 512]);
-        }
+        let by_the_queue = |requests: Vec<(u32, u64)>| {
+            let requests = requests.into_iter().map(|(kind, sector)| (0, kind, sector));
+            (requests.collect(), false)
+        };
+        check_rounds(&mut helped(None), rounds.into_iter().map(by_the_queue).collect())?;
     }
 
     /// A disk of pieces reads as the files one behind the other, each filled up with zeros, and changes none.

@@ -7,13 +7,6 @@ use crate::virtio::block::MAX_QUEUES;
 const MQ: u64 = 1 << 12;
 const LONG: Duration = Duration::from_secs(60);
 
-fn sectors() -> File {
-    let mut file = tempfile::tempfile().unwrap();
-    let bytes: Vec<u8> = (0..=255u8).flat_map(|sector| [sector; 512]).collect();
-    file.write_all(&bytes).unwrap();
-    file
-}
-
 fn device(file: &File, queues: u16) -> Block {
     Block::new(file.try_clone().unwrap().into(), false, "many", 512, queues).unwrap()
 }
@@ -239,45 +232,6 @@ proptest! {
             1..8,
         ),
     ) {
-        let mut disk = many(4, Duration::from_millis(rest));
-        let features = disk.harness.device.features();
-        let mut model: Vec<u8> = (0..=255).collect();
-        for (round, (requests, reset)) in (1u8..).zip(rounds) {
-            let mut seen = std::collections::BTreeSet::new();
-            let mut added = Vec::new();
-            for (number, (queue, kind, sector)) in (0u64..).zip(requests) {
-                // Two of one round for a sector have no order.
-                if !seen.insert(sector) {
-                    continue;
-                }
-                let at = disk.data + number * 512;
-                let byte = u8::try_from(sector).unwrap().wrapping_mul(3).wrapping_add(round);
-                disk.harness.write(at, &[byte; 512]);
-                let status = match kind {
-                    0 => disk.add_to(queue, number, 0, sector, &[(at, 512, true)]),
-                    1 => disk.add_to(queue, number, 1, sector, &[(at, 512, false)]),
-                    _ => disk.add_to(queue, number, 4, 0, &[]),
-                };
-                if kind == 1 {
-                    model[usize::try_from(sector).unwrap()] = byte;
-                }
-                added.push((kind, sector, at, status));
-            }
-            prop_assert!(disk.returned(added.len()));
-            for (kind, sector, at, status) in added {
-                prop_assert_eq!(disk.harness.read(status, 1), [OK]);
-                if kind == 0 {
-                    let wanted = [model[usize::try_from(sector).unwrap()]; 512];
-                    prop_assert_eq!(disk.harness.read(at, 512), wanted);
-                }
-            }
-            if reset {
-                disk.harness.deactivate();
-                disk.harness.activate(features);
-            }
-        }
-        for (sector, byte) in (0u64..).zip(&model) {
-            prop_assert_eq!(disk.sector(sector), [*byte; 512]);
-        }
+        check_rounds(&mut many(4, Duration::from_millis(rest)), rounds)?;
     }
 }
