@@ -38,9 +38,10 @@ pub fn file_of(command: &[String]) -> Option<PathBuf> {
 #[must_use]
 pub fn handlers(file: &Path) -> Vec<Configured> {
     let mut found = Vec::<Configured>::new();
-    for file in with_imports(file) {
-        let text = fs::read_to_string(&file).unwrap_or_default();
-        let table: Table = toml::from_str(&text).unwrap_or_default();
+    let own = read(file);
+    let imported = imports(file, &own);
+    let imported = imported.into_iter().map(|file| read(&file));
+    for table in std::iter::once(own).chain(imported) {
         for handler in of_table(&table) {
             found.retain(|other| other.name != handler.name);
             found.push(handler);
@@ -50,14 +51,17 @@ pub fn handlers(file: &Path) -> Vec<Configured> {
     found
 }
 
-/// A file, and those that its `imports` name.
-fn with_imports(file: &Path) -> Vec<PathBuf> {
+fn read(file: &Path) -> Table {
     let text = fs::read_to_string(file).unwrap_or_default();
-    let table: Table = toml::from_str(&text).unwrap_or_default();
+    toml::from_str(&text).unwrap_or_default()
+}
+
+/// The files that the `imports` of one name.
+fn imports(file: &Path, table: &Table) -> Vec<PathBuf> {
     let patterns = table.get("imports").and_then(Value::as_array);
     let patterns = patterns.into_iter().flatten().filter_map(Value::as_str);
     let above = file.parent().unwrap_or(Path::new("/"));
-    let mut files = vec![file.to_owned()];
+    let mut files = Vec::new();
     for pattern in patterns {
         let path = above.join(pattern);
         let (Some(dir), Some(last)) = (path.parent(), path.file_name()) else {

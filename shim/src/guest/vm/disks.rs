@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use brig_agent_protocol::agent::FoundDevice;
 use brig_agent_protocol::agent_ttrpc::AgentClient;
 use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece, RequestBody};
 use nix::sys::socket::{
@@ -50,31 +51,25 @@ impl Vm {
             held.owners.insert(owner.to_owned());
             return Ok(held.disk.clone());
         }
-        // Before its size is looked at: no growth is missed.
-        if disks.watch.is_none() {
-            disks.watch = self.watch_disks(logger);
-        }
-        let given = self.plug_device(numbers, write).await;
-        match given {
-            Ok(disk) => {
-                let (major, minor) = numbers;
-                info!(logger, "a block device of the node was given to the pod"; "device" => format!("{major}:{minor}"),
-                    "writable" => write, "container" => owner, "function" => disk.function);
-                let held = Held {
-                    disk: disk.clone(),
-                    owners: BTreeSet::from([owner.to_owned()]),
-                };
-                disks.held.insert((numbers, write), held);
-                Ok(disk)
-            }
-            Err(error) => {
-                disks.rest();
-                Err(error)
-            }
-        }
+        let disk = self.plug_device(&mut disks, numbers, write, logger).await?;
+        let (major, minor) = numbers;
+        info!(logger, "a block device of the node was given to the pod"; "device" => format!("{major}:{minor}"),
+            "writable" => write, "container" => owner, "function" => disk.function);
+        let held = Held {
+            disk: disk.clone(),
+            owners: BTreeSet::from([owner.to_owned()]),
+        };
+        disks.held.insert((numbers, write), held);
+        Ok(disk)
     }
 
-    async fn plug_device(&self, numbers: Numbers, write: bool) -> Result<Disk> {
+    async fn plug_device(
+        &self,
+        disks: &mut Disks,
+        numbers: Numbers,
+        write: bool,
+        logger: &Logger,
+    ) -> Result<Disk> {
         let opened = tokio::task::spawn_blocking(move || disk::open(numbers, write));
         let opened = opened.await??;
         let (major, minor) = numbers;
@@ -84,7 +79,7 @@ impl Vm {
             serial: format!("{major}:{minor}"),
             block_size: opened.block_size,
         };
-        let plugged = self.plug_and_find(DeviceConfig::Disk(config), vec![opened.file]);
+        let plugged = self.plug_growing(disks, config, opened.file, logger);
         let (function, found) = plugged.await.map_err(|error| {
             let what = format!("block device {major}:{minor} of the node");
             Error::new(
@@ -98,6 +93,26 @@ impl Vm {
             function,
             name: node.map(|node| node.name).unwrap_or_default(),
         })
+    }
+
+    /// Plugs a disk whose size is followed from before the VMM looks at it, so that no growth is missed.
+    pub(super) async fn plug_growing(
+        &self,
+        disks: &mut Disks,
+        config: DiskConfig,
+        file: OwnedFd,
+        logger: &Logger,
+    ) -> Result<(u8, FoundDevice)> {
+        if disks.watch.is_none() {
+            disks.watch = self.watch_disks(logger);
+        }
+        let plugged = self
+            .plug_and_find(DeviceConfig::Disk(config), vec![file])
+            .await;
+        if plugged.is_err() {
+            disks.rest();
+        }
+        plugged
     }
 
     /// Plugs a disk that a root file system is on, unless the guest has one of the same files; its function.
@@ -156,7 +171,7 @@ impl Vm {
     }
 
     /// Begins to follow the devices' sizes. Without it the disks keep theirs.
-    pub(super) fn watch_disks(&self, logger: &Logger) -> Option<Watch> {
+    fn watch_disks(&self, logger: &Logger) -> Option<Watch> {
         match events() {
             Ok(events) => {
                 let follower = Follower {

@@ -2,7 +2,7 @@
 
 use brig_agent_protocol::agent::update_volume_request::Kind;
 use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeRef};
-use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece};
+use brig_hypervisor::control::{DiskConfig, DiskPiece};
 use nix::sys::stat::fstat;
 use slog::{Logger, info, warn};
 use ttrpc::context;
@@ -48,20 +48,7 @@ impl Vm {
             block_size,
         };
         let mut disks = self.disks.lock().await;
-        // Before its size is looked at: no growth is missed.
-        if disks.watch.is_none() {
-            disks.watch = self.watch_disks(logger);
-        }
-        let plugged = self
-            .plug_and_find(DeviceConfig::Disk(config), vec![file])
-            .await;
-        let function = match plugged {
-            Ok((function, _)) => function,
-            Err(error) => {
-                disks.rest();
-                return Err(error);
-            }
-        };
+        let (function, _) = self.plug_growing(&mut disks, config, file, logger).await?;
         let mut file_system = volume.file_system.clone();
         file_system.function = function.into();
         disks.volumes.push(Volume {

@@ -151,10 +151,8 @@ impl Volumes {
     /// # Errors
     /// `InvalidArgument` or `NotFound` with the reason for a source that no guest can have.
     pub async fn plan(&self, binds: Vec<BindMount>, boot: &Boot, direct: bool) -> Result<Planned> {
-        let classified = tokio::task::spawn_blocking(move || classify_all(binds, direct))
-            .await
-            .map_err(|error| Error::internal(format!("the reader of mounts ended: {error}")))??;
-        let (classified, direct) = classified;
+        let classified = tokio::task::spawn_blocking(move || classify_all(binds, direct));
+        let (classified, direct) = classified.await??;
         let mut planned = Planned {
             shared: Vec::new(),
             in_guest: Vec::new(),
@@ -412,8 +410,10 @@ impl Leases {
     /// # Errors
     /// `InvalidArgument` for more mounts than a number holds.
     pub fn sources(&self) -> Result<Vec<MountSource>> {
+        let number =
+            |index: usize| u32::try_from(index).map_err(|_| Error::invalid("too many mounts"));
         let source = |held: &Use| {
-            let index = u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?;
+            let index = number(held.index)?;
             Ok(match &held.attachment.volume {
                 Some(volume) => MountSource {
                     index,
@@ -434,7 +434,7 @@ impl Leases {
         };
         let on_disk = self.on_disk.iter().map(|held| {
             Ok(MountSource {
-                index: u32::try_from(held.index).map_err(|_| Error::invalid("too many mounts"))?,
+                index: number(held.index)?,
                 volume: held.volume.id().to_owned(),
                 volume_path: told(&held.inside, &held.destination)?,
                 ..MountSource::default()
@@ -527,16 +527,14 @@ async fn prepare_way(vm: &Vm, id: &str, top: &Path, inside: &Path) -> Result<()>
         return Ok(());
     }
     let (host, below) = (top.to_owned(), inside.to_owned());
-    let entries = tokio::task::spawn_blocking(move || snapshot::chain(&host, &below))
-        .await
-        .map_err(|error| Error::internal(format!("the reader of a sub-path ended: {error}")))?
-        .map_err(|error| {
-            Error::state(format!(
-                "the sub-path {} of {} cannot be read: {error}",
-                shown(inside),
-                shown(top)
-            ))
-        })?;
+    let entries = tokio::task::spawn_blocking(move || snapshot::chain(&host, &below));
+    let entries = entries.await?.map_err(|error| {
+        Error::state(format!(
+            "the sub-path {} of {} cannot be read: {error}",
+            shown(inside),
+            shown(top)
+        ))
+    })?;
     for request in feed::requests(id, update_volume_request::Kind::MEMORY, 0, entries) {
         feed::update(vm, &request).await?;
     }
