@@ -101,18 +101,24 @@ impl Disk {
 
     /// Lets the file system grow to the end of its disk, which has `size` bytes by now. Blocking.
     pub(super) fn grow(&self, at: &Path, size: u64) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
-        while self.size().unwrap_or(u64::MAX) < size && Instant::now() < end {
-            std::thread::sleep(LOOK);
-        }
-        if for_kernel(&self.wanted.options).readonly {
-            return Ok(());
-        }
         let failed = |error: io::Error| {
             Error::FailedPrecondition(format!(
                 "the volume's file system did not grow with its disk: {error}"
             ))
         };
+        let end = Instant::now() + PATIENCE;
+        let mut has = self.size().map_err(failed)?;
+        while has < size {
+            if Instant::now() >= end {
+                let error = format!("the guest sees {has} bytes of {size}");
+                return Err(failed(io::Error::other(error)));
+            }
+            std::thread::sleep(LOOK);
+            has = self.size().map_err(failed)?;
+        }
+        if for_kernel(&self.wanted.options).readonly {
+            return Ok(());
+        }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let tree = openat(CWD, at, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
         self.fill(&top(&tree)?).map_err(failed)
@@ -178,6 +184,20 @@ mod tests {
         for kind in ["no_such_file_system", "zonefs"] {
             assert!(is_for_disks(kind), "{kind:?}");
         }
+    }
+
+    #[test]
+    fn one_that_is_to_grow_and_is_not_there_yet_is_not_mounted_for_that() {
+        let run = tempfile::tempdir().unwrap();
+        let submounts = std::sync::Arc::new(crate::submounts::Submounts::new(None));
+        let volumes = super::super::Volumes::new(run.path(), run.path(), submounts);
+        let disk = Disk {
+            node: "/dev/null".into(),
+            wanted: VolumeDisk::default(),
+            logger: Logger::root(slog::Discard, slog::o!()),
+        };
+        let error = volumes.update_disk("d1", &disk, 4096).unwrap_err();
+        assert!(matches!(error, Error::NotFound(_)), "{error}");
     }
 
     #[test]

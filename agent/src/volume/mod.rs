@@ -141,16 +141,23 @@ impl Volumes {
         applied.map_err(|error| Error::io(format_args!("volume {}", request.id), error))
     }
 
-    /// Mounts the file system on a disk as a volume, or lets the one that is there grow with it to `size` bytes. Blocking,
-    /// for as long as the disk takes; other volumes are not held up.
+    /// Mounts the file system on a disk as a volume, or, with a `size`, lets the one that is there grow with its disk to as
+    /// many bytes. Blocking, for as long as the disk takes; other volumes are not held up.
     ///
     /// # Errors
-    /// `InvalidArgument` for what is no file system of a disk, `FailedPrecondition` with what the kernel says of this one.
+    /// `NotFound` if there is none to grow; `InvalidArgument` for what is no file system of a disk, `FailedPrecondition` with what the kernel says of this one.
     pub fn update_disk(&self, id: &str, disk: &Disk, size: u64) -> Result<()> {
         names::id(id)?;
         let at = self.root.join(id);
-        if lock(&self.live).contains_key(id) {
+        let there = lock(&self.live).get(id).map(Arc::clone);
+        if let Some(volume) = there {
+            // The kernel lets no two of one file system grow at once.
+            let _alone = lock(&volume);
             return disk.grow(&at, size);
+        }
+        if size != 0 {
+            // Who mounts it is under way, and has all of the disk then.
+            return Err(Error::NotFound(format!("volume {id} is not there yet")));
         }
         let tree = disk.mount()?;
         let failed = |error: std::io::Error| Error::io(format_args!("volume {id}"), error);

@@ -46,7 +46,10 @@ pub struct Owner {
 }
 
 /// Where the kernel has the device's node.
-fn place(numbers: Numbers) -> Result<PathBuf> {
+///
+/// # Errors
+/// `InvalidArgument` for one that is not there.
+pub(super) fn place(numbers: Numbers) -> Result<PathBuf> {
     let (major, minor) = numbers;
     let event = format!("/sys/dev/block/{major}:{minor}/uevent");
     let event = fs::read_to_string(event).map_err(|_| {

@@ -15,12 +15,13 @@ use brig_hypervisor::control::PIECE_ALIGNMENT;
 use brig_hypervisor::launch::open_sealed;
 use nix::fcntl::OFlag;
 
-use super::disk::{self, Opened};
+use super::disk::{self, Numbers, Opened};
 use crate::error::{Error, Kind, Result};
 
 /// `linux/loop.h`.
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4c0a;
+const LOOP_SET_CAPACITY: libc::Ioctl = 0x4c07;
 const AUTOCLEAR: u32 = 4;
 const DIRECT_IO: u32 = 16;
 /// How often another program may have been faster with the free device.
@@ -97,6 +98,26 @@ pub fn open(path: &Path, readonly: bool) -> Result<Image> {
         readonly: false,
         block_size: 512,
     }))
+}
+
+/// Lets a loop device have as many bytes as its file has by now.
+///
+/// # Errors
+/// `FailedPrecondition` with what the system says.
+pub fn follow_file(numbers: Numbers) -> Result<()> {
+    let failed = |error: io::Error| {
+        let (major, minor) = numbers;
+        let message = format!("the loop device {major}:{minor} does not follow its file: {error}");
+        Error::new(Kind::FailedPrecondition, message)
+    };
+    let device = File::open(disk::place(numbers)?).map_err(failed)?;
+    // SAFETY: the request takes no argument.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY, 0) };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(failed(io::Error::last_os_error()))
+    }
 }
 
 /// `struct loop_config`.

@@ -25,7 +25,7 @@ use ttrpc::context;
 use super::Vm;
 use super::control::Control;
 use super::held_disks::{Disk, Disks, Held, Root, Volume, Watch};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::node::disk::{self, Numbers};
 use crate::node::watched::watched;
 
@@ -257,9 +257,12 @@ impl Follower {
         };
         let context = context::Context::default();
         let answer = self.agent.update_volume(context, &request);
-        let why = match timeout(self.patience, answer).await {
+        let answer = timeout(self.patience, answer).await;
+        let why = match answer.map(|answer| answer.map_err(Error::from_agent)) {
             Ok(Ok(_)) => return,
-            Ok(Err(error)) => Error::from_agent(error).message,
+            // It is being mounted, and who does that looks again.
+            Ok(Err(error)) if error.kind == Kind::NotFound => return,
+            Ok(Err(error)) => error.message,
             Err(_) => "the guest's agent did not answer".to_owned(),
         };
         warn!(self.logger, "a volume did not grow with its disk"; "volume" => &volume.id, "error" => why);

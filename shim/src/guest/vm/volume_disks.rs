@@ -1,19 +1,24 @@
 //! Disks whose file systems are volumes of the pod: nobody on the node mounts them, and each is one volume's alone.
 
+use std::path::Path;
+
 use brig_agent_protocol::agent::update_volume_request::Kind;
 use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeRef};
-use brig_hypervisor::control::{DiskConfig, DiskPiece};
+use brig_hypervisor::control::{DiskConfig, DiskPiece, RequestBody};
 use nix::sys::stat::fstat;
 use slog::{Logger, info, warn};
 use ttrpc::context;
 
 use super::Vm;
 use super::held_disks::{DiskVolume, Volume};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::node::disk;
 use crate::node::image::{self, Image};
 
 /// Bytes of a logical block of a file.
 const BLOCK: u32 = 512;
+/// The file systems that grow while they are mounted.
+const GROWING: [&str; 5] = ["ext2", "ext3", "ext4", "xfs", "btrfs"];
 
 impl Vm {
     /// Gives the guest a disk and has its file system mounted as a volume. [`Self::take_volume`] takes it back.
@@ -41,6 +46,7 @@ impl Vm {
             .ok()
             .filter(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFBLK)
             .map(|stat| (libc::major(stat.st_rdev), libc::minor(stat.st_rdev)));
+        let size = numbers.and_then(disk::size);
         let config = DiskConfig {
             pieces: vec![piece],
             readonly,
@@ -76,6 +82,13 @@ impl Vm {
             Ok(_) => {
                 info!(logger, "a volume is on a disk"; "volume" => &volume.id, "device" => %volume.device.display(),
                     "writable" => !readonly, "function" => function);
+                // Nothing could be told to grow that was not mounted yet.
+                if !readonly
+                    && numbers.and_then(disk::size) != size
+                    && let Err(error) = self.grow_volume(&volume.path, 0).await
+                {
+                    warn!(logger, "a volume did not grow with its disk"; "volume" => &volume.id, "error" => error.message);
+                }
                 Ok(())
             }
             Err(error) => {
@@ -83,6 +96,59 @@ impl Vm {
                 Err(error)
             }
         }
+    }
+
+    /// Lets the file system of the volume at `path` have all of its device, as large as that is by now, which must be at
+    /// least `least` bytes; how many it is. Whoever asks need not wait for the node to tell of a change, and one that it
+    /// never tells of, of an image in a file, is looked for.
+    ///
+    /// # Errors
+    /// `NotFound` if the guest has no volume of this path; `FailedPrecondition` for one that cannot grow, with the reason.
+    pub async fn grow_volume(&self, path: &Path, least: u64) -> Result<u64> {
+        let volume = {
+            let disks = self.disks.lock().await;
+            let mut volumes = disks.volumes.iter();
+            volumes.find(|volume| volume.path == path).cloned()
+        };
+        let shown = path.display();
+        let volume =
+            volume.ok_or_else(|| Error::not_found(format!("the pod has no volume {shown}")))?;
+        let refused = |why: String| Error::state(format!("volume {shown}: {why}"));
+        let kind = &volume.file_system.type_;
+        if !GROWING.contains(&kind.as_str()) {
+            let list = GROWING.join(", ");
+            let why = format!("a file system of type {kind} does not grow: {list} do");
+            return Err(refused(why));
+        }
+        if volume.readonly {
+            return Err(refused("it is read-only, and stays as it is".to_owned()));
+        }
+        let device = volume.device.display();
+        let gone = || refused(format!("its device {device} is gone from the node"));
+        let numbers = volume.numbers.ok_or_else(gone)?;
+        if volume.device.is_file() {
+            tokio::task::spawn_blocking(move || image::follow_file(numbers)).await??;
+        }
+        let size = disk::size(numbers).ok_or_else(gone)?;
+        if size < least {
+            let why = format!(
+                "its device {device} has {size} bytes, fewer than {least}: let the device grow first"
+            );
+            return Err(refused(why));
+        }
+        let body = RequestBody::Resize {
+            function: volume.function,
+        };
+        if let Err(error) = self.control.request(body, Vec::new()).await {
+            return Err(self.explain(error).await);
+        }
+        let request = volume.growth().ok_or_else(gone)?;
+        let answer = self
+            .agent()
+            .update_volume(context::Context::default(), &request);
+        self.call_within(self.timeouts().setup, "UpdateVolume", answer)
+            .await?;
+        Ok(size)
     }
 
     /// Takes a volume's disk back, after the guest has let go of its file system. With the VM it is back by itself.
