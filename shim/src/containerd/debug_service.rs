@@ -4,6 +4,7 @@
 //! Requests and answers are JSON, but for what is looked at in the guest, which is the guest's bytes.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -39,16 +40,19 @@ pub enum Method {
     /// Stops the VM's CPUs, looks at them or lets them go on: a [`DebugRequest`]; the answer is an `Option` of
     /// [`brig_hypervisor::control::Stopped`].
     Debug,
+    /// Lets a volume on a disk have all of it: `{"volume": "/path", "least": 0}`, the fewest bytes that the disk must have.
+    Grow,
 }
 
 impl Method {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Counters,
         Self::Inspect,
         Self::Look,
         Self::Logs,
         Self::Level,
         Self::Debug,
+        Self::Grow,
     ];
 
     /// Its name on the wire.
@@ -61,6 +65,7 @@ impl Method {
             Self::Logs => "Logs",
             Self::Level => "Level",
             Self::Debug => "Debug",
+            Self::Grow => "Grow",
         }
     }
 }
@@ -106,6 +111,7 @@ impl MethodHandler for Handler {
             Method::Logs => self.logs(&request.payload),
             Method::Level => self.level(&request.payload),
             Method::Debug => self.debug(&request.payload).await,
+            Method::Grow => self.grow(&request.payload).await,
         };
         let mut response = ttrpc::Response::new();
         match answer {
@@ -259,6 +265,16 @@ impl Handler {
             .map_err(|error| Error::invalid(format!("no request of a debugger: {error}")))?;
         let vm = self.guest(false).await?;
         bytes(&json!(vm.debug(request).await?))
+    }
+
+    async fn grow(&self, payload: &[u8]) -> Result<Vec<u8>> {
+        let request = read(payload)?;
+        let path = request["volume"].as_str().map(Path::new);
+        let path = path.ok_or_else(|| Error::invalid("volume: which is to grow?"))?;
+        let least = request["least"].as_u64().unwrap_or(0);
+        let vm = self.pod.vm().await;
+        let vm = vm.ok_or_else(|| Error::state("the pod has no VM"))?;
+        bytes(&json!({ "deviceBytes": vm.grow_volume(path, least).await? }))
     }
 
     /// The VM of a pod whose guest may be looked into, or be asked for what is open to the node anyway.

@@ -4,6 +4,7 @@
 pub mod cdi;
 pub mod cgroup;
 pub mod collector;
+pub mod direct_volumes;
 pub mod disk;
 pub mod heap;
 pub mod hooks;

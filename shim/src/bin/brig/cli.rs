@@ -1,10 +1,15 @@
 //! The command line of `brig`: the one source of its parsing, help, completion and man pages.
 
+pub mod direct_volume;
+mod output;
+
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser as Word;
 use clap::{Args, Parser, Subcommand};
-use serde_json::Value;
+
+use direct_volume::DirectVolumeCommand;
+pub use output::Output;
 
 /// What pods in Brig's VMs do on this node, what they cost, and what the node lacks.
 #[derive(Debug, Parser)]
@@ -167,6 +172,9 @@ pub enum Command {
     /// The captured guests from which pods of a handler with template = true go on
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// The volumes whose devices a storage driver hands over instead of mounting them (Kata's direct volumes)
+    #[command(subcommand)]
+    DirectVolume(DirectVolumeCommand),
     /// The runtime handlers brig, brig-debug and brig-gpu in containerd's configuration
     #[command(subcommand)]
     Containerd(ContainerdCommand),
@@ -311,22 +319,6 @@ pub struct Source {
     /// The file that a runtime handler names with ConfigPath, instead of /etc/brig/config.toml
     #[arg(value_name = "FILE")]
     pub file: Option<PathBuf>,
-}
-
-/// How to answer.
-#[derive(Debug, Args)]
-pub struct Output {
-    /// As JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-impl Output {
-    /// What was done, for people or for programs.
-    #[must_use]
-    pub fn tell(&self, done: &Value, text: String) -> String {
-        if self.json { format!("{done}\n") } else { text }
-    }
 }
 
 /// What instead of gdb.

@@ -7,6 +7,7 @@ mod cli;
 mod configuration;
 mod configured;
 mod debug;
+mod direct_volumes;
 mod dump;
 mod exporter;
 mod file_systems;
@@ -121,6 +122,7 @@ fn run(command: Command) -> Result<bool> {
         } => return exporter::serve(&base()?, address.as_deref()).map(|()| true),
         Command::Config(command) => config(&command)?,
         Command::Template(command) => templates::run(&base()?, &command)?,
+        Command::DirectVolume(command) => direct_volumes::run(&base()?, &command)?,
         Command::Containerd(command) => containerd(&command)?,
         Command::Versions { output } => installation()?.list(output.json)?,
         Command::Use { version, output } => {
@@ -344,6 +346,10 @@ mod tests {
             "timeline web --compare |",
             "inspect web --namespace |",
             "template drop |",
+            "direct-volume add | --device /dev/x --fstype ext4",
+            "direct-volume remove |",
+            "direct-volume stats --volume-path |",
+            "direct-volume resize |",
             "use |",
             "remove |",
         ] {
@@ -360,6 +366,63 @@ mod tests {
     }
 
     #[test]
+    fn a_direct_volume_is_given_as_katas_programs_take_it_or_by_its_parts() {
+        use cli::direct_volume::DirectVolumeCommand;
+        let parsed = |line: &str| {
+            let words = ["brig", "direct-volume"].into_iter();
+            let words = words.chain(line.split_whitespace());
+            match Cli::try_parse_from(words)?.command {
+                Command::DirectVolume(command) => Ok::<_, clap::Error>(command),
+                other => panic!("{other:?}"),
+            }
+        };
+        for line in [
+            r#"add /v {"device":"/dev/x","fstype":"ext4"}"#,
+            r#"add --volume-path /v --mount-info {"device":"/dev/x","fstype":"ext4"}"#,
+        ] {
+            let Ok(DirectVolumeCommand::Add {
+                volume, mount_info, ..
+            }) = parsed(line)
+            else {
+                panic!("{line}");
+            };
+            assert_eq!(volume.given(), "/v");
+            assert_eq!(mount_info.text(), r#"{"device":"/dev/x","fstype":"ext4"}"#);
+        }
+        let line = "add /v --device /dev/x --fstype xfs --options noatime,ro --fs-group 7 \
+                    --fs-group-change-policy OnRootMismatch";
+        let Ok(DirectVolumeCommand::Add { mount_info, .. }) = parsed(line) else {
+            panic!("{line}");
+        };
+        let written: Value = serde_json::from_str(&mount_info.text()).unwrap();
+        assert_eq!(
+            written,
+            json!({ "volume-type": "block", "device": "/dev/x", "fstype": "xfs", "options": ["noatime", "ro"],
+                "metadata": { "fsGroup": "7", "fsGroupChangePolicy": "OnRootMismatch" } })
+        );
+        for line in ["resize /v 4096", "resize --volume-path /v --size 4096"] {
+            let Ok(DirectVolumeCommand::Resize { size, .. }) = parsed(line) else {
+                panic!("{line}");
+            };
+            assert_eq!(size.least(), 4096);
+        }
+        for line in [
+            "add /v",
+            "add /v {} --device /dev/x --fstype ext4",
+            "add /v --device /dev/x",
+            "add /v --fstype ext4",
+            "add /v {} --options ro",
+            "add --mount-info {}",
+            "stats",
+            "remove /v --volume-path /v",
+            "resize /v -1",
+            "resize /v 8Gi",
+        ] {
+            assert!(parsed(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
     fn every_shell_and_every_command_is_described() {
         for shell in clap_complete::Shell::value_variants() {
             let script = completion(*shell);
@@ -367,7 +430,12 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         man(dir.path()).unwrap();
-        for page in ["brig.1", "brig-check.1", "brig-config-show.1"] {
+        for page in [
+            "brig.1",
+            "brig-check.1",
+            "brig-config-show.1",
+            "brig-direct-volume-add.1",
+        ] {
             let page = fs::read_to_string(dir.path().join(page)).unwrap();
             assert!(page.contains(".SH SYNOPSIS"));
         }

@@ -21,7 +21,7 @@ use crate::terminal::{self, printable_line};
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// One pod.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Row {
     /// containerd's namespace.
     pub namespace: String,

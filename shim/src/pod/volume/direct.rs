@@ -1,84 +1,21 @@
-//! Volumes that a storage driver has handed over as block devices instead of mounting them: Kata Containers' convention of
-//! direct volumes. The driver writes down, under the path at which kubelet expects the volume, which device it is and what is
-//! on it; nobody on the node mounts that.
+//! Which of a pod's bind mounts are direct volumes, those that a storage driver has handed over as block devices instead of
+//! mounting them, and which part of one each shows.
 //!
-//! Trusted: the node's root, whose directory it is. Blocking code.
+//! Trusted: the node's root, who says which there are. Blocking code.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Read as _};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-
-use base64::Engine as _;
-use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
-use serde::Deserialize;
 
 use super::classify::sub_path;
 use super::mountinfo::MountTable;
 use crate::asked::spec::BindMount;
 use crate::error::{Error, Result};
 use crate::guest::vm::shown;
+use crate::node::direct_volumes::DirectVolumes;
+use crate::node::direct_volumes::mount_info::DirectVolume;
 
-/// Where drivers write: one directory a volume, named by its path in URL-safe base64, with padding (Kata's Go library) or
-/// without (its Rust one).
-const ROOT: &str = "/run/kata-containers/shared/direct-volumes";
-const FILE: &str = "mountInfo.json";
-/// Most bytes of one.
-const LONGEST: u64 = 64 << 10;
-/// What the types are called that are a block device with a file system.
-const BLOCK: [&str; 3] = ["block", "directvol", ""];
-/// What Kata's guests do with a volume and this one does not.
-const UNKNOWN_TO_US: [&str; 3] = ["encryptionKey", "createFilesystem", "create_filesystem"];
 /// Kubelet's plugin whose volumes drivers make.
 const CSI: &str = "kubernetes.io~csi";
-
-/// A volume on a device that nobody has mounted.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct DirectVolume {
-    /// The path that it stands for.
-    pub(super) path: PathBuf,
-    /// Its block device, or an image in a file.
-    pub(super) device: PathBuf,
-    /// What is on it.
-    pub(super) file_system: String,
-    /// As in fstab.
-    pub(super) options: Vec<String>,
-    /// It is to be given to this group.
-    pub(super) group: Option<Group>,
-}
-
-/// `fsGroup`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Group {
-    pub(super) gid: u32,
-    /// What has its top as it should be is left as it is.
-    pub(super) unless_root: bool,
-}
-
-impl DirectVolume {
-    /// Nothing is to be written to the device.
-    pub(super) fn readonly(&self) -> bool {
-        let words = self.options.iter().flat_map(|option| option.split(','));
-        let mut last_first = words.rev();
-        last_first.find(|word| matches!(*word, "ro" | "rw")) == Some("ro")
-    }
-}
-
-/// What a driver has written. Both of Kata's libraries have names of their own for the same.
-#[derive(Deserialize)]
-struct Info {
-    #[serde(default, rename = "volume-type", alias = "volume_type")]
-    kind: String,
-    device: PathBuf,
-    #[serde(default, rename = "fstype", alias = "fs_type")]
-    file_system: String,
-    #[serde(default)]
-    metadata: Option<BTreeMap<String, String>>,
-    #[serde(default)]
-    options: Option<Vec<String>>,
-}
 
 /// The direct volume that a mount shows, and which part of it, relative to its top; none if it shows something else.
 ///
@@ -89,17 +26,16 @@ pub(super) fn find(
     table: &MountTable,
     allowed: bool,
 ) -> Result<Option<(DirectVolume, PathBuf)>> {
-    find_in(Path::new(ROOT), bind, table, allowed)
+    find_in(&DirectVolumes::of_node(), bind, table, allowed)
 }
 
 fn find_in(
-    root: &Path,
+    volumes: &DirectVolumes,
     bind: &BindMount,
     table: &MountTable,
     allowed: bool,
 ) -> Result<Option<(DirectVolume, PathBuf)>> {
-    // Most nodes have none.
-    if !root.exists() {
+    if !volumes.any() {
         return Ok(None);
     }
     let refused = |path: &Path, why: &str| {
@@ -110,7 +46,7 @@ fn find_in(
         ))
     };
     let Some((path, file, inside)) =
-        place(root, bind, table).map_err(|(path, why)| refused(&path, &why))?
+        place(volumes, bind, table).map_err(|(path, why)| refused(&path, &why))?
     else {
         return Ok(None);
     };
@@ -121,17 +57,17 @@ fn find_in(
              true in its configuration",
         ));
     }
-    let read = read(&file).and_then(|text| volume(&path, &text));
-    let volume = read.map_err(|why| refused(&path, &format!("{}: {why}", file.display())))?;
+    let volume = volumes.read(&path, &file);
+    let volume = volume.map_err(|why| refused(&path, &why))?;
     Ok(Some((volume, inside)))
 }
 
 /// A direct volume's path, its file, and the way from its top; an error is a path and why it cannot be used.
 type Place = std::result::Result<Option<(PathBuf, PathBuf, PathBuf)>, (PathBuf, String)>;
 
-fn place(root: &Path, bind: &BindMount, table: &MountTable) -> Place {
+fn place(volumes: &DirectVolumes, bind: &BindMount, table: &MountTable) -> Place {
     for path in bind.source.ancestors() {
-        if let Some(file) = file_of(root, path) {
+        if let Some(file) = volumes.file(path) {
             let inside = bind.source.strip_prefix(path).unwrap_or(Path::new(""));
             return Ok(Some((path.to_owned(), file, inside.to_owned())));
         }
@@ -141,7 +77,7 @@ fn place(root: &Path, bind: &BindMount, table: &MountTable) -> Place {
         return Ok(None);
     };
     let path = pod.join("volumes").join(CSI).join(name).join("mount");
-    let Some(file) = file_of(root, &path) else {
+    let Some(file) = volumes.file(&path) else {
         return Ok(None);
     };
     let inside = || {
@@ -159,98 +95,11 @@ fn place(root: &Path, bind: &BindMount, table: &MountTable) -> Place {
     }
 }
 
-fn file_of(root: &Path, path: &Path) -> Option<PathBuf> {
-    let path = path.as_os_str().as_bytes();
-    let names = [URL_SAFE.encode(path), URL_SAFE_NO_PAD.encode(path)];
-    let mut files = names.iter().map(|name| root.join(name).join(FILE));
-    files.find(|file| file.exists())
-}
-
-fn read(file: &Path) -> std::result::Result<Vec<u8>, String> {
-    let read = || -> io::Result<Vec<u8>> {
-        let mut text = Vec::new();
-        fs::File::open(file)?
-            .take(LONGEST + 1)
-            .read_to_end(&mut text)?;
-        Ok(text)
-    };
-    let text = read().map_err(|error| error.to_string())?;
-    if u64::try_from(text.len()).is_ok_and(|length| length > LONGEST) {
-        return Err(format!("it is longer than {LONGEST} bytes"));
-    }
-    Ok(text)
-}
-
-fn volume(path: &Path, text: &[u8]) -> std::result::Result<DirectVolume, String> {
-    let info: Info = serde_json::from_slice(text)
-        .map_err(|error| format!("it is not what a storage driver writes there: {error}"))?;
-    if !BLOCK.contains(&info.kind.as_str()) {
-        return Err(format!(
-            "a volume of type {:?} cannot be had: there are {:?} and {:?}",
-            info.kind, BLOCK[0], BLOCK[1]
-        ));
-    }
-    if !info.device.is_absolute() {
-        return Err(format!("its device {:?} is no absolute path", info.device));
-    }
-    if info.file_system.is_empty() {
-        return Err("it names no file system (fstype)".to_owned());
-    }
-    let metadata = info.metadata.unwrap_or_default();
-    if let Some(key) = UNKNOWN_TO_US
-        .iter()
-        .find(|key| metadata.contains_key(**key))
-    {
-        return Err(format!(
-            "metadata {key}: the guest neither makes nor encrypts file systems: let the driver do that"
-        ));
-    }
-    let group = match metadata.get("fsGroup") {
-        None => None,
-        Some(text) => {
-            let gid = text
-                .parse()
-                .map_err(|_| format!("metadata fsGroup: {text:?} is no group's number"))?;
-            let unless_root = match metadata.get("fsGroupChangePolicy").map(String::as_str) {
-                Some("OnRootMismatch") => true,
-                None | Some("" | "Always") => false,
-                Some(other) => {
-                    return Err(format!(
-                        "metadata fsGroupChangePolicy: {other:?} is neither \"Always\" nor \"OnRootMismatch\""
-                    ));
-                }
-            };
-            Some(Group { gid, unless_root })
-        }
-    };
-    let device = present(&info.device)?.into_owned();
-    Ok(DirectVolume {
-        path: path.to_owned(),
-        device,
-        file_system: info.file_system,
-        options: info.options.unwrap_or_default(),
-        group,
-    })
-}
-
-/// The device, if it is there. Links as udev makes them are followed once and for all.
-fn present(device: &Path) -> std::result::Result<Cow<'_, Path>, String> {
-    match fs::canonicalize(device) {
-        Ok(found) => Ok(Cow::Owned(found)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(format!(
-            "its device {} is missing on this node: attach it before the pod is started",
-            device.display()
-        )),
-        Err(error) => Err(format!("its device {}: {error}", device.display())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::asked::spec::Propagation;
     use crate::error::Kind;
-    use proptest::prelude::*;
 
     struct Node {
         dir: tempfile::TempDir,
@@ -263,19 +112,14 @@ mod tests {
             Self { dir }
         }
 
-        fn root(&self) -> PathBuf {
-            self.dir.path().join("direct-volumes")
+        fn volumes(&self) -> DirectVolumes {
+            DirectVolumes::at(&self.dir.path().join("direct-volumes"))
         }
 
-        fn device(&self) -> String {
-            let device = fs::canonicalize(self.dir.path().join("device")).unwrap();
-            device.display().to_string()
-        }
-
-        fn add(&self, path: &Path, text: &str) {
-            let name = URL_SAFE.encode(path.as_os_str().as_bytes());
-            fs::create_dir_all(self.root().join(&name)).unwrap();
-            fs::write(self.root().join(name).join(FILE), text).unwrap();
+        fn add(&self, path: &Path) -> PathBuf {
+            let device = self.dir.path().join("device");
+            let text = format!(r#"{{"device":"{}","fstype":"ext4"}}"#, device.display());
+            self.volumes().add(path, &text).unwrap()
         }
 
         fn find(&self, source: &Path) -> Result<Option<(DirectVolume, PathBuf)>> {
@@ -298,107 +142,41 @@ mod tests {
                 propagation: Propagation::Private,
                 id_map: None,
             };
-            find_in(&self.root(), &bind, table, allowed)
+            find_in(&self.volumes(), &bind, table, allowed)
         }
     }
 
     #[test]
-    fn what_both_libraries_of_katas_write_is_read() {
+    fn a_volume_is_found_by_its_path_and_by_those_below_it() {
         let node = Node::new();
-        let device = node.device();
         let path = Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/pv/mount");
         assert_eq!(node.find(path).unwrap(), None, "no directory at all");
-        node.add(
-            path,
-            &format!(
-                r#"{{"volume-type":"block","device":"{device}","fstype":"ext4",
-                     "metadata":{{"fsGroup":"2000","fsGroupChangePolicy":"OnRootMismatch","other":"x"}},"options":["noatime","ro"]}}"#
-            ),
-        );
+        node.add(path);
         let (volume, inside) = node.find(path).unwrap().unwrap();
         assert_eq!((volume.path.as_path(), inside.as_os_str().len()), (path, 0));
-        assert_eq!(volume.device, Path::new(&device));
         assert_eq!(volume.file_system, "ext4");
-        assert!(volume.readonly());
-        assert_eq!(
-            volume.group,
-            Some(Group {
-                gid: 2000,
-                unless_root: true
-            })
-        );
         let (_, inside) = node.find(&path.join("a/b")).unwrap().unwrap();
         assert_eq!(inside, Path::new("a/b"));
-        assert_eq!(
-            node.find(Path::new("/var/lib/kubelet/pods/u")).unwrap(),
-            None
-        );
-        // The other library's spelling, and its name of the directory.
-        let other = Path::new("/kubelet/kata-direct-vol-002/directvol002");
-        let name = URL_SAFE_NO_PAD.encode(other.as_os_str().as_bytes());
-        assert_ne!(
-            name,
-            URL_SAFE.encode(other.as_os_str().as_bytes()),
-            "it would be padded"
-        );
-        fs::create_dir_all(node.root().join(&name)).unwrap();
-        let text = format!(
-            r#"{{"volume_type":"directvol","device":"{device}","fs_type":"xfs","metadata":{{}},"options":[]}}"#
-        );
-        fs::write(node.root().join(&name).join(FILE), text).unwrap();
-        let (volume, _) = node.find(other).unwrap().unwrap();
-        assert_eq!((volume.file_system.as_str(), volume.group), ("xfs", None));
-        assert!(!volume.readonly());
+        let above = Path::new("/var/lib/kubelet/pods/u");
+        assert_eq!(node.find(above).unwrap(), None);
     }
 
     #[test]
-    fn what_cannot_be_had_is_refused_with_the_reason() {
+    fn one_that_cannot_be_had_or_is_not_allowed_is_refused_by_its_path_and_the_mounts() {
         let node = Node::new();
-        let device = node.device();
         let path = Path::new("/v");
-        let with = |text: &str| {
-            node.add(path, &text.replace("DEVICE", &device));
-            node.find(path).unwrap_err()
-        };
-        let ext4 = r#""device":"DEVICE","fstype":"ext4""#;
-        for (text, reason) in [
-            ("{".to_owned(), "not what a storage driver writes"),
-            ("[]".to_owned(), "not what a storage driver writes"),
-            (r#"{"fstype":"ext4"}"#.to_owned(), "device"),
-            (
-                r#"{"device":"dev/x","fstype":"ext4"}"#.to_owned(),
-                "no absolute path",
-            ),
-            (
-                r#"{"device":"/nonexistent","fstype":"ext4"}"#.to_owned(),
-                "missing on this node",
-            ),
-            (r#"{"device":"DEVICE"}"#.to_owned(), "no file system"),
-            (format!(r#"{{{ext4},"volume-type":"spdkvol"}}"#), "spdkvol"),
-            (
-                format!(r#"{{{ext4},"metadata":{{"encryptionKey":"k"}}}}"#),
-                "encryptionKey",
-            ),
-            (
-                format!(r#"{{{ext4},"metadata":{{"fsGroup":"-1"}}}}"#),
-                "fsGroup",
-            ),
-            (
-                format!(r#"{{{ext4},"metadata":{{"fsGroup":"1","fsGroupChangePolicy":"x"}}}}"#),
-                "fsGroupChangePolicy",
-            ),
-            (format!("{}{}", "{", " ".repeat(1 << 17)), "longer than"),
-        ] {
-            let error = with(&text);
-            assert_eq!(error.kind, Kind::InvalidArgument, "{text}");
-            for part in [reason, "/data", "/v is a direct volume"] {
-                assert!(error.message.contains(part), "{part}: {error}");
-            }
-        }
+        let file = node.add(path);
         let error = node
             .find_in(path, &MountTable::default(), false)
             .unwrap_err();
         assert!(error.message.contains("direct_volumes = true"), "{error}");
+        fs::write(&file, "{").unwrap();
+        let error = node.find(path).unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        let file = file.display().to_string();
+        for part in ["/data", "/v is a direct volume", &file, "not what"] {
+            assert!(error.message.contains(part), "{part}: {error}");
+        }
     }
 
     #[test]
@@ -409,10 +187,7 @@ mod tests {
         let bound = pod.join("volume-subpaths/pv/main/0");
         fs::create_dir_all(volume.join("a/b")).unwrap();
         fs::create_dir_all(&bound).unwrap();
-        node.add(
-            &volume,
-            &format!(r#"{{"device":"{}","fstype":"ext4"}}"#, node.device()),
-        );
+        node.add(&volume);
         let table = |root: &str| {
             let table = format!(
                 "1 0 8:1 / / rw - ext4 x rw\n2 1 8:1 {root} {} rw - ext4 x rw\n",
@@ -427,14 +202,5 @@ mod tests {
             .find_in(&bound, &table("/elsewhere"), true)
             .unwrap_err();
         assert!(error.message.contains("cannot be told"), "{error}");
-    }
-
-    proptest! {
-        #[test]
-        fn nothing_that_is_written_there_is_taken_for_more_than_it_is(text in "[\\[\\]{}:,\"a-z0-9 ]{0,60}") {
-            if let Ok(volume) = volume(Path::new("/v"), text.as_bytes()) {
-                prop_assert!(volume.device.is_absolute() && !volume.file_system.is_empty());
-            }
-        }
     }
 }

@@ -9,9 +9,9 @@ use brig_agent_protocol::agent::VolumeDisk;
 use slog::Logger;
 use tokio::sync::Mutex;
 
-use super::direct::DirectVolume;
 use crate::error::{Error, Result};
 use crate::guest::vm::{DiskVolume, Vm, shown};
+use crate::node::direct_volumes::mount_info::DirectVolume;
 
 /// Such a volume of a pod.
 pub(super) struct OnDisk {

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::clock;
+use serde_json::{Value, json};
 
 use super::sandbox::DropIn;
-use crate::container::eventually;
+use crate::container::{Container, eventually};
 use crate::loops::Loop;
 use crate::mounted::Mounted;
-use crate::node::{self, Directory};
+use crate::node::{self, Directory, TOOLS};
 use crate::suite::{Case, SLEEP, Suite, case, not_here, refused};
 
 pub const CASES: &[Case] = &[
@@ -25,6 +26,11 @@ pub const CASES: &[Case] = &[
         "volumes",
         "direct volume: what cannot be had, or is not allowed, is refused with the reason, and nothing is left",
         refusals,
+    ),
+    case(
+        "volumes",
+        "direct volume: brig direct-volume makes, lists, measures, grows and removes one",
+        commanded,
     ),
 ];
 
@@ -178,6 +184,154 @@ fn used(suite: &mut Suite) -> Result<()> {
     drop((again, configured));
     bind.unmount()?;
     drop(pod);
+    disk.freed()
+}
+
+/// `brig direct-volume` with these arguments.
+fn command(arguments: &[&str]) -> Result<String> {
+    node::run("brig", &[&["direct-volume"], arguments].concat())
+}
+
+fn answer(arguments: &[&str]) -> Result<Value> {
+    Ok(serde_json::from_str(&command(
+        &[arguments, &["--json"]].concat(),
+    )?)?)
+}
+
+/// KiB of a volume, as a container that has it sees it: all, used, available.
+fn seen(container: &Container, place: &str) -> Result<[u64; 3]> {
+    let text = container.sh(&format!(
+        "df -k {place} | tail -n 1 | awk '{{ print $2, $3, $4 }}'"
+    ))?;
+    let figures: Vec<u64> = text
+        .split_whitespace()
+        .map(str::parse)
+        .collect::<std::result::Result<_, _>>()?;
+    figures.try_into().ok().context("three figures of df")
+}
+
+/// An image with xfs on it, whose program the node lacks.
+fn xfs_image(suite: &mut Suite, directory: &Directory) -> Result<PathBuf> {
+    suite.image(TOOLS)?;
+    let pod = suite.run("direct-mkfs")?;
+    let maker = pod.container("mkfs", SLEEP).image(TOOLS.0);
+    let maker = maker.mount(&directory.path, "/made").start()?;
+    maker.sh("truncate -s 320M /made/image && mkfs.xfs -q /made/image")?;
+    Ok(directory.path.join("image"))
+}
+
+fn commanded(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("runc knows no direct volumes");
+    }
+    let directory = Directory::new("direct")?;
+    let disk = formatted(&directory, 16 * MIB)?;
+    let image = xfs_image(suite, &directory)?;
+    // As kata-runtime and kata-ctl are called, and by its parts.
+    let (first, second) = (Direct::new("pv-1")?, Direct::new("pv-2")?);
+    let (one, two) = (
+        first.path.display().to_string(),
+        second.path.display().to_string(),
+    );
+    let info = json!({ "volume-type": "block", "device": disk.node(), "fstype": "ext4" });
+    command(&[
+        "add",
+        "--volume-path",
+        &one,
+        "--mount-info",
+        &info.to_string(),
+    ])?;
+    let image_path = image.display().to_string();
+    let parts = ["add", &two, "--device", &image_path, "--fstype", "xfs"];
+    command(&[&parts[..], &["--options", "noatime", "--fs-group", GROUP]].concat())?;
+    ensure!(
+        first.written.join("mountInfo.json").exists(),
+        "not where the shim looks for it"
+    );
+    refused(
+        "what has no device",
+        command(&["add", "/v", "--device", "/dev/brig-none", "--fstype", "xfs"]),
+        &["/dev/brig-none is missing"],
+    )?;
+    refused(
+        "figures that nobody can tell",
+        command(&["stats", &one]),
+        &["no running pod"],
+    )?;
+    contains(
+        "growth before anybody has it",
+        "when one mounts it",
+        &command(&["resize", &one, &(16 * MIB).to_string()])?,
+    )?;
+
+    let configured = DropIn::new(ALLOWED)?;
+    let pod = suite.run("direct-commands")?;
+    let container = pod.container("main", SLEEP);
+    let container = container.mount(&first.path, "/one");
+    let container = container.mount(&second.path, "/two").start()?;
+    let listed = answer(&["list"])?;
+    let rows = listed.as_array().context("a list")?;
+    for (path, kind) in [(&one, "ext4"), (&two, "xfs")] {
+        let row = rows.iter().find(|row| row["path"] == **path);
+        let row = row.with_context(|| format!("{path} is not in {listed}"))?;
+        equal("its type", json!(kind), row["fileSystem"].clone())?;
+        equal("its pod", json!(pod.id), row["pod"]["id"].clone())?;
+    }
+    container.sh(
+        "head -c 4194304 /dev/urandom > /one/file && sync /one/file && stat -c %g /two | grep 4242",
+    )?;
+    let usage = answer(&["stats", "--volume-path", &one])?["usage"].clone();
+    let [all, used, available] = seen(&container, "/one")?;
+    for (figure, kib) in [("total", all), ("used", used), ("available", available)] {
+        equal(figure, json!(kib * 1024), usage[0][figure].clone())?;
+    }
+    equal(
+        "units",
+        json!([1, 2]),
+        json!([usage[0]["unit"], usage[1]["unit"]]),
+    )?;
+    ensure!(used > 4096, "{used} KiB are used");
+    let inodes = container.sh("stat -f -c %c /one")?;
+    equal("inodes", inodes.trim(), usage[1]["total"].to_string())?;
+
+    refused(
+        "what its device has not",
+        command(&["resize", &one, "--size", &(48 * MIB).to_string()]),
+        &["fewer than 50331648"],
+    )?;
+    disk.grow(48 * MIB)?;
+    let grown = answer(&["resize", &one, &(48 * MIB).to_string()])?;
+    equal("the device", json!(48 * MIB), grown["deviceBytes"].clone())?;
+    let [all, ..] = seen(&container, "/one")?;
+    ensure!(all > 40 << 10, "{all} KiB after it has grown");
+    equal("told", json!(all * 1024), grown["fileSystemBytes"].clone())?;
+    // Nothing of the node tells that a file has grown.
+    let [before, ..] = seen(&container, "/two")?;
+    fs::File::options()
+        .write(true)
+        .open(&image)?
+        .set_len(640 * MIB)?;
+    equal("not yet", before, seen(&container, "/two")?[0])?;
+    command(&["resize", &two])?;
+    let [after, ..] = seen(&container, "/two")?;
+    ensure!(after > before + (300 << 10), "{before} KiB, then {after}");
+
+    let kept = command(&["remove", &one]);
+    refused("a volume in use", kept, &[pod.id.as_str()])?;
+    container.remove()?;
+    drop((pod, configured));
+    for path in [&one, &two] {
+        for was_there in [true, false] {
+            let removed = answer(&["remove", path])?;
+            equal("was there", json!(was_there), removed["removed"].clone())?;
+        }
+    }
+    refused(
+        "what is there no more",
+        command(&["stats", &one]),
+        &["there is no direct volume"],
+    )?;
+    node::run("e2fsck", &["-fn", &disk.node()]).context("what is on the disk")?;
     disk.freed()
 }
 
