@@ -150,7 +150,7 @@ pub fn compare(this: &Timeline, other: &Timeline) -> String {
     for (name, here, there) in &steps {
         let (here, there) = (*here, *there);
         let more = match (here, there) {
-            (Some(here), Some(there)) => format!("{:+.1} ms", millis(here) - millis(there)),
+            (Some(here), Some(there)) => more_ms(here, there),
             _ => String::new(),
         };
         let _ = writeln!(
@@ -169,6 +169,16 @@ pub fn compare(this: &Timeline, other: &Timeline) -> String {
         );
     }
     text
+}
+
+/// How much longer a step took here than there. What is less than is shown of it is nothing, and nothing has no sign.
+fn more_ms(here: u64, there: u64) -> String {
+    let more = format!("{:.1} ms", millis(here.abs_diff(there)));
+    if more == "0.0 ms" {
+        return more;
+    }
+    let sign = if here < there { '-' } else { '+' };
+    format!("{sign}{more}")
 }
 
 /// Each moment with the microseconds since the one before; one that happened again is told apart.
@@ -253,6 +263,15 @@ mod tests {
         );
         assert_eq!(told["steps"][3], step("later", Value::Null, 30_000.into()));
         assert_eq!(told["exits"][1]["otherCount"], 7);
+    }
+
+    #[test]
+    fn a_difference_that_is_not_shown_has_no_sign() {
+        assert_eq!(more_ms(10_000, 10_000), "0.0 ms");
+        assert_eq!(more_ms(10_000, 10_049), "0.0 ms");
+        assert_eq!(more_ms(10_049, 10_000), "0.0 ms");
+        assert_eq!(more_ms(10_000, 10_060), "-0.1 ms");
+        assert_eq!(more_ms(10_060, 10_000), "+0.1 ms");
     }
 
     proptest! {
