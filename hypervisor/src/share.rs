@@ -13,6 +13,7 @@ mod file_systems;
 mod idmap;
 mod namespace;
 mod path;
+mod remote;
 mod source;
 
 use std::io;
@@ -22,6 +23,8 @@ use std::path::{Path, PathBuf};
 pub use file_systems::{FileSystems, LeftOut, NotData};
 pub use idmap::{IdMap, IdRange};
 pub use namespace::unescape;
+pub use remote::is_remote;
+pub(crate) use remote::is_remote_number;
 pub use source::RootfsMount;
 
 use crate::launch::{LaunchError, VmmProcess};

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use brig_hypervisor::share::unescape;
+use brig_hypervisor::share::{is_remote, unescape};
 
 /// A mount of the shim's mount namespace, which is the node's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,19 +25,11 @@ pub struct Mounted {
     pub kind: String,
 }
 
-/// File systems that have their answers from a server, a process or another node, and may wait for ever for them; FUSE's
-/// have a second name behind a dot.
-const REMOTE: [&str; 20] = [
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse", "fuseblk", "ceph", "afs", "9p", "virtiofs",
-    "coda", "lustre", "ncpfs", "beegfs", "gpfs", "pvfs2", "orangefs", "ocfs2", "gfs2",
-];
-
 impl Mounted {
     /// Whether looking at it may wait for an answer from elsewhere.
     #[must_use]
     pub fn is_remote(&self) -> bool {
-        let (kind, _) = self.kind.split_once('.').unwrap_or((&self.kind, ""));
-        REMOTE.contains(&kind)
+        is_remote(&self.kind)
     }
 }
 

@@ -34,6 +34,7 @@ use rustix::fs::{
 
 use super::caller;
 use super::{errno, umask};
+use crate::share::is_remote_number;
 use files::Files;
 pub(super) use nodes::NUMBER_BITS;
 use nodes::{Node, Nodes};
@@ -77,25 +78,6 @@ const SILENT: [u64; 8] = [
     0xca45_1a4e,
 ];
 
-/// And those that ask a server, or a process, which may never answer: FUSE, NFS, SMB (three of them), Ceph, AFS, 9P, Coda,
-/// OCFS2, GFS2, Lustre, OrangeFS, VirtualBox.
-const REMOTE: [u64; 14] = [
-    0x6573_5546,
-    0x6969,
-    0x517b,
-    0xfe53_4d42,
-    0xff53_4d42,
-    0x00c3_6400,
-    0x5346_414f,
-    0x0102_1997,
-    0x7375_7245,
-    0x7461_636f,
-    0x0116_1970,
-    0x0bd0_0bd0,
-    0x2003_0528,
-    0x786f_4256,
-];
-
 /// One mount, and what the guest knows and has open of it.
 pub(super) struct Tree {
     /// `/proc/self/fd` of the jail's own procfs: a descriptor's name there is its file.
@@ -114,7 +96,7 @@ pub(super) struct Tree {
     flushes: bool,
     /// There are files of another mount in it, and so perhaps of another kind of file system.
     mixed: AtomicBool,
-    /// Its file system, or that of a mount in it, is one of [`REMOTE`].
+    /// Its file system, or that of a mount in it, asks a server or a process, which may never answer.
     remote: AtomicBool,
     /// Mounts in it that were looked at for that.
     others: Mutex<BTreeSet<u64>>,
@@ -183,7 +165,7 @@ impl Tree {
             mount: identity.mount,
             flushes: !SILENT.contains(&file_system),
             mixed: AtomicBool::new(false),
-            remote: AtomicBool::new(REMOTE.contains(&file_system)),
+            remote: AtomicBool::new(is_remote_number(file_system)),
             others: Mutex::default(),
             reads_at_once: AtomicBool::new(true),
         })
@@ -262,7 +244,7 @@ impl Tree {
         }
         others.insert(mount);
         drop(others);
-        if REMOTE.contains(&fstatfs(file)?.f_type.cast_unsigned()) {
+        if is_remote_number(fstatfs(file)?.f_type.cast_unsigned()) {
             self.remote.store(true, Ordering::Relaxed);
         }
         Ok(())
