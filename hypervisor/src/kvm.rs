@@ -33,7 +33,7 @@ pub enum KvmError {
     #[error("the KVM descriptor speaks API version {0}, expected 12: is it /dev/kvm?")]
     Version(i32),
     /// A capability is missing.
-    #[error("the host's KVM lacks {0}: a kernel of 5.10 or later is needed")]
+    #[error("the host's KVM lacks {0}: a kernel of 5.12 or later is needed")]
     Missing(&'static str),
     /// A call failed.
     #[error("KVM: {call}: {source}")]

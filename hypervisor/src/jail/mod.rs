@@ -30,6 +30,10 @@ pub use error::JailError;
 pub use landlock::Landlock;
 pub use root::SHARED;
 
+/// The oldest Linux that can make a jail, as major and minor number: the share and the empty root want `mount_setattr(2)`,
+/// the rest is older (`close_range(2)` with a flag 5.11, procfs of processes alone 5.8, `clone3(2)` into a cgroup 5.7).
+pub const OLDEST_LINUX: (u32, u32) = (5, 12);
+
 /// Closes the jail around the calling process, and tells the shim on [`JAIL_REPORT_FD`].
 ///
 /// To be called once, first thing in `main`, before any other thread exists. Afterwards the

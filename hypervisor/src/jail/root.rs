@@ -77,7 +77,7 @@ pub(super) fn replace() -> Result<(), JailError> {
                 ..Change::default()
             },
         )
-        .step("making the new root read-only")?;
+        .step("making the new root read-only (mount_setattr needs Linux 5.12)")?;
     }
     Ok(())
 }

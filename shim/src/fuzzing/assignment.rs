@@ -4,7 +4,8 @@ use hyper::body::Bytes;
 
 use crate::asked::pod_name::PodName;
 use crate::node::cdi;
-use crate::node::pod_resources::{Assigned, part_of, unframed};
+use crate::node::grpc::unframed;
+use crate::node::pod_resources::{Assigned, part_of};
 
 /// A body of kubelet's. What is read of it, written again as kubelet would, is read as the same; nothing of it is
 /// another pod's.

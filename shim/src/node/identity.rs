@@ -77,7 +77,8 @@ fn state(stat: &str) -> Option<char> {
     after_name(stat)?.chars().next()
 }
 
-fn start_time(stat: &str) -> Option<u64> {
+/// Clock ticks after boot at which the process of a line of `/proc/PID/stat` started.
+pub(super) fn start_time(stat: &str) -> Option<u64> {
     // Field 22 of the line; the state after the name is field 3.
     after_name(stat)?
         .split_ascii_whitespace()

@@ -4,8 +4,10 @@
 pub mod cdi;
 pub mod cgroup;
 pub mod collector;
+pub mod daemon;
 pub mod direct_volumes;
 pub mod disk;
+pub mod grpc;
 pub mod heap;
 pub mod hooks;
 pub mod identity;
@@ -13,6 +15,7 @@ pub mod image;
 pub mod journal;
 pub mod network;
 pub mod pod_resources;
+pub mod release;
 pub mod remains;
 pub mod sandbox_files;
 pub mod stand_in;

@@ -4,25 +4,15 @@
 //! One call of gRPC, without parameters: everything that kubelet has assigned on the node comes back, and the pod's part of
 //! it is taken out. Kubelet is trusted; the answer is bounded all the same.
 
-use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Bytes;
-use hyper::header::{CONTENT_TYPE, TE};
-use hyper::{HeaderMap, Method, Request};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::UnixStream;
-use tokio::time::timeout;
-
 use crate::asked::pod_name::PodName;
 use crate::asked::wire::{Value, each_field, text};
+use crate::node::grpc::{self, GrpcError};
 
 /// The method, as a path.
-const LIST: &str = "http://localhost/v1.PodResourcesLister/List";
-/// A message of nothing: uncompressed, no bytes.
-const NOTHING: [u8; 5] = [0; 5];
+const LIST: &str = "/v1.PodResourcesLister/List";
 /// kubelet's own bound of a message in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 
@@ -44,113 +34,17 @@ impl Assigned {
     }
 }
 
-/// kubelet could not be asked.
-#[derive(Debug, thiserror::Error)]
-pub enum PodResourcesError {
-    /// The socket.
-    #[error("{0}")]
-    Socket(#[from] io::Error),
-    /// The connection.
-    #[error("{0}")]
-    Http(#[from] hyper::Error),
-    /// The request.
-    #[error("{0}")]
-    Request(#[from] hyper::http::Error),
-    /// The answer's body.
-    #[error("{0}")]
-    Body(Box<dyn std::error::Error + Send + Sync>),
-    /// kubelet refuses.
-    #[error("kubelet answers with gRPC status {status} {message:?}")]
-    Status {
-        /// A number of gRPC's.
-        status: String,
-        /// And its words.
-        message: String,
-    },
-    /// The answer is none.
-    #[error("kubelet's answer is not understood: {0}")]
-    Answer(String),
-    /// No answer.
-    #[error("no answer within {0:?}")]
-    Late(Duration),
-}
-
 /// What kubelet has assigned to the containers of `pod`.
 ///
 /// # Errors
-/// [`PodResourcesError`].
+/// [`GrpcError`].
 pub async fn of_pod(
     socket: &Path,
     pod: &PodName,
     patience: Duration,
-) -> Result<Vec<Assigned>, PodResourcesError> {
-    let asked = timeout(patience, list(socket)).await;
-    let answer = asked.unwrap_or(Err(PodResourcesError::Late(patience)))?;
-    part_of(&answer, pod).map_err(|error| PodResourcesError::Answer(error.to_string()))
-}
-
-/// kubelet's answer, without its frame.
-async fn list(socket: &Path) -> Result<Bytes, PodResourcesError> {
-    let stream = TokioIo::new(UnixStream::connect(socket).await?);
-    let (mut sender, connection) =
-        hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await?;
-    let asked = async {
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(LIST)
-            .header(CONTENT_TYPE, "application/grpc")
-            .header(TE, "trailers")
-            .body(Full::new(Bytes::from_static(&NOTHING)))?;
-        let response = sender.send_request(request).await?;
-        let (head, body) = response.into_parts();
-        // A refusal may have no body, and its status at once.
-        refused(&head.headers)?;
-        let body = Limited::new(body, MAX_ANSWER);
-        let body = body.collect().await.map_err(PodResourcesError::Body)?;
-        match body.trailers() {
-            Some(trailers) => refused(trailers)?,
-            None => return Err(PodResourcesError::Answer("it has no status".to_owned())),
-        }
-        unframed(body.to_bytes())
-    };
-    tokio::select! {
-        answer = asked => answer,
-        ended = connection => match ended {
-            Ok(()) => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            Err(error) => Err(error.into()),
-        },
-    }
-}
-
-fn refused(headers: &HeaderMap) -> Result<(), PodResourcesError> {
-    let value = |name: &str| {
-        let value = headers.get(name).and_then(|value| value.to_str().ok());
-        value.unwrap_or_default().to_owned()
-    };
-    let status = value("grpc-status");
-    if status.is_empty() || status == "0" {
-        return Ok(());
-    }
-    let message = value("grpc-message");
-    Err(PodResourcesError::Status { status, message })
-}
-
-/// The one message of a body.
-pub(crate) fn unframed(mut body: Bytes) -> Result<Bytes, PodResourcesError> {
-    let wrong = |what: &str| PodResourcesError::Answer(what.to_owned());
-    let head: [u8; 5] = body
-        .first_chunk()
-        .copied()
-        .ok_or_else(|| wrong("it has no message"))?;
-    let [compressed, length @ ..] = head;
-    if compressed != 0 {
-        return Err(wrong("it is compressed"));
-    }
-    let message = body.split_off(head.len());
-    if u32::try_from(message.len()) != Ok(u32::from_be_bytes(length)) {
-        return Err(wrong("its length is another one than it says"));
-    }
-    Ok(message)
+) -> Result<Vec<Assigned>, GrpcError> {
+    let answer = grpc::call(socket, LIST, &[], MAX_ANSWER, patience).await?;
+    part_of(&answer, pod).map_err(|error| GrpcError::Answer(error.to_string()))
 }
 
 /// `v1.ListPodResourcesResponse`: the devices of one pod.
@@ -237,12 +131,8 @@ fn of_claim(bytes: &[u8], names: &mut Vec<String>) -> protobuf::Result<()> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use http_body_util::StreamBody;
-    use hyper::Response;
-    use hyper::body::Frame;
-    use hyper::service::service_fn;
+    use crate::node::grpc::testing::server;
     use proptest::prelude::*;
-    use tokio::net::UnixListener;
 
     fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
         let mut made = vec![number << 3 | 2, u8::try_from(bytes.len()).unwrap()];
@@ -281,72 +171,13 @@ pub(crate) mod tests {
         assert_eq!(part_of(&answer(), &none).unwrap(), []);
     }
 
-    /// A kubelet that answers once with `message` and `status`.
-    fn kubelet(socket: &Path, message: Vec<u8>, status: &'static str) {
-        let listener = UnixListener::bind(socket).unwrap();
-        tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-                let message = message.clone();
-                async move {
-                    assert_eq!(request.uri().path(), "/v1.PodResourcesLister/List");
-                    assert_eq!(request.headers()[CONTENT_TYPE], "application/grpc");
-                    let body = request.into_body().collect().await.unwrap().to_bytes();
-                    assert_eq!(body.as_ref(), NOTHING);
-                    let mut framed = vec![0];
-                    framed.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
-                    framed.extend(message);
-                    let mut trailers = HeaderMap::new();
-                    trailers.insert("grpc-status", status.parse().unwrap());
-                    trailers.insert("grpc-message", "words".parse().unwrap());
-                    let frames = [Frame::data(Bytes::from(framed)), Frame::trailers(trailers)];
-                    let frames = futures::stream::iter(frames.map(Ok::<_, io::Error>));
-                    Response::builder().body(StreamBody::new(frames))
-                }
-            });
-            let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-            let _ = http.serve_connection(TokioIo::new(stream), service).await;
-        });
-    }
-
     #[tokio::test]
-    async fn kubelet_is_asked_once_and_its_refusals_and_silence_are_told() {
+    async fn kubelet_is_asked_once_for_everything() {
         let root = tempfile::tempdir().unwrap();
+        let socket = root.path().join("kubelet.sock");
+        server(&socket, LIST, Vec::new(), answer(), "0");
         let wait = Duration::from_secs(20);
-        let socket = root.path().join("good");
-        kubelet(&socket, answer(), "0");
         assert_eq!(of_pod(&socket, &pod(), wait).await.unwrap().len(), 3);
-        let socket = root.path().join("refuses");
-        kubelet(&socket, Vec::new(), "12");
-        let said = of_pod(&socket, &pod(), wait).await.unwrap_err().to_string();
-        assert!(
-            said.contains("status 12") && said.contains("words"),
-            "{said}"
-        );
-        let socket = root.path().join("silent");
-        let _listener = UnixListener::bind(&socket).unwrap();
-        let said = of_pod(&socket, &pod(), Duration::from_millis(50))
-            .await
-            .unwrap_err();
-        assert!(matches!(said, PodResourcesError::Late(_)), "{said}");
-        let said = of_pod(&root.path().join("none"), &pod(), wait)
-            .await
-            .unwrap_err();
-        assert!(said.to_string().contains("No such file"), "{said}");
-    }
-
-    #[test]
-    fn a_frame_that_is_none_is_refused() {
-        for bytes in [&[][..], &[0, 0, 0], &[1, 0, 0, 0, 0], &[0, 0, 0, 0, 2, 1]] {
-            assert!(
-                unframed(Bytes::copy_from_slice(bytes)).is_err(),
-                "{bytes:?}"
-            );
-        }
-        assert_eq!(
-            unframed(Bytes::from_static(&[0, 0, 0, 0, 1, 9])).unwrap(),
-            [9][..]
-        );
     }
 
     proptest! {

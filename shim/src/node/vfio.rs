@@ -26,7 +26,7 @@ use calls::{Calls, Kernel};
 pub use choose::Opened;
 pub use fit::Room;
 pub use refusal::Refusal;
-pub use survey::Surveyed;
+pub use survey::{Survey, Surveyed};
 
 /// Where the node shows its devices.
 #[derive(Debug, Clone)]

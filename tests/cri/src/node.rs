@@ -146,6 +146,12 @@ impl Drop for Configured {
     }
 }
 
+/// Adds to containerd's configuration without telling it; what a [`Configured`] has changed is as before when that ends.
+pub fn append_to_configuration(text: &str) -> Result<()> {
+    let before = fs::read_to_string(OWN_CONFIG).context(OWN_CONFIG)?;
+    fs::write(OWN_CONFIG, before + text).context(OWN_CONFIG)
+}
+
 /// containerd is not there; it comes back at the end of the scope at the latest.
 pub struct WithoutContainerd {
     cri: Rc<Cri>,

@@ -1,7 +1,10 @@
 //! `brig check`: what a VM needs of this node, each as one line with its fix.
 
+mod containerd;
 mod devices;
 mod finding;
+mod handler;
+mod linux;
 
 use std::fs;
 use std::path::Path;
@@ -10,14 +13,17 @@ use brig_shim::asked::config::{Config, Netfilter};
 use brig_shim::error::Error;
 use brig_shim::guest::forward;
 use brig_shim::guest::vm::host::{open_kernel, open_kvm};
+use brig_shim::node::vfio::Node;
 use brig_shim::node::{cgroup, network};
+
+use containerd::Containerd;
 
 pub use finding::Finding;
 
 /// Checks this node with the configuration of a handler, or the default one.
 #[must_use]
-pub fn node(config: Option<&Path>) -> Vec<Finding> {
-    let config = match Config::load(config) {
+pub fn node(checked: Option<&Path>) -> Vec<Finding> {
+    let config = match Config::load(checked) {
         Ok(config) => config,
         Err(error) => {
             let finding = Finding::of("configuration", Err(error.message));
@@ -41,6 +47,7 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
                 config.memory / brig_shim::asked::config::MIB
             )),
         ),
+        linux::finding(&rustix::system::uname().release().to_string_lossy()),
         Finding::of("kvm", kvm(&config.kvm)),
         Finding::of("kernel", kernel.map_err(message)),
         modules(&config.modules),
@@ -58,7 +65,17 @@ pub fn node(config: Option<&Path>) -> Vec<Finding> {
     ]);
     findings.splice(1..1, user);
     findings.extend(config.vhost_net.then(vhost_net));
-    findings.extend(devices::findings(&config));
+    let containerd = Containerd::find(Path::new("/proc"));
+    findings.extend(containerd.findings());
+    let node = Node::new();
+    let survey = node.survey();
+    let search = containerd.search();
+    for handler in containerd.handlers() {
+        let told = handler::findings(handler, search.as_ref(), checked, &survey);
+        findings.extend(told);
+    }
+    let process = containerd.process.as_ref();
+    findings.extend(devices::findings(&config, &node, &survey, process));
     findings
 }
 

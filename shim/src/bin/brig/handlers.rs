@@ -17,6 +17,8 @@ use std::process::Command;
 use brig_shim::error::{Error, Result};
 use toml::{Table, Value};
 
+use crate::configured::{disabled, section};
+
 /// Where containerd's configuration is.
 pub const CONTAINERD: &str = "/etc/containerd/config.toml";
 /// Where handlers have their own configuration.
@@ -289,15 +291,6 @@ impl Containerd {
     }
 }
 
-/// The CRI plugin's section that has the handlers.
-fn section(version: u64) -> &'static str {
-    if version >= 3 {
-        "io.containerd.cri.v1.runtime"
-    } else {
-        "io.containerd.grpc.v1.cri"
-    }
-}
-
 /// Whether a configuration has a handler of this name.
 fn has(table: &Table, version: u64, handler: &str) -> bool {
     let path = [
@@ -314,20 +307,6 @@ fn has(table: &Table, version: u64, handler: &str) -> bool {
             .and_then(Value::as_table);
     }
     at.is_some()
-}
-
-/// A part of the CRI plugin that the configuration turns off.
-fn disabled(table: &Table) -> Option<&str> {
-    let plugins = table.get("disabled_plugins")?.as_array()?.iter();
-    let mut plugins = plugins.filter_map(Value::as_str);
-    plugins.find(|plugin| {
-        [
-            "io.containerd.grpc.v1.cri",
-            "io.containerd.cri.v1.runtime",
-            "io.containerd.cri.v1.images",
-        ]
-        .contains(plugin)
-    })
 }
 
 /// Its version, if it says one, and the whole.

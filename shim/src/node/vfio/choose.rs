@@ -108,7 +108,8 @@ impl Node {
     /// Opens the group of a device, unless it is open with another one of it.
     fn take(&self, address: &str, opened: &mut Opened) -> Result<()> {
         let device = self.sys.join("bus/pci/devices").join(address);
-        self.verdict(&device)
+        self.survey()
+            .verdict(&device)
             .map_err(|refusal| Error::new(Kind::FailedPrecondition, refusal.to_string()))?;
         let group = target(&device.join("iommu_group"));
         let number = group.and_then(|group| group.parse().ok());

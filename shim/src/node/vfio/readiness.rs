@@ -2,14 +2,13 @@
 //! that may be pinned. Blocking; only looks.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::refusal::Refusal;
 use super::{Node, Way};
 use crate::asked::config::MIB;
+use crate::node::daemon::Daemon;
 
-/// Bit of a process's capabilities (`linux/capability.h`).
-const CAP_SYS_RESOURCE: u32 = 24;
 /// What lets a kernel give devices away although their interrupts are not remapped.
 const UNSAFE_INTERRUPTS: [&str; 2] = [
     "vfio_iommu_type1/parameters/allow_unsafe_interrupts",
@@ -42,59 +41,7 @@ enum Module {
     Missing,
 }
 
-/// A process of the node, by its name.
-#[derive(Debug, Clone)]
-pub struct Process {
-    /// Its directory in /proc.
-    place: PathBuf,
-}
-
-impl Process {
-    /// The words of its command line.
-    #[must_use]
-    pub fn command(&self) -> Vec<String> {
-        let line = fs::read(self.place.join("cmdline")).unwrap_or_default();
-        let words = line.split(|byte| *byte == 0);
-        words
-            .filter(|word| !word.is_empty())
-            .map(|word| String::from_utf8_lossy(word).into_owned())
-            .collect()
-    }
-
-    /// What it and what it starts may lock at most, in bytes, if it cannot lift that.
-    fn lockable(&self) -> Option<u64> {
-        let read = |file: &str| fs::read_to_string(self.place.join(file)).unwrap_or_default();
-        let status = read("status");
-        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-        let effective = effective.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
-        if effective.is_none_or(|bits| bits >> CAP_SYS_RESOURCE & 1 == 1) {
-            return None;
-        }
-        let limits = read("limits");
-        let line = limits
-            .lines()
-            .find_map(|line| line.strip_prefix("Max locked memory"));
-        // The soft one can be raised to the hard one.
-        line?.split_ascii_whitespace().nth(1)?.parse().ok()
-    }
-}
-
 impl Node {
-    /// The first process with this name.
-    #[must_use]
-    pub fn process(&self, name: &str) -> Option<Process> {
-        let entries = fs::read_dir(&self.proc).ok()?.flatten();
-        let mut places: Vec<_> = entries
-            .map(|entry| entry.path())
-            .filter(|place| {
-                let own = fs::read_to_string(place.join("comm")).unwrap_or_default();
-                own.trim() == name
-            })
-            .collect();
-        places.sort();
-        places.into_iter().next().map(|place| Process { place })
-    }
-
     /// Whether there is an IOMMU, and interrupts go through it.
     ///
     /// # Errors
@@ -225,9 +172,9 @@ impl Node {
     ///
     /// # Errors
     /// The limit that is below, with the numbers.
-    pub fn pinnable(&self, needed: u64, starter: Option<&Process>) -> Result<String, Refusal> {
+    pub fn pinnable(&self, needed: u64, starter: Option<&Daemon>) -> Result<String, Refusal> {
         let mib = |bytes: u64| bytes.div_ceil(MIB);
-        let lockable = starter.and_then(Process::lockable);
+        let lockable = starter.and_then(Daemon::lockable);
         if let Some(limit) = lockable.filter(|limit| *limit < needed) {
             return Err(Refusal::new(
                 format!(
@@ -365,16 +312,7 @@ mod tests {
     fn the_limit_that_is_below_a_vms_size_is_named_with_the_numbers() {
         let fake = Fake::new();
         let place = fake.process(7, "containerd");
-        write(
-            &place.join("cmdline"),
-            "/usr/bin/containerd\0--config\0/x.toml\0",
-        );
-        let starter = fake.node.process("containerd").unwrap();
-        assert_eq!(
-            starter.command(),
-            ["/usr/bin/containerd", "--config", "/x.toml"]
-        );
-        assert!(fake.node.process("dockerd").is_none());
+        let starter = Daemon::named(&fake.node.proc, "containerd").remove(0);
         let said = |needed: u64| {
             let told = fake.node.pinnable(needed, Some(&starter));
             told.map_err(|refusal| refusal.to_string())

@@ -2,7 +2,8 @@
 //!
 //! Only looks: a group that was opened to see whether it is free would be missing to the pod that starts meanwhile.
 
-use std::collections::BTreeMap;
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -26,14 +27,33 @@ pub struct Surveyed {
     pub verdict: Result<String, Refusal>,
 }
 
+/// A look at the node's devices. What is the same for all of them is read once, when it is first asked for.
+pub struct Survey<'a> {
+    node: &'a Node,
+    gives_away: OnceCell<Result<(), Refusal>>,
+    mounted: OnceCell<BTreeSet<String>>,
+}
+
 impl Node {
+    /// A look at its devices as they are now.
+    #[must_use]
+    pub fn survey(&self) -> Survey<'_> {
+        Survey {
+            node: self,
+            gives_away: OnceCell::new(),
+            mounted: OnceCell::new(),
+        }
+    }
+}
+
+impl Survey<'_> {
     /// Each PCI device of the node but its bridges, for a VM that has this `room`.
     #[must_use]
-    pub fn survey(&self, room: &Room) -> Vec<Surveyed> {
-        let Ok(entries) = fs::read_dir(self.sys.join("bus/pci/devices")) else {
+    pub fn devices(&self, room: &Room) -> Vec<Surveyed> {
+        let Ok(entries) = fs::read_dir(self.node.sys.join("bus/pci/devices")) else {
             return Vec::new();
         };
-        let holders = self.holders();
+        let holders = self.node.holders();
         let mut found: Vec<_> = entries
             .flatten()
             .filter_map(|entry| {
@@ -46,7 +66,7 @@ impl Node {
                     return None;
                 }
                 let verdict = self.fitting(&place, room);
-                let verdict = verdict.map(|node| self.told(&place, &node, &holders));
+                let verdict = verdict.map(|node| told(&place, &node, &holders));
                 Some(Surveyed {
                     address: entry.file_name().to_string_lossy().into_owned(),
                     id: format!("{}:{}", read("vendor"), read("device")),
@@ -64,7 +84,9 @@ impl Node {
     fn fitting(&self, device: &Path, room: &Room) -> Result<PathBuf, Refusal> {
         if device.join("iommu_group").exists() {
             fit::check(device, room)?;
-            self.gives_away()?;
+            self.gives_away
+                .get_or_init(|| self.node.gives_away())
+                .clone()?;
         }
         self.verdict(device)
     }
@@ -93,15 +115,15 @@ impl Node {
                 let number = group.parse();
                 let number =
                     number.map_err(|_| Refusal::new(format!("IOMMU group {group}"), fix))?;
-                self.whole(number)?;
-                let path = self.dev.join("vfio");
-                Ok(match self.way(Way::Groups) {
+                self.node.whole(number)?;
+                let path = self.node.dev.join("vfio");
+                Ok(match self.node.way(Way::Groups) {
                     Way::Groups => path.join(group),
                     Way::Iommufd => path.join("devices").join(device_node(device)?),
                 })
             }
             Some(driver) => {
-                let (uses, bind) = (uses(device), self.bind(device, &group));
+                let (uses, bind) = (self.uses(device), self.node.bind(device, &group));
                 let fix = if uses.is_empty() {
                     bind
                 } else {
@@ -112,11 +134,72 @@ impl Node {
             }
             None => Err(Refusal::new(
                 format!("no driver has it (IOMMU group {group})"),
-                self.bind(device, &group),
+                self.node.bind(device, &group),
             )),
         }
     }
 
+    /// Entries of a handler's list for which the node has no device to give, with the reason: none of its pods can start.
+    #[must_use]
+    pub fn missing(&self, wishes: &[Wish], room: &Room) -> Vec<(String, String)> {
+        let mut used = Vec::new();
+        let mut missing = Vec::new();
+        for wish in wishes {
+            let candidates = self.node.candidates(wish);
+            if candidates.is_empty() {
+                missing.push((wish.to_string(), "this node has no such device".to_owned()));
+                continue;
+            }
+            let mut reasons = Vec::new();
+            let mut found = false;
+            for address in candidates {
+                if used.contains(&address) {
+                    reasons.push(format!("{address} is on the list already"));
+                    continue;
+                }
+                let device = self.node.sys.join("bus/pci/devices").join(&address);
+                match self.fitting(&device, room) {
+                    Ok(_) => {
+                        used.push(address);
+                        found = true;
+                        break;
+                    }
+                    Err(refusal) => reasons.push(format!("{address}: {refusal}")),
+                }
+            }
+            if !found {
+                missing.push((wish.to_string(), reasons.join("; ")));
+            }
+        }
+        missing
+    }
+
+    /// What of a device the node itself lives on, as `; its disk vda is mounted`.
+    fn uses(&self, device: &Path) -> String {
+        let mounted = self.mounted.get_or_init(|| self.node.mounted());
+        let mut uses = Vec::new();
+        for (class, place) in classes(device, 0) {
+            let name = place.file_name().unwrap_or_default().to_string_lossy();
+            let read = |place: &Path, file: &str| {
+                let text = fs::read_to_string(place.join(file)).unwrap_or_default();
+                text.trim().to_owned()
+            };
+            if class == "net" && read(&place, "operstate") == "up" {
+                uses.push(format!("; its interface {name} is up"));
+            }
+            let parts = fs::read_dir(&place).into_iter().flatten().flatten();
+            let parts = parts.map(|entry| read(&entry.path(), "dev"));
+            let mut all = parts.chain([read(&place, "dev")]);
+            if class == "block" && all.any(|number| mounted.contains(&number)) {
+                uses.push(format!("; its disk {name} is mounted"));
+            }
+        }
+        uses.sort();
+        uses.concat()
+    }
+}
+
+impl Node {
     fn bind(&self, device: &Path, group: &str) -> String {
         let others = self.held_beside(device, group);
         let others = if others.is_empty() {
@@ -137,19 +220,6 @@ impl Node {
                 .then(|| format!("{} ({driver})", member.name))
         });
         held.collect()
-    }
-
-    /// What is to be said of a device that can be given.
-    fn told(&self, device: &Path, node: &Path, holders: &BTreeMap<PathBuf, Vec<String>>) -> String {
-        let mut text = format!("can be given to a pod as {}", node.display());
-        if let Some(holders) = holders.get(node) {
-            text = format!("{text}; in use by {} now", holders.join(", "));
-        }
-        let methods = fs::read_to_string(device.join("reset_method"));
-        if methods.is_ok_and(|methods| methods.trim().is_empty()) {
-            text += "; it has no reset, so that the next pod finds in it what this one has left";
-        }
-        text
     }
 
     /// Who has VFIO's nodes open.
@@ -178,68 +248,25 @@ impl Node {
         holders
     }
 
-    /// Entries of a handler's list for which the node has no device to give, with the reason: none of its pods can start.
-    #[must_use]
-    pub fn missing(&self, wishes: &[Wish], room: &Room) -> Vec<(String, String)> {
-        let mut used = Vec::new();
-        let mut missing = Vec::new();
-        for wish in wishes {
-            let candidates = self.candidates(wish);
-            if candidates.is_empty() {
-                missing.push((wish.to_string(), "this node has no such device".to_owned()));
-                continue;
-            }
-            let mut reasons = Vec::new();
-            let mut found = false;
-            for address in candidates {
-                if used.contains(&address) {
-                    reasons.push(format!("{address} is on the list already"));
-                    continue;
-                }
-                let device = self.sys.join("bus/pci/devices").join(&address);
-                match self.fitting(&device, room) {
-                    Ok(_) => {
-                        used.push(address);
-                        found = true;
-                        break;
-                    }
-                    Err(refusal) => reasons.push(format!("{address}: {refusal}")),
-                }
-            }
-            if !found {
-                missing.push((wish.to_string(), reasons.join("; ")));
-            }
-        }
-        missing
+    /// The numbers of what is mounted, as `8:1`.
+    fn mounted(&self) -> BTreeSet<String> {
+        let mounts = fs::read_to_string(self.proc.join("self/mountinfo")).unwrap_or_default();
+        let numbers = mounts.lines().filter_map(|line| line.split(' ').nth(2));
+        numbers.map(str::to_owned).collect()
     }
 }
 
-/// What of a device the node itself lives on, as `; its disk vda is mounted`.
-fn uses(device: &Path) -> String {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let numbers: Vec<_> = mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(2))
-        .collect();
-    let mut uses = Vec::new();
-    for (class, place) in classes(device, 0) {
-        let name = place.file_name().unwrap_or_default().to_string_lossy();
-        let read = |place: &Path, file: &str| {
-            let text = fs::read_to_string(place.join(file)).unwrap_or_default();
-            text.trim().to_owned()
-        };
-        if class == "net" && read(&place, "operstate") == "up" {
-            uses.push(format!("; its interface {name} is up"));
-        }
-        let parts = fs::read_dir(&place).into_iter().flatten().flatten();
-        let parts = parts.map(|entry| read(&entry.path(), "dev"));
-        let mut all = parts.chain([read(&place, "dev")]);
-        if class == "block" && all.any(|number| numbers.contains(&number.as_str())) {
-            uses.push(format!("; its disk {name} is mounted"));
-        }
+/// What is to be said of a device that can be given.
+fn told(device: &Path, node: &Path, holders: &BTreeMap<PathBuf, Vec<String>>) -> String {
+    let mut text = format!("can be given to a pod as {}", node.display());
+    if let Some(holders) = holders.get(node) {
+        text = format!("{text}; in use by {} now", holders.join(", "));
     }
-    uses.sort();
-    uses.concat()
+    let methods = fs::read_to_string(device.join("reset_method"));
+    if methods.is_ok_and(|methods| methods.trim().is_empty()) {
+        text += "; it has no reset, so that the next pod finds in it what this one has left";
+    }
+    text
 }
 
 /// Disks and interfaces that a device's drivers have made, below its directory in sysfs.
@@ -282,7 +309,7 @@ mod tests {
     };
 
     fn said(fake: &Fake) -> Vec<String> {
-        let all = fake.node.survey(&ROOM).into_iter();
+        let all = fake.node.survey().devices(&ROOM).into_iter();
         all.map(|one| match one.verdict {
             Ok(told) => format!("{} ({}): {told}", one.address, one.id),
             Err(refusal) => format!("{} ({}) cannot: {refusal}", one.address, one.id),
@@ -345,7 +372,10 @@ mod tests {
         fs::write(place.join("resource"), bar).unwrap();
         assert!(said(&fake)[0].contains("a BAR of 0x20000000 bytes does not fit"));
         assert!(!said(&fake)[0].contains("vfio-pci"));
-        let missing = fake.node.missing(&["00:03.0".parse().unwrap()], &ROOM);
+        let missing = fake
+            .node
+            .survey()
+            .missing(&["00:03.0".parse().unwrap()], &ROOM);
         assert!(missing[0].1.contains("does not fit"), "{missing:?}");
     }
 
@@ -365,6 +395,39 @@ mod tests {
             "{}",
             said(&fake)[0]
         );
+    }
+
+    #[test]
+    fn what_all_devices_have_in_common_is_read_once() {
+        let fake = Fake::new();
+        for (name, group) in [("0000:00:03.0", 3), ("0000:00:04.0", 4)] {
+            let place = fake.device(name, "0x010802", Some("nvme"), Some(group));
+            fs::create_dir_all(place.join("block/nvme0")).unwrap();
+            fs::write(place.join("block/nvme0/dev"), "8:1\n").unwrap();
+        }
+        let (table, interrupts) = (
+            fake.node.proc.join("self/mountinfo"),
+            fake.node.proc.join("interrupts"),
+        );
+        fs::create_dir_all(table.parent().unwrap()).unwrap();
+        fs::write(&table, "30 1 8:1 / / rw - ext4 /dev/nvme0 rw\n").unwrap();
+        fs::write(&interrupts, "25: 0 IR-PCI-MSI 0-edge x\n").unwrap();
+        let survey = fake.node.survey();
+        let uses = |survey: &Survey| {
+            let all = survey.devices(&ROOM).into_iter();
+            all.filter(|one| {
+                one.verdict
+                    .as_ref()
+                    .is_err_and(|refusal| refusal.why.contains("nvme0 is mounted"))
+            })
+            .count()
+        };
+        assert_eq!(uses(&survey), 2);
+        fs::write(&table, "").unwrap();
+        fs::write(&interrupts, "25: 0 PCI-MSI 0-edge x\n").unwrap();
+        assert_eq!(uses(&survey), 2);
+        assert_eq!(uses(&fake.node.survey()), 0);
+        assert!(said(&fake)[0].contains("does not remap interrupts"));
     }
 
     #[test]
@@ -402,15 +465,11 @@ mod tests {
         let place = fake.device("0000:00:03.0", "0x020000", Some("e1000e"), Some(3));
         fs::create_dir_all(place.join("virtio1/net/eth7")).unwrap();
         fs::write(place.join("virtio1/net/eth7/operstate"), "up\n").unwrap();
-        // Any file system that is mounted will do for a disk's.
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let number = mounts.lines().next().unwrap().split(' ').nth(2).unwrap();
+        let table = fake.node.proc.join("self/mountinfo");
+        fs::create_dir_all(table.parent().unwrap()).unwrap();
+        fs::write(table, "30 1 8:1 / / rw - ext4 /dev/sdx1 rw\n").unwrap();
         fs::create_dir_all(place.join("host0/block/sdx/sdx1")).unwrap();
-        fs::write(
-            place.join("host0/block/sdx/sdx1/dev"),
-            format!("{number}\n"),
-        )
-        .unwrap();
+        fs::write(place.join("host0/block/sdx/sdx1/dev"), "8:1\n").unwrap();
         let expected = "(e1000e, IOMMU group 3; its disk sdx is mounted; its interface eth7 is up): take that from the node \
              first, then bind it to vfio-pci";
         assert!(said(&fake)[0].contains(expected), "{}", said(&fake)[0]);
@@ -424,7 +483,7 @@ mod tests {
         fake.device("0000:00:03.0", "0x010802", Some("nvme"), Some(3));
         let missing = |texts: &[&str]| {
             let wishes: Vec<Wish> = texts.iter().map(|text| text.parse().unwrap()).collect();
-            fake.node.missing(&wishes, &ROOM)
+            fake.node.survey().missing(&wishes, &ROOM)
         };
         assert!(missing(&["00:02.0"]).is_empty());
         assert!(missing(&["1b36:0010"]).is_empty());

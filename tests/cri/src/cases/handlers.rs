@@ -1,5 +1,8 @@
 //! What an operator sets for all pods of one runtime handler.
 
+use std::fs;
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::clock;
@@ -18,6 +21,7 @@ pub const CASES: &[Case] = &[case(
 pub struct Own {
     _configured: Configured,
     _files: Directory,
+    file: PathBuf,
 }
 
 impl Own {
@@ -58,7 +62,24 @@ impl Own {
         Ok(Self {
             _configured: configured,
             _files: files,
+            file: main,
         })
+    }
+
+    /// Puts another text into its file, of which containerd need not know.
+    ///
+    /// # Errors
+    /// The node's.
+    pub fn write(&self, text: &str) -> Result<()> {
+        fs::write(&self.file, text).context("the handler's file")
+    }
+
+    /// Takes its file away.
+    ///
+    /// # Errors
+    /// The node's.
+    pub fn remove(&self) -> Result<()> {
+        fs::remove_file(&self.file).context("the handler's file")
     }
 }
 

@@ -4,6 +4,7 @@ mod apps;
 mod attach;
 mod block;
 mod cgroups;
+mod checked;
 mod clock;
 pub mod config_volumes;
 mod devices;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Case> {
     [
         sandbox::CASES,
         handlers::CASES,
+        checked::CASES,
         process::CASES,
         network::CASES,
         networks::CASES,

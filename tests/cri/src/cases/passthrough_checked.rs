@@ -1,13 +1,11 @@
 //! What `brig check` says of a device is what a pod then gets, word for word where it is refused.
 
-use std::process::Command;
-
 use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::given::{DISPLAY, E1000E, Given, NVME};
-use brig_tests::node::{clock, process};
 use serde_json::Value;
 
+use super::checked::{findings, said};
 use super::handlers::Own;
 use super::passthrough::{only_brig, refusal, with};
 use crate::pod::PodSpec;
@@ -19,19 +17,9 @@ pub const CASES: &[Case] = &[case(
     checked,
 )];
 
-/// All findings.
-fn check() -> Result<Vec<Value>> {
-    let mut command = Command::new("brig");
-    command.args(["check", "--json"]);
-    // It ends with 1 where no pod can start, which is not asked here.
-    let told = process::run(command, clock::seconds(10))?.text();
-    let findings: Value = serde_json::from_str(&told).with_context(|| told.clone())?;
-    Ok(findings.as_array().cloned().unwrap_or_default())
-}
-
 /// The one for a device: what is said, and what to do.
 fn of(address: &str) -> Result<(String, String)> {
-    let findings = check()?.into_iter();
+    let findings = findings()?.into_iter();
     let mut own = findings.filter(|finding| finding["device"]["address"] == address);
     let finding = own
         .next()
@@ -44,16 +32,6 @@ fn of(address: &str) -> Result<(String, String)> {
         text("outcome").as_str(),
     )?;
     Ok((text("detail"), text("fix")))
-}
-
-/// What is said of the node or a handler.
-fn said(what: &str) -> Result<Vec<String>> {
-    let findings = check()?
-        .into_iter()
-        .filter(|finding| finding["check"] == what);
-    Ok(findings
-        .map(|finding| format!("{} {}", finding["detail"], finding["fix"]))
-        .collect())
 }
 
 fn checked(suite: &mut Suite) -> Result<()> {

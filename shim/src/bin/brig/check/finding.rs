@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 /// How a check came out.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Outcome {
+enum Outcome {
     /// As it should be.
     Good,
     /// Pods run without it, or not as well.
@@ -19,13 +19,13 @@ pub enum Outcome {
 /// One line of the report.
 #[derive(Debug)]
 pub struct Finding {
-    pub(super) outcome: Outcome,
+    outcome: Outcome,
     pub(super) what: &'static str,
     detail: String,
     /// What to do about it.
     fix: Option<Cow<'static, str>>,
-    /// The parts of a PCI device, for programs.
-    pub(super) device: Option<Value>,
+    /// What it is about, part by part for programs, and what that is called.
+    parts: Option<(&'static str, Value)>,
 }
 
 impl Finding {
@@ -44,8 +44,8 @@ impl Finding {
             Outcome::Fatal => "fatal",
         };
         let mut told = json!({ "check": self.what, "outcome": outcome, "detail": self.detail, "fix": self.fix });
-        if let (Some(device), Some(told)) = (&self.device, told.as_object_mut()) {
-            told.insert("device".to_owned(), device.clone());
+        if let (Some((name, parts)), Some(told)) = (&self.parts, told.as_object_mut()) {
+            told.insert((*name).to_owned(), parts.clone());
         }
         told
     }
@@ -62,7 +62,7 @@ impl Finding {
             what,
             detail,
             fix: None,
-            device: None,
+            parts: None,
         }
     }
 
@@ -73,6 +73,19 @@ impl Finding {
             self.fix = Some(fix.into());
         }
         self
+    }
+
+    /// What it is about, for programs.
+    #[must_use]
+    pub(super) fn about(mut self, name: &'static str, parts: Value) -> Self {
+        self.parts = Some((name, parts));
+        self
+    }
+
+    /// Whether it is as it should be.
+    #[must_use]
+    pub(super) fn is_good(&self) -> bool {
+        self.outcome == Outcome::Good
     }
 
     /// Pods run without it, but not as well.
