@@ -220,8 +220,9 @@ impl Bus {
             return;
         }
         function.config_write(register, data);
-        let is_port = function.behind().is_some();
-        if is_port {
+        if let Some((_, behind)) = function.behind() {
+            // What it has reset decodes nothing any more.
+            self.follow(devfn, &behind);
             return;
         }
         if touches(COMMAND..COMMAND + 2) || touches(BARS..BARS_END) {

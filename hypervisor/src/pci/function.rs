@@ -32,6 +32,9 @@ pub trait Function: Send + Sync {
     fn behind(&self) -> Option<(u8, Arc<dyn Function>)> {
         None
     }
+    /// Its bus was reset (PCIe 5.0 §6.6.1): it decodes nothing from then on, and does nothing by itself. Only what can be
+    /// behind a port is ever asked.
+    fn bus_reset(&self) {}
     /// A BAR became visible (`Some`) at an address or ceased to be.
     fn bar_moved(&self, bar: u8, old: Option<u64>, new: Option<u64>);
 }

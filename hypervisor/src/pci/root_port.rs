@@ -1,8 +1,9 @@
 //! A PCI Express root port with one function behind it (PCIe 5.0 §1.3.1, §7.5.1.3): drivers of some accelerators want
 //! one above theirs.
 //!
-//! It routes configuration space by the bus number that the guest gives it, and nothing else: its windows are kept as the
-//! guest writes them, and the function's BARs are answered wherever the machine's windows allow, as those of any other.
+//! It routes configuration space by the bus number that the guest gives it and resets what is behind it, and nothing else:
+//! its windows are kept as the guest writes them, and the function's BARs are answered wherever the machine's windows allow,
+//! as those of any other.
 //! It has no slot, so no hotplug of its own: it comes and goes with what is behind it. Everything written is hostile.
 
 use std::sync::{Arc, Mutex};
@@ -13,6 +14,9 @@ use crate::sync::lock;
 
 const BUS_NUMBERS: usize = 0x18;
 const SECONDARY: usize = 0x19;
+const BRIDGE_CONTROL: usize = 0x3e;
+/// Of bridge control: the bus behind is in reset while it is set (§7.5.1.3.13).
+const BUS_RESET: u8 = 1 << 6;
 
 /// Where registers are, their values at first, and the bits that a guest may change.
 const REGISTERS: &[(usize, &[u8], &[u8])] = &[
@@ -30,8 +34,8 @@ const REGISTERS: &[(usize, &[u8], &[u8])] = &[
     (0x28, &[0; 8], &[0xff; 8]),
     (0x34, &[0x40], &[]),
     (0x3c, &[0], &[0xff]),
-    // Bridge control: errors, and a reset of the bus behind, which nobody hears.
-    (0x3e, &[0, 0], &[0x43, 0]),
+    // Errors, and a reset of the bus behind.
+    (BRIDGE_CONTROL, &[0, 0], &[0x43, 0]),
     // PCI Express (§7.5.3): version 2, a root port without a slot.
     (0x40, &[0x10, 0, 0x42, 0], &[]),
     // Payloads of 512 bytes.
@@ -84,9 +88,15 @@ impl Function for RootPort {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut registers = lock(&self.registers);
+        let before = registers[BRIDGE_CONTROL];
         let places = registers.iter_mut().zip(&self.writable);
         for ((place, mask), byte) in places.skip(offset.into()).zip(data) {
             *place = *place & !mask | byte & mask;
+        }
+        let resets = registers[BRIDGE_CONTROL] & !before & BUS_RESET != 0;
+        drop(registers);
+        if resets {
+            self.behind.bus_reset();
         }
     }
 

@@ -344,6 +344,18 @@ impl FilteredConfig {
         }
     }
 
+    /// What a reset of its bus leaves of what is ours: nothing that the guest has written.
+    pub fn reset(&mut self) -> Written {
+        for (register, writable) in self.registers.iter_mut().zip(&self.writable) {
+            *register &= !writable;
+        }
+        Written {
+            command: Some(self.device_command()),
+            msix: self.msix.is_some(),
+            msi: self.msi.is_some(),
+        }
+    }
+
     fn command(&self) -> u16 {
         let at = usize::from(COMMAND);
         u16::from_le_bytes([self.registers[at], self.registers[at + 1]])

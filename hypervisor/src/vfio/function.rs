@@ -263,6 +263,19 @@ impl Function for PassedThrough {
         }
     }
 
+    fn bus_reset(&self) {
+        let mut config = lock(&self.config);
+        let written = config.reset();
+        // It neither interrupts nor reaches memory when the node resets it, which is the state that the node's kernel
+        // gives it again after that.
+        if let Some(interrupts) = &self.interrupts {
+            interrupts.reset();
+        }
+        self.follow(&config, written);
+        let result = self.owner.try_ask(|device| device.reset());
+        self.report("the reset of its bus", result);
+    }
+
     fn bar_moved(&self, bar: u8, old: Option<u64>, new: Option<u64>) {
         let has_dma = self.dma.strong_count() != 0;
         if has_dma && old.is_some() {
@@ -283,6 +296,7 @@ mod tests {
     use super::*;
     use crate::pci::bus::Bus;
     use crate::pci::msix::fake::FakeRoutes;
+    use crate::pci::root_port::RootPort;
 
     #[derive(Default)]
     struct Slots(Mutex<Vec<u64>>);
@@ -304,10 +318,25 @@ mod tests {
         slots: Arc<Slots>,
         record: Arc<Record>,
         owner: Owner,
+        /// The number of the function on bus 0.
+        port: u8,
     }
 
     /// An NVMe on a bus, its BAR at `BASE`.
     fn setup() -> Setup {
+        setup_on(|bus, function| bus.add(function).unwrap())
+    }
+
+    /// The same, behind a root port.
+    fn setup_behind_a_port() -> Setup {
+        setup_on(|bus, function| {
+            let port = bus.reserve().unwrap();
+            bus.fill(port, Arc::new(RootPort::above(function, port >> 3)));
+            port
+        })
+    }
+
+    fn setup_on(put: impl FnOnce(&Bus, Arc<dyn Function>) -> u8) -> Setup {
         let record = Arc::new(Record::default());
         let slots = Arc::new(Slots::default());
         let mock = Mock::nvme(Arc::clone(&record));
@@ -323,8 +352,9 @@ mod tests {
             PassedThrough::new("0000:03:00.0".into(), prepared, owner.clone(), routes, log);
         let window = BASE..BASE + (1 << 30);
         let bus = Bus::new(vec![window]);
-        bus.add(Arc::new(function)).unwrap();
+        let port = put(&bus, Arc::new(function));
         Setup {
+            port,
             bus,
             slots,
             record,
@@ -375,6 +405,55 @@ mod tests {
         }
         assert!(bus.remove(0).is_some());
         assert!(lock(&slots.0).is_empty());
+    }
+
+    #[test]
+    fn a_device_whose_bus_the_guest_resets_is_reset_and_does_nothing_until_it_is_set_up_again() {
+        let Setup {
+            bus,
+            slots,
+            record,
+            port,
+            ..
+        } = setup_behind_a_port();
+        let at = u64::from(port >> 3) << 20;
+        let control = u64::from(port) << 12 | 0x3e;
+        bus.ecam_write(at | 4, &[6, 0]);
+        // A vector that is enabled and unmasked.
+        for (place, value) in [(0, 0xfee0_0000u32), (4, 0), (8, 0x31), (12, 0)] {
+            bus.memory_write(BASE + 0x2000 + place, &value.to_le_bytes());
+        }
+        bus.ecam_write(at | 0x43, &[0x80]);
+        assert_eq!(record.live(1), [true]);
+        let before = record.all().len();
+        // Errors are not a reset, the end of one is none, and its middle is no other.
+        bus.ecam_write(control, &[3]);
+        assert_eq!(record.all().len(), before);
+        for bits in [0x43, 0x41, 0x01] {
+            bus.ecam_write(control, &[bits]);
+        }
+        // It neither interrupts nor masters the bus when it is reset.
+        assert_eq!(
+            record.all()[before..],
+            ["disable", "write 7 0x4 [2, 4]", "reset"]
+        );
+        assert!(lock(&slots.0).is_empty());
+        assert!(!bus.memory_read(BASE, &mut [0; 4]));
+        let mut registers = [0; 0x18];
+        bus.ecam_read(at | 0x10, &mut registers);
+        assert_eq!(registers[..8], [4, 0, 0, 0, 0, 0, 0, 0]);
+        bus.ecam_read(at | 0x43, &mut registers[..1]);
+        assert_eq!(registers[0] & 0xc0, 0);
+        // A driver that sets it up as before finds it as before, and its table masked.
+        bus.ecam_write(at | 0x10, &BASE.to_le_bytes()[..4]);
+        bus.ecam_write(at | 0x14, &BASE.to_le_bytes()[4..]);
+        bus.ecam_write(at | 4, &[6, 0]);
+        assert_eq!(*lock(&slots.0), [BASE, BASE + 0x3000]);
+        let mut entry = [0; 16];
+        for (place, part) in (0..).zip(entry.chunks_mut(4)) {
+            bus.memory_read(BASE + 0x2000 + place * 4, part);
+        }
+        assert_eq!(entry, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! A guest that owns a device's configuration space, its BARs and its table of interrupts, and keeps to no rule: what it
-//! may reach, in any order of accesses. Against stand-ins for two devices.
+//! may reach, in any order of accesses. Against stand-ins for two devices, the second behind a root port.
 
 use std::sync::{Arc, Mutex};
 
@@ -15,6 +15,7 @@ use super::testing::{MappedSpace, Mock, Record};
 use crate::pci::Function;
 use crate::pci::bus::Bus;
 use crate::pci::msix::fake::FakeRoutes;
+use crate::pci::root_port::RootPort;
 use crate::reclaim::Reclaim;
 use crate::sync::lock;
 use crate::virtio::GuestMemory;
@@ -64,6 +65,8 @@ fn guest_dma(space: &Arc<MappedSpace>) -> Arc<GuestDma> {
 
 struct Machine {
     bus: Bus,
+    /// The number of the port, and of the bus behind it until the guest gives it another.
+    port: (u8, u8),
     slots: Arc<Slots>,
     space: Arc<MappedSpace>,
     devices: Vec<(Arc<Record>, Owner)>,
@@ -76,6 +79,8 @@ impl Machine {
         let space = Arc::<MappedSpace>::default();
         let dma = guest_dma(&space);
         let mut devices = Vec::new();
+        let devfn = bus.reserve().unwrap();
+        let port = (devfn, devfn >> 3);
         for number in 0..2u64 {
             let record = Arc::new(Record::default());
             let mock = Mock::nvme(Arc::clone(&record));
@@ -94,15 +99,41 @@ impl Machine {
             )
             .beside(Arc::downgrade(&dma));
             let function: Arc<dyn Function> = Arc::new(function);
-            bus.add(function).unwrap();
+            if number == 0 {
+                bus.add(function).unwrap();
+            } else {
+                bus.fill(port.0, Arc::new(RootPort::above(function, port.1)));
+            }
             devices.push((record, owner));
         }
         Self {
             bus,
+            port,
             slots,
             space,
             devices,
         }
+    }
+
+    /// A write to the configuration of a device, or of the port (2).
+    fn configure(&self, function: u64, at: u64, data: &[u8]) {
+        self.bus.ecam_write(self.place(function) | at, data);
+    }
+
+    /// Where in ECAM its configuration is.
+    fn place(&self, function: u64) -> u64 {
+        match function {
+            0 => 0,
+            1 => u64::from(self.port.1) << 20,
+            _ => u64::from(self.port.0) << 12,
+        }
+    }
+
+    /// Takes a device from the bus, the second with its port.
+    fn take(&self, device: u8) {
+        let devfn = if device == 0 { 0 } else { self.port.0 };
+        drop(self.bus.remove(devfn));
+        self.devices[usize::from(device)].1.retire(Box::new(|| ()));
     }
 
     /// What must hold after every access.
@@ -185,8 +216,15 @@ fn may_reach(at: u64, bytes: &[u8]) -> bool {
 /// One access.
 #[derive(Clone, Debug)]
 enum Access {
-    Config { devfn: u64, at: u64, data: Vec<u8> },
-    Memory { address: u64, data: Vec<u8> },
+    Config {
+        function: u64,
+        at: u64,
+        data: Vec<u8>,
+    },
+    Memory {
+        address: u64,
+        data: Vec<u8>,
+    },
     Gone(u8),
 }
 
@@ -215,22 +253,22 @@ fn data() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn access() -> impl Strategy<Value = Access> {
-    let config = (0u64..2, 0u64..256, data()).prop_map(|(devfn, at, data)| Access::Config {
-        devfn,
+    let config = (0u64..3, 0u64..256, data()).prop_map(|(function, at, data)| Access::Config {
+        function,
         at,
         data,
     });
     // Whole BARs and commands, which chance alone seldom writes.
-    let moved = (0u64..2, addresses(), any::<bool>()).prop_map(|(devfn, address, high)| {
+    let moved = (0u64..2, addresses(), any::<bool>()).prop_map(|(function, address, high)| {
         let bytes = address.to_le_bytes();
         Access::Config {
-            devfn,
+            function,
             at: if high { 0x14 } else { 0x10 },
             data: if high { &bytes[4..] } else { &bytes[..4] }.to_vec(),
         }
     });
-    let command = (0u64..2, any::<u8>()).prop_map(|(devfn, byte)| Access::Config {
-        devfn,
+    let command = (0u64..2, any::<u8>()).prop_map(|(function, byte)| Access::Config {
+        function,
         at: 4,
         data: vec![byte, 0xff],
     });
@@ -239,7 +277,13 @@ fn access() -> impl Strategy<Value = Access> {
         prop_oneof![Just(0x42u64), Just(0x43), Just(0x72)],
         data(),
     )
-        .prop_map(|(devfn, at, data)| Access::Config { devfn, at, data });
+        .prop_map(|(function, at, data)| Access::Config { function, at, data });
+    // Bridge control, with the reset of what is behind.
+    let reset = any::<u8>().prop_map(|byte| Access::Config {
+        function: 2,
+        at: 0x3e,
+        data: vec![byte],
+    });
     let memory = (0u64..2 * BAR_SIZE, data()).prop_map(|(offset, data)| Access::Memory {
         address: HIGH.start + offset,
         data,
@@ -249,6 +293,7 @@ fn access() -> impl Strategy<Value = Access> {
         4 => moved,
         3 => command,
         2 => interrupts,
+        2 => reset,
         4 => memory,
         1 => addresses().prop_map(|address| Access::Memory { address, data: vec![0xff; 4] }),
     ]
@@ -264,22 +309,20 @@ proptest! {
         let accesses = accesses.into_iter().chain(gone.map(Access::Gone));
         for access in accesses {
             match access {
-                Access::Config { devfn, at, data } => machine.bus.ecam_write(devfn << 12 | at, &data),
+                Access::Config { function, at, data } => machine.configure(function, at, &data),
                 Access::Memory { address, data } => {
                     machine.bus.memory_write(address, &data);
                     let mut read = vec![0; data.len()];
                     machine.bus.memory_read(address, &mut read);
                 }
-                Access::Gone(devfn) => {
-                    drop(machine.bus.remove(devfn));
-                    machine.devices[usize::from(devfn)].1.retire(Box::new(|| ()));
-                }
+                Access::Gone(device) => machine.take(device),
             }
             machine.check()?;
         }
-        for devfn in (0..2u64).filter(|devfn| Some(*devfn) != gone.map(u64::from)) {
-            let place = HIGH.start + 0x8_0000 + devfn * BAR_SIZE;
-            let write = |at: u64, data: &[u8]| machine.bus.ecam_write(devfn << 12 | at, data);
+        machine.configure(2, 0x19, &[machine.port.1]);
+        for device in (0..2u64).filter(|device| Some(*device) != gone.map(u64::from)) {
+            let place = HIGH.start + 0x8_0000 + device * BAR_SIZE;
+            let write = |at: u64, data: &[u8]| machine.configure(device, at, data);
             write(4, &[0, 0]);
             write(0x10, &place.to_le_bytes()[..4]);
             write(0x14, &place.to_le_bytes()[4..]);
@@ -287,14 +330,14 @@ proptest! {
             machine.bus.memory_write(place + TABLE.start + 12, &[1, 0, 0, 0]);
         }
         // The other one's place is its own only once both are where they should be.
-        for devfn in (0..2u64).filter(|devfn| Some(*devfn) != gone.map(u64::from)) {
-            let place = HIGH.start + 0x8_0000 + devfn * BAR_SIZE;
-            machine.bus.ecam_write(devfn << 12 | 4, &[6, 0]);
+        for device in (0..2u64).filter(|device| Some(*device) != gone.map(u64::from)) {
+            let place = HIGH.start + 0x8_0000 + device * BAR_SIZE;
+            machine.configure(device, 4, &[6, 0]);
             let mut read = [0; 4];
             machine.bus.memory_read(place + 0x2800, &mut read);
             prop_assert_eq!(read, [0xdd; 4]);
             let mut id = [0; 4];
-            machine.bus.ecam_read(devfn << 12, &mut id);
+            machine.bus.ecam_read(machine.place(device), &mut id);
             prop_assert_eq!(id, [0x36, 0x1b, 0x10, 0]);
             let slots = lock(&machine.slots.0);
             prop_assert!(slots.iter().any(|(_, at, _)| *at == place), "it is mapped");

@@ -48,11 +48,6 @@ impl Interrupts {
     /// All off.
     #[must_use]
     pub fn new(kind: Kind, vectors: Vectors, owner: Owner, routes: Arc<dyn Routes>) -> Self {
-        let vector = || Vector {
-            // MSI has no masks.
-            control: u32::from(kind == Kind::Msix),
-            ..Vector::default()
-        };
         Self {
             kind,
             resizable: vectors.resizable,
@@ -61,7 +56,7 @@ impl Interrupts {
             state: Mutex::new(State {
                 enabled: false,
                 masked: false,
-                vectors: (0..vectors.count).map(|_| vector()).collect(),
+                vectors: (0..vectors.count).map(|_| Vector::of(kind)).collect(),
                 given: 0,
             }),
         }
@@ -93,6 +88,18 @@ impl Interrupts {
             vector.data = data & !u32::from(count.saturating_sub(1)) | u32::from(number);
         }
         self.follow(&mut state)
+    }
+
+    /// All is off and the table as it was at first: the bus was reset.
+    pub fn reset(&self) {
+        let mut state = lock(&self.state);
+        (state.enabled, state.masked) = (false, false);
+        self.off(&mut state);
+        for vector in &mut state.vectors {
+            let kept = (vector.route.take(), vector.routed);
+            *vector = Vector::of(self.kind);
+            (vector.route, vector.routed) = kept;
+        }
     }
 
     /// Reads the table; `offset` from its start.
@@ -250,6 +257,14 @@ impl Drop for Interrupts {
 }
 
 impl Vector {
+    fn of(kind: Kind) -> Self {
+        Self {
+            // MSI has no masks.
+            control: u32::from(kind == Kind::Msix),
+            ..Self::default()
+        }
+    }
+
     fn message(&self) -> Message {
         Message {
             address: self.address,
