@@ -174,17 +174,17 @@ pub fn choose(linux: &Linux, guest: &[Node]) -> Result<(Vec<Node>, Vec<String>)>
     Ok((chosen, left_out))
 }
 
-/// Everything is allowed: containerd's way to say it.
+/// The last rule about everything allows it: containerd's way to say it. Rules for single devices may follow.
 pub fn is_privileged(linux: &Linux) -> bool {
-    let all = |rule: &DeviceRule| {
-        rule.allow
-            && matches!(rule.kind.as_str(), "" | "a")
+    let of_all = |rule: &&DeviceRule| {
+        matches!(rule.kind.as_str(), "" | "a")
             && rule.major.is_none_or(|n| n < 0)
             && rule.minor.is_none_or(|n| n < 0)
-            && "rwm".chars().all(|access| rule.access.contains(access))
     };
-    let rules = linux.resources.as_ref().map(|r| r.devices.as_slice());
-    rules.and_then(<[_]>::last).is_some_and(all)
+    let mut rules = linux.resources.iter().flat_map(|own| &own.devices).rev();
+    rules
+        .find(of_all)
+        .is_some_and(|rule| rule.allow && "rwm".chars().all(|access| rule.access.contains(access)))
 }
 
 /// A node of the specification.
@@ -304,6 +304,18 @@ mod tests {
             "devices of the node were left out: /dev/sda /dev/sdb"
         );
         assert!(left_out(&vec!["/dev/x".into(); 40]).ends_with("and 24 more"));
+    }
+
+    #[test]
+    fn rules_for_single_devices_leave_a_container_privileged_and_one_for_all_does_not() {
+        let with = |rule: serde_json::Value| {
+            let all = json!({"allow": true, "access": "rwm"});
+            let rules = json!({"resources": {"devices": [all, rule]}});
+            is_privileged(&serde_json::from_value(rules).unwrap())
+        };
+        let one = json!({"allow": true, "type": "b", "major": 7, "minor": 0, "access": "rwm"});
+        assert!(with(one));
+        assert!(!with(json!({"allow": false, "access": "m"})));
     }
 
     #[test]

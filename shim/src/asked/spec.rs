@@ -226,7 +226,7 @@ impl Spec {
             .map_err(|error| Error::invalid(format!("config.json is not an OCI spec: {error}")))
     }
 
-    /// The device nodes that the specification names: for a privileged container every device of the node.
+    /// The device nodes that the specification names: for a privileged container every device of the node as well.
     #[must_use]
     pub fn devices(&self) -> &[Device] {
         let linux = self.linux.as_ref();

@@ -124,17 +124,19 @@ struct HugePageLimit {
 }
 
 impl Resources {
-    /// The last rule allows everything: containerd's way to say that a container is privileged.
+    /// The last rule about everything allows it: containerd's way to say that a container is privileged. Rules for
+    /// single devices may follow, as of `ctr run --privileged --device`.
     pub(super) fn allow_all_devices(&self) -> bool {
         let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
-        let last = self.devices.as_ref().and_then(|rules| rules.last());
-        last.is_some_and(|rule| {
-            let access = rule.access.as_deref().unwrap_or_default();
-            rule.allow
-                && matches!(rule.kind.as_deref(), None | Some("" | "a"))
+        let mut rules = self.devices.iter().flatten().rev();
+        let last = rules.find(|rule| {
+            matches!(rule.kind.as_deref(), None | Some("" | "a"))
                 && any(rule.major)
                 && any(rule.minor)
-                && "rwm".chars().all(|one| access.contains(one))
+        });
+        last.is_some_and(|rule| {
+            let access = rule.access.as_deref().unwrap_or_default();
+            rule.allow && "rwm".chars().all(|one| access.contains(one))
         })
     }
 
@@ -227,6 +229,39 @@ mod tests {
         assert_eq!(access("{}", (7, 0)), (false, false));
         let all = r#"{"devices":[{"allow":true,"access":"rwm"}]}"#;
         assert_eq!(access(all, (7, 0)), (true, true));
+    }
+
+    #[test]
+    fn everything_is_allowed_by_the_last_rule_about_everything_whatever_it_says_of_single_devices()
+    {
+        let all = r#"{"allow":true,"access":"rwm"}"#;
+        let none = r#"{"allow":false,"access":"rwm"}"#;
+        let one = r#"{"allow":true,"type":"b","major":7,"minor":0,"access":"rwm"}"#;
+        for (rules, privileged) in [
+            (vec![none, all], true),
+            (vec![all, one], true),
+            (
+                vec![
+                    all,
+                    r#"{"allow":false,"type":"c","major":10,"minor":232,"access":"rwm"}"#,
+                ],
+                true,
+            ),
+            (
+                vec![r#"{"allow":true,"type":"a","major":-1,"minor":-1,"access":"rwm"}"#],
+                true,
+            ),
+            (vec![], false),
+            (vec![none, one], false),
+            (vec![all, none], false),
+            (vec![all, r#"{"allow":false,"access":"w"}"#], false),
+            (vec![r#"{"allow":true,"access":"rw"}"#], false),
+            (vec![r#"{"allow":true,"type":"c","access":"rwm"}"#], false),
+        ] {
+            let text = format!(r#"{{"devices":[{}]}}"#, rules.join(","));
+            let parsed: Resources = serde_json::from_str(&text).unwrap();
+            assert_eq!(parsed.allow_all_devices(), privileged, "{text}");
+        }
     }
 
     #[test]

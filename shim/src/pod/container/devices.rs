@@ -1,18 +1,21 @@
 //! Devices of the node that a container asks for in its specification: as device plugins and DRA drivers put them there
 //! (VFIO), and block devices, as volumes without a file system are.
 
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use brig_agent_protocol::agent::{GivenDevice, GivenDisk, MountSource};
 use slog::Logger;
 
 use super::creation::Creation;
+use super::privileged;
 use crate::asked::spec::{Access, Device};
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Vm;
 use crate::node::cdi::{self, Edits, Names};
-use crate::node::disk::{self, Numbers, Owner};
+use crate::node::disk::{Numbers, Owner};
 use crate::node::vfio::{Named, Node};
 use crate::pod::volume::DiskMount;
 
@@ -185,23 +188,36 @@ impl Asked {
         Ok(())
     }
 
-    /// Those of the entries that are VFIO's. Of a privileged container's, which are all of the node's devices, none
-    /// counts but a block device that the node does not have at that path: that one was asked for. Blocking.
+    /// Those of the entries that are VFIO's. Of a privileged container's only those count that were asked for. Blocking.
     fn look(&mut self) -> Result<(Vec<Found>, Vec<String>)> {
         if self.privileged {
-            self.blocks.retain(|block| match &block.path {
-                Some(path) => {
-                    disk::at(Path::new(path)).is_none_or(|(numbers, _)| numbers != block.numbers)
-                }
-                None => true,
+            self.devices = privileged::asked(&self.devices, node_has);
+            let mut asked: Vec<_> = self.devices.iter().collect();
+            self.blocks.retain(|block| {
+                let is_it = |device: &&Device| {
+                    device.block() == Some(block.numbers)
+                        && block.path.as_ref() == Some(&device.path)
+                };
+                let place = asked.iter().position(is_it);
+                place.map(|place| asked.swap_remove(place)).is_some() || block.path.is_none()
             });
-            return Ok((Vec::new(), Vec::new()));
         }
         let node = Node::new();
         let mut found = named(&node, &self.devices);
         let env = add_names(&self.names, &node, &Names::default(), &mut found)?;
         Ok((found, env))
     }
+}
+
+/// Whether the node has the device at its path.
+fn node_has(device: &Device) -> bool {
+    let Ok(found) = fs::metadata(&device.path) else {
+        return false;
+    };
+    let numbers = Some((libc::major(found.rdev()), libc::minor(found.rdev())));
+    let kind = found.file_type();
+    (kind.is_block_device() && device.block() == numbers)
+        || (kind.is_char_device() && device.character() == numbers)
 }
 
 fn group(named: Named) -> Option<u32> {

@@ -10,6 +10,7 @@ mod creation;
 mod devices;
 mod exit;
 mod messages;
+mod privileged;
 mod requests;
 pub mod sandbox;
 mod work;

@@ -36,6 +36,11 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "volumes",
+        "raw block volume: of a privileged container, also at the device's path on the node",
+        of_privileged,
+    ),
+    case(
+        "volumes",
         "raw block volume: read-only is held against the guest's root",
         read_only,
     ),
@@ -215,6 +220,27 @@ fn by_path(suite: &mut Suite) -> Result<()> {
         &String::from_utf8_lossy(&disk.read(1536, 8)?),
     )?;
     container.remove()?;
+    disk.freed()
+}
+
+fn of_privileged(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("block-privileged")?;
+    let disk = Loop::new(&directory.path.join("disk"), MIB)?;
+    let pod = suite
+        .pod("block-privileged")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    for (sector, path) in [(1, "/dev/mine".to_owned()), (2, disk.node())] {
+        let container = pod
+            .container("main", SLEEP)
+            .security(|security| security.privileged = true)
+            .edit(volume(&disk, &path, "mrw"))
+            .start()?;
+        container.sh(&write(&path, sector, &path))?;
+        let there = disk.read(u64::from(sector) * 512, path.len())?;
+        equal("on the node", path.as_bytes(), &there[..])?;
+        container.remove()?;
+    }
     disk.freed()
 }
 

@@ -28,6 +28,11 @@ pub const CASES: &[Case] = &[
     ),
     brig(
         "passthrough",
+        "a privileged container has the device that it asks for beside all of the node's, and no other",
+        privileged,
+    ),
+    brig(
+        "passthrough",
         "a device that cannot be given is refused with the fix",
         refusals,
     ),
@@ -98,6 +103,23 @@ fn disk(suite: &mut Suite, kind: Kind, disk: &str) -> Result<()> {
         suite.ctr.run(&other)?.code == 0,
     )?;
     given.is_with("vfio-pci")
+}
+
+fn privileged(suite: &mut Suite) -> Result<()> {
+    let given = Given::take(VIRTIO)?;
+    suite.import(BUSYBOX, "/host/assets/images/busybox.tar")?;
+    let node = given.node();
+    let shell = |script| {
+        let run = Run::new("given", BUSYBOX, &["sh", "-c", script]);
+        run.flag("--privileged")
+    };
+    let asks = shell("ls /dev/vfio 2>/dev/null | grep . && exit 9; cat /dev/vd? > /dev/null");
+    let asks = asks.with("--device", &node).with("--device", interface());
+    suite.ctr.run(&asks)?.success()?;
+    given.is_with("vfio-pci")?;
+    // Its specification names the group as one of the node's devices.
+    suite.ctr.run(&shell("! ls /dev/vd?"))?.success()?;
+    Ok(())
 }
 
 fn refusals(suite: &mut Suite) -> Result<()> {
