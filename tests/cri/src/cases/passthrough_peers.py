@@ -56,7 +56,8 @@ for at, address in ((0x28, place + SUBMISSION), (0x30, place + COMPLETION)):
 word(0x14).value = 0x00460001
 wait(1)
 word(0x1000).value = 1
-for _ in range(300):
+# An emulated node beside busy ones takes seconds.
+for _ in range(1500):
     # The phase of the first completion.
     if memory[COMPLETION + 14] & 1:
         print(memory[DATA + 4 : DATA + 24].decode().strip())
