@@ -10,7 +10,8 @@ use kvm_ioctls::Kvm;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::board::Board;
-use super::{Bare, StartError, make_vcpu};
+use super::cpus::make_vcpu;
+use super::{Bare, StartError};
 use crate::arch::x86_64::cpuid;
 use crate::kvm;
 use crate::memory;

@@ -19,6 +19,7 @@ mod landlock;
 mod privileges;
 mod root;
 pub mod seccomp;
+mod thread_kind;
 
 use std::fs::File;
 use std::io::Write;
