@@ -98,19 +98,23 @@ fn open_with(numbers: Numbers, write: bool, how: OFlag) -> Result<Opened> {
         let message = format!("{what} cannot be given to the pod: {error}{fix}");
         Error::new(Kind::FailedPrecondition, message)
     };
+    let not_opened = |error: io::Error| {
+        let fix = match error.raw_os_error() {
+            Some(libc::EBUSY) => {
+                "; it is mounted or otherwise in use on the node: unmount it there, because two kernels would damage what \
+                 is on it"
+            }
+            Some(libc::ENXIO | libc::ENOMEDIUM) => "; attach something to it first",
+            _ => "",
+        };
+        failed(error, fix)
+    };
     let (file, readonly) = match open_sealed(&path, OFlag::O_RDWR | how) {
         Ok(file) if write => (file, false),
-        Err(error) if write && !is_readonly(&error) => {
-            let fix = match error.raw_os_error() {
-                Some(libc::EBUSY) => "; it is mounted or otherwise in use on the node",
-                Some(libc::ENXIO | libc::ENOMEDIUM) => "; attach something to it first",
-                _ => "",
-            };
-            return Err(failed(error, fix));
-        }
+        Err(error) if write && !is_readonly(&error) => return Err(not_opened(error)),
         _ => {
             let opened = open_sealed(&path, OFlag::O_RDONLY | how);
-            (opened.map_err(|error| failed(error, ""))?, true)
+            (opened.map_err(not_opened)?, true)
         }
     };
     let stat = fstat(&file).map_err(|errno| failed(errno.into(), ""))?;
