@@ -155,6 +155,9 @@ const THE_GUESTS: &[(&str, &str)] = &[
     // Its interface's offloads.
     ("tap", "TUNSETOFFLOAD"),
     ("tap", "TUNSETVNETHDRSZ"),
+    // What its rings are to be like, and that the node's kernel is to reach the memory of who asks, and nobody else's.
+    ("vhost-net", "VHOST_SET_FEATURES"),
+    ("vhost-net", "VHOST_SET_OWNER"),
     // A file server does to a volume what a container's root may.
     ("volume", "mode"),
     ("volume", "mode by its link"),
@@ -228,6 +231,9 @@ fn with_what_it_is_given_a_broken_vmm_changes_nothing_of_the_node() {
         given.push(sealed("tun", "/dev/net/tun".into(), OFlag::O_RDWR));
         given.push(unnamed("tap", tap.try_clone().unwrap()));
     }
+    if Path::new("/dev/vhost-net").exists() {
+        given.push(sealed("vhost-net", "/dev/vhost-net".into(), OFlag::O_RDWR));
+    }
     given.push(unnamed("log", log));
     given.push(unnamed("agent", agent.into()));
     given.push(unnamed("port-forward", forwarded.into()));
@@ -295,7 +301,7 @@ fn with_what_it_is_given_a_broken_vmm_changes_nothing_of_the_node() {
 /// Bytes of the disk.
 const SIZE: u64 = 8 << 20;
 /// Attempts that the probe makes on each descriptor.
-const ATTEMPTS: usize = 75;
+const ATTEMPTS: usize = 87;
 
 #[test]
 fn what_a_broken_vmm_hands_back_never_arrives() {

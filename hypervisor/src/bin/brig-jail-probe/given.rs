@@ -12,7 +12,7 @@ static TIMES: [i64; 4] = [1_000_000_000, 0, 1_000_000_000, 0];
 
 /// Requests of ioctl(2) that change what they are made on, by name. Those in `jail/allow.rs` are for the device
 /// they are named after; here every one meets every descriptor.
-const IOCTLS: [(&str, usize); 52] = [
+const IOCTLS: [(&str, usize); 64] = [
     ("TUNSETIFF", 0x4004_54ca),
     ("TUNSETPERSIST", 0x4004_54cb),
     ("TUNSETOWNER", 0x4004_54cc),
@@ -65,6 +65,18 @@ const IOCTLS: [(&str, usize); 52] = [
     ("KVM_MEMORY_ENCRYPT_OP", 0xc008_aeba),
     ("KVM_SET_USER_MEMORY_REGION", 0x4020_ae46),
     ("KVM_SIGNAL_MSI", 0x4020_aea5),
+    ("VHOST_SET_FEATURES", 0x4008_af00),
+    ("VHOST_SET_OWNER", 0xaf01),
+    ("VHOST_RESET_OWNER", 0xaf02),
+    ("VHOST_SET_MEM_TABLE", 0x4008_af03),
+    ("VHOST_SET_LOG_BASE", 0x4008_af04),
+    ("VHOST_SET_LOG_FD", 0x4004_af07),
+    ("VHOST_NEW_WORKER", 0x8004_af08),
+    ("VHOST_SET_VRING_ENDIAN", 0x4008_af13),
+    ("VHOST_ATTACH_VRING_WORKER", 0x4008_af15),
+    ("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", 0x4008_af23),
+    ("VHOST_SET_BACKEND_FEATURES", 0x4008_af25),
+    ("VHOST_NET_SET_BACKEND", 0x4008_af30),
 ];
 
 /// Commands of fcntl(2) that reach beyond the number: whom it signals, leases, sizes, seals, locks.
