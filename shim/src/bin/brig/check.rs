@@ -2,6 +2,7 @@
 
 mod containerd;
 mod devices;
+mod drivers;
 mod finding;
 mod handler;
 mod linux;
@@ -17,6 +18,7 @@ use brig_shim::node::vfio::Node;
 use brig_shim::node::{cgroup, network};
 
 use containerd::Containerd;
+use drivers::Drivers;
 
 pub use finding::Finding;
 
@@ -70,12 +72,19 @@ pub fn node(checked: Option<&Path>) -> Vec<Finding> {
     let node = Node::new();
     let survey = node.survey();
     let search = containerd.search();
+    let mut drivers = Drivers::default();
+    drivers.add(&config);
     for handler in containerd.handlers() {
         let told = handler::findings(handler, search.as_ref(), checked, &survey);
         findings.extend(told);
+        if let Ok(config) = Config::load(handler.file.as_deref()) {
+            drivers.add(&config);
+        }
     }
     let process = containerd.process.as_ref();
-    findings.extend(devices::findings(&config, &node, &survey, process));
+    findings.extend(devices::findings(
+        &config, &node, &survey, &drivers, process,
+    ));
     findings
 }
 

@@ -19,6 +19,8 @@ pub struct Surveyed {
     pub address: String,
     /// Vendor and device: `10de:2330`.
     pub id: String,
+    /// What drivers know it by (`modalias`), in a guest as on the node.
+    pub alias: String,
     /// Its IOMMU group.
     pub group: Option<String>,
     /// The driver that has it.
@@ -70,6 +72,7 @@ impl Survey<'_> {
                 Some(Surveyed {
                     address: entry.file_name().to_string_lossy().into_owned(),
                     id: format!("{}:{}", read("vendor"), read("device")),
+                    alias: read("modalias"),
                     group: target(&place.join("iommu_group")),
                     driver: target(&place.join("driver")),
                     verdict,

@@ -1,8 +1,10 @@
 //! What `brig check` says of a device is what a pod then gets, word for word where it is refused.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
-use brig_tests::node::given::{DISPLAY, E1000E, Given, NVME};
+use brig_tests::node::given::{DISPLAY, E1000E, EDU, Given, NVME};
 use serde_json::Value;
 
 use super::checked::{findings, said};
@@ -10,6 +12,9 @@ use super::handlers::Own;
 use super::passthrough::{only_brig, refusal, with};
 use crate::pod::PodSpec;
 use crate::suite::{Case, SLEEP, Suite, case};
+
+/// What `tests/driver-bundle/build` makes, where it was asked to.
+const BUNDLE: &str = "/host/bin/edu.erofs";
 
 pub const CASES: &[Case] = &[case(
     "passthrough",
@@ -25,10 +30,13 @@ fn of(address: &str) -> Result<(String, String)> {
         .next()
         .with_context(|| format!("nothing is said of {address}"))?;
     let text = |key: &str| finding[key].as_str().unwrap_or_default().to_owned();
-    let can = finding["device"]["can_be_given"] == Value::Bool(true);
+    let parts = &finding["device"];
+    let drivers = parts["guest_drivers"].as_array();
+    let useful =
+        parts["can_be_given"] == Value::Bool(true) && drivers.is_some_and(|all| !all.is_empty());
     equal(
         "its outcome",
-        if can { "ok" } else { "note" },
+        if useful { "ok" } else { "note" },
         text("outcome").as_str(),
     )?;
     Ok((text("detail"), text("fix")))
@@ -45,6 +53,7 @@ fn checked(suite: &mut Suite) -> Result<()> {
             &format!("can be given to a pod as {}", given.node()),
             &told,
         )?;
+        contains("its driver", "; its driver in the guest: nvme", &told)?;
         that(&format!("nothing is to be done, not {fix}"), fix.is_empty())?;
         let container = with(pod.container("main", SLEEP), &[&given]).start()?;
         let (told, _) = of(&given.address)?;
@@ -68,6 +77,18 @@ fn checked(suite: &mut Suite) -> Result<()> {
         contains("and by the pod", &format!("{sentence}: {fix}"), &refused)?;
     }
     {
+        let edu = Given::take(EDU)?;
+        let (told, fix) = of(&edu.address)?;
+        contains(
+            "one that can be given in vain",
+            "no driver of the guest takes it",
+            &told,
+        )?;
+        contains("what to do", "driver_bundle", &fix)?;
+        let refused = refusal(&pod, "no-driver", &[&edu])?;
+        contains("and by the pod", "no driver of the guest", &refused)?;
+    }
+    {
         let wide = Given::nth(DISPLAY, 1)?;
         let (told, _) = of(&wide.address)?;
         let refused = refusal(&pod, "too-large", &[&wide])?;
@@ -86,8 +107,18 @@ fn checked(suite: &mut Suite) -> Result<()> {
         "no driver has it (IOMMU group ",
         &told,
     )?;
-    let text = format!("devices = [\"{address}\", \"0000:77:00.0\"]\n");
+    let mut text = format!("devices = [\"{address}\", \"0000:77:00.0\"]\n");
+    let has_bundle = Path::new(BUNDLE).exists();
+    if has_bundle {
+        text += &format!("driver_bundle = \"{BUNDLE}\"\n");
+    }
     let _own = Own::new(suite, &text, &[])?;
+    if has_bundle {
+        let edu = Given::take(EDU)?;
+        let (told, _) = of(&edu.address)?;
+        let driver = format!("its driver in the guest: brig_edu of {BUNDLE}");
+        contains("one whose driver a handler's bundle has", &driver, &told)?;
+    }
     let refused = match PodSpec::new(Own::HANDLER, "checked-list").run(&suite.cri) {
         Ok(_) => anyhow::bail!("a device that nobody has bound was given"),
         Err(error) => format!("{error:#}"),

@@ -8,13 +8,15 @@ use brig_shim::node::daemon::Daemon;
 use brig_shim::node::vfio::{Node, Refusal, Room, Survey, Surveyed};
 use serde_json::json;
 
+use super::drivers::Drivers;
 use super::finding::Finding;
 
-/// All about devices, for pods with this configuration, started by `containerd`.
+/// All about devices, for pods with this configuration, whose guests have these `drivers`, started by `containerd`.
 pub fn findings(
     config: &Config,
     node: &Node,
     survey: &Survey<'_>,
+    drivers: &Drivers,
     containerd: Option<&Daemon>,
 ) -> Vec<Finding> {
     let room = room(config);
@@ -23,7 +25,8 @@ pub fn findings(
         of("vfio", node.interface()),
         of("locked memory", node.pinnable(config.memory, containerd)),
     ];
-    findings.extend(survey.devices(&room).into_iter().map(device));
+    let devices = survey.devices(&room).into_iter();
+    findings.extend(devices.map(|surveyed| device(surveyed, drivers)));
     findings.extend(listed(survey, config, &room, "the configuration"));
     findings
 }
@@ -46,28 +49,40 @@ fn of(what: &'static str, result: Result<String, Refusal>) -> Finding {
     }
 }
 
-fn device(surveyed: Surveyed) -> Finding {
+/// One that can be given is of no use to a guest that has no driver for it.
+fn device(surveyed: Surveyed, drivers: &Drivers) -> Finding {
     let Surveyed {
         address,
         id,
+        alias,
         group,
         driver,
         verdict,
     } = surveyed;
+    let can_be_given = verdict.is_ok();
+    let in_guest = drivers.of(&alias);
+    let told = verdict.and_then(|said| match in_guest.as_deref() {
+        None => Ok(said),
+        Some([]) => Err(Refusal {
+            why: format!("{said}, but no driver of the guest takes it"),
+            fix: "have a handler with a driver bundle that brings one (driver_bundle; docs/driver-bundles.md)".to_owned(),
+        }),
+        Some(names) => Ok(format!("{said}; its driver in the guest: {}", names.join(", "))),
+    });
     let say = |said: String| format!("{address} ({id}): {said}");
-    let told = verdict.map(say).map_err(|mut refusal| {
+    let told = told.map(say).map_err(|mut refusal| {
         refusal.why = say(refusal.why);
         refusal
     });
-    let finding = of("pci device", told);
     let parts = json!({
         "address": address,
         "id": id,
         "iommu_group": group.and_then(|group| group.parse::<u32>().ok()),
         "driver": driver,
-        "can_be_given": finding.is_good(),
+        "guest_drivers": in_guest,
+        "can_be_given": can_be_given,
     });
-    finding.about("device", parts)
+    of("pci device", told).about("device", parts)
 }
 
 /// Entries of a handler's list that no device of the node is meant by, or none that can be given.
@@ -98,6 +113,7 @@ mod tests {
         let surveyed = |verdict| Surveyed {
             address: "0000:3b:00.0".to_owned(),
             id: "10de:2330".to_owned(),
+            alias: "pci:v000010DEd00002330sv*".to_owned(),
             group: Some("12".to_owned()),
             driver: Some("nouveau".to_owned()),
             verdict,
@@ -106,14 +122,48 @@ mod tests {
             why: "the node uses it".to_owned(),
             fix: "bind it".to_owned(),
         };
-        let finding = device(surveyed(Err(refusal)));
-        let expected = json!({"check": "pci device", "outcome": "note",
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            modules: dir.path().join("modules.erofs"),
+            driver_bundle: None,
+            ..Config::installed()
+        };
+        let drivers = |list: Option<&str>| {
+            if let Some(list) = list {
+                fs::write(dir.path().join("modules.alias"), list).unwrap();
+            }
+            let mut drivers = Drivers::default();
+            drivers.add(&config);
+            drivers
+        };
+        let unknown = drivers(None);
+        let finding = device(surveyed(Err(refusal.clone())), &unknown);
+        let mut expected = json!({"check": "pci device", "outcome": "note",
             "detail": "0000:3b:00.0 (10de:2330): the node uses it", "fix": "bind it",
             "device": {"address": "0000:3b:00.0", "id": "10de:2330", "iommu_group": 12, "driver": "nouveau",
-                "can_be_given": false}});
+                "guest_drivers": null, "can_be_given": false}});
         assert_eq!(finding.json(), expected);
-        let given = device(surveyed(Ok("can be given".to_owned()))).json();
-        assert_eq!(given["device"]["can_be_given"], json!(true));
-        assert_eq!(given["outcome"], json!("ok"));
+        let given =
+            |drivers: &Drivers| device(surveyed(Ok("can be given".to_owned())), drivers).json();
+        assert_eq!(given(&unknown)["device"]["can_be_given"], json!(true));
+        assert_eq!(given(&unknown)["outcome"], json!("ok"));
+        let none = drivers(Some("builtin pci:v00001AF4d* virtio_pci\n"));
+        // What keeps it from being given comes first.
+        expected["device"]["guest_drivers"] = json!([]);
+        assert_eq!(device(surveyed(Err(refusal)), &none).json(), expected);
+        let told = given(&none);
+        assert_eq!(told["outcome"], json!("note"));
+        assert_eq!(told["device"]["can_be_given"], json!(true));
+        let said = told["detail"].as_str().unwrap();
+        assert!(
+            said.ends_with("can be given, but no driver of the guest takes it"),
+            "{said}"
+        );
+        assert!(told["fix"].as_str().unwrap().contains("driver_bundle"));
+        let told = given(&drivers(Some("builtin pci:v000010DEd* nova\n")));
+        assert_eq!(told["outcome"], json!("ok"));
+        assert_eq!(told["device"]["guest_drivers"], json!(["nova"]));
+        let said = told["detail"].as_str().unwrap();
+        assert!(said.ends_with("; its driver in the guest: nova"), "{said}");
     }
 }

@@ -82,12 +82,6 @@ impl Finding {
         self
     }
 
-    /// Whether it is as it should be.
-    #[must_use]
-    pub(super) fn is_good(&self) -> bool {
-        self.outcome == Outcome::Good
-    }
-
     /// Pods run without it, but not as well.
     #[must_use]
     pub(super) fn noted(mut self) -> Self {

@@ -135,6 +135,7 @@ fn upgraded(suite: &mut Suite) -> Result<()> {
         "vmlinux.debug",
         "vmlinux.debug-gdb.py",
         "modules.erofs",
+        "modules.alias",
         "brig-initramfs.cpio",
     ] {
         fs::copy(Path::new("/host/bin").join(file), build.join(file))?;
