@@ -1,6 +1,8 @@
 //! Block devices of the node in a pod: volumes without a file system (`volumeMode: Block`), which containerd gets as
 //! devices, and hostPath volumes of a device's node.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use brig_hypervisor::control::Counters;
 use brig_tests::node::check::{contains, contains_one, equal, that};
@@ -8,6 +10,7 @@ use brig_tests::node::clock;
 use k8s_cri::v1::{ContainerConfig, Device};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 use super::handlers::Own;
 use super::life::{sandbox_pid, shim_of};
@@ -48,6 +51,11 @@ pub const CASES: &[Case] = &[
         "volumes",
         "raw block volume: a queue for each CPU, each used, a limit holds for all of them together",
         queues,
+    ),
+    case(
+        "volumes",
+        "raw block volume: in a guest that goes on from a template a queue for each CPU that the pod has, each used",
+        queues_of_a_clone,
     ),
     case(
         "volumes",
@@ -275,6 +283,88 @@ fn read_only(suite: &mut Suite) -> Result<()> {
     disk.freed()
 }
 
+/// Has both CPUs write to `/dev/data` at once, each its own half, by the script that is returned.
+fn both_write(pod: &Pod, container: &Container, disk: &Loop) -> Result<(String, f64)> {
+    let number = number(container)?;
+    let count = format!("ls -d /sys/dev/block/{number}/mq/* | wc -l");
+    equal("queues", "2", container.sh(&count)?)?;
+    let half = |cpu: u32| {
+        format!(
+            "yes cpu-{cpu} | taskset {mask:x} dd of=/dev/data bs=64k count=32 seek={seek} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null",
+            mask = 1 << cpu,
+            seek = 32 * cpu
+        )
+    };
+    let both = format!("{} & {}; wait", half(0), half(1));
+    let taken = seconds(container, &both)?;
+    for (cpu, offset) in [(0, 0), (1, 2 * MIB)] {
+        let there = disk.read(offset, 6)?;
+        equal(
+            "on the node",
+            format!("cpu-{cpu}\n"),
+            String::from_utf8_lossy(&there),
+        )?;
+    }
+    let counted = served(pod)?;
+    that(
+        &format!("both queues have served requests and interrupted: {counted:?}"),
+        counted.len() == 2
+            && counted
+                .iter()
+                .all(|(chains, interrupts)| *chains > 16 && *interrupts > 0),
+    )?;
+    Ok((both, taken))
+}
+
+/// Of `/dev/data`.
+fn number(container: &Container) -> Result<String> {
+    container.sh("set -- $(stat -c '%t %T' /dev/data); echo $((0x$1)):$((0x$2))")
+}
+
+/// The template of a handler's file, made now and dropped at the end.
+struct Template(String);
+
+impl Template {
+    fn of(file: &Path) -> Result<Self> {
+        let file = file.display().to_string();
+        let built = node::run("brig", &["template", "build", "--json", "--config", &file])?;
+        let built: Value = serde_json::from_str(&built)?;
+        let key = built["template"].as_str().context("a template's key")?;
+        Ok(Self(key.to_owned()))
+    }
+}
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        let _ = node::run("brig", &["template", "drop", &self.0]);
+    }
+}
+
+fn queues_of_a_clone(suite: &mut Suite) -> Result<()> {
+    // A guest is captured with one CPU; the other comes to it when it goes on.
+    let own = Own::new(suite, "vcpus = 2\nmax_vcpus = 2\ntemplate = true\n", &[])?;
+    let template = Template::of(own.file())?;
+    let directory = Directory::new("block-queues")?;
+    let disk = Loop::new(&directory.path.join("disk"), 8 * MIB)?;
+    let pod = PodSpec::new(Own::HANDLER, "block-clone").run(&suite.cri)?;
+    let container = pod
+        .container("main", SLEEP)
+        .edit(volume(&disk, "/dev/data", "mrw"))
+        .start()?;
+    let told = node::run("brig", &["inspect", "--json", &pod.id])?;
+    let told: Value = serde_json::from_str(&told)?;
+    equal(
+        "what it goes on from",
+        template.0.as_str(),
+        told["shim"]["template"].as_str().unwrap_or("-"),
+    )?;
+    equal("its CPUs", "2", container.sh("nproc")?)?;
+    both_write(&pod, &container, &disk)?;
+    container.remove()?;
+    drop(pod);
+    disk.freed()
+}
+
 fn queues(suite: &mut Suite) -> Result<()> {
     let _own = Own::new(suite, "vcpus = 2\n", &[])?;
     let directory = Directory::new("block-queues")?;
@@ -287,36 +377,8 @@ fn queues(suite: &mut Suite) -> Result<()> {
         .security(|security| security.privileged = true)
         .edit(volume(&disk, "/dev/data", "mrw"))
         .start()?;
-    let number = container.sh("set -- $(stat -c '%t %T' /dev/data); echo $((0x$1)):$((0x$2))")?;
-    let count = format!("ls -d /sys/dev/block/{number}/mq/* | wc -l");
-    equal("queues", "2", container.sh(&count)?)?;
-
-    // Both CPUs at once, each its own half.
-    let half = |cpu: u32| {
-        format!(
-            "yes cpu-{cpu} | taskset {mask:x} dd of=/dev/data bs=64k count=32 seek={seek} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null",
-            mask = 1 << cpu,
-            seek = 32 * cpu
-        )
-    };
-    let both = format!("{} & {}; wait", half(0), half(1));
-    let unlimited = seconds(&container, &both)?;
-    for (cpu, offset) in [(0, 0), (1, 2 * MIB)] {
-        let there = disk.read(offset, 6)?;
-        equal(
-            "on the node",
-            format!("cpu-{cpu}\n"),
-            String::from_utf8_lossy(&there),
-        )?;
-    }
-    let counted = served(&pod)?;
-    that(
-        &format!("both queues have served requests and interrupted: {counted:?}"),
-        counted.len() == 2
-            && counted
-                .iter()
-                .all(|(chains, interrupts)| *chains > 16 && *interrupts > 0),
-    )?;
+    let (both, unlimited) = both_write(&pod, &container, &disk)?;
+    let number = number(&container)?;
 
     // 4 MiB at one a second, in a group below the container's own, which has no processes then.
     let limited = container.sh(&format!(

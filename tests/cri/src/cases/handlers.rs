@@ -1,7 +1,7 @@
 //! What an operator sets for all pods of one runtime handler.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use brig_tests::node::check::{equal, that};
@@ -64,6 +64,11 @@ impl Own {
             _files: files,
             file: main,
         })
+    }
+
+    /// Its file.
+    pub fn file(&self) -> &Path {
+        &self.file
     }
 
     /// Puts another text into its file, of which containerd need not know.
