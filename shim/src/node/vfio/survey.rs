@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
+
 use super::fit::{self, Room};
 use super::refusal::Refusal;
 use super::{Node, Way, device_node, target};
@@ -229,6 +231,9 @@ impl Node {
     fn holders(&self) -> BTreeMap<PathBuf, Vec<String>> {
         let mut holders = BTreeMap::<PathBuf, Vec<String>>::new();
         let nodes = self.dev.join("vfio");
+        let numbers = numbers_of(&nodes);
+        // What a VMM was given was opened by a mount of the node's own, and has no other name than this.
+        let by_number = |fd: &Path| numbers.get(&number_of(fd)?).cloned();
         for process in fs::read_dir(&self.proc).into_iter().flatten().flatten() {
             let pid = process.file_name().to_string_lossy().into_owned();
             if !pid.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -237,7 +242,10 @@ impl Node {
             let open = fs::read_dir(process.path().join("fd"));
             let open = open.into_iter().flatten().flatten();
             let mut held: Vec<_> = open
-                .filter_map(|fd| fs::read_link(fd.path()).ok())
+                .filter_map(|fd| match fs::read_link(fd.path()).ok()? {
+                    path if path == Path::new("/") => by_number(&fd.path()),
+                    path => Some(path),
+                })
                 .filter(|path| path.starts_with(&nodes) && *path != nodes.join("vfio"))
                 .collect();
             held.sort();
@@ -257,6 +265,23 @@ impl Node {
         let numbers = mounts.lines().filter_map(|line| line.split(' ').nth(2));
         numbers.map(str::to_owned).collect()
     }
+}
+
+/// VFIO's nodes by their device numbers.
+fn numbers_of(directory: &Path) -> BTreeMap<(u32, u32), PathBuf> {
+    let directories = [directory.to_owned(), directory.join("devices")];
+    let entries = directories.iter().filter_map(|one| fs::read_dir(one).ok());
+    let paths = entries.flatten().flatten().map(|entry| entry.path());
+    paths
+        .filter_map(|path| Some((number_of(&path)?, path)))
+        .collect()
+}
+
+/// Of a character device. No server of a file system is asked: it may never answer.
+fn number_of(path: &Path) -> Option<(u32, u32)> {
+    let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
+    let kind = FileType::from_raw_mode(found.stx_mode.into());
+    (kind == FileType::CharacterDevice).then_some((found.stx_rdev_major, found.stx_rdev_minor))
 }
 
 /// What is to be said of a device that can be given.
