@@ -18,21 +18,11 @@ use super::{DeviceError, NAME};
 use crate::virtio::chain::Chain;
 use crate::virtio::ring::Descriptors;
 
-/// RELEASE and RELEASEDIR.
-const CLOSING: [u32; 2] = [18, 29];
-
-/// Whether somebody in the guest waits for an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Waits {
-    Somebody,
-    Nobody,
-}
-
 /// What became of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answered {
-    /// The bytes of its reply, 0 for none, and who waits for it. None for what is no request.
-    Done(Option<(u32, Waits)>),
+    /// The bytes of its reply, 0 for none. None for what is no request.
+    Done(Option<u32>),
     /// It may take long, and is for a helper of this lane.
     Later(u32),
 }
@@ -90,11 +80,6 @@ impl Serving {
         let (mut reader, writer) = (read(descriptors.clone()).ok()?, writer.ok()?);
         // Too short for a header: there is nobody to answer.
         let header = reader.read_obj::<InHeader>().ok()?;
-        let waits = if CLOSING.contains(&header.opcode) {
-            Waits::Nobody
-        } else {
-            Waits::Somebody
-        };
         let at_once = lanes.is_some();
         if let Some(lane) = lanes.and_then(|lanes| lanes(&header)) {
             return Some(Answered::Later(lane));
@@ -104,14 +89,14 @@ impl Serving {
         if header.opcode == read::READ {
             return Some(
                 match read::answer(&self.served, header, reader, writer, at_once) {
-                    Read::Done(written) => Answered::Done(Some((written, waits))),
+                    Read::Done(written) => Answered::Done(Some(written)),
                     Read::Waits => Answered::Later(slow::lane_of(&header)),
                 },
             );
         }
         if requests::knows(header.opcode) {
             let written = requests::answer(&self.served, &self.session, header, reader, writer);
-            return Some(Answered::Done(Some((written, waits))));
+            return Some(Answered::Done(Some(written)));
         }
         // The library reads the header again, and believes only what it reads itself.
         let reader = read(descriptors).ok()?;
@@ -121,6 +106,6 @@ impl Serving {
             .ok()
             .and_then(|written| u32::try_from(written).ok())
             .unwrap_or(0);
-        Some(Answered::Done(Some((written, waits))))
+        Some(Answered::Done(Some(written)))
     }
 }

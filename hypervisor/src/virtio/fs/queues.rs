@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use fuse_backend_rs::abi::fuse_abi::InHeader;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use super::answer::{Answered, Serving, Waits};
+use super::answer::{Answered, Serving};
 use super::slow::Slow;
 use super::{DeviceError, NAME, REQUEST_SIZE};
 use crate::sync::lock;
@@ -15,7 +15,7 @@ use crate::virtio::{GuestMemory, Interrupt, Sources};
 
 /// Requests served before the worker looks at its other events again.
 const BATCH: usize = 64;
-/// FORGETs and closed files that are put off, at most.
+/// FORGETs that are put off, at most.
 pub(super) const MOST_PUT_OFF: u16 = 32;
 
 /// The queues, while there are any.
@@ -35,10 +35,8 @@ pub(super) struct Active {
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) hiprio: Ring,
     pub(super) request: Ring,
-    /// Requests came a moment ago, so things are put off.
+    /// Requests came a moment ago, so FORGETs are put off.
     busy: bool,
-    /// Closed files that the guest has not been told of.
-    untold: u16,
 }
 
 /// A request for a helper.
@@ -67,7 +65,6 @@ impl Active {
             hiprio,
             request,
             busy: false,
-            untold: 0,
         }
     }
 
@@ -76,16 +73,10 @@ impl Active {
         &mut self,
         memory: &GuestMemoryMmap,
         head: u16,
-        done: Option<(u32, Waits)>,
+        done: Option<u32>,
     ) -> Result<(), DeviceError> {
-        let (written, waits) = done.unzip();
-        self.request.push(memory, head, written.unwrap_or(0))?;
-        if waits == Some(Waits::Nobody) && self.untold < MOST_PUT_OFF {
-            self.untold += 1;
-            return Ok(());
-        }
-        // Each request is its own wait in the guest, and the next one may take long.
-        self.untold = 0;
+        self.request.push(memory, head, done.unwrap_or(0))?;
+        // Each request is its own wait in the guest, that of who closes a file too, and the next one may take long.
         self.request.notify(memory, self.interrupt.as_ref())
     }
 }
@@ -202,7 +193,7 @@ impl Queues {
             };
             let head = descriptors.head_index();
             let written = match serving.answer(memory, descriptors, None)? {
-                Answered::Done(Some((written, _))) => written,
+                Answered::Done(Some(written)) => written,
                 _ => 0,
             };
             self.with(|active| active.hiprio.push(memory, head, written))?;
@@ -246,9 +237,7 @@ impl Queues {
     pub(super) fn catch_up(&self, serving: &Serving) -> Result<(), DeviceError> {
         self.with(|active| {
             active.busy = false;
-            active.untold = 0;
-            let memory = active.memory.memory();
-            active.request.notify(&memory, active.interrupt.as_ref())
+            Ok(())
         })?;
         self.forgets(serving)
     }
@@ -260,7 +249,7 @@ impl Desk<'_> {
         &mut self,
         memory: &Arc<GuestMemoryMmap>,
         descriptors: Descriptors,
-    ) -> Result<Option<Option<(u32, Waits)>>, DeviceError> {
+    ) -> Result<Option<Option<u32>>, DeviceError> {
         let Some(helpers) = self.helpers else {
             return self.at_last(memory, descriptors).map(Some);
         };
@@ -297,7 +286,7 @@ impl Desk<'_> {
         &self,
         memory: &GuestMemoryMmap,
         descriptors: Descriptors,
-    ) -> Result<Option<(u32, Waits)>, DeviceError> {
+    ) -> Result<Option<u32>, DeviceError> {
         Ok(match self.serving.answer(memory, descriptors, None)? {
             Answered::Done(done) => done,
             Answered::Later(_) => None,

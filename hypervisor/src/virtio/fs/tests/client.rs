@@ -13,6 +13,7 @@ pub(super) const GETATTR: u32 = 3;
 pub(super) const MKDIR: u32 = 9;
 pub(super) const LINK: u32 = 13;
 pub(super) const OPEN: u32 = 14;
+pub(super) const RELEASE: u32 = 18;
 pub(super) const READ: u32 = 15;
 pub(super) const WRITE: u32 = 16;
 pub(super) const SETXATTR: u32 = 21;

@@ -363,3 +363,28 @@ proptest! {
         prop_assert_eq!(fs::read(share.path().join("bytes")).unwrap(), model);
     }
 }
+
+/// Whoever closes a file waits for it, also when requests have paused until a server has closed its own.
+#[test]
+fn a_file_that_a_helper_closes_is_told_of() {
+    let share = share();
+    let mut client = Client::with_helpers(share.path());
+    let file = client.lookup(ROOT, "file").unwrap().node;
+    let handle = client.open(OPEN, file, libc::O_RDONLY).unwrap();
+    client.handle.served.pretend_remote(file);
+    client.harness.device.catch_up().unwrap();
+    let interrupts = client.harness.interrupts.of(REQUEST);
+    client.send(
+        RELEASE,
+        file,
+        &[handle.to_le_bytes().as_slice(), &[0; 16]].concat(),
+    );
+    client.harness.run();
+    client.harness.device.catch_up().unwrap();
+    returned(&mut client, 1);
+    let end = Instant::now() + PATIENCE;
+    while client.harness.interrupts.of(REQUEST) == interrupts {
+        assert!(Instant::now() < end, "the guest is not told");
+        std::thread::yield_now();
+    }
+}
