@@ -1,2 +1,2 @@
 #![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| brig_agent::fuzzing::config_map_tree(data));
+brig_fuzz::target!(brig_agent::fuzzing::config_map_tree);

@@ -1,2 +1,2 @@
 #![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| brig_shim::fuzzing::mountinfo(data));
+brig_fuzz::target!(brig_shim::fuzzing::mountinfo);

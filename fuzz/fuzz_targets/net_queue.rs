@@ -1,2 +1,2 @@
 #![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| brig_hypervisor::fuzzing::net_queue(data));
+brig_fuzz::target!(brig_hypervisor::fuzzing::net_queue);

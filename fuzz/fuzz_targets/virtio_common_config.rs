@@ -1,2 +1,2 @@
 #![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| brig_hypervisor::fuzzing::virtio_common_config(data));
+brig_fuzz::target!(brig_hypervisor::fuzzing::virtio_common_config);
