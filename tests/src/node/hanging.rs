@@ -47,6 +47,8 @@ struct State {
     let_go: bool,
     /// A process that gets no answer at all.
     silent_to: Option<i32>,
+    /// What the end of each open file takes.
+    closing: Duration,
 }
 
 type Reply = std::result::Result<Vec<u8>, i32>;
@@ -92,6 +94,11 @@ impl Hanging {
     /// From now on a process gets no answer, whatever it asks, until the test lets go.
     pub fn be_silent_to(&self, process: i32) {
         lock(&self.state).silent_to = Some(process);
+    }
+
+    /// From now on who closes a file waits that long.
+    pub fn close_in(&self, time: Duration) {
+        lock(&self.state).closing = time;
     }
 
     /// Waits until so many requests wait.
@@ -181,8 +188,14 @@ fn serve(device: &File, state: &Mutex<State>) {
             }
             // STATFS
             17 => Ok(vec![0; 80]),
-            // RELEASE, FLUSH, READDIR, RELEASEDIR
-            18 | 25 | 28 | 29 => Ok(Vec::new()),
+            // FLUSH
+            25 => {
+                let closing = lock(state).closing;
+                std::thread::sleep(closing);
+                Ok(Vec::new())
+            }
+            // RELEASE, READDIR, RELEASEDIR
+            18 | 28 | 29 => Ok(Vec::new()),
             // INIT: version 7.31, one page at a time.
             26 => Ok([words(&[7 | 31 << 32, 0, 4096 << 32, 1]), vec![0; 32]].concat()),
             _ => Err(libc::ENOSYS),

@@ -24,6 +24,11 @@ pub const CASES: &[Case] = &[
     ),
     brig(
         "files",
+        "a file that its server is slow to close is closed then, though nobody asks for anything else",
+        closes,
+    ),
+    brig(
+        "files",
         "a volume whose disk answers nothing holds up no other volume, nor the image's own files",
         disk,
     ),
@@ -80,6 +85,23 @@ fn server(suite: &mut Suite) -> Result<()> {
         let read = reader.finish(patience())?.success()?;
         equal("at last", CONTENT, read.text().as_str())?;
     }
+    drop(container);
+    Ok(())
+}
+
+fn closes(suite: &mut Suite) -> Result<()> {
+    let _directory = Directory::new()?;
+    let slow = Hanging::mount(&Path::new(DIRECTORY).join("slow"))?;
+    slow.let_go();
+    let container = sleeper(suite)?;
+    // Longer than the file server's thread takes for what is put off.
+    slow.close_in(Duration::from_millis(200));
+    let script = format!(
+        "for n in 1 2 3 4 5; do : < /slow/{}; done; echo closed",
+        file(0)
+    );
+    let done = container.exec(&["sh", "-c", &script])?.success()?;
+    equal("the shell goes on", "closed\n", done.text().as_str())?;
     drop(container);
     Ok(())
 }
