@@ -345,14 +345,9 @@ impl FilteredConfig {
     }
 
     /// What a reset of its bus leaves of what is ours: nothing that the guest has written.
-    pub fn reset(&mut self) -> Written {
+    pub fn reset(&mut self) {
         for (register, writable) in self.registers.iter_mut().zip(&self.writable) {
             *register &= !writable;
-        }
-        Written {
-            command: Some(self.device_command()),
-            msix: self.msix.is_some(),
-            msi: self.msi.is_some(),
         }
     }
 

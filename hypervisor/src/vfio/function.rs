@@ -177,7 +177,7 @@ impl PassedThrough {
 
     fn follow(&self, config: &FilteredConfig, written: Written) {
         if let Some(command) = written.command {
-            self.write_device(CONFIG_REGION, COMMAND.into(), &command.to_le_bytes());
+            self.write_command(command);
         }
         let Some(interrupts) = &self.interrupts else {
             return;
@@ -191,6 +191,10 @@ impl PassedThrough {
             _ => Ok(()),
         };
         self.report("interrupts", result);
+    }
+
+    fn write_command(&self, command: u16) {
+        self.write_device(CONFIG_REGION, COMMAND.into(), &command.to_le_bytes());
     }
 
     fn write_device(&self, region: u32, offset: u64, data: &[u8]) {
@@ -265,13 +269,13 @@ impl Function for PassedThrough {
 
     fn bus_reset(&self) {
         let mut config = lock(&self.config);
-        let written = config.reset();
+        config.reset();
         // It neither interrupts nor reaches memory when the node resets it, which is the state that the node's kernel
         // gives it again after that.
         if let Some(interrupts) = &self.interrupts {
             interrupts.reset();
         }
-        self.follow(&config, written);
+        self.write_command(config.device_command());
         let result = self.owner.try_ask(|device| device.reset());
         self.report("the reset of its bus", result);
     }

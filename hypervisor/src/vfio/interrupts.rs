@@ -48,6 +48,10 @@ impl Interrupts {
     /// All off.
     #[must_use]
     pub fn new(kind: Kind, vectors: Vectors, owner: Owner, routes: Arc<dyn Routes>) -> Self {
+        let vector = || Vector {
+            control: control_at_first(kind),
+            ..Vector::default()
+        };
         Self {
             kind,
             resizable: vectors.resizable,
@@ -56,7 +60,7 @@ impl Interrupts {
             state: Mutex::new(State {
                 enabled: false,
                 masked: false,
-                vectors: (0..vectors.count).map(|_| Vector::of(kind)).collect(),
+                vectors: (0..vectors.count).map(|_| vector()).collect(),
                 given: 0,
             }),
         }
@@ -96,9 +100,8 @@ impl Interrupts {
         (state.enabled, state.masked) = (false, false);
         self.off(&mut state);
         for vector in &mut state.vectors {
-            let kept = (vector.route.take(), vector.routed);
-            *vector = Vector::of(self.kind);
-            (vector.route, vector.routed) = kept;
+            (vector.address, vector.data) = (0, 0);
+            vector.control = control_at_first(self.kind);
         }
     }
 
@@ -256,15 +259,15 @@ impl Drop for Interrupts {
     }
 }
 
-impl Vector {
-    fn of(kind: Kind) -> Self {
-        Self {
-            // MSI has no masks.
-            control: u32::from(kind == Kind::Msix),
-            ..Self::default()
-        }
+/// Every vector is masked; MSI has no masks.
+fn control_at_first(kind: Kind) -> u32 {
+    match kind {
+        Kind::Msix => MASKED,
+        Kind::Msi => 0,
     }
+}
 
+impl Vector {
     fn message(&self) -> Message {
         Message {
             address: self.address,

@@ -48,8 +48,8 @@ const HIPRIO_SIZE: u16 = 128;
 const REQUEST: u16 = 1;
 /// A request of 1 MiB is 256 pages and some headers.
 const REQUEST_SIZE: u16 = 512;
-/// How long nobody is told what nobody waits for, while requests come: the guest is not asked to say that it has put
-/// a FORGET into its queue, and hears of a closed file with the next answer.
+/// How long after a request FORGETs, for which nobody waits, may wait: the guest is not asked to say that it has put one
+/// into its queue.
 const PUT_OFF: Duration = Duration::from_millis(10);
 
 /// Why there is no file server.

@@ -13,8 +13,16 @@ const PREFIX: &str = "/opt/brig/bin";
 /// Whether the configuration can be used; says which it is.
 ///
 /// # Errors
-/// `InvalidArgument` that names the file and the key, or a file it names that is not there.
+/// As of [`usable`].
 pub fn check(file: Option<&Path>) -> Result<String> {
+    usable(file).map(|_| name(file))
+}
+
+/// The configuration, with which pods can start.
+///
+/// # Errors
+/// `InvalidArgument` that names the file and the key, or a file it names that is not there.
+pub fn usable(file: Option<&Path>) -> Result<Config> {
     let config = Config::load(file)?;
     for (key, path) in [
         ("kernel", &config.kernel),
@@ -28,7 +36,7 @@ pub fn check(file: Option<&Path>) -> Result<String> {
             )));
         }
     }
-    Ok(name(file))
+    Ok(config)
 }
 
 /// Every key, its value in force, and where that is from.

@@ -2,13 +2,12 @@
 //! that it has grown, is its guest's word.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::{Error, Result};
-use brig_shim::node::direct_volumes::mount_info::DirectVolume;
+use brig_shim::node::direct_volumes::mount_info::{DirectVolume, is_large_enough};
 use brig_shim::node::direct_volumes::{DirectVolumes, volume_path};
 use brig_shim::node::disk;
 use serde_json::{Value, json};
@@ -146,14 +145,11 @@ fn used(base: &Path) -> Result<Vec<Used>> {
         let Some(shim) = shim else { continue };
         let volumes = shim["volumes"].as_array().into_iter().flatten();
         let paths = volumes.filter_map(|volume| volume["path"].as_str());
-        let mut paths = paths.map(PathBuf::from).collect::<Vec<_>>();
-        if let Some(path) = paths.pop() {
-            for path in paths {
-                let (row, shim) = (row.clone(), shim.clone());
-                all.push(Used { path, row, shim });
-            }
-            all.push(Used { path, row, shim });
-        }
+        all.extend(paths.map(|path| Used {
+            path: PathBuf::from(path),
+            row: row.clone(),
+            shim: shim.clone(),
+        }));
     }
     Ok(all)
 }
@@ -211,12 +207,7 @@ fn resize(volumes: &DirectVolumes, base: &Path, path: &Path, least: u64) -> Resu
     let file = volumes.file(path).unwrap_or_default();
     let volume = volumes.read(path, &file).map_err(refused)?;
     let device = bytes_of(&volume.device).map_err(refused)?;
-    if device < least {
-        return Err(refused(format!(
-            "its device {} has {device} bytes, fewer than {least}: let the device grow first",
-            volume.device.display()
-        )));
-    }
+    is_large_enough(&volume.device, device, least).map_err(refused)?;
     Ok(Grown {
         device,
         figures: None,
@@ -227,12 +218,14 @@ fn resize(volumes: &DirectVolumes, base: &Path, path: &Path, least: u64) -> Resu
 fn bytes_of(device: &Path) -> std::result::Result<u64, String> {
     let failed =
         |error: &dyn std::fmt::Display| format!("its device {}: {error}", device.display());
-    let found = fs::metadata(device).map_err(|error| failed(&error))?;
-    if !found.file_type().is_block_device() {
-        return Ok(found.len());
+    match disk::at(device) {
+        Some((numbers, _)) => {
+            disk::size(numbers).ok_or_else(|| failed(&"it is gone from the node"))
+        }
+        None => fs::metadata(device)
+            .map(|found| found.len())
+            .map_err(|error| failed(&error)),
     }
-    let numbers = (libc::major(found.rdev()), libc::minor(found.rdev()));
-    disk::size(numbers).ok_or_else(|| failed(&"it is gone from the node"))
 }
 
 fn list(volumes: &DirectVolumes, base: &Path, as_json: bool) -> Result<String> {

@@ -12,6 +12,7 @@ use ttrpc::context;
 use super::Vm;
 use super::held_disks::{DiskVolume, Volume};
 use crate::error::{Error, Result};
+use crate::node::direct_volumes::mount_info::is_large_enough;
 use crate::node::disk;
 use crate::node::image::{self, Image};
 
@@ -130,12 +131,7 @@ impl Vm {
             tokio::task::spawn_blocking(move || image::follow_file(numbers)).await??;
         }
         let size = disk::size(numbers).ok_or_else(gone)?;
-        if size < least {
-            let why = format!(
-                "its device {device} has {size} bytes, fewer than {least}: let the device grow first"
-            );
-            return Err(refused(why));
-        }
+        is_large_enough(&volume.device, size, least).map_err(refused)?;
         let body = RequestBody::Resize {
             function: volume.function,
         };

@@ -2,7 +2,6 @@
 //!
 //! Trusted: the node's root, who writes it. Blocking code.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -100,10 +99,9 @@ impl DirectVolume {
                 metadata.get("fsGroupChangePolicy").map(String::as_str),
             )?),
         };
-        let device = present(&info.device)?.into_owned();
         Ok(Self {
             path: path.to_owned(),
-            device,
+            device: present(&info.device)?,
             file_system: info.file_system,
             options: info.options.unwrap_or_default(),
             group,
@@ -138,15 +136,28 @@ impl Group {
 }
 
 /// The device, if it is there. Links as udev makes them are followed once and for all.
-fn present(device: &Path) -> Result<Cow<'_, Path>, String> {
-    match fs::canonicalize(device) {
-        Ok(found) => Ok(Cow::Owned(found)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(format!(
+fn present(device: &Path) -> Result<PathBuf, String> {
+    fs::canonicalize(device).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => format!(
             "its device {} is missing on this node: attach it before the pod is started",
             device.display()
-        )),
-        Err(error) => Err(format!("its device {}: {error}", device.display())),
+        ),
+        _ => format!("its device {}: {error}", device.display()),
+    })
+}
+
+/// Whether a volume's device, which `has` so many bytes, has `least` at least.
+///
+/// # Errors
+/// One sentence without the volume, and the fix.
+pub fn is_large_enough(device: &Path, has: u64, least: u64) -> Result<(), String> {
+    if has >= least {
+        return Ok(());
     }
+    Err(format!(
+        "its device {} has {has} bytes, fewer than {least}: let the device grow first",
+        device.display()
+    ))
 }
 
 #[cfg(test)]

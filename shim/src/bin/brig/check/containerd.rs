@@ -208,15 +208,8 @@ fn asked(socket: &Path) -> Result<Release, String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::finding::said;
     use super::*;
-
-    fn said(findings: &[Finding]) -> String {
-        assert!(findings.iter().all(|finding| !finding.is_fatal()));
-        findings
-            .iter()
-            .map(|finding| format!("{finding}\n"))
-            .collect()
-    }
 
     /// One that runs with this file and says that it is this release.
     fn running(proc: &Path, pid: u32, file: &Path, release: &str) -> Containerd {

@@ -106,3 +106,13 @@ impl fmt::Display for Finding {
         }
     }
 }
+
+/// The lines of findings of which none is fatal.
+#[cfg(test)]
+pub(super) fn said(findings: &[Finding]) -> String {
+    assert!(findings.iter().all(|finding| !finding.is_fatal()));
+    findings
+        .iter()
+        .map(|finding| format!("{finding}\n"))
+        .collect()
+}

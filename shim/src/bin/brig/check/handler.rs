@@ -6,7 +6,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use brig_shim::asked::config::Config;
 use brig_shim::node::vfio::Survey;
 use serde_json::json;
 
@@ -131,8 +130,7 @@ fn own_configuration(
     note: &impl Fn((String, String)) -> Finding,
 ) -> Vec<Finding> {
     let file = handler.file.as_deref();
-    let right = configuration::check(file).and_then(|_| Config::load(file));
-    let config = match right {
+    let config = match configuration::usable(file) {
         Ok(config) => config,
         Err(error) => {
             let fix = "mend that: 'brig config default' explains every key";
@@ -160,16 +158,9 @@ fn own_configuration(
 
 #[cfg(test)]
 mod tests {
+    use super::super::finding::said;
     use super::*;
     use brig_shim::node::vfio::Node;
-
-    fn said(findings: &[Finding]) -> String {
-        assert!(findings.iter().all(|finding| !finding.is_fatal()));
-        findings
-            .iter()
-            .map(|finding| format!("{finding}\n"))
-            .collect()
-    }
 
     fn handler(name: &str, file: Option<&Path>) -> Configured {
         Configured {
