@@ -6,6 +6,7 @@
 
 mod escapes;
 mod given;
+mod later_mounts;
 mod share;
 
 use std::fs;
@@ -237,4 +238,18 @@ fn dropping_the_process_kills_and_reaps_it() {
     let pid = jailed.vmm.pid();
     drop(jailed);
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// Detaches, with patience: a child that another test is starting holds copies of this process's descriptors
+/// until it executes its program.
+fn detach(share: &Share, path: &str) {
+    for _ in 0..200 {
+        match share.detach(path) {
+            Err(ShareError::Busy { .. }) => {
+                std::thread::sleep(std::time::Duration::from_millis(10))
+            }
+            other => return other.unwrap(),
+        }
+    }
+    panic!("{path} stays busy");
 }

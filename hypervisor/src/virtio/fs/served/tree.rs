@@ -8,6 +8,7 @@
 //! Hostile: numbers, handles, flags, names. Names are plain when they come here, and no link is followed.
 
 mod attributes;
+mod contents;
 mod files;
 mod nodes;
 mod open;
@@ -17,24 +18,24 @@ use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, stat64};
-use fuse_backend_rs::api::filesystem::{Context, Entry, ZeroCopyReader};
+use fuse_backend_rs::api::filesystem::{Context, Entry};
 use rustix::fs::{
-    AtFlags, CWD, Dev, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom,
-    Statx, StatxFlags, chmodat, fallocate, fdatasync, fstatfs, fsync, linkat, mkdirat, mknodat,
-    openat, readlinkat, renameat_with, seek, symlinkat, syncfs, unlinkat,
+    AtFlags, CWD, Dev, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Statx, StatxFlags,
+    chmodat, fstatfs, linkat, mkdirat, mknodat, openat, readlinkat, renameat_with, seek, symlinkat,
+    unlinkat,
 };
 
 use super::caller;
 use super::{errno, umask};
 use crate::share::is_remote_number;
+pub(super) use contents::Writing;
 use files::Files;
 pub(super) use nodes::NUMBER_BITS;
 use nodes::{Node, Nodes};
@@ -117,15 +118,6 @@ impl Listed<'_> {
     pub(super) fn is_dot(&self) -> bool {
         matches!(self.name.to_bytes(), b"." | b"..")
     }
-}
-
-/// How the guest's description writes at the moment.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Writing {
-    /// At the end.
-    pub(super) appends: bool,
-    /// Set-id bits go by it.
-    pub(super) kills: bool,
 }
 
 /// A new or found file that was opened.
@@ -541,99 +533,6 @@ impl Tree {
         self.remote.load(Ordering::Relaxed)
     }
 
-    /// Writes `size` bytes at `offset`, or at the end.
-    pub(super) fn write(
-        &self,
-        ctx: &Context,
-        number: u64,
-        handle: u64,
-        reader: &mut dyn ZeroCopyReader,
-        (size, offset): (usize, u64),
-        how: Writing,
-    ) -> io::Result<usize> {
-        let (node, open) = (self.nodes.get(number)?, self.open_as(number, handle, true)?);
-        // The guest alone knows where the end of a file of the pod's own is.
-        let appends = how.appends && self.files.is_none();
-        // Held until it is written: another write may be asked to be made elsewhere.
-        let _appends = open.append(appends)?;
-        let mut write = || {
-            self.keeping_set_id(&node, how.kills, || {
-                reader.read_to(&mut *lent(&open.file), size, offset)
-            })
-        };
-        // Space that a file system keeps for root is root's alone.
-        if self.is_judged_elsewhere() {
-            write()
-        } else {
-            caller::as_caller(ctx, write)
-        }
-    }
-
-    /// What closing one of several descriptors does: errors that come late come now.
-    pub(super) fn flush(&self, number: u64, handle: u64) -> io::Result<()> {
-        let open = self.opens.get(handle, number)?;
-        if self.flushes {
-            nix::unistd::close(rustix::io::dup(&open.file)?)?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn fsync(&self, number: u64, handle: u64, data_only: bool) -> io::Result<()> {
-        let open = self.open_as(number, handle, false)?;
-        let synced = if data_only {
-            fdatasync(&open.file)
-        } else {
-            fsync(&open.file)
-        };
-        Ok(synced?)
-    }
-
-    /// Has the host write back what it holds of the file systems here that the guest can write to.
-    pub(super) fn sync(&self) -> io::Result<()> {
-        for node in self.nodes.of_each_device() {
-            let readonly = rustix::fs::StatVfsMountFlags::RDONLY;
-            if !rustix::fs::fstatvfs(&node.file)?.f_flag.contains(readonly) {
-                let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-                syncfs(self.reopen(&node, flags)?)?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn fallocate(
-        &self,
-        number: u64,
-        handle: u64,
-        mode: u32,
-        offset: u64,
-        length: u64,
-    ) -> io::Result<()> {
-        let (node, open) = (self.nodes.get(number)?, self.open_as(number, handle, true)?);
-        let mode = FallocateFlags::from_bits_retain(mode);
-        // The guest's kernel has taken them itself, if they had to go.
-        self.keeping_set_id(&node, false, || {
-            Ok(fallocate(&open.file, mode, offset, length)?)
-        })
-    }
-
-    /// The next data or hole; the guest's kernel knows all other positions itself.
-    pub(super) fn lseek(
-        &self,
-        number: u64,
-        handle: u64,
-        offset: u64,
-        whence: u32,
-    ) -> io::Result<u64> {
-        let open = self.open_as(number, handle, false)?;
-        let position = match i32::try_from(whence) {
-            Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
-            Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
-            _ => return Err(errno(libc::EINVAL)),
-        };
-        let _held = open.position.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(seek(&open.file, position)?)
-    }
-
     /// Lists a directory from a position on, until `each` has no room for an entry and says false.
     ///
     /// # Errors
@@ -694,13 +593,6 @@ impl Tree {
 /// `DT_*` of a directory's entry.
 fn kind_in_directory(kind: FileType) -> u32 {
     kind.as_raw_mode() >> 12 & 0xf
-}
-
-/// A file as the library's copying wants it.
-fn lent(file: &File) -> ManuallyDrop<File> {
-    // SAFETY: the descriptor is open as long as `file`, which the caller holds longer than the result, and the
-    // result does not close it.
-    ManuallyDrop::new(unsafe { File::from_raw_fd(file.as_raw_fd()) })
 }
 
 /// A path of a descriptor's file for calls that take no directory.
