@@ -25,6 +25,7 @@ mod freezer;
 pub mod fuzzing;
 mod given;
 mod huge_pages;
+mod id_map;
 mod image;
 mod inherited;
 mod init;

@@ -9,12 +9,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use brig_agent_protocol::agent::{RootDevice, RootDisk, RootMount, RootPlace};
+use brig_agent_protocol::agent::{IdRange, RootDevice, RootDisk, RootMount, RootPlace};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
-    names, pci,
+    id_map, modules, names, pci,
+    spec::IdMapping,
 };
 
 /// `linux/blkpg.h`: `_IO(0x12, 105)` and the operations.
@@ -27,6 +28,8 @@ const SECTOR: i64 = 512;
 const MAX_PIECES: usize = 255;
 /// In bytes.
 const ALIGNMENT: u64 = 4096;
+/// Bytes of the longest hash that the kernel has.
+const MAX_HASH: usize = 64;
 /// A stacking of this many layers is what overlayfs takes (`OVL_MAX_STACK`), and some for those around it.
 const MAX_MOUNTS: usize = 520;
 
@@ -45,6 +48,19 @@ pub struct Mount {
     pub upper: Option<(Place, Place)>,
     /// To be made first, with their permissions.
     pub directories: Vec<(Place, u32)>,
+    /// Users and groups of a user namespace as which the owners are seen, of an overlay or a bind mount those of what is in `lower`; empty: as they are.
+    pub map: (Vec<IdMapping>, Vec<IdMapping>),
+    /// Of a file system on one device: what its blocks are checked against.
+    pub verity: Option<Verity>,
+}
+
+/// A tree of hashes behind the data of a device (dm-verity).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Verity {
+    /// The hash of its root.
+    pub root_hash: Vec<u8>,
+    /// Where its superblock lies on the device, in bytes.
+    pub hash_offset: u64,
 }
 
 /// A directory of an earlier mount.
@@ -67,6 +83,14 @@ pub async fn resolve(mounts: &[RootMount], disks: &[RootDisk]) -> Result<Vec<Mou
             mounts.len()
         )));
     }
+    if mounts.iter().any(|mount| mount.verity.is_some()) {
+        let loaded = tokio::task::spawn_blocking(|| modules::load("dm-mod")).await;
+        match loaded.map_err(|e| Error::Internal(e.to_string()))? {
+            Ok(true) => {}
+            Ok(false) => return Err(without_verity("none answers to dm-mod")),
+            Err(failure) => return Err(without_verity(&failure.to_string())),
+        }
+    }
     let mut nodes = Vec::new();
     for disk in disks {
         let found = pci::nodes(disk.function).await?;
@@ -86,6 +110,13 @@ pub async fn resolve(mounts: &[RootMount], disks: &[RootDisk]) -> Result<Vec<Mou
         .zip(mounts)
         .map(|(index, mount)| one(index, mount, &nodes))
         .collect()
+}
+
+fn without_verity(reason: &str) -> Error {
+    Error::Internal(format!(
+        "layers are to be checked by dm-verity, of which the guest's kernel has no module ({reason}): the handler's `modules` must be the image \
+         that was built with its `kernel`"
+    ))
 }
 
 /// Begin and length of each piece in bytes.
@@ -244,6 +275,18 @@ fn one(index: usize, mount: &RootMount, nodes: &[Vec<PathBuf>]) -> Result<Mount>
             .ok_or_else(|| invalid("a directory without a place"))?;
         Ok((place(made)?, directory.mode & 0o7777))
     });
+    let map = (ids(&mount.users), ids(&mount.groups));
+    id_map::check_pair("a user namespace's map", &map.0, &map.1)
+        .map_err(|reason| invalid(&reason))?;
+    let verity = mount.verity.as_ref().map(|verity| Verity {
+        root_hash: verity.root_hash.clone(),
+        hash_offset: verity.hash_offset,
+    });
+    if let Some(verity) = &verity
+        && (mount.devices.len() != 1 || !(1..=MAX_HASH).contains(&verity.root_hash.len()))
+    {
+        return Err(invalid("dm-verity checks one device against one hash"));
+    }
     let resolved = Mount {
         kind: mount.type_.clone(),
         devices: mount.devices.iter().map(device).collect::<Result<_>>()?,
@@ -251,6 +294,8 @@ fn one(index: usize, mount: &RootMount, nodes: &[Vec<PathBuf>]) -> Result<Mount>
         lower: mount.lower.iter().map(place).collect::<Result<_>>()?,
         upper,
         directories: directories.collect::<Result<_>>()?,
+        map,
+        verity,
     };
     match resolved.kind.as_str() {
         "overlay" if !resolved.lower.is_empty() => Ok(resolved),
@@ -261,9 +306,19 @@ fn one(index: usize, mount: &RootMount, nodes: &[Vec<PathBuf>]) -> Result<Mount>
     }
 }
 
+fn ids(ranges: &[IdRange]) -> Vec<IdMapping> {
+    let mapping = |range: &IdRange| IdMapping {
+        container_id: range.inside,
+        host_id: range.outside,
+        size: range.size,
+    };
+    ranges.iter().map(mapping).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use brig_agent_protocol::agent::RootVerity;
     use proptest::prelude::*;
 
     fn nodes() -> Vec<Vec<PathBuf>> {
@@ -324,6 +379,54 @@ mod tests {
         }
         overlay.lower = vec![place(0, "fs")];
         assert_eq!(one(3, &overlay, &nodes()).unwrap().lower[0].mount, None);
+    }
+
+    #[test]
+    fn one_device_is_checked_against_one_hash() {
+        let device = RootDevice {
+            disk: 1,
+            piece: 1,
+            ..RootDevice::default()
+        };
+        let verity = |length| RootVerity {
+            root_hash: vec![1; length],
+            hash_offset: 4096,
+            ..RootVerity::default()
+        };
+        let mut erofs = mount("erofs");
+        erofs.devices = vec![device.clone()];
+        erofs.verity = Some(verity(32)).into();
+        let resolved = one(0, &erofs, &nodes()).unwrap().verity.unwrap();
+        assert_eq!((resolved.root_hash.len(), resolved.hash_offset), (32, 4096));
+        for wrong in [0, 65] {
+            erofs.verity = Some(verity(wrong)).into();
+            assert!(one(0, &erofs, &nodes()).is_err(), "{wrong} bytes");
+        }
+        erofs.verity = Some(verity(32)).into();
+        erofs.devices.push(device);
+        assert!(one(0, &erofs, &nodes()).is_err(), "two devices");
+    }
+
+    #[test]
+    fn users_and_groups_are_mapped_together_or_not_at_all() {
+        let range = IdRange {
+            inside: 1,
+            outside: 65536,
+            size: 9,
+            ..IdRange::default()
+        };
+        let mut overlay = mount("overlay");
+        overlay.lower = vec![place(1, "")];
+        overlay.users = vec![range.clone()];
+        assert!(one(1, &overlay, &nodes()).is_err());
+        overlay.groups = vec![range.clone()];
+        let (users, groups) = one(1, &overlay, &nodes()).unwrap().map;
+        assert_eq!((users[0].host_id, groups.len()), (65536, 1));
+        overlay.groups = vec![range; 341];
+        assert!(
+            one(1, &overlay, &nodes()).is_err(),
+            "more than the kernel takes"
+        );
     }
 
     #[test]

@@ -15,11 +15,9 @@ use rustix::fs::{Mode, OFlags, openat};
 use super::failure::{Context as _, Failure, Result};
 use crate::{
     detached,
+    id_map::check_length,
     spec::{IdMapping, Linux},
 };
-
-/// The kernel's limit of lines in a map file.
-const MAX_MAPPINGS: usize = 340;
 
 /// How the ids of a container map to the guest's; empty is the identity.
 #[derive(Clone, Debug, Default)]
@@ -47,17 +45,6 @@ pub fn check(linux: &Linux) -> std::result::Result<(), String> {
             return Err(format!("linux.{field} needs a user namespace"));
         }
         check_length(&format!("linux.{field}"), map)?;
-    }
-    Ok(())
-}
-
-/// Refuses a map that the kernel has no room for.
-///
-/// # Errors
-/// A sentence naming the field.
-pub fn check_length(field: &str, map: &[IdMapping]) -> std::result::Result<(), String> {
-    if map.len() > MAX_MAPPINGS {
-        return Err(format!("{field} has more than {MAX_MAPPINGS} entries"));
     }
     Ok(())
 }

@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     control::{Create, MountSource},
+    id_map::check_pair,
     mount_attr,
     spec::{IdMapping, Linux, Mount, Spec},
 };
@@ -134,11 +135,7 @@ pub fn check(spec: &Spec) -> std::result::Result<(), String> {
         let at = &mount.destination;
         let (users, groups) = (&mount.uid_mappings, &mount.gid_mappings);
         let options = options::parse(&mount.options);
-        if users.is_empty() != groups.is_empty() {
-            return Err(format!(
-                "mounts {at}: uidMappings and gidMappings come together"
-            ));
-        }
+        check_pair(&format!("mounts {at}"), users, groups)?;
         if users.is_empty() && options.idmap.is_none() {
             continue;
         }
@@ -152,10 +149,16 @@ pub fn check(spec: &Spec) -> std::result::Result<(), String> {
                 "mounts {at}: idmap needs uidMappings and gidMappings, or a user namespace's"
             ));
         }
-        idmap::check_length("mounts[].uidMappings", users)?;
-        idmap::check_length("mounts[].gidMappings", groups)?;
     }
     Ok(())
+}
+
+/// A user namespace with these maps, for what is to be seen through them. Before the container's process is forked.
+///
+/// # Errors
+/// The kernel's, of a map that is none.
+pub fn user_namespace(users: &[IdMapping], groups: &[IdMapping]) -> io::Result<OwnedFd> {
+    namespace(&(idmap::map_file(users), idmap::map_file(groups)))
 }
 
 /// A user namespace with these contents of `uid_map` and `gid_map`; nothing runs in it.

@@ -5,6 +5,7 @@
 //! inside the container's root.
 mod agent;
 mod caps;
+mod device_mapper;
 mod devices;
 mod failure;
 pub mod file_system;
@@ -28,6 +29,7 @@ mod shared_pids;
 mod syscalls;
 mod sysctl;
 mod terminal;
+mod verity;
 
 use std::{
     collections::BTreeMap,

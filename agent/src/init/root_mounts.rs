@@ -9,7 +9,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags, ResolveFlags, mkdirat, openat, openat2},
+    fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, mkdirat, openat, openat2},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
@@ -20,7 +20,8 @@ use rustix::{
 use super::{
     failure::{Context as _, Failure, Result},
     file_system::{complaint, new_file_system},
-    options,
+    idmap::Ids,
+    mapped, options, verity,
 };
 use crate::{
     control::Create,
@@ -30,19 +31,49 @@ use crate::{
     spec,
 };
 
-/// The file systems of the disks, by index into the mounts, attached nowhere. Before this process is in the container's
-/// cgroup, whose device rules are for the container and know nothing of its root's disks.
+/// The file systems of the disks, by index into the mounts, attached nowhere, and their owners as they are to be seen. Before this process is
+/// in the container's cgroup, whose device rules are for the container and know nothing of its root's disks, and before the container's own is
+/// forked, as maps are made.
 ///
 /// # Errors
 /// What the kernel says, with the mount's type.
 pub fn open_disks(create: &Create) -> Result<Vec<Option<OwnedFd>>> {
-    let open = |mount: &Mount| match mount.kind.as_str() {
-        "overlay" | "bind" => Ok(None),
-        kind => on_disk(mount)
-            .map(Some)
-            .map_err(|failure| Failure(format!("{kind} of the root file system: {failure}"))),
+    let named = |mount: &Mount, failure: Failure| {
+        Failure(format!("{} of the root file system: {failure}", mount.kind))
     };
-    create.root.iter().map(open).collect()
+    let open = |(index, mount): (usize, &Mount)| match mount.kind.as_str() {
+        "overlay" | "bind" => Ok(None),
+        _ => on_disk(mount, &format!("{}-{index}", create.id))
+            .map(Some)
+            .map_err(|failure| named(mount, failure)),
+    };
+    let disks: Vec<_> = (create.root.iter().enumerate().map(open)).collect::<Result<_>>()?;
+    for (index, mount) in create.root.iter().enumerate() {
+        map_owners(index, mount, &disks).map_err(|failure| named(mount, failure))?;
+    }
+    Ok(disks)
+}
+
+/// Has the owners of a mount's layers, or of the mount itself, seen through its map.
+fn map_owners(index: usize, mount: &Mount, disks: &[Option<OwnedFd>]) -> Result<()> {
+    let (users, groups) = &mount.map;
+    if users.is_empty() {
+        return Ok(());
+    }
+    let namespace = mapped::user_namespace(users, groups).during("a user namespace's map")?;
+    let layers = mount.lower.iter().map(|place| place.mount);
+    let mapped = if mount.lower.is_empty() {
+        vec![Some(index)]
+    } else {
+        layers.collect()
+    };
+    for layer in mapped {
+        let disk = layer.and_then(|index| disks.get(index)?.as_ref());
+        let disk = disk.ok_or_else(|| Failure("only layers on disks can be mapped".into()))?;
+        mount_attr::map_ids(disk.as_fd(), namespace.as_fd(), false)
+            .during("mapping the owners of a layer")?;
+    }
+    Ok(())
 }
 
 /// Mounts all of them, below the container's directory; the last one, which is attached nowhere. `disks` are those of
@@ -84,8 +115,10 @@ impl Layers<'_> {
     }
 
     fn make(&self, mount: &Mount, disk: Option<OwnedFd>) -> Result<OwnedFd> {
+        let (users, groups) = &mount.map;
+        let owner = Ids::new(users, groups).root()?;
         for (place, mode) in &mount.directories {
-            self.make_directory(place, *mode)?;
+            self.make_directory(place, *mode, owner)?;
         }
         let made = match disk {
             Some(disk) => Ok(disk),
@@ -119,11 +152,21 @@ impl Layers<'_> {
         below(&top, &place.path).during(&place.path)
     }
 
-    fn make_directory(&self, place: &Place, mode: u32) -> Result<()> {
+    /// `owner` is the guest's ids of who is the container's root.
+    fn make_directory(&self, place: &Place, mode: u32, owner: (u32, u32)) -> Result<()> {
         let mut here = self.top(place.mount)?;
+        let (user, group) = (Uid::from_raw(owner.0), Gid::from_raw(owner.1));
         for name in place.path.split('/').filter(|name| !name.is_empty()) {
             match mkdirat(&here, name, Mode::from_raw_mode(mode)) {
-                Ok(()) | Err(Errno::EXIST) => {}
+                Ok(()) => chownat(
+                    &here,
+                    name,
+                    Some(user),
+                    Some(group),
+                    AtFlags::SYMLINK_NOFOLLOW,
+                )
+                .during(&place.path)?,
+                Err(Errno::EXIST) => {}
                 Err(error) => return Err(error).during(&place.path),
             }
             here = below(&here, name).during(&place.path)?;
@@ -183,11 +226,18 @@ fn below(top: &OwnedFd, path: &str) -> rustix::io::Result<OwnedFd> {
     openat2(top, path, flags, Mode::empty(), resolve)
 }
 
-fn on_disk(mount: &Mount) -> Result<OwnedFd> {
+/// `name` is this mount's alone in the guest.
+fn on_disk(mount: &Mount, name: &str) -> Result<OwnedFd> {
     let mut parsed = options::parse(&mount.options);
     let Some((source, further)) = mount.devices.split_first() else {
         return Err(Failure("no device".into()));
     };
+    // Once mounted it stays as long as the mount.
+    let checked = match &mount.verity {
+        Some(verity) => Some(verity::checked(source, verity, name)?),
+        None => None,
+    };
+    let source = checked.as_ref().map_or(source, |device| &device.node);
     let text = |path: &Path| path.display().to_string();
     for device in further {
         parsed.data.push(("device".to_owned(), Some(text(device))));

@@ -16,7 +16,8 @@ const READ_ONLY: [&str; 2] = ["erofs", "squashfs"];
 const PREFIXES: [&str; 2] = ["format/", "mkdir/"];
 /// A directory to be made: `path:mode`.
 const MAKE: &str = "X-containerd.mkdir.path=";
-const VERITY: &str = "X-containerd.dmverity=";
+/// Nothing that begins so is passed over.
+const VERITY: &str = "X-containerd.dmverity";
 /// Files and devices of one root file system: what one message of descriptors carries, and some.
 const MAX_IMAGES: usize = 250;
 
@@ -57,6 +58,39 @@ pub struct Planned {
     pub upper: Option<(Place, Place)>,
     /// To be made before, with their permissions.
     pub directories: Vec<(Place, u32)>,
+    /// A user namespace's map through which owners are seen, of an overlay or a bind mount those of its lower layers.
+    pub map: Option<IdMap>,
+    /// Of a file system on one image: where it is said what its blocks are checked against.
+    pub verity: Option<Sidecar>,
+}
+
+/// The file beside a layer that has the root hash of its dm-verity tree.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Sidecar {
+    /// The file.
+    pub path: PathBuf,
+    /// Without it the layer is not to be read.
+    pub required: bool,
+}
+
+/// Users and groups of a user namespace.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct IdMap {
+    /// Ranges of users.
+    pub users: Vec<IdRange>,
+    /// Ranges of groups.
+    pub groups: Vec<IdRange>,
+}
+
+/// A line of `uid_map`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdRange {
+    /// The first id in the user namespace.
+    pub inside: u32,
+    /// What it is outside.
+    pub outside: u32,
+    /// How many there are.
+    pub size: u32,
 }
 
 /// A directory.
@@ -113,19 +147,18 @@ impl Plan {
             ..Planned::default()
         };
         let (mut upper, mut work) = (None, None);
+        let mut map = IdMap::default();
         for option in mount.options.iter().flat_map(|option| split(option)) {
             let (key, value) = option.split_once('=').unwrap_or((option, ""));
             match key {
+                "X-containerd.dmverity" => planned.verity = sidecar(value, &mount.source)?,
                 _ if option.starts_with(VERITY) => {
-                    return Err("a layer is to be checked by dm-verity, which the guest does not do: set the \
-                                snapshotter's dmverity_mode to \"off\" for this handler"
-                        .to_owned());
+                    return Err(format!(
+                        "{option:?} of dm-verity is not known: a layer that it would have checked is not read"
+                    ));
                 }
-                "uidmap" | "gidmap" => {
-                    return Err("its owners cannot be mapped for a user namespace (hostUsers: false): use the \
-                                overlayfs snapshotter for this pod"
-                        .to_owned());
-                }
+                "uidmap" => map.users = ranges(option, value)?,
+                "gidmap" => map.groups = ranges(option, value)?,
                 "subvol" | "subvolid" => {
                     return Err("a subvolume of a file system of the node cannot be given to a VM: use the overlayfs, \
                                 blockfile, devmapper or erofs snapshotter"
@@ -147,6 +180,11 @@ impl Plan {
                 _ if key.starts_with("X-") || key.starts_with("x-") => {}
                 _ => planned.options.push(option.to_owned()),
             }
+        }
+        match (map.users.is_empty(), map.groups.is_empty()) {
+            (true, true) => {}
+            (false, false) => planned.map = Some(map),
+            _ => return Err("uidmap and gidmap come together".to_owned()),
         }
         match kind {
             "overlay" => {
@@ -176,7 +214,28 @@ impl Plan {
                     .to_owned());
             }
         }
+        if planned.verity.is_some() && (planned.images.len() != 1 || !planned.readonly) {
+            return Err("dm-verity checks single layers that are read alone: set the snapshotter's dmverity_mode to \"off\"".to_owned());
+        }
+        if planned.map.is_some() {
+            self.check_mapped(&planned.lower)?;
+        }
         Ok(planned)
+    }
+
+    /// What is mapped for a user namespace is a mount, and one of a file system that the guest has for itself.
+    fn check_mapped(&self, lower: &[Place]) -> std::result::Result<(), String> {
+        let is_layer = |place: &Place| {
+            let mount = place.mount.and_then(|index| self.mounts.get(index));
+            place.path.is_empty() && mount.is_some_and(|mount| !mount.images.is_empty())
+        };
+        if lower.iter().all(is_layer) {
+            Ok(())
+        } else {
+            Err("only whole layers on disks have their owners mapped for a user namespace (hostUsers: false): use the \
+                 overlayfs snapshotter for this pod"
+                .to_owned())
+        }
     }
 
     /// A place in an earlier mount, or one of the node, whose directory is shared.
@@ -251,9 +310,45 @@ impl Plan {
     }
 }
 
-/// Options of an entry. A template has no commas.
-fn split(option: &str) -> impl Iterator<Item = &str> {
-    option.split(',').filter(|option| !option.is_empty())
+/// The file that `X-containerd.dmverity` names: its path, or a mode, which means the file beside the layer.
+fn sidecar(value: &str, layer: &str) -> std::result::Result<Option<Sidecar>, String> {
+    let (path, required) = match value {
+        "off" => return Ok(None),
+        "auto" | "on" => (absolute(&format!("{layer}.dmverity"))?, value == "on"),
+        path => (absolute(path)?, true),
+    };
+    Ok(Some(Sidecar { path, required }))
+}
+
+/// Ranges of a map as containerd writes them: `inside:outside:size`, several with commas.
+fn ranges(option: &str, text: &str) -> std::result::Result<Vec<IdRange>, String> {
+    let wrong = || format!("{option:?} is no map of ids: one is like uidmap=0:65536:65536");
+    let range = |text: &str| {
+        let mut numbers = text.split(':').map(|number| number.parse::<u32>().ok());
+        let range = IdRange {
+            inside: numbers.next()??,
+            outside: numbers.next()??,
+            size: numbers.next()??,
+        };
+        numbers.next().is_none().then_some(range)
+    };
+    text.split(',')
+        .map(|one| range(one).ok_or_else(wrong))
+        .collect()
+}
+
+/// Options of an entry. A template has no commas, and those of a map are its own.
+fn split(option: &str) -> Vec<&str> {
+    if ["uidmap=", "gidmap="]
+        .iter()
+        .any(|key| option.starts_with(key))
+    {
+        return vec![option];
+    }
+    option
+        .split(',')
+        .filter(|option| !option.is_empty())
+        .collect()
 }
 
 /// A type without what it asks of who mounts it.
@@ -381,6 +476,53 @@ mod tests {
     }
 
     #[test]
+    fn what_a_layer_is_checked_against_lies_beside_it_or_where_it_is_said() {
+        let sidecar = |option: &str| {
+            let mut plan = plan(&[mount("erofs", "/s/3/l", &["ro", "loop", option])]);
+            plan.mounts.remove(0).verity
+        };
+        let found = |path: &str, required| {
+            Some(Sidecar {
+                path: path.into(),
+                required,
+            })
+        };
+        assert_eq!(sidecar("X-containerd.dmverity=/s/x"), found("/s/x", true));
+        assert_eq!(
+            sidecar("X-containerd.dmverity=on"),
+            found("/s/3/l.dmverity", true)
+        );
+        assert_eq!(
+            sidecar("X-containerd.dmverity=auto"),
+            found("/s/3/l.dmverity", false)
+        );
+        assert_eq!(sidecar("X-containerd.dmverity=off"), None);
+    }
+
+    #[test]
+    fn the_layers_of_a_user_namespace_are_seen_through_its_map() {
+        let options = [
+            "lowerdir={{ overlay 0 1 }}",
+            "uidmap=0:65536:1000,1000:5:1",
+            "gidmap=0:70000:65536",
+        ];
+        let layer = mount("erofs", "/l", &["ro"]);
+        let plan = plan(&[layer.clone(), layer, mount("format/overlay", "o", &options)]);
+        let range = |inside, outside, size| IdRange {
+            inside,
+            outside,
+            size,
+        };
+        let map = IdMap {
+            users: vec![range(0, 65536, 1000), range(1000, 5, 1)],
+            groups: vec![range(0, 70000, 65536)],
+        };
+        assert_eq!(plan.mounts[2].map, Some(map));
+        assert_eq!(plan.mounts[0].map, None);
+        assert_eq!(plan.mounts[2].options, Vec::<String>::new());
+    }
+
+    #[test]
     fn one_writable_layer_alone_is_bound() {
         let got = plan(&[
             mount("ext4", "/s/1/rwlayer.img", &["rw", "loop"]),
@@ -431,14 +573,35 @@ mod tests {
 
     #[test]
     fn what_a_guest_cannot_have_is_refused_with_the_fix() {
-        let verity = ["ro", "X-containerd.dmverity=/s/3/layer.erofs.dmverity"];
-        assert!(refused(&[mount("erofs", "/l", &verity)]).contains("dmverity_mode"));
-        let mapped = ["lowerdir={{ mount 0 }}", "uidmap=0:1000:65536"];
-        let both = [
-            mount("erofs", "/l", &["ro"]),
-            mount("overlay", "o", &mapped),
-        ];
-        assert!(refused(&both).contains("hostUsers"));
+        let verity = "X-containerd.dmverity=/s/3/layer.erofs.dmverity";
+        assert!(refused(&[mount("ext4", "/l", &["rw", verity])]).contains("dmverity_mode"));
+        let merged = ["ro", verity, "device=/m"];
+        assert!(refused(&[mount("erofs", "/l", &merged)]).contains("dmverity_mode"));
+        let other = "X-containerd.dmverity.roothash=12";
+        assert!(refused(&[mount("erofs", "/l", &["ro", other])]).contains("not known"));
+        let relative = "X-containerd.dmverity=sidecar";
+        assert!(refused(&[mount("erofs", "/l", &["ro", relative])]).contains("absolute"));
+        let mapped = |options: &[&str]| {
+            refused(&[
+                mount("erofs", "/l", &["ro"]),
+                mount("overlay", "o", options),
+            ])
+        };
+        let (lower, users, groups) = ("lowerdir={{ mount 0 }}", "uidmap=0:9:9", "gidmap=0:9:9");
+        assert!(mapped(&[lower, users]).contains("together"));
+        assert!(mapped(&["lowerdir={{ mount 0 }}/a", users, groups]).contains("hostUsers"));
+        for wrong in [
+            "uidmap=",
+            "uidmap=0:1",
+            "uidmap=0:1:2:3",
+            "uidmap=0:1:-2",
+            "uidmap=0:1:2,",
+        ] {
+            assert!(
+                mapped(&[lower, wrong, groups]).contains("no map of ids"),
+                "{wrong}"
+            );
+        }
         assert!(refused(&[mount("btrfs", "/dev/sda1", &["subvolid=5"])]).contains("snapshotter"));
         assert!(
             refused(&[mount("erofs", "/l", &[]), mount("mkfs/ext4", "/m", &[])]).contains("mkfs")

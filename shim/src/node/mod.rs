@@ -20,5 +20,6 @@ pub mod remains;
 pub mod sandbox_files;
 pub mod stand_in;
 pub mod templates;
+pub mod verity;
 pub mod vfio;
 pub(crate) mod watched;

@@ -3,16 +3,19 @@
 
 use std::os::fd::OwnedFd;
 
-use brig_agent_protocol::agent::{RootDevice, RootDirectory, RootDisk, RootMount, RootPlace};
+use brig_agent_protocol::agent::{
+    IdRange, RootDevice, RootDirectory, RootDisk, RootMount, RootPlace, RootVerity,
+};
 use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece};
 use slog::{Logger, info};
 
 use super::Vm;
 use super::root_given::RootGiven;
-use crate::asked::rootfs::{Place, Plan};
-use crate::error::Result;
+use crate::asked::rootfs::{self, Place, Plan, Sidecar};
+use crate::error::{Error, Kind, Result};
 use crate::node::disk::Opened;
 use crate::node::image::{self, Image};
+use crate::node::verity::{self, Tree};
 
 /// Bytes of a logical block of a disk of files.
 const BLOCK: u32 = 512;
@@ -26,6 +29,8 @@ struct Images {
     disks: Vec<Opened>,
     /// By mount and image.
     places: Vec<Vec<Where>>,
+    /// By mount: what its image is checked against.
+    trees: Vec<Option<Tree>>,
 }
 
 enum Where {
@@ -37,8 +42,13 @@ impl Images {
     /// Blocking.
     fn open(plan: Plan) -> Result<Self> {
         let (mut files, mut identities, mut disks) = (Vec::new(), Vec::new(), Vec::new());
-        let mut places = Vec::new();
+        let (mut places, mut trees) = (Vec::new(), Vec::new());
         for mount in &plan.mounts {
+            let tree = match &mount.verity {
+                Some(sidecar) => tree_of(sidecar)?,
+                None => None,
+            };
+            trees.push(tree);
             let mut of_mount = Vec::new();
             for path in &mount.images {
                 of_mount.push(match image::open(path, mount.readonly)? {
@@ -65,8 +75,23 @@ impl Images {
             identities,
             disks,
             places,
+            trees,
         })
     }
+}
+
+fn tree_of(sidecar: &Sidecar) -> Result<Option<Tree>> {
+    let tree = verity::read(&sidecar.path)?;
+    if tree.is_none() && sidecar.required {
+        return Err(Error::new(
+            Kind::FailedPrecondition,
+            format!(
+                "{} is not there, which says what its layer is checked against (dm-verity): remove the image and pull it again",
+                sidecar.path.display()
+            ),
+        ));
+    }
+    Ok(tree)
 }
 
 impl Vm {
@@ -84,6 +109,7 @@ impl Vm {
             identities,
             disks,
             places,
+            trees,
         } = images;
         let mut given = RootGiven::default();
         let lengths: Vec<u64> = files.iter().map(|(_, length)| *length).collect();
@@ -119,7 +145,7 @@ impl Vm {
                 ..RootDevice::default()
             }
         };
-        for (mount, places) in plan.mounts.into_iter().zip(&places) {
+        for ((mount, places), tree) in plan.mounts.into_iter().zip(&places).zip(trees) {
             let (upper, work) = mount
                 .upper
                 .as_ref()
@@ -130,6 +156,7 @@ impl Vm {
                 mode: *mode,
                 ..RootDirectory::default()
             });
+            let map = mount.map.unwrap_or_default();
             given.mounts.push(RootMount {
                 type_: mount.kind,
                 devices: places.iter().map(device).collect(),
@@ -138,6 +165,9 @@ impl Vm {
                 upper: upper.into(),
                 work: work.into(),
                 directories: directories.collect(),
+                users: ranges(&map.users),
+                groups: ranges(&map.groups),
+                verity: tree.map(checked_by).into(),
                 ..RootMount::default()
             });
         }
@@ -181,6 +211,24 @@ impl Vm {
         self.hold_root(None, DeviceConfig::Disk(config), vec![disk.file], owner)
             .await
     }
+}
+
+fn checked_by(tree: Tree) -> RootVerity {
+    RootVerity {
+        root_hash: tree.root_hash,
+        hash_offset: tree.hash_offset,
+        ..RootVerity::default()
+    }
+}
+
+fn ranges(of: &[rootfs::IdRange]) -> Vec<IdRange> {
+    let told = |range: &rootfs::IdRange| IdRange {
+        inside: range.inside,
+        outside: range.outside,
+        size: range.size,
+        ..IdRange::default()
+    };
+    of.iter().map(told).collect()
 }
 
 fn told(place: &Place) -> RootPlace {

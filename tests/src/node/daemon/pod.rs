@@ -67,6 +67,21 @@ impl Drop for Netns {
     }
 }
 
+/// As CRI has a container join the user namespace of its pod.
+fn join_user_namespace(spec: &mut Value, pid: u32, map: &[[u32; 3]]) -> Result<()> {
+    let ranges: Vec<_> = map
+        .iter()
+        .map(|[inside, outside, size]| json!({"containerID": inside, "hostID": outside, "size": size}))
+        .collect();
+    let linux = &mut spec["linux"];
+    linux["uidMappings"] = json!(ranges);
+    linux["gidMappings"] = json!(ranges);
+    let path = format!("/proc/{pid}/ns/user");
+    let namespaces = linux["namespaces"].as_array_mut().context("namespaces")?;
+    namespaces.push(json!({"type": "user", "path": path}));
+    Ok(())
+}
+
 /// Where a container's streams are, as URIs; empty ones are not there.
 #[derive(Clone, Debug, Default)]
 pub struct Streams {
@@ -92,6 +107,8 @@ pub struct Pod<'a> {
     pub pid: u32,
     daemon: &'a Daemon,
     has_pause: bool,
+    /// Its user namespace's.
+    map: Vec<[u32; 3]>,
     _netns: Netns,
 }
 
@@ -130,6 +147,7 @@ impl<'a> Pod<'a> {
             pid: started.pid,
             daemon,
             has_pause: false,
+            map: config.map().to_vec(),
             _netns: netns,
         })
     }
@@ -165,6 +183,7 @@ impl<'a> Pod<'a> {
             pid,
             daemon,
             has_pause: true,
+            map: Vec::new(),
             _netns: netns,
         })
     }
@@ -223,7 +242,11 @@ impl<'a> Pod<'a> {
             sandbox: &self.id,
             pid: self.pid,
         };
-        let bundle = self.daemon.bundle(&id, Some(&spec(&id, args, place)))?;
+        let mut spec = spec(&id, args, place);
+        if !self.map.is_empty() {
+            join_user_namespace(&mut spec, self.pid, &self.map)?;
+        }
+        let bundle = self.daemon.bundle(&id, Some(&spec))?;
         let connection = self.join(&bundle)?;
         let rootfs = match rootfs {
             Some(rootfs) => rootfs,

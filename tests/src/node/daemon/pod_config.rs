@@ -69,6 +69,11 @@ fn user_namespace(mode: u64, map: &[[u32; 3]]) -> protobuf::Result<Vec<u8>> {
 }
 
 impl PodConfig {
+    /// The lines of its user namespace's map; none of one that shares the node's.
+    pub(super) fn map(&self) -> &[[u32; 3]] {
+        self.user_namespace.as_ref().map_or(&[], |(_, map)| map)
+    }
+
     fn security(&self, namespaces: &[u8]) -> protobuf::Result<Vec<u8>> {
         message(|stream| {
             stream.write_bytes(1, namespaces)?;

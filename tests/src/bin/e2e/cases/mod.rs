@@ -40,6 +40,7 @@ mod stdio;
 mod template;
 mod template_pods;
 mod terminal;
+mod verity_layers;
 
 use crate::suite::Case;
 
@@ -78,6 +79,7 @@ const GROUPS: &[&[Case]] = &[
     daemon_logs::CASES,
     daemon_streams::CASES,
     root_disks::CASES,
+    verity_layers::CASES,
     root_snapshotters::CASES,
     durability::CASES,
     errors::CASES,

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,6 +12,7 @@ use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::daemon::Daemon;
 use brig_tests::node::daemon::generation::Generation;
 use brig_tests::node::daemon::pod::Pod;
+use brig_tests::node::daemon::pod_config::PodConfig;
 use brig_tests::node::{clock, process};
 use containerd_shim_protos::api::Mount;
 
@@ -28,6 +30,11 @@ pub const CASES: &[Case] = &[
         "disks",
         "2.2: a root file system that cannot be is refused, and the pod goes on",
         refused,
+    ),
+    brig(
+        "disks",
+        "2.3: the layers of a pod with a user namespace belong to its users",
+        mapped,
     ),
 ];
 
@@ -52,23 +59,23 @@ pub fn mounts() -> Result<BTreeSet<String>> {
 }
 
 /// Images of erofs, as the differ of containerd makes them.
-struct Layers {
+pub struct Layers {
     directory: PathBuf,
 }
 
 impl Layers {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let directory = PathBuf::from(DIRECTORY);
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory)?;
         Ok(Self { directory })
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.directory.join(name).display().to_string()
     }
 
-    fn make(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<String> {
+    pub fn make(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<String> {
         let tree = self.directory.join(format!("{name}.tree"));
         fs::create_dir_all(&tree)?;
         fill(&tree)?;
@@ -81,7 +88,7 @@ impl Layers {
     }
 
     /// A layer with a shell, and with the places of what a pod mounts.
-    fn base(&self) -> Result<String> {
+    pub fn base(&self) -> Result<String> {
         self.make("base", |tree| {
             for directory in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
                 fs::create_dir(tree.join(directory))?;
@@ -95,7 +102,7 @@ impl Layers {
         })
     }
 
-    fn writable(&self, name: &str) -> Result<String> {
+    pub fn writable(&self, name: &str) -> Result<String> {
         let path = self.path(name);
         File::create(&path)?.set_len(32 << 20)?;
         run("mkfs.ext4", &["-q", "-F", &path])?;
@@ -119,7 +126,7 @@ fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
 }
 
 /// What the snapshotter gives for a writable container in block mode.
-fn on_disks(writable: &str, layers: &[String]) -> Vec<Mount> {
+pub fn on_disks(writable: &str, layers: &[String]) -> Vec<Mount> {
     let mut all = vec![mount("ext4", writable, &["rw", "loop"])];
     all.extend(
         layers
@@ -259,9 +266,9 @@ fn refused(suite: &mut Suite) -> Result<()> {
     let wrong: Vec<(Vec<Mount>, &str)> = vec![
         (
             vec![mount(
-                "erofs",
-                &base,
-                &["ro", "loop", "X-containerd.dmverity=/x"],
+                "ext4",
+                &garbage,
+                &["rw", "loop", "X-containerd.dmverity=/x"],
             )],
             "dmverity_mode",
         ),
@@ -322,6 +329,77 @@ fn refused(suite: &mut Suite) -> Result<()> {
         ended.recv_timeout(patience())??.exit_status,
     )?;
     right.delete()?;
+    pod.end()?;
+    drop(daemon);
+    before.nothing_left(patience())
+}
+
+/// `remap_ids` of the snapshotter: the overlay is asked for with the pod's map, and the layers are as they are.
+fn mapped(suite: &mut Suite) -> Result<()> {
+    const ROOT: u32 = 200_000;
+    let layers = Layers::new()?;
+    let base = layers.base()?;
+    let top = layers.make("top", |tree| {
+        let file = tree.join("mine");
+        fs::write(&file, "")?;
+        Ok(chown(&file, Some(7), Some(9))?)
+    })?;
+    let daemon = Daemon::new(Generation::V2_3, &suite.ctr.runtime, "mapped")?;
+    let before = baseline(suite)?;
+    let config = PodConfig {
+        user_namespace: Some((0, vec![[0, ROOT, 65_536]])),
+        ..config()
+    };
+    let pod = Pod::by_sandbox_api(&daemon, "mapped", &config)?;
+    let writable = layers.writable("mapped.img")?;
+    let mut mounts = on_disks(&writable, &[top, base]);
+    let map = format!("map=0:{ROOT}:65536");
+    let overlay = mounts.last_mut().context("an overlay")?;
+    overlay
+        .options
+        .extend([format!("uid{map}"), format!("gid{map}")]);
+    // What is written goes to a directory of the node, which the snapshotter gives to the pod's root.
+    let (upper, work) = (layers.directory.join("fs"), layers.directory.join("work"));
+    fs::create_dir(&upper)?;
+    fs::create_dir(&work)?;
+    chown(&upper, Some(ROOT), Some(ROOT))?;
+    let mut shared = mounts[1..].to_vec();
+    let overlay = shared.last_mut().context("an overlay")?;
+    overlay.options = vec![
+        format!("workdir={}", work.display()),
+        format!("upperdir={}", upper.display()),
+        "lowerdir={{ overlay 0 1 }}".to_owned(),
+        format!("uid{map}"),
+        format!("gid{map}"),
+    ];
+
+    let script = "exec 2>&1; busybox stat -c %u:%g / /which /mine; echo x > /new && echo y >> /which && \
+                  busybox stat -c %u:%g /new /which";
+    let shell = ["/bin/busybox", "sh", "-c", script];
+    for (name, mounts) in [("disk", mounts), ("directory", shared)] {
+        let container = pod.container_from(name, &shell, Some(mounts))?;
+        let ended = container.waiting();
+        container.start()?;
+        let said = container.written(patience())?;
+        equal(name, "0:0\n0:0\n7:9\n0:0\n0:0\n", said.as_str())?;
+        equal(name, 0, ended.recv_timeout(patience())??.exit_status)?;
+        container.delete()?;
+    }
+    for file in ["new", "which"] {
+        let told = run(
+            "debugfs",
+            &["-R", &format!("stat /upper/{file}"), &writable],
+        )?;
+        let words: Vec<&str> = told.split_whitespace().collect();
+        let owner = |name: &str| {
+            let at = words.iter().position(|word| *word == name)?;
+            words.get(at + 1)?.parse().ok()
+        };
+        let owners = (owner("User:"), owner("Group:"));
+        equal("on the disk", (Some(ROOT), Some(ROOT)), owners).context(file)?;
+        let on_node = fs::metadata(upper.join(file))?;
+        equal("on the node", (ROOT, ROOT), (on_node.uid(), on_node.gid())).context(file)?;
+    }
     pod.end()?;
     drop(daemon);
     before.nothing_left(patience())
