@@ -9,14 +9,11 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::json;
 
-use super::options;
+use super::{options, root_mounts};
 use crate::error::{Error, Result};
 
 /// The type containerd registers for the features document.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
-
-/// What containerd (2.2 and later) leaves to the shim of a root file system's mounts.
-const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 
 /// The features document (runtime-spec features.md).
 #[must_use]
@@ -81,7 +78,11 @@ pub fn encode(stdin: &[u8]) -> Result<Vec<u8>> {
             ..Any::default()
         }),
         // Such mounts of a root file system reach Create as they are: a guest makes them.
-        annotations: [(ALLOW_MOUNTS.to_owned(), "mkdir/*,format/*,erofs".to_owned())].into(),
+        annotations: [(
+            root_mounts::ANNOTATION.to_owned(),
+            root_mounts::annotation(),
+        )]
+        .into(),
         options: options.into(),
         ..RuntimeInfo::default()
     }

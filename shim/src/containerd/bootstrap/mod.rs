@@ -9,4 +9,5 @@ pub mod delete;
 pub mod info;
 pub mod options;
 pub mod reply;
+pub mod root_mounts;
 pub mod start;

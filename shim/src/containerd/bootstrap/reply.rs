@@ -14,6 +14,8 @@
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 
+use super::root_mounts;
+
 /// What `start` read from its standard input.
 #[derive(Debug, PartialEq)]
 pub enum Input {
@@ -42,13 +44,16 @@ pub fn classify(stdin: &[u8], namespace: &str, id: &str) -> Input {
 pub fn encode(input: &Input, address: &str) -> Result<Vec<u8>, protobuf::Error> {
     match input {
         Input::Legacy => Ok(address.as_bytes().to_vec()),
-        Input::Params(_) => BootstrapResult {
-            version: containerd_shim_protos::TASK_API_VERSION,
-            address: address.to_owned(),
-            protocol: "ttrpc".to_owned(),
-            ..BootstrapResult::default()
+        Input::Params(_) => {
+            let mut result = BootstrapResult {
+                version: containerd_shim_protos::TASK_API_VERSION,
+                address: address.to_owned(),
+                protocol: "ttrpc".to_owned(),
+                ..BootstrapResult::default()
+            };
+            root_mounts::claim(&mut result)?;
+            result.write_to_bytes()
         }
-        .write_to_bytes(),
     }
 }
 
