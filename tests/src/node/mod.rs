@@ -5,6 +5,7 @@
 //! can be asked instead.
 
 pub mod agent;
+pub mod calls;
 pub mod check;
 pub mod clock;
 pub mod containerd;

@@ -4,11 +4,18 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result};
 use brig_tests::pattern::{self, Checksum};
 use nix::mount::{MsFlags, mount};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
+
+/// The host's context.
+const HOST: u32 = 2;
+/// Where an agent dials.
+const AGENT_PORT: u32 = 1024;
 
 /// What the command line asks for by `brig.probe=`; anything else waits for ever.
 pub fn run() -> Result<u8> {
@@ -29,12 +36,26 @@ pub fn run() -> Result<u8> {
     let outcome = match word {
         Some("net") => serve_tcp(),
         Some("disk") => disks(),
+        Some("commands") => commands(),
         _ => Ok(()),
     };
     if let Err(error) = outcome {
         say(&format!("failed: {error:#}"));
     }
     crate::actions::sleep(None)
+}
+
+/// Runs what the host asks for, which listens where it listens for an agent.
+fn commands() -> Result<()> {
+    let socket = socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    connect(socket.as_raw_fd(), &VsockAddr::new(HOST, AGENT_PORT)).context("vsock")?;
+    let stream = File::from(socket);
+    crate::commands::serve(stream.try_clone()?, stream).map(drop)
 }
 
 fn say(text: &str) {
@@ -65,7 +86,6 @@ fn configure(name: &str, address: [u8; 4]) -> Result<()> {
     }
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
     let call = |number: libc::Ioctl, request: &mut libc::ifreq, what: &str| -> Result<()> {
-        use std::os::fd::AsRawFd;
         // SAFETY: these ioctls read and write one ifreq, which lives for the call.
         let result = unsafe { libc::ioctl(socket.as_raw_fd(), number, &raw mut *request) };
         if result < 0 {

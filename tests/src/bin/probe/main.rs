@@ -5,6 +5,7 @@
 //! trusts nothing and is trusted by nobody: the suite compares what it says with what was asked for.
 
 mod actions;
+mod commands;
 mod commits;
 mod facts;
 mod files;
@@ -12,6 +13,7 @@ mod init;
 mod memory;
 mod operations;
 mod privileges;
+mod rates;
 mod sequence;
 mod terminal;
 mod vsock;
@@ -44,6 +46,10 @@ const USAGE: &str = "usage: brig-probe COMMAND
   operations SEED N PATH     N file operations drawn from SEED in a new directory, with what came of each
   commits PATH               commit and print numbers until killed; check what is there first
   commits-check PATH N       how many commits there are, at least N
+  commands                   run each line of stdin, a JSON list, and answer by a line
+  metadata STEP PATH N       create, stat, readdir or unlink N files, and the time that took
+  echo-bytes PORT            give back what comes, byte by byte
+  ping IP:PORT N             a byte to and fro N times, and the time that took
   many STEP PATH N           make, write, stat, remove or list N files
   file-facts PATH            ACLs, dots, unnamed files, flags in a new directory there
   watch PATH NAME            print 'ready', then changes of the directory until NAME is renamed in it
@@ -113,6 +119,10 @@ fn run() -> Result<u8> {
             println!("{}", commits::check(path, number(said)?)?);
             Ok(0)
         }
+        ["commands"] => commands::serve(std::io::stdin(), std::io::stdout()),
+        ["metadata", step, path, count] => print(&rates::metadata(step, path, number(count)?)?),
+        ["echo-bytes", port] => rates::echo_bytes(number(port)?),
+        ["ping", target, rounds] => print(&rates::ping(target, number(rounds)?)?),
         ["many", step, path, count] => files::many(step, path, number(count)?),
         ["file-facts", path] => print(&operations::facts::all(path)?),
         ["watch", path, name] => files::watch(path, name),

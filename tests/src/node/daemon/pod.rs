@@ -59,6 +59,24 @@ impl Netns {
         let path = Path::new("/run/netns").join(&name);
         Ok(Self { name, path })
     }
+
+    /// Gives it an interface with this address (`10.0.0.2/24`), whose other end is in a bridge of the node.
+    ///
+    /// # Errors
+    /// What `ip` says.
+    pub fn join(&self, bridge: &str, address: &str) -> Result<()> {
+        let number = address.split(['.', '/']).nth(3).unwrap_or_default();
+        let near = format!("brigd{number}");
+        let _ = ip(&["link", "delete", &near]);
+        ip(&[
+            "link", "add", &near, "type", "veth", "peer", "name", "eth0", "netns", &self.name,
+        ])?;
+        ip(&["link", "set", &near, "master", bridge, "up"])?;
+        ip(&[
+            "-netns", &self.name, "address", "add", address, "dev", "eth0",
+        ])?;
+        ip(&["-netns", &self.name, "link", "set", "eth0", "up"])
+    }
 }
 
 impl Drop for Netns {
@@ -157,7 +175,14 @@ impl<'a> Pod<'a> {
     /// # Errors
     /// What the shim says.
     pub fn by_pause_container(daemon: &'a Daemon, id: &str) -> Result<Self> {
-        let netns = Netns::new(id)?;
+        Self::by_pause_container_in(daemon, id, Netns::new(id)?)
+    }
+
+    /// As [`Self::by_pause_container`], in this network.
+    ///
+    /// # Errors
+    /// What the shim says.
+    pub fn by_pause_container_in(daemon: &'a Daemon, id: &str, netns: Netns) -> Result<Self> {
         let place = Place::Pause { netns: &netns.path };
         // Brig never runs it; any other runtime needs a program that stays.
         let program = ["/bin/brig-probe", "sleep"];
@@ -213,7 +238,22 @@ impl<'a> Pod<'a> {
             stderr: errors.path.display().to_string(),
             ..Streams::default()
         };
-        self.container_on(name, args, &streams, Some((output, errors)), rootfs)
+        self.container_on(name, args, &streams, Some((output, errors)), rootfs, |_| ())
+    }
+
+    /// Creates a container with these streams and this root file system, whose specification is changed before.
+    ///
+    /// # Errors
+    /// What the shim says.
+    pub fn container_changed(
+        &self,
+        name: &str,
+        args: &[&str],
+        streams: &Streams,
+        rootfs: Vec<Mount>,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<Container<'a>> {
+        self.container_on(name, args, streams, None, Some(rootfs), change)
     }
 
     /// Creates a container with these streams.
@@ -226,7 +266,7 @@ impl<'a> Pod<'a> {
         args: &[&str],
         streams: &Streams,
     ) -> Result<Container<'a>> {
-        self.container_on(name, args, streams, None, None)
+        self.container_on(name, args, streams, None, None, |_| ())
     }
 
     fn container_on(
@@ -236,6 +276,7 @@ impl<'a> Pod<'a> {
         streams: &Streams,
         fifos: Option<(Output, Output)>,
         rootfs: Option<Vec<Mount>>,
+        change: impl FnOnce(&mut Value),
     ) -> Result<Container<'a>> {
         let id = format!("{}-{name}", self.id);
         let place = Place::Member {
@@ -246,6 +287,7 @@ impl<'a> Pod<'a> {
         if !self.map.is_empty() {
             join_user_namespace(&mut spec, self.pid, &self.map)?;
         }
+        change(&mut spec);
         let bundle = self.daemon.bundle(&id, Some(&spec))?;
         let connection = self.join(&bundle)?;
         let rootfs = match rootfs {
