@@ -17,7 +17,7 @@ use crate::syscalls;
 
 const GUEST_KIB: u64 = 256 * 1024;
 /// The same as brig-vmm's, which writes early messages to its debug port.
-const QEMU_CMDLINE: &str = "quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check \
+pub const QEMU_CMDLINE: &str = "quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check \
      rcupdate.rcu_expedited=1 random.trust_cpu=on swiotlb=noforce dummy.numdummies=0";
 const LOG: &str = "/run/brig-bench-vmm.log";
 
@@ -29,7 +29,7 @@ struct Cost {
     pss: memory::Share,
 }
 
-fn installed() -> Boot {
+pub fn installed() -> Boot {
     let mut boot = Boot::installed(Path::new(LOG));
     boot.share = false;
     boot

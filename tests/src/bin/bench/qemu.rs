@@ -1,7 +1,7 @@
 //! What a user would pick instead of brig-vmm: QEMU's microvm with the same kernel and initramfs,
 //! and a vsock device of vhost, over which the same agent dials out.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ impl Listener {
 /// A running QEMU whose agent is ready.
 pub struct Qemu {
     child: Child,
-    _agent: OwnedFd,
+    agent: OwnedFd,
     /// From exec to the agent's dial.
     pub ready: Duration,
 }
@@ -70,15 +70,22 @@ pub fn padded_initramfs(from: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The command that boots it.
+/// The command that boots it with an initramfs and 256 MiB.
 pub fn command(kernel: &Path, initramfs: &Path, cmdline: &str) -> Command {
+    let mut command = machine(kernel, cmdline, 256);
+    command.arg("-initrd").arg(initramfs);
+    command
+}
+
+/// The command of a guest of `mib` MiB, whose root is on a disk.
+pub fn machine(kernel: &Path, cmdline: &str, mib: u32) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args([
             "-M",
             "microvm,pic=off,pit=off,rtc=off,acpi=on,pcie=on,accel=kvm",
         ])
-        .args(["-cpu", "host", "-smp", "1", "-m", "256"])
+        .args(["-cpu", "host", "-smp", "1", "-m", &mib.to_string()])
         .args([
             "-nodefaults",
             "-no-user-config",
@@ -88,8 +95,6 @@ pub fn command(kernel: &Path, initramfs: &Path, cmdline: &str) -> Command {
         ])
         .arg("-kernel")
         .arg(kernel)
-        .arg("-initrd")
-        .arg(initramfs)
         .args(["-append", cmdline])
         .args(["-device", &format!("vhost-vsock-pci,guest-cid={CID}")])
         .args(["-device", "virtio-rng-pci"])
@@ -108,7 +113,7 @@ impl Qemu {
         match listener.accept(within) {
             Ok(agent) => Ok(Self {
                 child,
-                _agent: agent,
+                agent,
                 ready: started.elapsed(),
             }),
             Err(error) => {
@@ -121,6 +126,11 @@ impl Qemu {
                 bail!("{error:#}; QEMU said: {}", said.trim())
             }
         }
+    }
+
+    /// The stream to what dialled.
+    pub fn stream(&self) -> Result<File> {
+        Ok(self.agent.try_clone()?.into())
     }
 
     /// Its process id.
