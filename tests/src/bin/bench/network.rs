@@ -20,7 +20,7 @@ const BRIDGE: &str = "brig-bench";
 const NODE: &str = "10.99.0.1";
 const TAP: &str = "brig-bench-tap";
 /// What iperf3 moves.
-const MIB: u64 = 8;
+const MIB: u64 = 64;
 /// How often the byte goes to and fro.
 const PINGS: u64 = 300;
 const ECHO: u16 = 5300;
@@ -194,9 +194,10 @@ fn guest(ground: &Ground, listener: &Listener, vhost: bool) -> Result<Subject<'s
 
 fn transfers() -> [Transfer; 3] {
     let iperf3 = |more: &[&str], bytes: u64| -> Vec<String> {
-        let mut command = ["/usr/bin/iperf3", "--client", NODE, "--json"]
-            .map(str::to_owned)
-            .to_vec();
+        // It looks whether it has moved enough as often as it reports.
+        let own = ["--client", NODE, "--json", "--interval", "0.1"];
+        let mut command = vec!["/usr/bin/iperf3".to_owned()];
+        command.extend(own.map(str::to_owned));
         command.extend(more.iter().map(|arg| (*arg).to_owned()));
         command.extend(["--bytes".to_owned(), bytes.to_string()]);
         command
