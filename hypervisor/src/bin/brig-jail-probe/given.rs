@@ -229,6 +229,16 @@ fn on_files(number: usize) -> Vec<Attempt> {
             Box::new(move || reopen(libc::O_RDWR)),
         ),
         (
+            "map, and make that writable",
+            Box::new(move || {
+                let mapped = call(libc::SYS_mmap, &[0, 4096, 1, 1, number, 0]);
+                match usize::try_from(mapped) {
+                    Ok(address) => call(libc::SYS_mprotect, &[address, 4096, 3]),
+                    Err(_) => mapped,
+                }
+            }),
+        ),
+        (
             "climb",
             Box::new(move || call(libc::SYS_openat, &[here, up, 0])),
         ),

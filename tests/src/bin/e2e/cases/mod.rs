@@ -21,6 +21,7 @@ mod hostile_agent;
 mod images;
 mod install;
 mod leaks;
+mod mapped_layers;
 mod mounts;
 mod network;
 mod operator;
@@ -78,6 +79,7 @@ const GROUPS: &[&[Case]] = &[
     daemon_logs::CASES,
     daemon_streams::CASES,
     root_disks::CASES,
+    mapped_layers::CASES,
     root_snapshotters::CASES,
     durability::CASES,
     errors::CASES,

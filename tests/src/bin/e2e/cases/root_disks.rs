@@ -52,36 +52,47 @@ pub fn mounts() -> Result<BTreeSet<String>> {
 }
 
 /// Images of erofs, as the differ of containerd makes them.
-struct Layers {
-    directory: PathBuf,
+pub struct Layers {
+    pub directory: PathBuf,
 }
 
 impl Layers {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let directory = PathBuf::from(DIRECTORY);
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory)?;
         Ok(Self { directory })
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.directory.join(name).display().to_string()
     }
 
-    fn make(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<String> {
+    pub fn make(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<String> {
+        // The differ's own options: no part of a file lies beside its inode.
+        self.make_with(name, &["-b4096", "-Enoinline_data"], fill)
+    }
+
+    pub fn make_with(
+        &self,
+        name: &str,
+        options: &[&str],
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<String> {
         let tree = self.directory.join(format!("{name}.tree"));
         fs::create_dir_all(&tree)?;
         fill(&tree)?;
         let image = self.path(&format!("{name}.erofs"));
+        let tree = tree.display().to_string();
         run(
             "mkfs.erofs",
-            &["--quiet", "-b4096", &image, &tree.display().to_string()],
+            &[&["--quiet"], options, &[&image, &tree]].concat(),
         )?;
         Ok(image)
     }
 
     /// A layer with a shell, and with the places of what a pod mounts.
-    fn base(&self) -> Result<String> {
+    pub fn base(&self) -> Result<String> {
         self.make("base", |tree| {
             for directory in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
                 fs::create_dir(tree.join(directory))?;
@@ -109,7 +120,7 @@ impl Drop for Layers {
     }
 }
 
-fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
+pub fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
     Mount {
         type_: kind.to_owned(),
         source: source.to_owned(),
