@@ -35,6 +35,15 @@ writable() {
     done
 }
 
+# binaries: what a node runs, in BRIG_BIN_DIR: built now, unless that names some.
+binaries() {
+    if [ -z "${BRIG_BIN_DIR-}" ]; then
+        BRIG_BIN_DIR=$("$repo/build" --tests | tail -n1)
+        [ -n "$BRIG_BIN_DIR" ] || die "the binaries for a node cannot be built; the reason is above"
+    fi
+    export BRIG_BIN_DIR
+}
+
 # The Debian mirror that this machine's own apt uses: nothing here names one.
 debian_mirror() {
     local uri
