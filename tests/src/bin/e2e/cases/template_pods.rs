@@ -151,8 +151,10 @@ fn makers() -> Vec<i32> {
     .collect()
 }
 
-fn wait_for_maker(after: Duration) -> Result<i32> {
-    let end = Instant::now() + clock::seconds(10);
+/// Waits until a template is being made, and so much longer. `booting` pods share the node's CPU until then.
+fn wait_for_maker(booting: usize, after: Duration) -> Result<i32> {
+    let rounds = u32::try_from(booting.div_ceil(AT_ONCE))?;
+    let end = Instant::now() + clock::seconds(10 * rounds);
     loop {
         if let Some(pid) = makers().first() {
             sleep(after);
@@ -298,11 +300,12 @@ fn one_maker(suite: &mut Suite) -> Result<()> {
     let set = std::env::var("BRIG_FIRST_PODS").ok();
     let at_once = set.map_or(Ok(AT_ONCE), |text| text.parse::<usize>());
     let mut pods: Vec<Running> = Vec::new();
-    for _ in 0..at_once.context("BRIG_FIRST_PODS")? {
+    let at_once = at_once.context("BRIG_FIRST_PODS")?;
+    for _ in 0..at_once {
         let run = handler.run("sleep 2");
         pods.push(Running::start(suite.ctr.run_command(&run, &["--rm"]))?);
     }
-    let pid = wait_for_maker(Duration::ZERO)?;
+    let pid = wait_for_maker(at_once, Duration::ZERO)?;
     let end = Instant::now() + clock::seconds(2);
     // It enters it first of all.
     while !fs::read_to_string(format!("/proc/{pid}/cgroup"))?.contains("/brig-templates") {
@@ -328,7 +331,7 @@ fn killed(suite: &mut Suite) -> Result<()> {
     let before = baseline(suite)?;
     for after in [0, 60, 150, 400, 900] {
         let mut pod = Running::start(suite.ctr.run_command(&handler.run("sleep 1"), &["--rm"]))?;
-        let pid = wait_for_maker(Duration::from_millis(after))?;
+        let pid = wait_for_maker(1, Duration::from_millis(after))?;
         // It may have come to its end just now.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         while !pod.is_done() {
