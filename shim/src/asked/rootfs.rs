@@ -4,8 +4,12 @@
 //! containerd writes places of earlier mounts as templates (`{{ mount 0 }}/upper`, `{{ overlay 1 3 }}`), its mount
 //! manager's language. Nothing is looked up here. Trusts containerd in meaning, not in form.
 
-use std::path::{Path, PathBuf};
+mod layer;
 
+use std::path::PathBuf;
+
+pub use self::layer::{IdMap, Sidecar};
+use self::layer::{absolute, ranges, sidecar};
 use crate::error::{Error, Result};
 
 /// File systems of the guest's kernel that lie on a disk.
@@ -62,35 +66,6 @@ pub struct Planned {
     pub map: Option<IdMap>,
     /// Of a file system on one image: where it is said what its blocks are checked against.
     pub verity: Option<Sidecar>,
-}
-
-/// The file beside a layer that has the root hash of its dm-verity tree.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Sidecar {
-    /// The file.
-    pub path: PathBuf,
-    /// Without it the layer is not to be read.
-    pub required: bool,
-}
-
-/// Users and groups of a user namespace.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct IdMap {
-    /// Ranges of users.
-    pub users: Vec<IdRange>,
-    /// Ranges of groups.
-    pub groups: Vec<IdRange>,
-}
-
-/// A line of `uid_map`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IdRange {
-    /// The first id in the user namespace.
-    pub inside: u32,
-    /// What it is outside.
-    pub outside: u32,
-    /// How many there are.
-    pub size: u32,
 }
 
 /// A directory.
@@ -310,33 +285,6 @@ impl Plan {
     }
 }
 
-/// The file that `X-containerd.dmverity` names: its path, or a mode, which means the file beside the layer.
-fn sidecar(value: &str, layer: &str) -> std::result::Result<Option<Sidecar>, String> {
-    let (path, required) = match value {
-        "off" => return Ok(None),
-        "auto" | "on" => (absolute(&format!("{layer}.dmverity"))?, value == "on"),
-        path => (absolute(path)?, true),
-    };
-    Ok(Some(Sidecar { path, required }))
-}
-
-/// Ranges of a map as containerd writes them: `inside:outside:size`, several with commas.
-fn ranges(option: &str, text: &str) -> std::result::Result<Vec<IdRange>, String> {
-    let wrong = || format!("{option:?} is no map of ids: one is like uidmap=0:65536:65536");
-    let range = |text: &str| {
-        let mut numbers = text.split(':').map(|number| number.parse::<u32>().ok());
-        let range = IdRange {
-            inside: numbers.next()??,
-            outside: numbers.next()??,
-            size: numbers.next()??,
-        };
-        numbers.next().is_none().then_some(range)
-    };
-    text.split(',')
-        .map(|one| range(one).ok_or_else(wrong))
-        .collect()
-}
-
 /// Options of an entry. A template has no commas, and those of a map are its own.
 fn split(option: &str) -> Vec<&str> {
     if ["uidmap=", "gidmap="]
@@ -360,17 +308,12 @@ fn bare(kind: &str) -> &str {
     kind
 }
 
-fn absolute(text: &str) -> std::result::Result<PathBuf, String> {
-    let path = Path::new(text);
-    let plain = path.is_absolute() && !path.components().any(|part| part.as_os_str() == "..");
-    plain
-        .then(|| path.to_owned())
-        .ok_or_else(|| format!("{text:?} must be an absolute path without \"..\""))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
+
+    use brig_hypervisor::share::IdRange;
     use proptest::prelude::*;
 
     fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
@@ -508,10 +451,10 @@ mod tests {
         ];
         let layer = mount("erofs", "/l", &["ro"]);
         let plan = plan(&[layer.clone(), layer, mount("format/overlay", "o", &options)]);
-        let range = |inside, outside, size| IdRange {
-            inside,
-            outside,
-            size,
+        let range = |stored, seen, length| IdRange {
+            stored,
+            seen,
+            length,
         };
         let map = IdMap {
             users: vec![range(0, 65536, 1000), range(1000, 5, 1)],

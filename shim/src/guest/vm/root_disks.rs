@@ -7,11 +7,12 @@ use brig_agent_protocol::agent::{
     IdRange, RootDevice, RootDirectory, RootDisk, RootMount, RootPlace, RootVerity,
 };
 use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece};
+use brig_hypervisor::share;
 use slog::{Logger, info};
 
 use super::Vm;
 use super::root_given::RootGiven;
-use crate::asked::rootfs::{self, Place, Plan, Sidecar};
+use crate::asked::rootfs::{Place, Plan, Sidecar};
 use crate::error::{Error, Kind, Result};
 use crate::node::disk::Opened;
 use crate::node::image::{self, Image};
@@ -221,11 +222,11 @@ fn checked_by(tree: Tree) -> RootVerity {
     }
 }
 
-fn ranges(of: &[rootfs::IdRange]) -> Vec<IdRange> {
-    let told = |range: &rootfs::IdRange| IdRange {
-        inside: range.inside,
-        outside: range.outside,
-        size: range.size,
+fn ranges(of: &[share::IdRange]) -> Vec<IdRange> {
+    let told = |range: &share::IdRange| IdRange {
+        inside: range.stored,
+        outside: range.seen,
+        size: range.length,
         ..IdRange::default()
     };
     of.iter().map(told).collect()
