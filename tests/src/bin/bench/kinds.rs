@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use brig_tests::node::daemon::snapshot::{self, mount};
 use containerd_shim_protos::api::Mount;
 use serde_json::{Value, json};
 
@@ -73,15 +74,6 @@ pub struct Guest {
     pub mounted: Mounted,
 }
 
-fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
-    Mount {
-        type_: kind.to_owned(),
-        source: source.to_owned(),
-        options: options.iter().map(|option| (*option).to_owned()).collect(),
-        ..Mount::default()
-    }
-}
-
 impl Kind {
     /// All.
     pub const ALL: [Self; 6] = [
@@ -146,7 +138,7 @@ impl Kind {
             Self::Erofs => {
                 let (layer, writable) = (ground.erofs()?, ground.ext4(&name, false)?);
                 made.rootfs = match who {
-                    Who::Brig => erofs(&text(&layer), &text(&writable)),
+                    Who::Brig => snapshot::erofs(&text(&writable), &[text(&layer)]),
                     _ => mounted_erofs(ground, &name, &layer, &writable, &mut made.mounted)?,
                 };
             }
@@ -242,26 +234,7 @@ fn overlay(ground: &Ground, name: &str) -> Result<Vec<Mount>> {
     Ok(vec![mount("overlay", "overlay", &options)])
 }
 
-/// What the erofs snapshotter hands to a runtime that mounts for itself.
-fn erofs(layer: &str, writable: &str) -> Vec<Mount> {
-    vec![
-        mount("ext4", writable, &["rw", "loop"]),
-        mount("erofs", layer, &["ro", "loop"]),
-        mount(
-            "format/mkdir/overlay",
-            "overlay",
-            &[
-                "X-containerd.mkdir.path={{ mount 0 }}/upper:0755",
-                "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
-                "workdir={{ mount 0 }}/work",
-                "upperdir={{ mount 0 }}/upper",
-                "lowerdir={{ overlay 1 1 }}",
-            ],
-        ),
-    ]
-}
-
-/// What containerd's mount manager makes of that on the node for any other.
+/// What containerd's mount manager makes on the node of what the erofs snapshotter hands over, for who does not mount for himself.
 fn mounted_erofs(
     ground: &Ground,
     name: &str,

@@ -10,6 +10,7 @@ pub mod event_log;
 pub mod generation;
 pub mod pod;
 pub mod pod_config;
+pub mod snapshot;
 pub mod stream;
 
 use std::cell::RefCell;

@@ -13,6 +13,7 @@ use brig_tests::node::daemon::Daemon;
 use brig_tests::node::daemon::generation::Generation;
 use brig_tests::node::daemon::pod::Pod;
 use brig_tests::node::daemon::pod_config::PodConfig;
+use brig_tests::node::daemon::snapshot::{self, mount};
 use brig_tests::node::{clock, process};
 use containerd_shim_protos::api::Mount;
 
@@ -116,35 +117,6 @@ impl Drop for Layers {
     }
 }
 
-fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
-    Mount {
-        type_: kind.to_owned(),
-        source: source.to_owned(),
-        options: options.iter().map(|option| (*option).to_owned()).collect(),
-        ..Mount::default()
-    }
-}
-
-/// What the snapshotter gives for a writable container in block mode.
-pub fn on_disks(writable: &str, layers: &[String]) -> Vec<Mount> {
-    let mut all = vec![mount("ext4", writable, &["rw", "loop"])];
-    all.extend(
-        layers
-            .iter()
-            .map(|layer| mount("erofs", layer, &["ro", "loop"])),
-    );
-    let lower = format!("lowerdir={{{{ overlay 1 {} }}}}", layers.len());
-    let options = [
-        "X-containerd.mkdir.path={{ mount 0 }}/upper:0755",
-        "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
-        "workdir={{ mount 0 }}/work",
-        "upperdir={{ mount 0 }}/upper",
-        &lower,
-    ];
-    all.push(mount("format/mkdir/overlay", "overlay", &options));
-    all
-}
-
 fn erofs(suite: &mut Suite) -> Result<()> {
     let layers = Layers::new()?;
     let base = layers.base()?;
@@ -178,7 +150,7 @@ fn erofs(suite: &mut Suite) -> Result<()> {
     let mounted = mounts()?;
     let one = layers.writable("one.img")?;
     let script = format!("busybox cat /which; echo written > /new; busybox rm /which; {disks}");
-    let first = pod.container_from("one", &shell(&script), Some(on_disks(&one, &stack)))?;
+    let first = pod.container_from("one", &shell(&script), Some(snapshot::erofs(&one, &stack)))?;
     let added: Vec<_> = mounts()?.difference(&mounted).cloned().collect();
     equal("mounts of the node", Vec::<String>::new(), added)?;
     equal(
@@ -187,7 +159,7 @@ fn erofs(suite: &mut Suite) -> Result<()> {
         wait(&first)?.as_str(),
     )?;
     let two = layers.writable("two.img")?;
-    let second = pod.container_from("two", &shell(&script), Some(on_disks(&two, &stack)))?;
+    let second = pod.container_from("two", &shell(&script), Some(snapshot::erofs(&two, &stack)))?;
     equal(
         "the layers are there once",
         "top\n3\n",
@@ -352,7 +324,7 @@ fn mapped(suite: &mut Suite) -> Result<()> {
     };
     let pod = Pod::by_sandbox_api(&daemon, "mapped", &config)?;
     let writable = layers.writable("mapped.img")?;
-    let mut mounts = on_disks(&writable, &[top, base]);
+    let mut mounts = snapshot::erofs(&writable, &[top, base]);
     let map = format!("map=0:{ROOT}:65536");
     let overlay = mounts.last_mut().context("an overlay")?;
     overlay

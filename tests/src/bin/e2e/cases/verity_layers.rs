@@ -7,12 +7,13 @@ use brig_tests::node::check::{contains, equal};
 use brig_tests::node::daemon::Daemon;
 use brig_tests::node::daemon::generation::Generation;
 use brig_tests::node::daemon::pod::Pod;
+use brig_tests::node::daemon::snapshot;
 use containerd_shim_protos::api::Mount;
 use sha2::{Digest as _, Sha256};
 
 use super::daemon_pods::config;
 use super::leaks::baseline;
-use super::root_disks::{Layers, on_disks};
+use super::root_disks::Layers;
 use crate::suite::{Case, Suite, brig, patience};
 
 pub const CASES: &[Case] = &[brig(
@@ -79,7 +80,7 @@ fn add_tree(layer: &str) -> Result<String> {
 
 /// The mounts with their layers checked.
 fn with_trees(writable: &str, layers: &[String]) -> Vec<Mount> {
-    let mut mounts = on_disks(writable, layers);
+    let mut mounts = snapshot::erofs(writable, layers);
     for mount in mounts.iter_mut().filter(|mount| mount.type_ == "erofs") {
         let option = format!("X-containerd.dmverity={}.dmverity", mount.source);
         mount.options.push(option);
@@ -129,7 +130,7 @@ fn checked(suite: &mut Suite) -> Result<()> {
     equal(
         "none is left",
         "0\nread\n",
-        run("plain", on_disks(&writable, &stack))?.as_str(),
+        run("plain", snapshot::erofs(&writable, &stack))?.as_str(),
     )?;
     let said = run(
         "broken",
@@ -140,7 +141,10 @@ fn checked(suite: &mut Suite) -> Result<()> {
         "2\nrefused\n",
         said.as_str(),
     )?;
-    let said = run("unchecked", on_disks(&writable, &[broken, base.clone()]))?;
+    let said = run(
+        "unchecked",
+        snapshot::erofs(&writable, &[broken, base.clone()]),
+    )?;
     equal("and would be without the tree", "0\nread\nC", said.as_str())?;
 
     let refused = |name: &str, reason: &str| -> Result<()> {
