@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use brig_hypervisor::jail::allow;
 use brig_hypervisor::jail::audit::{Extent, differences, filters};
 use brig_hypervisor::jail::seccomp::ThreadKind;
 use brig_hypervisor::launch::{LaunchError, LaunchOptions, Stage, VmmExit, VmmProcess, launch};
@@ -53,6 +54,16 @@ impl Jailed {
         let mut buffer = vec![0u8; 64 * 1024];
         let length = nix::unistd::read(control, &mut buffer).unwrap();
         String::from_utf8_lossy(&buffer[..length]).into_owned()
+    }
+
+    /// The mount at `place` has all flags that keep what is on it from being more than files.
+    fn has_flags(&self, place: &str) {
+        let mounts = self.node("mountinfo");
+        let place = format!(" {place} ");
+        let line = mounts.lines().find(|line| line.contains(&place)).unwrap();
+        for flag in allow::MOUNT_FLAGS {
+            assert!(line.contains(flag), "{line}");
+        }
     }
 
     fn node(&self, file: &str) -> String {

@@ -367,6 +367,18 @@ fn helped(gate: Option<&Arc<Barrier>>) -> Disk {
 }
 
 impl Disk {
+    /// Somebody finds that the driver has broken the rules, and the worker is told.
+    fn is_stopped(&mut self) {
+        let end = Instant::now() + Duration::from_secs(20);
+        let error = loop {
+            assert!(Instant::now() < end, "nobody told");
+            if let Err(error) = self.harness.step(5) {
+                break error;
+            }
+        };
+        assert!(matches!(error, DeviceError::Guest { .. }));
+    }
+
     /// Adds a request with its own header and status, at most 60 of them; returns where its status is.
     fn add(&mut self, number: u64, kind: u32, sector: u64, parts: &[Part]) -> u64 {
         self.add_to(0, number, kind, sector, parts)
