@@ -32,7 +32,7 @@ pub struct Cgroup {
     dirs: Vec<PathBuf>,
     /// Directories above that we made and could not mark, outermost first.
     parents: Vec<PathBuf>,
-    /// Where the shim was before; it returns there so that the cgroup can be removed.
+    /// Where this process was before; it returns there so that the cgroup can be removed. None: to the root of the hierarchy.
     home: Option<PathBuf>,
 }
 
@@ -72,6 +72,12 @@ impl Cgroup {
         }
         cgroup.home = own_cgroup(root);
         Ok(cgroup)
+    }
+
+    /// Where this process was before is somebody else's, who may be about to remove it: it does not return there.
+    #[must_use]
+    pub fn without_return(self) -> Self {
+        Self { home: None, ..self }
     }
 
     /// An open directory to be born into, on v2.
@@ -143,12 +149,13 @@ impl Cgroup {
     /// # Errors
     /// What the host says; a cgroup that is gone is no error.
     pub fn leave_and_remove(&self) -> io::Result<()> {
+        let pid = std::process::id().to_string();
+        let enter = |dir: &Path| fs::write(dir.join("cgroup.procs"), &pid);
         for dir in &self.dirs {
-            let procs = match &self.home {
-                Some(home) if home.is_dir() => home.join("cgroup.procs"),
-                _ => hierarchy_of(dir).join("cgroup.procs"),
-            };
-            ignore_missing(fs::write(procs, std::process::id().to_string()))?;
+            let is_home = self.home.as_deref().is_some_and(|home| enter(home).is_ok());
+            if !is_home {
+                ignore_missing(enter(&hierarchy_of(dir)))?;
+            }
         }
         self.remove_dirs();
         match self.dirs.iter().find(|dir| dir.exists()) {

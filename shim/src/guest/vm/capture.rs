@@ -46,7 +46,8 @@ pub fn main(recipe: &str) -> Result<()> {
 /// # Errors
 /// Why there is none.
 pub fn make(recipe: &Recipe) -> Result<()> {
-    let own = Cgroup::create(CGROUP)?;
+    // It was born into its pod's, which the pod's end removes at any moment.
+    let own = Cgroup::create(CGROUP)?.without_return();
     own.join()
         .map_err(|error| Error::io("cannot enter the cgroup of templates", &error))?;
     let made = captured(recipe, &own).and_then(|file| {

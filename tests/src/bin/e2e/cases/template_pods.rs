@@ -54,6 +54,11 @@ pub const CASES: &[Case] = &[
     ),
     brig(
         "template",
+        "a maker that comes to its end while its pod does is in nobody's way",
+        ends_with_its_pod,
+    ),
+    brig(
+        "template",
         "another VMM makes another template, and the old one goes",
         another_vmm,
     ),
@@ -126,7 +131,12 @@ impl Handler {
             ) {
                 return Ok(key);
             }
-            ensure!(Instant::now() < end, "no template was made");
+            ensure!(
+                Instant::now() < end,
+                "no template was made: {}, the makers are {:?}",
+                brig_command(&["template", "list"])?,
+                makers()
+            );
             sleep(Duration::from_millis(50));
         }
     }
@@ -352,6 +362,37 @@ fn killed(suite: &mut Suite) -> Result<()> {
     }
     handler.sh(suite, BRIEF)?;
     handler.made().map(drop)
+}
+
+/// The cgroup of a process, whose freezer stands still what is in it.
+fn cgroup_of(pid: i32) -> Result<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = text.trim().strip_prefix("0::/").context("its cgroup")?;
+    Ok(Path::new("/sys/fs/cgroup").join(path))
+}
+
+fn ends_with_its_pod(suite: &mut Suite) -> Result<()> {
+    let handler = Handler::new(suite, 150, "")?;
+    let before = baseline(suite)?;
+    let pod = Running::start(suite.ctr.run_command(&handler.run("sleep 1"), &["--rm"]))?;
+    let maker = wait_for_maker(1, Duration::ZERO)?;
+    let own = Path::new("/sys/fs/cgroup/brig-templates");
+    let end = Instant::now() + clock::seconds(2);
+    while cgroup_of(maker)? != own {
+        ensure!(Instant::now() < end, "the maker is in the pod's cgroup");
+        sleep(Duration::from_millis(5));
+    }
+    let status = fs::read_to_string(format!("/proc/{maker}/status"))?;
+    let shim = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    let pods = cgroup_of(shim.context("its parent")?.trim().parse()?)?;
+    ensure!(pods != own, "the shim is where templates are made");
+    // Whoever goes into the pod's cgroup again would not come out of it.
+    fs::write(pods.join("cgroup.freeze"), "1")?;
+    let made = handler.made();
+    fs::write(pods.join("cgroup.freeze"), "0")?;
+    made?;
+    pod.finish(clock::seconds(60))?.success()?;
+    before.nothing_left(patience())
 }
 
 fn another_vmm(suite: &mut Suite) -> Result<()> {
