@@ -33,6 +33,11 @@ const MAX_NODES: usize = 256;
 /// Base classes whose drivers make nodes: storage, display, accelerators.
 const WITH_NODES: [u32; 3] = [0x01, 0x03, 0x12];
 
+/// A disk that is memory: vendor and device of virtio-pmem.
+const PMEM: (u32, u32) = (0x1af4, 0x105b);
+/// What makes a disk of it. Nobody asks for a driver of what lies below a PCI function.
+const PMEM_MODULES: [&str; 2] = ["virtio_pmem", "nd_pmem"];
+
 /// The class of a port, as sysfs has it.
 const PORT: &str = "0x0604";
 
@@ -70,6 +75,13 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
             return Ok(found);
         }
         if loaded.is_none() {
+            if is_pmem(&found) {
+                load_pmem().await.map_err(|reason| {
+                    Error::FailedPrecondition(format!("{}: {reason}", lacking(&name, &found)))
+                })?;
+                loaded = Some(Ok(false));
+                continue;
+            }
             let has_driver = !found.driver.is_empty();
             let outcome = load_driver(device_at(directory.clone()), has_driver).await;
             if outcome.is_err() {
@@ -121,6 +133,20 @@ async fn load_driver(directory: PathBuf, has_driver: bool) -> std::result::Resul
         } else {
             Err("no module is for it".to_owned())
         }
+    });
+    loaded.await.map_err(|e| e.to_string())?
+}
+
+async fn load_pmem() -> std::result::Result<(), String> {
+    let loaded = tokio::task::spawn_blocking(|| {
+        for module in PMEM_MODULES {
+            match modules::load(module) {
+                Ok(true) => {}
+                Ok(false) => return Err(format!("the guest's kernel has no module {module}")),
+                Err(failure) => return Err(failure.to_string()),
+            }
+        }
+        Ok(())
     });
     loaded.await.map_err(|e| e.to_string())?
 }
@@ -200,7 +226,15 @@ pub fn number(name: &str) -> Option<u32> {
     Some(slot << 3 | function)
 }
 
+fn is_pmem(device: &FoundDevice) -> bool {
+    (device.vendor, device.device) == PMEM
+}
+
 fn is_ready(device: &FoundDevice, bundled: bool) -> bool {
+    if is_pmem(device) {
+        // Its first nodes are for its managers.
+        return device.nodes.iter().any(|node| node.block);
+    }
     let promises = WITH_NODES.contains(&(device.class >> 16)) && !bundled;
     !device.driver.is_empty() && (!promises || !device.nodes.is_empty())
 }
@@ -391,6 +425,19 @@ mod tests {
         // A bundle may make them.
         found.nodes.clear();
         assert!(is_ready(&found, true));
+        // Memory is there when it is a disk, whatever else its driver has made.
+        let mut memory = FoundDevice {
+            vendor: 0x1af4,
+            device: 0x105b,
+            class: 0x05_8000,
+            driver: "virtio-pci".into(),
+            ..FoundDevice::default()
+        };
+        assert!(!is_ready(&memory, false));
+        memory.nodes.push(DeviceNode::default());
+        assert!(!is_ready(&memory, false));
+        memory.nodes[0].block = true;
+        assert!(is_ready(&memory, false));
         // An interface has none.
         found.nodes.clear();
         found.class = 0x02_0000;

@@ -18,6 +18,8 @@ use crate::{
     spec::IdMapping,
 };
 
+/// `linux/fs.h`: `_IO(0x12, 93)`.
+const BLKROSET: libc::Ioctl = 0x125d;
 /// `linux/blkpg.h`: `_IO(0x12, 105)` and the operations.
 const BLKPG: libc::Ioctl = 0x1269;
 const ADD_PARTITION: libc::c_int = 1;
@@ -100,15 +102,36 @@ pub async fn resolve(mounts: &[RootMount], disks: &[RootDisk]) -> Result<Vec<Mou
                 disk.function
             ))
         })?;
-        let pieces = ranges(&disk.pieces)?;
+        let pieces = ranges(disk.start, &disk.pieces)?;
         let path = Path::new("/dev").join(&node.name);
-        let cut = tokio::task::spawn_blocking(move || cut(&path, &pieces));
+        let memory = disk.memory;
+        let cut = tokio::task::spawn_blocking(move || {
+            if memory {
+                forbid_writing(&path)?;
+            }
+            cut(&path, &pieces)
+        });
         let parts = cut.await.map_err(|e| Error::Internal(e.to_string()))?;
         nodes.push(parts.map_err(|e| Error::io(format_args!("cutting /dev/{}", node.name), e))?);
     }
     (0..)
         .zip(mounts)
-        .map(|(index, mount)| one(index, mount, &nodes))
+        .map(|(index, mount)| {
+            let mut resolved = one(index, mount, &nodes)?;
+            let on_memory = |device: &RootDevice| {
+                let index = usize::try_from(device.disk).ok();
+                index
+                    .and_then(|index| disks.get(index))
+                    .is_some_and(|disk| disk.memory)
+            };
+            // What dm-verity checks is read through its device, which is a disk.
+            let is_checked = resolved.verity.is_some();
+            if mount.type_ == "erofs" && !is_checked && mount.devices.iter().all(on_memory) {
+                // An image that cannot be read so is read as from any disk, which the kernel's log says.
+                resolved.options.push("dax=always".to_owned());
+            }
+            Ok(resolved)
+        })
         .collect()
 }
 
@@ -119,13 +142,29 @@ fn without_verity(reason: &str) -> Error {
     ))
 }
 
+/// Nothing that is mounted of it, and nobody who opens it, writes to it. The driver of memory thinks that it can.
+fn forbid_writing(disk: &Path) -> io::Result<()> {
+    let file = File::open(disk)?;
+    let yes: libc::c_int = 1;
+    // SAFETY: the kernel reads one number, which outlives the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKROSET, &raw const yes) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Begin and length of each piece in bytes.
-fn ranges(lengths: &[u64]) -> Result<Vec<(i64, i64)>> {
+fn ranges(first: u64, lengths: &[u64]) -> Result<Vec<(i64, i64)>> {
     let wrong = || Error::InvalidArgument("the pieces of a disk have no meaning".into());
     if lengths.len() > MAX_PIECES {
         return Err(wrong());
     }
-    let mut start = 0i64;
+    let mut start = i64::try_from(first)
+        .ok()
+        .filter(|_| first.is_multiple_of(ALIGNMENT))
+        .ok_or_else(wrong)?;
     let mut ranges = Vec::new();
     for length in lengths {
         let length = i64::try_from(*length)
@@ -449,10 +488,12 @@ mod tests {
     proptest! {
         #[test]
         fn pieces_lie_one_behind_the_other_or_are_refused(
+            first in prop_oneof![any::<u64>(), (0u64..9).prop_map(|n| n * 4096)],
             lengths in prop::collection::vec(prop_oneof![any::<u64>(), (0u64..9).prop_map(|n| n * 4096)], 0..5),
         ) {
-            if let Ok(ranges) = ranges(&lengths) {
-                let mut end = 0;
+            if let Ok(ranges) = ranges(first, &lengths) {
+                let mut end = i64::try_from(first).unwrap();
+                prop_assert_eq!(end % 4096, 0);
                 for (start, length) in ranges {
                     prop_assert!(start == end && length > 0 && length % 4096 == 0);
                     end = start.checked_add(length).unwrap();

@@ -16,8 +16,8 @@ mod socket;
 
 pub use debug::{DebugRequest, MAX_BREAKPOINTS, Registers, Stopped};
 pub use machine::{
-    DeviceConfig, DiskConfig, DiskPiece, NetConfig, PIECE_ALIGNMENT, SpaceConfig, StreamConfig,
-    VfioConfig, VmConfig,
+    DeviceConfig, DiskConfig, DiskPiece, NetConfig, PIECE_ALIGNMENT, PMEM_START, PmemConfig,
+    SpaceConfig, StreamConfig, VfioConfig, VmConfig,
 };
 pub use socket::{receive, receive_from_vmm, send};
 

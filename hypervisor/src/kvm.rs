@@ -7,7 +7,7 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap,
     kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
@@ -244,6 +244,37 @@ impl KvmMemorySlots {
         }
     }
 
+    /// As [`MemorySlots::set`], for memory that the guest may read: its writes are exits.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn set_readonly(&self, guest: u64, size: u64, host: u64) -> io::Result<u32> {
+        self.take(guest, size, host, KVM_MEM_READONLY)
+    }
+
+    /// A free slot for memory that its caller keeps mapped.
+    fn take(&self, guest: u64, size: u64, host: u64, flags: u32) -> io::Result<u32> {
+        let mut numbers = lock(&self.numbers);
+        let slot = numbers.1.pop().unwrap_or_else(|| {
+            numbers.0 += 1;
+            numbers.0 - 1
+        });
+        let set = self.put(kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: guest,
+            memory_size: size,
+            userspace_addr: host,
+        });
+        if set.is_err() {
+            numbers.1.push(slot);
+        }
+        set.map(|()| slot)
+    }
+
     /// A slot of no size is none.
     fn put(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
         // SAFETY: whoever sets a slot keeps its memory mapped (`MemorySlots::set`); KVM refuses one over another.
@@ -253,22 +284,7 @@ impl KvmMemorySlots {
 
 impl MemorySlots for KvmMemorySlots {
     unsafe fn set(&self, guest: u64, size: u64, host: u64) -> io::Result<u32> {
-        let mut numbers = lock(&self.numbers);
-        let slot = numbers.1.pop().unwrap_or_else(|| {
-            numbers.0 += 1;
-            numbers.0 - 1
-        });
-        let set = self.put(kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: guest,
-            memory_size: size,
-            userspace_addr: host,
-        });
-        if set.is_err() {
-            numbers.1.push(slot);
-        }
-        set.map(|()| slot)
+        self.take(guest, size, host, 0)
     }
 
     fn clear(&self, slot: u32) {

@@ -159,6 +159,26 @@ pub fn in_small_pages(memory: &GuestMemoryMmap, start: u64) -> Result<(), Memory
     Ok(())
 }
 
+/// Whether a region is RAM, and not files that are read ([`crate::virtio::pmem::files`]).
+#[must_use]
+pub fn is_writable_region(region: &GuestRegionMmap) -> bool {
+    region.prot() & libc::PROT_WRITE != 0
+}
+
+/// Whether nothing of a range is in a region that cannot be written. To be asked before anything is written where a guest
+/// says.
+#[must_use]
+pub fn is_writable(memory: &GuestMemoryMmap, address: u64, length: u64) -> bool {
+    let end = address.saturating_add(length);
+    let touches = |region: &GuestRegionMmap| {
+        let start = region.start_addr().raw_value();
+        start < end && address < start.saturating_add(region.len())
+    };
+    memory
+        .iter()
+        .all(|region| is_writable_region(region) || !touches(region))
+}
+
 /// Gives the RAM to KVM, one slot a region.
 ///
 /// # Errors

@@ -93,6 +93,18 @@ fn not_captured(error: &StartError) -> Ended {
     }
 }
 
+/// A CPU that could not be given what it touched does not know what was there.
+fn explained(ended: Ended, vm: &Vm) -> Ended {
+    let fault = matches!(ended.code, exit::INTERNAL | exit::GUEST_FAULT);
+    match vm.shortened().filter(|_| fault) {
+        Some(reason) => Ended {
+            code: exit::INTERNAL,
+            reason,
+        },
+        None => ended,
+    }
+}
+
 fn stopped(reason: &str) -> Ended {
     Ended {
         code: exit::STOPPED,
@@ -409,7 +421,7 @@ impl Server {
                     }
                 }
                 Notice::Captured(cpu) => return Flow::End(self.captured(*cpu, vm)),
-                Notice::Ended(ended) => return Flow::End(ended),
+                Notice::Ended(ended) => return Flow::End(explained(ended, vm)),
             }
         }
         Flow::Continue

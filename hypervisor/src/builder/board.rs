@@ -6,6 +6,7 @@
 mod growth;
 mod passthrough;
 pub mod plug;
+mod pmem;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use slog::{Logger, o};
 use self::growth::Growth;
 use self::passthrough::Passthrough;
 use self::plug::Plugged;
+use self::pmem::FileMemory;
 use super::descriptors::{self, Descriptors};
 use super::error::StartError;
 use crate::arch::x86_64::layout;
@@ -82,6 +84,7 @@ pub struct Board {
     passthrough: Passthrough,
     memory: GuestMemory,
     growth: Growth,
+    file_memory: FileMemory,
     routes: Arc<KvmRoutes>,
     ioeventfds: Arc<KvmIoEventFds>,
     resuming: Arc<AtomicBool>,
@@ -135,6 +138,7 @@ impl Board {
             reclaim: Arc::default(),
             passthrough: Passthrough::default(),
             growth: Growth::new(&memory, space.growth),
+            file_memory: FileMemory::default(),
             memory,
             routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
             ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),

@@ -176,6 +176,12 @@ impl Vm {
         Ok(())
     }
 
+    /// Why the VM has ended, if that is for a file that the guest had as memory.
+    #[must_use]
+    pub fn shortened(&self) -> Option<String> {
+        self.board.shortened().map(|short| short.to_string())
+    }
+
     /// What each virtio device has done.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceCounters> {

@@ -59,6 +59,8 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A disk.
     Disk(DiskConfig),
+    /// A disk that is guest memory.
+    Pmem(PmemConfig),
     /// A device of the node.
     Vfio(VfioConfig),
 }
@@ -122,6 +124,18 @@ pub struct DiskConfig {
     /// Bytes of a logical block: a power of two from 512 to 4096, that of a device of the node.
     pub block_size: u32,
 }
+
+/// A virtio-pmem device over files, to be read alone: the guest has them where the node has them in memory. The first
+/// begins at [`PMEM_START`], each at the end of the one before, and what lies around them reads as zeros.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PmemConfig {
+    /// The files, each with its length.
+    pub pieces: Vec<DiskPiece>,
+}
+
+/// Where the first file of a disk that is guest memory begins, in bytes. What Linux takes for a table of partitions
+/// (below 4 KiB) or for a label of persistent memory (from 4 KiB on) is then nothing that an image holds.
+pub const PMEM_START: u64 = 8192;
 
 /// A file or block device that a disk is made of.
 #[derive(Debug, Serialize, Deserialize)]

@@ -26,7 +26,9 @@ pub use messages::{control_message, share_path};
 pub use msix::msix_table;
 pub use packets::vsock_packets;
 pub use pci::pci_config;
-pub use queues::{balloon_queue, block_queue, fs_queue, net_queue, rng_queue, vsock_queue};
+pub use queues::{
+    balloon_queue, block_queue, fs_queue, net_queue, pmem_queue, rng_queue, vsock_queue,
+};
 pub use session::fuse_session;
 
 /// A target by the name of its corpus.
@@ -36,6 +38,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("descriptor_chain", descriptor_chain),
     ("rng_queue", rng_queue),
+    ("pmem_queue", pmem_queue),
     ("balloon_queue", balloon_queue),
     ("block_queue", block_queue),
     ("net_queue", net_queue),

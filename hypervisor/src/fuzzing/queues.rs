@@ -12,6 +12,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::fs::Fs;
 use crate::virtio::net::Net;
+use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{Harness, RAM};
 use crate::virtio::vsock::Vsock;
@@ -123,6 +124,19 @@ pub fn rng_queue(data: &[u8]) {
     harness.run();
     assert_eq!(harness.queues[0].used()[0].1, 64);
     assert_ne!(harness.read(page, 64), [0; 64]);
+}
+
+pub fn pmem_queue(data: &[u8]) {
+    const RANGE: std::ops::Range<u64> = 1 << 36..(1 << 36) + (2 << 20);
+    let mut harness = Harness::new(Pmem::new(RANGE));
+    drive(&mut harness, &mut Input::new(data), |_| {});
+    let page = fresh(&mut harness);
+    // A flush.
+    harness.write(page, &[0, 0, 0, 0, 7, 7, 7, 7, 7]);
+    harness.queues[0].add(&[(page, 4, false), (page + 4, 4, true)]);
+    harness.run();
+    assert_eq!(harness.queues[0].used()[0].1, 4);
+    assert_eq!(harness.read(page, 9), [0, 0, 0, 0, 0, 0, 0, 0, 7]);
 }
 
 pub fn balloon_queue(data: &[u8]) {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use vm_memory::{Address, GuestAddressSpace as _, GuestMemory as _, GuestMemoryRegion};
 
 use super::peers::Peers;
+use crate::memory::is_writable_region;
 use crate::reclaim::{Pinned, Reclaim};
 use crate::virtio::GuestMemory;
 
@@ -103,7 +104,8 @@ impl GuestDma {
         };
         let memory = memory.memory();
         let mut parts = Vec::new();
-        for region in memory.iter() {
+        // Files that are read are not the device's: each page of them would be pinned.
+        for region in memory.iter().filter(|region| is_writable_region(region)) {
             let start = region.start_addr().raw_value();
             let host = region.as_ptr() as u64;
             let within = has(start..start + region.len()).into_iter();

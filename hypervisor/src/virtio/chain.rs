@@ -8,7 +8,9 @@
 use std::ops::Deref;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemory, GuestMemoryMmap};
+use vm_memory::{Address as _, GuestMemory, GuestMemoryMmap};
+
+use crate::memory::is_writable;
 
 mod buffers;
 
@@ -24,7 +26,7 @@ pub enum ChainError {
     /// It has no end: a loop, an index beyond the table, an unreadable or nested indirect table.
     #[error("a descriptor chain has no proper end")]
     Endless,
-    /// A buffer is not wholly inside RAM.
+    /// A buffer is not wholly inside RAM, or to be written to where that cannot be.
     #[error("a descriptor points outside RAM")]
     Address,
     /// A device-readable descriptor follows a device-writable one (§2.7.4.2).
@@ -76,6 +78,15 @@ impl<'m> Chain<'m> {
                 return Err(ChainError::Order);
             };
             let length = descriptor.len() as usize;
+            if descriptor.is_write_only()
+                && !is_writable(
+                    memory,
+                    descriptor.addr().raw_value(),
+                    descriptor.len().into(),
+                )
+            {
+                return Err(ChainError::Address);
+            }
             if length > 0 {
                 for slice in memory.get_slices(descriptor.addr(), length) {
                     part.push(slice.map_err(|_| ChainError::Address)?);
@@ -95,10 +106,11 @@ impl<'m> Chain<'m> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::pmem::files;
     use crate::virtio::testing::{INDIRECT, NEXT, RAM, WRITE, any_descriptor};
     use proptest::prelude::*;
     use virtio_queue::{Queue, QueueOwnedT, QueueT};
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion as _};
 
     const TABLE: u64 = 0x1000;
     const AVAILABLE: u64 = 0x2000;
@@ -185,6 +197,33 @@ mod tests {
             let memory = memory(&[(address, length, 0, 0)]);
             assert_eq!(parse(&memory).unwrap_err(), ChainError::Address);
         }
+    }
+
+    #[test]
+    fn memory_that_is_files_can_be_read_from_and_not_be_written_to() {
+        const FILES: u64 = 1 << 32;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let (region, _files) = files::map(FILES, vec![(file.into(), 4096)]).unwrap();
+        let end = FILES + region.len();
+        let region = std::sync::Arc::new(region);
+        let with_files =
+            |table: &[(u64, u32, u16, u16)]| memory(table).insert_region(region.clone()).unwrap();
+        let readable = with_files(&[(FILES + 8192, 4096, NEXT, 1), (0x5000, 8, WRITE, 0)]);
+        let chain = parse(&readable).unwrap();
+        assert_eq!((chain.readable.len(), chain.writable.len()), (4096, 8));
+        for (address, length) in [
+            (FILES, 1),
+            (FILES + 8192, 4096),
+            (end - 1, 1),
+            (FILES - 1, 2),
+            (end - 1, u32::MAX),
+        ] {
+            let writable = with_files(&[(address, length, WRITE, 0)]);
+            assert_eq!(parse(&writable).unwrap_err(), ChainError::Address);
+        }
+        assert!(is_writable(&readable, 0, FILES) && is_writable(&readable, end, u64::MAX));
+        assert!(!is_writable(&readable, 0, FILES + 1) && !is_writable(&readable, 0, u64::MAX));
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod helpers;
 pub mod mem;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 pub mod ring;
 pub mod rng;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -69,6 +69,8 @@ pub struct Config {
     pub template: bool,
     /// What an idle guest keeps of files that nobody uses.
     pub idle_files: IdleFiles,
+    /// As what a guest has the layers of an image, where their snapshotter hands over files.
+    pub image_layers: ImageLayers,
     /// Log the guest's early kernel messages too.
     pub debug_console: bool,
     /// The node's root may look into the guest (`brig exec`, `brig console`).
@@ -140,6 +142,28 @@ impl IdleFiles {
     }
 }
 
+/// As what a guest has the layers of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageLayers {
+    /// A disk: what is read of them is in the guest's memory.
+    #[default]
+    Disk,
+    /// Memory: what is read of them is the node's, one copy for all pods.
+    Memory,
+}
+
+impl ImageLayers {
+    /// As it is written.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Memory => "memory",
+        }
+    }
+}
+
 /// Keys that may be left to pods: none of them reaches outside the pod's own VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -198,6 +222,7 @@ struct File {
     max_memory: Option<u64>,
     template: Option<bool>,
     idle_files: Option<IdleFiles>,
+    image_layers: Option<ImageLayers>,
     debug_console: Option<bool>,
     debug: Option<bool>,
     log_level: Option<LogLevel>,
@@ -255,6 +280,7 @@ impl Config {
             max_memory: MAX_MEMORY,
             template: false,
             idle_files: IdleFiles::Keep,
+            image_layers: ImageLayers::Disk,
             debug_console: false,
             debug: false,
             log_level: LogLevel::Info,
@@ -311,6 +337,7 @@ impl Config {
         whole.max_memory = file.max_memory.unwrap_or(whole.max_memory);
         whole.template = file.template.unwrap_or(whole.template);
         whole.idle_files = file.idle_files.unwrap_or(whole.idle_files);
+        whole.image_layers = file.image_layers.unwrap_or(whole.image_layers);
         whole.debug_console = file.debug_console.unwrap_or(whole.debug_console);
         whole.debug = file.debug.unwrap_or(whole.debug);
         whole.log_level = file.log_level.unwrap_or(whole.log_level);

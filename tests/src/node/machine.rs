@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use brig_agent_protocol::OWN_DIRECTORY;
 use brig_hypervisor::control::{
-    self, Counters, DeviceConfig, DiskConfig, DiskPiece, Event, FromVmm, NetConfig, ReplyBody,
-    Request, RequestBody, VmConfig,
+    self, Counters, DeviceConfig, DiskConfig, DiskPiece, Event, FromVmm, NetConfig,
+    PIECE_ALIGNMENT, PmemConfig, ReplyBody, Request, RequestBody, VmConfig,
 };
 use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch};
 use brig_hypervisor::share::{Attributes, FileSystems, Share};
@@ -46,6 +46,8 @@ pub struct Boot {
     pub tap: Option<OwnedFd>,
     /// Raw disks, and whether each is read-only; their serials are "disk0", "disk1".
     pub disks: Vec<(PathBuf, bool)>,
+    /// A file that [`Machine::plug_pmem`] is to give the guest as memory.
+    pub memory_file: Option<PathBuf>,
     /// A template to go on from.
     pub template: Option<PathBuf>,
     /// What the guest is captured into.
@@ -71,6 +73,7 @@ impl Boot {
             log: log.to_owned(),
             tap: None,
             disks: Vec::new(),
+            memory_file: None,
             template: None,
             capture: None,
         }
@@ -347,6 +350,25 @@ impl Machine {
             block_size: 512,
         };
         let body = RequestBody::Plug(DeviceConfig::Disk(disk));
+        match self.ask(body, &[file.as_fd()])? {
+            ReplyBody::Plugged { function } => Ok(function),
+            other => bail!("unexpected reply {other:?}"),
+        }
+    }
+
+    /// Gives the guest a file as memory, to be read; the function of its device.
+    ///
+    /// # Errors
+    /// What the VMM says.
+    pub fn plug_pmem(&mut self, path: &Path) -> Result<u8> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len().next_multiple_of(PIECE_ALIGNMENT);
+        let piece = DiskPiece {
+            file: 0,
+            length: Some(length),
+        };
+        let pieces = vec![piece];
+        let body = RequestBody::Plug(DeviceConfig::Pmem(PmemConfig { pieces }));
         match self.ask(body, &[file.as_fd()])? {
             ReplyBody::Plugged { function } => Ok(function),
             other => bail!("unexpected reply {other:?}"),

@@ -172,16 +172,13 @@ impl Board {
                 source,
             })
         })?;
-        match self.memory.lock() {
-            Ok(memory) => memory.replace(grown),
-            Err(poisoned) => poisoned.into_inner().replace(grown),
-        }
-        growth.mapped = bytes;
+        self.replace_memory(grown);
+        self.growth.mapped = bytes;
         self.tell_followers()
     }
 
-    /// Before the guest may put anything of theirs into new memory.
-    fn tell_followers(&self) -> Result<(), StartError> {
+    /// Before the guest may put anything of theirs into new memory, and before memory that has gone is anything else.
+    pub(super) fn tell_followers(&self) -> Result<(), StartError> {
         let told: Vec<_> = self
             .followers
             .values()

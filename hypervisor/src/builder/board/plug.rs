@@ -97,6 +97,7 @@ impl Board {
                     self.plug_virtio(Box::new(device), Place::Own("block", ThreadKind::Disk))?;
                 Ok(Plugging::Done(function))
             }
+            DeviceConfig::Pmem(pmem) => Ok(Plugging::Done(self.plug_pmem(pmem, fds)?)),
             DeviceConfig::Vfio(vfio) => {
                 let function = self.prepare_passthrough(vfio, fds, seccomp::narrow, true)?;
                 Ok(Plugging::Later(function))
@@ -230,6 +231,7 @@ impl Board {
             return;
         };
         self.vectors -= plugged.vectors;
+        self.unmap_files(function);
         self.free(&plugged.bases);
         match plugged.behind {
             // Its thread, if it has one, has nothing left to do: this does not wait.

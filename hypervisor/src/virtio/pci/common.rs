@@ -8,6 +8,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::interrupt::NO_VECTOR;
+use crate::memory::is_writable;
 
 const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
@@ -314,7 +315,9 @@ fn build(
             return Err("a ring is not aligned");
         }
         let length = usize::try_from(length).map_err(|_| "a ring is too long")?;
-        if !memory.check_range(GuestAddress(address), length) {
+        if !memory.check_range(GuestAddress(address), length)
+            || !is_writable(memory, address, length as u64)
+        {
             return Err("a ring lies outside guest memory");
         }
     }

@@ -82,6 +82,12 @@ pub const KEYS: &[KeyDoc] = &[
         value: |c| c.idle_files.name().into(),
     },
     KeyDoc {
+        name: "image_layers",
+        what: "as what a guest has the layers of an image that the erofs snapshotter hands over as files: a disk, so that what is read is in the guest's own memory (disk), or memory of the node, one copy for all pods of an image, which one pod can notice of another (memory; docs/volumes.md)",
+        form: Form::Word(&["disk", "memory"]),
+        value: |c| c.image_layers.name().into(),
+    },
+    KeyDoc {
         name: "kernel",
         what: "the guest's vmlinux",
         form: Form::Path,

@@ -18,6 +18,7 @@ use tokio::time::{sleep, timeout};
 use super::clock;
 use super::control::{ControlError, Started};
 use super::{GuestOrigin, Host, Plan, Timeouts, Vm};
+use crate::asked::config::ImageLayers;
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
@@ -188,6 +189,7 @@ async fn boot(
         Network::New => None,
     };
     let modules = plan.config.modules.clone();
+    let layers = plan.config.image_layers;
     let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan)).await??;
     mark("vmm.launched", SystemTime::now());
     sandbox.network = std::mem::take(&mut launched.network);
@@ -200,6 +202,8 @@ async fn boot(
         cgroup,
         wanted,
         filter: sandbox.network.filter.given(),
+        // A device of the node that does I/O for a program reaches none of it.
+        maps_layers: layers == ImageLayers::Memory && !launched.machine.0.passthrough,
     };
     let origin = launched.origin.clone();
     let (vm, machine, incoming) = adopt(launched, parts, logger)?;

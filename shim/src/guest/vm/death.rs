@@ -57,6 +57,12 @@ impl Death {
             Some(VmmExit::Signal(libc::SIGSYS)) => {
                 format!("the VMM was killed for a forbidden system call (SIGSYS){said}")
             }
+            Some(VmmExit::Signal(libc::SIGBUS)) => {
+                format!(
+                    "the VMM could not read a file of the node that it had mapped, a layer of an image that has become \
+                     shorter or cannot be read any more (SIGBUS){said}"
+                )
+            }
             Some(VmmExit::Signal(signal)) => format!("the VMM was killed by signal {signal}{said}"),
             None => "the VMM ended in an unknown way".to_owned(),
         };
@@ -123,6 +129,7 @@ mod tests {
             (code(exit::JAIL), "jail"),
             (code(77), "status 77"),
             (VmmExit::Signal(libc::SIGSYS), "forbidden system call"),
+            (VmmExit::Signal(libc::SIGBUS), "layer of an image"),
             (VmmExit::Signal(libc::SIGKILL), "signal 9"),
         ] {
             let reason = reason(ended, &[], None);

@@ -24,7 +24,7 @@ use ttrpc::context;
 
 use super::Vm;
 use super::control::Control;
-use super::held_disks::{Disk, Disks, Held, Root, Volume, Watch};
+use super::held_disks::{Disk, Disks, GivenRoot, Held, Root, Volume, Watch};
 use crate::error::{Error, Kind, Result};
 use crate::node::disk::{self, Numbers};
 use crate::node::watched::watched;
@@ -115,30 +115,32 @@ impl Vm {
         plugged
     }
 
-    /// Plugs a disk that a root file system is on, unless the guest has one of the same files; its function.
+    /// Plugs a disk that a root file system is on, unless the guest has one of the same files.
     pub(super) async fn hold_root(
         &self,
-        files: Option<Vec<(u64, u64)>>,
+        files: Option<&[(u64, u64)]>,
         device: DeviceConfig,
         fds: Vec<OwnedFd>,
         owner: &str,
-    ) -> Result<u8> {
+    ) -> Result<GivenRoot> {
         let mut disks = self.disks.lock().await;
         let mut roots = disks.roots.iter_mut();
-        if let Some(root) = roots.find(|root| files.is_some() && root.files == files) {
+        if let Some(root) = roots.find(|root| files.is_some() && root.files.as_deref() == files) {
             root.owners.insert(owner.to_owned());
-            return Ok(root.function);
+            return Ok(root.given);
         }
+        let memory = matches!(device, DeviceConfig::Pmem(_));
         let (function, _) = self.plug_and_find(device, fds).await.map_err(|error| {
             let message = format!("a disk of the root file system: {}", error.message);
             Error::new(error.kind, message)
         })?;
+        let given = GivenRoot { function, memory };
         disks.roots.push(Root {
-            files,
-            function,
+            files: files.map(<[_]>::to_vec),
+            given,
             owners: BTreeSet::from([owner.to_owned()]),
         });
-        Ok(function)
+        Ok(given)
     }
 
     /// Takes the disks of a container back that no other has. With the VM they are back by themselves.
@@ -155,7 +157,7 @@ impl Vm {
         disks.rest();
         disks.roots.retain_mut(|root| {
             if root.owners.remove(owner) && root.owners.is_empty() {
-                free.push(root.function);
+                free.push(root.given.function);
             }
             !root.owners.is_empty()
         });

@@ -36,8 +36,17 @@ pub(super) struct Held {
 pub(super) struct Root {
     /// The files of one that several containers may have, by device and inode.
     pub(super) files: Option<Vec<(u64, u64)>>,
-    pub(super) function: u8,
+    pub(super) given: GivenRoot,
     pub(super) owners: BTreeSet<String>,
+}
+
+/// How the guest has such a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct GivenRoot {
+    /// On the guest's bus.
+    pub(super) function: u8,
+    /// As memory.
+    pub(super) memory: bool,
 }
 
 /// A disk whose file system is a volume.

@@ -92,6 +92,8 @@ pub struct Vm {
     passthrough: Arc<tokio::sync::Mutex<groups::Groups>>,
     /// Block devices of the node, likewise.
     disks: Arc<tokio::sync::Mutex<held_disks::Disks>>,
+    /// The layers of images are memory of the guest, as long as it takes them so.
+    maps_layers: AtomicBool,
     memory: size::Memory,
     cpus: size::Cpus,
     /// The pod's.

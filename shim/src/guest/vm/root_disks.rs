@@ -1,16 +1,19 @@
 //! The disks of a container's root file system, where its snapshotter hands over devices and images: all files that are
 //! read are one disk, however many layers there are.
 
+use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
 
 use brig_agent_protocol::agent::{
     IdRange, RootDevice, RootDirectory, RootDisk, RootMount, RootPlace, RootVerity,
 };
-use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece};
+use brig_hypervisor::control::{DeviceConfig, DiskConfig, DiskPiece, PMEM_START, PmemConfig};
 use brig_hypervisor::share;
-use slog::{Logger, info};
+use slog::{Logger, info, warn};
 
 use super::Vm;
+use super::held_disks::GivenRoot;
 use super::root_given::RootGiven;
 use crate::asked::rootfs::{Place, Plan, Sidecar};
 use crate::error::{Error, Kind, Result};
@@ -115,28 +118,32 @@ impl Vm {
         let mut given = RootGiven::default();
         let lengths: Vec<u64> = files.iter().map(|(_, length)| *length).collect();
         let layers = files.len();
+        let mut is_cut = false;
         if layers > 0 {
-            let function = self.give_layers(files, identities, owner).await?;
+            let disk = self.give_layers(files, &identities, owner, logger).await?;
+            // A single file is a whole disk; in memory it lies behind something.
+            is_cut = layers > 1 || disk.memory;
             given.disks.push(RootDisk {
-                function: function.into(),
-                // A single file is the whole disk.
-                pieces: if layers > 1 { lengths } else { Vec::new() },
+                function: disk.function.into(),
+                pieces: if is_cut { lengths } else { Vec::new() },
+                start: if disk.memory { PMEM_START } else { 0 },
+                memory: disk.memory,
                 ..RootDisk::default()
             });
         }
         // The disk of files is the first.
         let before = given.disks.len();
         for disk in disks {
-            let function = self.give_one(disk, owner).await?;
+            let disk = self.give_one(disk, owner).await?;
             given.disks.push(RootDisk {
-                function: function.into(),
+                function: disk.function.into(),
                 ..RootDisk::default()
             });
         }
         let device = |place: &Where| {
             let number = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
             let (disk, piece) = match place {
-                Where::File(_) if layers == 1 => (0, 0),
+                Where::File(_) if !is_cut => (0, 0),
                 Where::File(index) => (0, number(index + 1)),
                 Where::Disk(index) => (number(before + index), 0),
             };
@@ -173,7 +180,7 @@ impl Vm {
             });
         }
         info!(logger, "the root file system is on disks"; "container" => owner, "disks" => given.disks.len(),
-            "layers" => layers);
+            "layers" => layers, "in_memory" => given.disks.first().is_some_and(|disk| disk.memory));
         Ok(given)
     }
 
@@ -181,19 +188,42 @@ impl Vm {
     async fn give_layers(
         &self,
         files: Vec<(OwnedFd, u64)>,
-        identities: Vec<(u64, u64)>,
+        identities: &[(u64, u64)],
         owner: &str,
-    ) -> Result<u8> {
+        logger: &Logger,
+    ) -> Result<GivenRoot> {
         let (files, lengths): (Vec<_>, Vec<_>) = files.into_iter().unzip();
-        let pieces = lengths
-            .into_iter()
-            .enumerate()
-            .map(|(file, length)| DiskPiece {
-                file,
-                length: Some(length),
-            });
+        let pieces = || {
+            let pieces = lengths.iter().enumerate();
+            pieces
+                .map(|(file, length)| DiskPiece {
+                    file,
+                    length: Some(*length),
+                })
+                .collect()
+        };
+        if self.maps_layers.load(Ordering::Relaxed) {
+            let copies: io::Result<Vec<OwnedFd>> = files.iter().map(OwnedFd::try_clone).collect();
+            let copies = copies.map_err(|error| Error::io("layers of an image", &error))?;
+            let device = DeviceConfig::Pmem(PmemConfig { pieces: pieces() });
+            match self
+                .hold_root(Some(identities), device, copies, owner)
+                .await
+            {
+                Ok(given) => return Ok(given),
+                Err(error) if self.death().is_some() => return Err(error),
+                Err(error) => {
+                    warn!(logger, "the layers of an image are a disk, and not memory"; "container" => owner,
+                        "reason" => error.message);
+                    // What the guest lacks it lacks for the next container too.
+                    if error.kind == Kind::FailedPrecondition {
+                        self.maps_layers.store(false, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
         let config = DiskConfig {
-            pieces: pieces.collect(),
+            pieces: pieces(),
             readonly: true,
             serial: "layers".to_owned(),
             block_size: BLOCK,
@@ -202,7 +232,7 @@ impl Vm {
             .await
     }
 
-    async fn give_one(&self, disk: Opened, owner: &str) -> Result<u8> {
+    async fn give_one(&self, disk: Opened, owner: &str) -> Result<GivenRoot> {
         let config = DiskConfig {
             pieces: vec![DiskPiece::whole(0)],
             readonly: disk.readonly,

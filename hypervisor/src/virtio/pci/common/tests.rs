@@ -141,6 +141,30 @@ fn rings_outside_memory_or_unaligned_are_refused() {
 }
 
 #[test]
+fn rings_in_memory_that_is_files_are_refused() {
+    const FILES: u64 = 1 << 32;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 16).unwrap();
+    let (region, _files) =
+        crate::virtio::pmem::files::map(FILES, vec![(file.into(), 1 << 16)]).unwrap();
+    let memory = memory().insert_region(std::sync::Arc::new(region)).unwrap();
+    for register in [0x20, 0x28, 0x30] {
+        let mut config = config();
+        put(&mut config, 0x16, 2, 0);
+        for (at, address) in [(0x20, 0x1000), (0x28, 0x2000), (0x30, 0x3000)] {
+            let address = if at == register {
+                FILES + 0x1000
+            } else {
+                address
+            };
+            put(&mut config, at, 8, address);
+        }
+        put(&mut config, 0x1c, 2, 1);
+        assert!(config.queues(&memory).is_err(), "{register:#x}");
+    }
+}
+
+#[test]
 fn sizes_vectors_and_selectors_out_of_range_are_harmless() {
     let mut config = config();
     for size in [0, 3, 512] {

@@ -45,6 +45,8 @@ pub(super) struct Parts {
     pub(super) wanted: network::Wanted,
     /// The state of the packet filter that it gets.
     pub(super) filter: Option<u32>,
+    /// The layers of images are to be memory of the guest.
+    pub(super) maps_layers: bool,
 }
 
 /// Takes charge of a launched VMM: from here on its end is noticed and it is reaped.
@@ -58,6 +60,7 @@ pub(super) fn adopt(
         cgroup,
         wanted,
         filter,
+        maps_layers,
     } = parts;
     let failed = |error: std::io::Error| Error::io("cannot talk to the VMM", &error);
     let pid = launched.process.pid();
@@ -106,6 +109,7 @@ pub(super) fn adopt(
         deaf: AtomicBool::new(false),
         passthrough: Arc::default(),
         disks: Arc::default(),
+        maps_layers: AtomicBool::new(maps_layers),
         memory: Memory::new(
             launched.machine.0.memory_bytes,
             launched.machine.0.max_memory_bytes,

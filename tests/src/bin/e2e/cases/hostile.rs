@@ -177,7 +177,7 @@ impl Grounds {
         let mut disk = vec![0x5a; 128 << 10];
         let mark = b"brig-hostile-disk";
         disk[..mark.len()].copy_from_slice(mark);
-        for name in ["disk", "readonly-disk"] {
+        for name in ["disk", "readonly-disk", "memory"] {
             fs::write(directory.join(name), &disk)?;
         }
         Ok(Self {
@@ -212,6 +212,8 @@ impl Grounds {
         equal("its owner", 0, metadata.uid())?;
         let readonly = fs::read(self.directory.join("readonly-disk"))?;
         that("a read-only disk is as it was", readonly == self.disk)?;
+        let memory = fs::read(self.directory.join("memory"))?;
+        that("a file that is memory is as it was", memory == self.disk)?;
         let length = fs::metadata(self.directory.join("disk"))?.len();
         equal("bytes of the disk", self.disk.len() as u64, length)?;
         let mut beside: Vec<_> = fs::read_dir(&self.directory)?
@@ -220,7 +222,7 @@ impl Grounds {
         beside.sort();
         equal(
             "what is beside the share",
-            ["disk", "outside", "readonly-disk", "served"]
+            ["disk", "memory", "outside", "readonly-disk", "served"]
                 .map(str::to_owned)
                 .to_vec(),
             beside,
@@ -260,6 +262,7 @@ fn devices(suite: &mut Suite) -> Result<()> {
     boot.max_memory = boot.memory + (64 << 20);
     boot.volume = Some(grounds.directory.join("served"));
     boot.tap = Some(tap::open("brig-hostile0", "10.77.0.1/24")?);
+    boot.memory_file = Some(grounds.directory.join("memory"));
     boot.disks = vec![
         (grounds.directory.join("disk"), false),
         (grounds.directory.join("readonly-disk"), true),
@@ -340,6 +343,9 @@ fn attack(boot: &Boot, story: &mut Story) -> Result<usize> {
     let mut machine = Machine::start(boot)?;
     // The device for it is on the bus before the guest looks.
     machine.resize_memory(boot.max_memory)?;
+    if let Some(file) = &boot.memory_file {
+        machine.plug_pmem(file)?;
+    }
     let mut current: Option<(usize, String)> = None;
     let mut before = Held::of(&machine, boot)?;
     loop {

@@ -21,6 +21,7 @@ mod hostile_agent;
 mod images;
 mod install;
 mod leaks;
+mod mapped_layers;
 mod mounts;
 mod network;
 mod operator;
@@ -80,6 +81,7 @@ const GROUPS: &[&[Case]] = &[
     daemon_streams::CASES,
     root_disks::CASES,
     verity_layers::CASES,
+    mapped_layers::CASES,
     root_snapshotters::CASES,
     durability::CASES,
     errors::CASES,

@@ -61,7 +61,7 @@ pub fn mounts() -> Result<BTreeSet<String>> {
 
 /// Images of erofs, as the differ of containerd makes them.
 pub struct Layers {
-    directory: PathBuf,
+    pub directory: PathBuf,
 }
 
 impl Layers {
@@ -77,13 +77,24 @@ impl Layers {
     }
 
     pub fn make(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<String> {
+        // The differ's own options: no part of a file lies beside its inode.
+        self.make_with(name, &["-b4096", "-Enoinline_data"], fill)
+    }
+
+    pub fn make_with(
+        &self,
+        name: &str,
+        options: &[&str],
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<String> {
         let tree = self.directory.join(format!("{name}.tree"));
         fs::create_dir_all(&tree)?;
         fill(&tree)?;
         let image = self.path(&format!("{name}.erofs"));
+        let tree = tree.display().to_string();
         run(
             "mkfs.erofs",
-            &["--quiet", "-b4096", &image, &tree.display().to_string()],
+            &[&["--quiet"], options, &[&image, &tree]].concat(),
         )?;
         Ok(image)
     }

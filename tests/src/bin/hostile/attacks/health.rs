@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::files::Files;
 use super::mem::{self, Space};
-use super::{BALLOON, BLOCK, FS, MEM, NET, RNG, VSOCK};
+use super::pmem;
+use super::{BALLOON, BLOCK, FS, MEM, NET, PMEM, RNG, VSOCK};
 use crate::dma::Page;
 use crate::pci::Function;
 use crate::virtio::{NEXT, WRITE};
@@ -32,6 +33,7 @@ pub fn works(function: &Function) -> Result<()> {
         MEM => plugged(function)?,
         VSOCK => refused(function)?,
         FS => Files::open(function)?.canary()?,
+        PMEM => pmem::flushed(function)?,
         other => anyhow::bail!("nothing is known of devices of kind {other}"),
     }
     function.reset()

@@ -9,6 +9,7 @@ mod health;
 mod mem;
 mod net;
 mod platform;
+mod pmem;
 mod rings;
 mod share;
 mod transport;
@@ -34,6 +35,8 @@ pub const VSOCK: u16 = 19;
 pub const MEM: u16 = 24;
 /// File system.
 pub const FS: u16 = 26;
+/// Memory that is files.
+pub const PMEM: u16 = 27;
 
 /// A group of attacks. An error means that one could not be tried, or that a device did not survive it.
 pub struct Attack {
@@ -140,6 +143,22 @@ pub const ALL: &[Attack] = &[
     Attack {
         name: "buffers outside RAM and in BARs",
         run: rings::buffers_outside,
+    },
+    Attack {
+        name: "a file that is memory: requests that there are not, and flushes",
+        run: pmem::requests,
+    },
+    Attack {
+        name: "a file that is memory: devices are told to write into it",
+        run: pmem::written_by_devices,
+    },
+    Attack {
+        name: "a file that is memory: sectors and rings in it",
+        run: pmem::disk_and_rings,
+    },
+    Attack {
+        name: "a file that is memory: a disk is written from it",
+        run: pmem::read_by_devices,
     },
     Attack {
         name: "descriptor indexes out of range",
