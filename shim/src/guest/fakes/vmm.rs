@@ -86,6 +86,7 @@ impl FakeVmm {
                     self.record.add(match &device {
                         DeviceConfig::Net(net) => format!("plug {} taps", net.taps.len()),
                         DeviceConfig::Disk(disk) => format!("plug disk {}", disk.serial),
+                        DeviceConfig::Pmem(pmem) => format!("plug {} files", pmem.pieces.len()),
                         DeviceConfig::Vfio(vfio) => format!("plug {}", vfio.name),
                     });
                     self.plugged += 1;

@@ -212,8 +212,7 @@ fn cost(suite: &Suite, layers: &Layers, kind: &str, pods: usize, sum: &str) -> R
         contains("what was read", sum, &text)?;
         let (first, rest) = text.split_once("after\n").context("no figures")?;
         let (first, rest) = (numbers(first), numbers(rest));
-        let more = |name: &str| rest[name].saturating_sub(first[name]);
-        cost.guest_cached = more("Cached");
+        cost.guest_cached = rest["Cached"].saturating_sub(first["Cached"]);
         cost.guest_available = rest["MemAvailable"];
         cost.guest_total = rest["MemTotal"];
         let between =

@@ -156,7 +156,7 @@ pub fn read_by_devices(guest: &Guest) -> Result<()> {
     let rings = function.start()?;
     let ring = rings.first().context("no queue")?;
     let page = Page::new()?;
-    let mut request = |kind: u32, place: u64, flags: u16| -> Result<()> {
+    let request = |kind: u32, place: u64, flags: u16| -> Result<()> {
         let before = ring.used();
         page.write(0, &kind.to_le_bytes());
         page.write(8, &9u64.to_le_bytes());
