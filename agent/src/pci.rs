@@ -35,6 +35,8 @@ const WITH_NODES: [u32; 3] = [0x01, 0x03, 0x12];
 
 /// A disk that is memory: vendor and device of virtio-pmem.
 const PMEM: (u32, u32) = (0x1af4, 0x105b);
+/// The longest wait for its disk.
+const MAX_PMEM: Duration = Duration::from_secs(10);
 /// What makes a disk of it. Nobody asks for a driver of what lies below a PCI function.
 const PMEM_MODULES: [&str; 2] = ["virtio_pmem", "nd_pmem"];
 
@@ -79,6 +81,8 @@ pub async fn find(function: u32, wait: Duration) -> Result<FoundDevice> {
                 load_pmem().await.map_err(|reason| {
                     Error::FailedPrecondition(format!("{}: {reason}", lacking(&name, &found)))
                 })?;
+                // Its layers can be a disk as well: no long wait for what does not come.
+                deadline = deadline.min(Instant::now() + MAX_PMEM);
                 loaded = Some(Ok(false));
                 continue;
             }

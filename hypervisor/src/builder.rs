@@ -116,6 +116,7 @@ pub fn build(
         &vm,
         GuestMemoryAtomic::new(ram),
         Space {
+            files: layout::files(&shape.mmio64, phys_bits),
             mmio64: shape.mmio64,
             growth: shape.growth,
         },

@@ -267,6 +267,13 @@ fn run_until_end(
                             return not_debugged(&error);
                         }
                     }
+                    Some(libc::EFAULT) => {
+                        return ended(
+                            exit::INTERNAL,
+                            "the node could not give the guest a page of its memory, or of a file that is part of it: KVM_RUN \
+                             failed with EFAULT",
+                        );
+                    }
                     _ => {
                         return ended(exit::INTERNAL, format!("KVM_RUN failed: {source}"));
                     }

@@ -68,6 +68,8 @@ pub struct Space {
     pub mmio64: std::ops::Range<u64>,
     /// Where more memory may come.
     pub growth: std::ops::Range<u64>,
+    /// Where files may be that are memory.
+    pub files: std::ops::Range<u64>,
 }
 
 /// The bus, and what it takes to put a device on it.
@@ -138,7 +140,7 @@ impl Board {
             reclaim: Arc::default(),
             passthrough: Passthrough::default(),
             growth: Growth::new(&memory, space.growth),
-            file_memory: FileMemory::default(),
+            file_memory: FileMemory::new(space.files),
             memory,
             routes: Arc::new(KvmRoutes::new(Arc::clone(vm))),
             ioeventfds: Arc::new(KvmIoEventFds(Arc::clone(vm))),

@@ -6,7 +6,8 @@
 //! 0x10_0000  RAM up to 3 GiB; the initramfs at its end
 //! 3 GiB      32-bit MMIO window: every BAR of a virtio function
 //! 0xe000_0000  ECAM
-//! 4 GiB      the rest of RAM, then the region of memory that may come later, then the 64-bit MMIO window
+//! 4 GiB      the rest of RAM, then the region of memory that may come later, then the 64-bit MMIO window,
+//!            and files that are memory in the last sixteenth of the guest-physical space
 //! ```
 
 use std::ops::Range;
@@ -87,7 +88,20 @@ pub fn growth(ram_bytes: u64, max_bytes: u64, phys_bits: u8) -> Range<u64> {
     start..start + length.min(room - room % MEMORY_SECTION)
 }
 
-/// The 64-bit MMIO window: from the first GiB after RAM, and after the region for more, to the end of the
+/// Where the last sixteenth of the guest-physical space begins.
+fn last_part(phys_bits: u8) -> u64 {
+    space_end(phys_bits) / 16 * 15
+}
+
+/// Where files are that are memory of the guest: behind the 64-bit MMIO `window`, and never in it, as Linux gives BARs of
+/// functions that come later new places there.
+#[must_use]
+pub fn files(window: &Range<u64>, phys_bits: u8) -> Range<u64> {
+    let start = window.end.max(last_part(phys_bits));
+    start..space_end(phys_bits).max(start)
+}
+
+/// The 64-bit MMIO window: from the first GiB after RAM, and after the region for more, to the last sixteenth of the
 /// guest-physical space.
 #[must_use]
 pub fn mmio64(ram_bytes: u64, growth: &Range<u64>, phys_bits: u8) -> Range<u64> {
@@ -99,7 +113,7 @@ pub fn mmio64(ram_bytes: u64, growth: &Range<u64>, phys_bits: u8) -> Range<u64> 
         growth.end
     };
     let start = after.next_multiple_of(GIB);
-    start..space_end(phys_bits).max(start)
+    start..last_part(phys_bits).max(start)
 }
 
 /// RAM as (address, length) pairs for `ram_bytes` bytes.
@@ -158,7 +172,10 @@ mod tests {
                 );
                 assert!(region.start >= ram_end);
                 assert!(region.is_empty() || region.end <= window.start);
-                assert!(window.is_empty() || window.end == 1 << bits);
+                assert!(window.is_empty() || window.end == (1 << bits) / 16 * 15);
+                let files = files(&window, bits);
+                assert!(files.start >= window.end && files.start >= ram_end);
+                assert!(files.is_empty() || files.end == 1 << bits);
                 let more = region.end.saturating_sub(region.start);
                 assert!(
                     more <= 1 << (bits - 1) && window.start <= (1 << (bits - 1)).max(region.start)

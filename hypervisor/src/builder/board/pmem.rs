@@ -1,4 +1,4 @@
-//! Files that the guest has as memory ([`crate::virtio::pmem`]): their place above RAM, KVM's slot for them, and the device
+//! Files that the guest has as memory ([`crate::virtio::pmem`]): their place at the end of the guest-physical space, KVM's slot for them, and the device
 //! that tells the guest of them. All of it comes with the device and goes with it.
 //!
 //! They are part of what devices take for the guest's memory, because a program may write to a disk or a socket straight
@@ -6,6 +6,8 @@
 //! node do not reach them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use slog::{error, info};
@@ -14,19 +16,24 @@ use vm_memory::{
     GuestMemoryRegion as _, GuestRegionMmap,
 };
 
-use super::plug::{Base, Place};
+use super::plug::Place;
 use super::{Board, MAX_DEVICES};
 use crate::builder::descriptors::Descriptors;
 use crate::builder::error::StartError;
 use crate::control::PmemConfig;
 use crate::memory::MemoryError;
+use crate::pci::window::Window;
 use crate::virtio::net::MAX_VHOST_REGIONS;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::pmem::files::{self, MappedFiles, Shortened};
 
-/// What of the guest's memory is files, by the function of its device.
-#[derive(Default)]
-pub(super) struct FileMemory(BTreeMap<u8, Placed>);
+/// What of the guest's memory is files.
+pub(super) struct FileMemory {
+    /// Places for them.
+    window: Window,
+    /// By the function of their device.
+    placed: BTreeMap<u8, Placed>,
+}
 
 struct Placed {
     slot: u32,
@@ -36,9 +43,19 @@ struct Placed {
 }
 
 impl FileMemory {
+    /// None yet; there is room for them in `range`.
+    pub(super) fn new(range: Range<u64>) -> Self {
+        Self {
+            window: Window::new(range),
+            placed: BTreeMap::new(),
+        }
+    }
+
     /// The first file that is shorter than when it was mapped.
     pub(super) fn shortened(&self) -> Option<Shortened> {
-        self.0.values().find_map(|placed| placed.files.shortened())
+        self.placed
+            .values()
+            .find_map(|placed| placed.files.shortened())
     }
 }
 
@@ -66,16 +83,16 @@ impl Board {
             .ok_or_else(|| {
                 StartError::Invalid("files of so many bytes are no memory".to_owned())
             })?;
-        let base = self.high.allocate(size)?;
+        let base = self.file_memory.window.allocate(size)?;
         let plugged = self.place_files(base, opened);
         if plugged.is_err() {
-            self.high.free(base);
+            self.file_memory.window.free(base);
         }
         plugged
     }
 
     fn may_map_files(&self) -> Result<(), StartError> {
-        if self.file_memory.0.len() >= MAX_DEVICES {
+        if self.file_memory.placed.len() >= MAX_DEVICES {
             return Err(StartError::Limit(format!(
                 "at most {MAX_DEVICES} disks that are memory are possible"
             )));
@@ -89,11 +106,7 @@ impl Board {
         Ok(())
     }
 
-    fn place_files(
-        &mut self,
-        base: u64,
-        opened: Vec<(std::os::fd::OwnedFd, u64)>,
-    ) -> Result<u8, StartError> {
+    fn place_files(&mut self, base: u64, opened: Vec<(OwnedFd, u64)>) -> Result<u8, StartError> {
         let (region, files) = files::map(base, opened)?;
         let (host, length) = (region.as_ptr() as u64, region.len());
         let region = Arc::new(region);
@@ -119,11 +132,8 @@ impl Board {
         });
         match plugged {
             Ok((function, _)) => {
-                if let Some(plugged) = self.plugged.get_mut(&function) {
-                    plugged.bases.push(Base::High(base));
-                }
                 info!(self.log, "files are memory of the guest"; "function" => function, "bytes" => length);
-                self.file_memory.0.insert(function, placed);
+                self.file_memory.placed.insert(function, placed);
                 Ok(function)
             }
             Err(error) => {
@@ -135,8 +145,9 @@ impl Board {
 
     /// To be called when a device has gone: if files were behind it, the guest has them no more.
     pub(super) fn unmap_files(&mut self, function: u8) {
-        if let Some(placed) = self.file_memory.0.remove(&function) {
+        if let Some(placed) = self.file_memory.placed.remove(&function) {
             self.take_files(&placed);
+            self.file_memory.window.free(placed.base);
         }
     }
 
