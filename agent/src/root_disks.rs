@@ -200,9 +200,20 @@ fn cut(disk: &Path, pieces: &[(i64, i64)]) -> io::Result<Vec<PathBuf>> {
         if !there.contains(&(number, *range)) {
             change_partition(&file, ADD_PARTITION, number, *range)?;
         }
-        nodes.push(PathBuf::from(format!("{}{number}", disk.display())));
+        nodes.push(piece_node(disk, number));
     }
     Ok(nodes)
+}
+
+/// The node of a partition, as the kernel names it: a name that ends in a digit has a letter between.
+fn piece_node(disk: &Path, number: i32) -> PathBuf {
+    let name = disk.display().to_string();
+    let between = if name.ends_with(|last: char| last.is_ascii_digit()) {
+        "p"
+    } else {
+        ""
+    };
+    PathBuf::from(format!("{name}{between}{number}"))
 }
 
 /// The partitions that the kernel has of a disk: number, and begin and length in bytes. `disk` is its directory in sysfs.
@@ -466,6 +477,13 @@ mod tests {
             one(1, &overlay, &nodes()).is_err(),
             "more than the kernel takes"
         );
+    }
+
+    #[test]
+    fn the_nodes_of_partitions_are_named_as_the_kernel_does() {
+        let node = |disk| piece_node(Path::new(disk), 3);
+        assert_eq!(node("/dev/vda"), Path::new("/dev/vda3"));
+        assert_eq!(node("/dev/pmem0"), Path::new("/dev/pmem0p3"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use brig_tests::node::daemon::Daemon;
 use brig_tests::node::daemon::generation::Generation;
 use brig_tests::node::daemon::pod::{Container, Pod};
 use brig_tests::node::daemon::snapshot::mount;
+use brig_tests::node::kvm::Counts;
 use containerd_shim_protos::api::Mount;
 use protobuf::well_known_types::any::Any;
 use serde_json::Value;
@@ -117,15 +119,18 @@ fn numbers(text: &str) -> BTreeMap<String, u64> {
     text.lines().filter_map(line).collect()
 }
 
-/// KiB by name of a process's mappings of files whose path has `part`.
-fn mapped(pid: u32, part: &str) -> Result<BTreeMap<String, u64>> {
+/// KiB by name of a process's mappings of a file, which has no path where its mount is nowhere.
+fn mapped(pid: u32, file: &Path) -> Result<BTreeMap<String, u64>> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let inode = fs::metadata(file)?.ino().to_string();
     let mut sums = BTreeMap::new();
     let mut counts = false;
     for line in smaps.lines() {
-        let first = line.split_whitespace().next().unwrap_or_default();
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
         if !first.ends_with(':') {
-            counts = line.contains(part);
+            // Addresses, permissions, offset, device, inode.
+            counts = words.nth(3) == Some(inode.as_str());
         } else if counts {
             for (name, number) in numbers(line) {
                 *sums.entry(name).or_default() += number;
@@ -152,21 +157,10 @@ fn faults(pid: u32) -> Result<(u64, u64)> {
     Ok((field(7)?, field(9)?))
 }
 
-/// A counter of KVM's for a VM, where the node shows them: debugfs is mounted.
-fn kvm(pid: u32, counter: &str) -> u64 {
-    let entries = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();
-    let own = entries.flatten().find(|entry| {
-        let name = entry.file_name();
-        name.to_string_lossy().starts_with(&format!("{pid}-"))
-    });
-    let text = own.and_then(|own| fs::read_to_string(own.path().join(counter)).ok());
-    text.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
-}
-
 fn exits(daemon: &Daemon, pod: &str) -> Result<u64> {
-    let text = brig_command(&["inspect", "-n", &daemon.namespace, pod, "--json"])?;
+    let text = brig_command(&["counters", "-n", &daemon.namespace, pod])?;
     let told: Value = serde_json::from_str(&text)?;
-    let exits = told["vmm"]["exits"].as_object().context(text)?;
+    let exits = told["exits"].as_object().context(text)?;
     Ok(exits.values().filter_map(Value::as_u64).sum())
 }
 
@@ -197,8 +191,9 @@ fn cost(suite: &Suite, layers: &Layers, kind: &str, pods: usize, sum: &str) -> R
         let pod = Pod::by_sandbox_api(&daemon, &id, &config())?;
         let counts = || -> Result<[u64; 5]> {
             let (pid, (few, many)) = (pod.pid, faults(pod.pid)?);
-            let (all, pages) = (kvm(pid, "exits"), kvm(pid, "pf_taken"));
-            Ok([exits(&daemon, &id)?, all, pages, few, many])
+            // Zeros unless the node's debugfs is mounted.
+            let kvm = Counts::of(i32::try_from(pid)?);
+            Ok([exits(&daemon, &id)?, kvm.exits, kvm.faults, few, many])
         };
         let booted = counts()?;
         let directory = layers.directory.join(&id);
@@ -234,7 +229,7 @@ fn cost(suite: &Suite, layers: &Layers, kind: &str, pods: usize, sum: &str) -> R
     }
     for (pod, _) in &running {
         cost.pss += pss(pod.pid)?;
-        let mapping = mapped(pod.pid, "big.erofs")?;
+        let mapping = mapped(pod.pid, Path::new(&big))?;
         let figure = |name: &str| mapping.get(name).copied().unwrap_or(0);
         cost.resident = figure("Rss");
         cost.not_shared = figure("Private_Clean") + figure("Private_Dirty");
@@ -322,11 +317,10 @@ fn any_image(suite: &mut Suite) -> Result<()> {
         let mounts = writing_to(&layers.directory.join(&name), &[image, &base])?;
         let container = pod.container_from(&name, &args, Some(mounts))?;
         equal(image, "15000\n2\n1\n", wait(&container)?.as_str())?;
-        let own = Path::new(image).file_name().unwrap_or_default();
-        let own = own.to_string_lossy().into_owned();
-        that("it is mapped", !mapped(pod.pid, &own)?.is_empty())?;
+        let own = Path::new(image);
+        that("it is mapped", !mapped(pod.pid, own)?.is_empty())?;
         container.delete()?;
-        that("nothing of it is mapped", mapped(pod.pid, &own)?.is_empty())?;
+        that("nothing of it is mapped", mapped(pod.pid, own)?.is_empty())?;
         that("nothing was written", fs::read(image)? == digest)?;
     }
     // A layer alone, to which nobody can write.
