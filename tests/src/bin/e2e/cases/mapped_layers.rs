@@ -24,6 +24,7 @@ use super::daemon_pods::config;
 use super::leaks::baseline;
 use super::root_disks::{Layers, run};
 use super::template_pods::brig_command;
+use super::verity_layers;
 use crate::suite::{Case, Suite, brig, patience};
 
 pub const CASES: &[Case] = &[
@@ -69,7 +70,7 @@ fn daemon(suite: &Suite, layers: &Layers, name: &str, kind: &str) -> Result<Daem
     Ok(daemon)
 }
 
-/// A container's mounts, what it writes being in a directory of the node.
+/// A container's mounts, what it writes being in a directory of the node. Layers that have a tree of hashes are checked.
 fn writing_to(directory: &Path, layers: &[&str]) -> Result<Vec<Mount>> {
     let (upper, work) = (directory.join("fs"), directory.join("work"));
     fs::create_dir_all(&upper)?;
@@ -78,6 +79,11 @@ fn writing_to(directory: &Path, layers: &[&str]) -> Result<Vec<Mount>> {
         .iter()
         .map(|layer| mount("erofs", layer, &["ro", "loop"]))
         .collect();
+    for layer in &mut all {
+        if Path::new(&verity_layers::sidecar(&layer.source)).exists() {
+            layer.options.push(verity_layers::option(&layer.source));
+        }
+    }
     let options = [
         format!("upperdir={}", upper.display()),
         format!("workdir={}", work.display()),
@@ -303,7 +309,9 @@ fn any_image(suite: &mut Suite) -> Result<()> {
         layers.make_with("inline", &["-b4096"], text)?,
         layers.make_with("compressed", &["-b4096", "-zlz4"], text)?,
         layers.make("plain", text)?,
+        layers.make("checked", text)?,
     ];
+    verity_layers::add_tree(&made[4])?;
     let before = baseline(suite)?;
     let daemon = daemon(suite, &layers, "any", "memory")?;
     let pod = Pod::by_sandbox_api(&daemon, "any", &config())?;

@@ -56,7 +56,7 @@ fn superblock(blocks: usize) -> Vec<u8> {
 }
 
 /// Appends a tree to a layer and writes the file beside it, whose path is returned.
-fn add_tree(layer: &str) -> Result<String> {
+pub(super) fn add_tree(layer: &str) -> Result<String> {
     let mut image = fs::read(layer)?;
     image.resize(image.len().next_multiple_of(BLOCK), 0);
     let offset = image.len();
@@ -70,7 +70,7 @@ fn add_tree(layer: &str) -> Result<String> {
     image.extend(levels.iter().rev().flatten());
     fs::write(layer, image)?;
     let root: String = root.iter().map(|byte| format!("{byte:02x}")).collect();
-    let sidecar = format!("{layer}.dmverity");
+    let sidecar = sidecar(layer);
     fs::write(
         &sidecar,
         format!("{{\"roothash\": \"{root}\", \"hashoffset\": {offset}}}"),
@@ -78,12 +78,20 @@ fn add_tree(layer: &str) -> Result<String> {
     Ok(sidecar)
 }
 
+/// What says what a layer is checked against.
+pub(super) fn sidecar(layer: &str) -> String {
+    format!("{layer}.dmverity")
+}
+
+pub(super) fn option(layer: &str) -> String {
+    format!("X-containerd.dmverity={}", sidecar(layer))
+}
+
 /// The mounts with their layers checked.
 fn with_trees(writable: &str, layers: &[String]) -> Vec<Mount> {
     let mut mounts = snapshot::erofs(writable, layers);
     for mount in mounts.iter_mut().filter(|mount| mount.type_ == "erofs") {
-        let option = format!("X-containerd.dmverity={}.dmverity", mount.source);
-        mount.options.push(option);
+        mount.options.push(option(&mount.source));
     }
     mounts
 }
@@ -104,7 +112,7 @@ fn checked(suite: &mut Suite) -> Result<()> {
         .position(|bytes| bytes.iter().all(|byte| *byte == b'B'));
     image[at.context("the file is in the layer")?] = b'C';
     fs::write(&broken, image)?;
-    fs::copy(format!("{top}.dmverity"), format!("{broken}.dmverity"))?;
+    fs::copy(sidecar(&top), sidecar(&broken))?;
 
     let daemon = Daemon::new(Generation::V2_3, &suite.ctr.runtime, "verity")?;
     let before = baseline(suite)?;
@@ -154,9 +162,9 @@ fn checked(suite: &mut Suite) -> Result<()> {
             .with_context(|| format!("{name}: not refused"))?;
         contains("the refusal", reason, &format!("{error:#}"))
     };
-    let sidecar = format!("{top}.dmverity");
+    let sidecar = sidecar(&top);
     let right = fs::read_to_string(&sidecar)?;
-    let other = fs::read_to_string(format!("{base}.dmverity"))?;
+    let other = fs::read_to_string(self::sidecar(&base))?;
     fs::write(&sidecar, other)?;
     refused("of-another", "erofs of the root file system")?;
     fs::write(&sidecar, "{}")?;
