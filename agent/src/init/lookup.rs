@@ -3,14 +3,14 @@
 use std::{
     ffi::{CString, OsString},
     fmt,
-    fs::{self, File},
+    fs::File,
     io::{BufReader, Read as _},
     os::unix::{ffi::OsStringExt as _, fs::OpenOptionsExt as _},
 };
 
 use nix::{
     errno::Errno,
-    sys::stat::{SFlag, stat},
+    sys::stat::{FileStat, SFlag, fstat, stat},
     unistd::{AccessFlags, access},
 };
 
@@ -54,14 +54,19 @@ pub fn environment(process: &Process) -> Vec<String> {
 
 /// The image may have anything there: a FIFO would hold the helper up, and a device is better not opened.
 fn open_passwd(path: &str) -> Option<File> {
-    let is_file = |metadata: fs::Metadata| metadata.file_type().is_file();
-    if !fs::metadata(path).is_ok_and(is_file) {
+    // The library's own metadata have the time of birth, which no file system on the share has in its cache: a request each time.
+    let is_file = |found: FileStat| file_type(&found) == SFlag::S_IFREG;
+    if !stat(path).is_ok_and(is_file) {
         return None;
     }
     // Another process of the container may have put something else there meanwhile.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let file = File::options().read(true).custom_flags(flags).open(path);
-    file.ok().filter(|file| file.metadata().is_ok_and(is_file))
+    file.ok().filter(|file| fstat(file).is_ok_and(is_file))
+}
+
+fn file_type(found: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT
 }
 
 fn home_of(passwd: impl std::io::BufRead, uid: u32) -> Option<String> {
@@ -112,8 +117,7 @@ fn c_path(path: &str) -> Option<CString> {
 }
 
 fn executable(path: &str) -> Result<(), Errno> {
-    let found = stat(path)?;
-    if SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR {
+    if file_type(&stat(path)?) == SFlag::S_IFDIR {
         return Err(Errno::EISDIR);
     }
     access(path, AccessFlags::X_OK)

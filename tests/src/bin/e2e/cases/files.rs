@@ -10,7 +10,7 @@ use brig_tests::node::ctr::{Container, Ctr, Run};
 use brig_tests::node::process;
 use brig_tests::node::{clock, leaks, strace};
 
-use crate::suite::{Case, PROBE, Suite, brig, case, not_here};
+use crate::suite::{Case, DEBIAN_IMAGE, PROBE, Suite, brig, case, not_here};
 
 /// On the node's disk.
 const DIRECTORY: &str = "/var/tmp/brig-e2e-files";
@@ -37,6 +37,11 @@ pub const CASES: &[Case] = &[
         "files",
         "a file that is made and removed takes the file server few system calls",
         calls,
+    ),
+    brig(
+        "files",
+        "a program that has been run asks the file server once when it is run again, for its capabilities",
+        again,
     ),
     brig(
         "files",
@@ -222,6 +227,23 @@ fn calls(suite: &mut Suite) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// As a probe that is executed every few seconds does: its libraries and the files it reads are in the guest.
+fn again(suite: &mut Suite) -> Result<()> {
+    suite.import(DEBIAN_IMAGE, "/host/assets/images/debian.tar")?;
+    let run = Run::new("calls", DEBIAN_IMAGE, &["sleep", "1000000"]);
+    let container = suite.ctr.start(&run)?;
+    let probe = || -> Result<usize> {
+        let asked = requests(&suite.ctr.namespace)?;
+        let script = "cat /etc/passwd; perl -e 'print 1'";
+        container.exec(&["bash", "-c", script])?.success()?;
+        Ok(requests(&suite.ctr.namespace)? - asked)
+    };
+    let first = probe()?;
+    that("the first time it reads", first > 10)?;
+    probe()?;
+    equal("requests of three programs again", 3, probe()?)
 }
 
 /// Requests of the guest's kernel to the file server so far.
