@@ -51,7 +51,8 @@ fn arrives<T: Serialize + DeserializeOwned>(bytes: &[u8], fds: usize) {
 pub fn control_message(data: &[u8]) {
     let mut input = Input::new(data);
     let from_vmm = input.flag();
-    let fds = input.below(control::MAX_FDS + 2);
+    // More than these the kernel does not send.
+    let fds = input.below(control::MAX_FDS + 1);
     let bytes = input.take(control::MAX_MESSAGE);
     if from_vmm {
         arrives::<FromVmm>(bytes, fds);
