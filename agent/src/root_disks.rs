@@ -186,7 +186,8 @@ fn cut(disk: &Path, pieces: &[(i64, i64)]) -> io::Result<Vec<PathBuf>> {
     }
     let file = File::open(disk)?;
     let name = disk.file_name().unwrap_or_default();
-    let there = partitions(&Path::new("/sys/class/block").join(name))?;
+    let of_disk = Path::new("/sys/class/block").join(name);
+    let there = partitions(&of_disk)?;
     let wanted = |number: i32| {
         let index = usize::try_from(number).ok()?.checked_sub(1)?;
         pieces.get(index).copied()
@@ -197,8 +198,13 @@ fn cut(disk: &Path, pieces: &[(i64, i64)]) -> io::Result<Vec<PathBuf>> {
         }
     }
     for (number, range) in (1..).zip(pieces) {
-        if !there.contains(&(number, *range)) {
-            change_partition(&file, ADD_PARTITION, number, *range)?;
+        if !there.contains(&(number, *range))
+            && let Err(error) = change_partition(&file, ADD_PARTITION, number, *range)
+        {
+            // Another container that has the disk may just have been quicker.
+            if !partitions(&of_disk)?.contains(&(number, *range)) {
+                return Err(error);
+            }
         }
         nodes.push(piece_node(disk, number));
     }

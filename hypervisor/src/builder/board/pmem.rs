@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use slog::{error, info};
 use vm_memory::{
-    GuestAddress, GuestAddressSpace as _, GuestMemory as _, GuestMemoryMmap,
-    GuestMemoryRegion as _, GuestRegionMmap,
+    GuestAddress, GuestAddressSpace as _, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 use super::plug::Place;
@@ -21,7 +21,7 @@ use super::{Board, MAX_DEVICES};
 use crate::builder::descriptors::Descriptors;
 use crate::builder::error::StartError;
 use crate::control::PmemConfig;
-use crate::memory::MemoryError;
+use crate::memory::{MemoryError, is_writable_region};
 use crate::pci::window::Window;
 use crate::virtio::net::MAX_VHOST_REGIONS;
 use crate::virtio::pmem::Pmem;
@@ -69,7 +69,6 @@ impl Board {
         config: &PmemConfig,
         fds: &mut Descriptors,
     ) -> Result<u8, StartError> {
-        self.may_map_files()?;
         let mut opened = Vec::new();
         for piece in &config.pieces {
             let length = piece.length.ok_or_else(|| {
@@ -78,11 +77,13 @@ impl Board {
             opened.push((fds.take(piece.file, "pmem")?, length));
         }
         let lengths: Vec<u64> = opened.iter().map(|(_, length)| *length).collect();
-        let size = files::region_size(&lengths)
-            .and_then(u64::checked_next_power_of_two)
-            .ok_or_else(|| {
-                StartError::Invalid("files of so many bytes are no memory".to_owned())
-            })?;
+        let length = files::region_size(&lengths);
+        let size = length.and_then(u64::checked_next_power_of_two);
+        let (Some(length), Some(size)) = (length, size) else {
+            let reason = "files of so many bytes are no memory".to_owned();
+            return Err(StartError::Invalid(reason));
+        };
+        self.may_map_files(length)?;
         let base = self.file_memory.window.allocate(size)?;
         let plugged = self.place_files(base, opened);
         if plugged.is_err() {
@@ -91,13 +92,26 @@ impl Board {
         plugged
     }
 
-    fn may_map_files(&self) -> Result<(), StartError> {
+    /// The guest has 64 bytes of page descriptors for each page of files, whether or not it reads it: no more than a 64th of its memory.
+    fn may_map_files(&self, length: u64) -> Result<(), StartError> {
         if self.file_memory.placed.len() >= MAX_DEVICES {
             return Err(StartError::Limit(format!(
                 "at most {MAX_DEVICES} disks that are memory are possible"
             )));
         }
-        let pieces = self.memory.memory().num_regions();
+        let memory = self.memory.memory();
+        let ram = memory.iter().filter(|region| is_writable_region(region));
+        let ram: u64 = ram.map(GuestMemoryRegion::len).sum();
+        let placed = self.file_memory.placed.values();
+        let files = placed.fold(length, |sum, placed| sum.saturating_add(placed.length));
+        if files > ram {
+            return Err(StartError::Limit(format!(
+                "files of {} MiB are more than the VM's memory, {} MiB, of which its kernel would describe them in a 64th",
+                files >> 20,
+                ram >> 20
+            )));
+        }
+        let pieces = memory.num_regions();
         if !self.followers.is_empty() && pieces >= MAX_VHOST_REGIONS {
             return Err(StartError::Limit(format!(
                 "the VM's memory is in {pieces} pieces, and vhost-net takes no more"

@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::chain::Buffers;
 use super::ring::Ring;
 use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
+use crate::memory::is_writable;
 use crate::reclaim::Reclaim;
 use crate::reclaim::discard::Discarded;
 
@@ -117,6 +118,10 @@ fn inflate(memory: &GuestMemoryMmap, discarded: &mut Discarded, mut pages: Buffe
 fn discard_pages(memory: &GuestMemoryMmap, discarded: &mut Discarded, (start, end): (u64, u64)) {
     // A page number has 32 bits, so neither can overflow.
     let length = usize::try_from((end - start) << PAGE_SHIFT).unwrap_or(0);
+    // What is files of the node is not the guest's to give up.
+    if !is_writable(memory, start << PAGE_SHIFT, length as u64) {
+        return;
+    }
     for slice in memory.get_slices(GuestAddress(start << PAGE_SHIFT), length) {
         match slice {
             Ok(slice) => discarded.discard(&slice),
@@ -196,6 +201,7 @@ impl VirtioDevice for Balloon {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::pmem::files;
     use crate::virtio::testing::{Harness, RAM};
     use proptest::prelude::*;
 
@@ -224,6 +230,24 @@ mod tests {
             assert_eq!(kept, [true, false, false, true, true, false, true, true]);
             assert_eq!(balloon.device.reclaim.given_up(), 3 * 4096);
         }
+    }
+
+    #[test]
+    fn files_that_are_memory_are_not_given_up() {
+        const FILES: u64 = 1 << 32;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let (region, _files) = files::map(FILES, vec![(file.into(), 4096)]).unwrap();
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+        let memory = ram.insert_region(Arc::new(region)).unwrap();
+        let mut discarded = Discarded::default();
+        let first = FILES >> PAGE_SHIFT;
+        for pages in [(first, first + 1), (first + 2, first + 3), (0, first + 3)] {
+            discard_pages(&memory, &mut discarded, pages);
+            assert_eq!(discarded.bytes(), 0, "{pages:?}");
+        }
+        discard_pages(&memory, &mut discarded, (1, 3));
+        assert_eq!(discarded.bytes(), 2 * 4096);
     }
 
     #[test]

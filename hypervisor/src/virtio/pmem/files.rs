@@ -24,12 +24,14 @@ pub struct MappedFiles(Vec<(File, u64)>);
 /// A file that is not what was mapped any more.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "file {number} of a container's image has become shorter on the node, {now} instead of {was} bytes, while the pod \
-     had it mapped; nobody may change a snapshot that is in use"
+    "file {number} of a container's image (inode {inode} of the node) has become shorter, {now} instead of {was} bytes, while the \
+     pod had it mapped; nobody may change a snapshot that is in use"
 )]
 pub struct Shortened {
     /// Which, from 1 on.
     pub number: usize,
+    /// Which on its file system.
+    pub inode: u64,
     /// Bytes that it had.
     pub was: u64,
     /// Bytes that it has.
@@ -116,9 +118,11 @@ impl MappedFiles {
     #[must_use]
     pub fn shortened(&self) -> Option<Shortened> {
         let short = |(number, (file, was)): (usize, &(File, u64))| {
-            let now = size_of(file).ok()?;
+            let stat = fstat(file).ok()?;
+            let now = u64::try_from(stat.st_size).unwrap_or(0);
             (now < *was).then_some(Shortened {
                 number,
+                inode: stat.st_ino,
                 was: *was,
                 now,
             })

@@ -8,6 +8,8 @@ use brig_shim::asked::config::{Config, MIB};
 use brig_shim::error::{Error, Result};
 use brig_shim::guest::vm::capture;
 use brig_shim::guest::vm::host::{open_initramfs, open_kernel, recipe};
+use brig_shim::node::cgroup::Cgroup;
+use brig_shim::node::templates::maker::CGROUP;
 use brig_shim::node::templates::{Entry, Files, Kind, Templates};
 use brig_shim::pod::size::template_machine;
 use serde_json::{Value, json};
@@ -94,7 +96,7 @@ fn build(config: Option<&Path>, as_json: bool) -> Result<String> {
         .iter()
         .any(|entry| entry.key == recipe.key && entry.failed.is_none());
     if !there {
-        capture::make(&recipe)?;
+        capture::make(&recipe, &Cgroup::create(CGROUP)?)?;
     }
     if as_json {
         return Ok(format!(

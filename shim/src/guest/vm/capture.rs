@@ -38,20 +38,19 @@ pub fn main(recipe: &str) -> Result<()> {
     let recipe: Recipe = serde_json::from_str(recipe)
         .map_err(|error| Error::invalid(format!("the recipe: {error}")))?;
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE.to_string());
-    make(&recipe)
+    // It was born into its pod's cgroup, which the pod's end removes at any moment.
+    make(&recipe, &Cgroup::create(CGROUP)?.without_return())
 }
 
-/// Makes a template in a cgroup of its own. To be called by who has the lock.
+/// Makes a template in `own`, the cgroup of templates. To be called by who has the lock.
 ///
 /// # Errors
 /// Why there is none.
-pub fn make(recipe: &Recipe) -> Result<()> {
-    // It was born into its pod's, which the pod's end removes at any moment.
-    let own = Cgroup::create(CGROUP)?.without_return();
+pub fn make(recipe: &Recipe, own: &Cgroup) -> Result<()> {
     own.join()
         .map_err(|error| Error::io("cannot enter the cgroup of templates", &error))?;
-    let made = captured(recipe, &own).and_then(|file| {
-        rehearse(recipe, &own, &file)?;
+    let made = captured(recipe, own).and_then(|file| {
+        rehearse(recipe, own, &file)?;
         let kept = Templates::beside(&recipe.state_dir).keep(recipe, file);
         kept.map_err(|error| Error::io("cannot keep the template", &error))
     });

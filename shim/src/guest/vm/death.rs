@@ -59,8 +59,8 @@ impl Death {
             }
             Some(VmmExit::Signal(libc::SIGBUS)) => {
                 format!(
-                    "the VMM could not read a file of the node that it had mapped, a layer of an image that has become \
-                     shorter or cannot be read any more (SIGBUS){said}"
+                    "the VMM was killed for memory that the node could not read (SIGBUS): a fault of its hardware, or, with \
+                     image_layers = \"memory\", a layer of an image that has become shorter or cannot be read any more{said}"
                 )
             }
             Some(VmmExit::Signal(signal)) => format!("the VMM was killed by signal {signal}{said}"),

@@ -93,7 +93,7 @@ pub struct Vm {
     /// Block devices of the node, likewise.
     disks: Arc<tokio::sync::Mutex<held_disks::Disks>>,
     /// The layers of images are memory of the guest, as long as it takes them so.
-    maps_layers: AtomicBool,
+    maps_layers: bool,
     memory: size::Memory,
     cpus: size::Cpus,
     /// The pod's.

@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 
 use brig_agent_protocol::agent::{
     IdRange, RootDevice, RootDirectory, RootDisk, RootMount, RootPlace, RootVerity,
@@ -202,7 +201,7 @@ impl Vm {
                 })
                 .collect()
         };
-        if self.maps_layers.load(Ordering::Relaxed) {
+        if self.maps_layers {
             let copies: io::Result<Vec<OwnedFd>> = files.iter().map(OwnedFd::try_clone).collect();
             let copies = copies.map_err(|error| Error::io("layers of an image", &error))?;
             let device = DeviceConfig::Pmem(PmemConfig { pieces: pieces() });
@@ -215,10 +214,6 @@ impl Vm {
                 Err(error) => {
                     warn!(logger, "the layers of an image are a disk, and not memory"; "container" => owner,
                         "reason" => error.message);
-                    // What the guest lacks it lacks for the next container too.
-                    if error.kind == Kind::FailedPrecondition {
-                        self.maps_layers.store(false, Ordering::Relaxed);
-                    }
                 }
             }
         }

@@ -109,7 +109,7 @@ pub(super) fn adopt(
         deaf: AtomicBool::new(false),
         passthrough: Arc::default(),
         disks: Arc::default(),
-        maps_layers: AtomicBool::new(maps_layers),
+        maps_layers,
         memory: Memory::new(
             launched.machine.0.memory_bytes,
             launched.machine.0.max_memory_bytes,

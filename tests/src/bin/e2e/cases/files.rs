@@ -43,6 +43,11 @@ pub const CASES: &[Case] = &[
         "a program that has been run asks the file server once when it is run again, for its capabilities",
         again,
     ),
+    case(
+        "files",
+        "what a file takes on the disk is right after it was written through a map that outlived its descriptor",
+        mapped,
+    ),
     brig(
         "files",
         "random sequences of file operations end as under runc",
@@ -244,6 +249,30 @@ fn again(suite: &mut Suite) -> Result<()> {
     that("the first time it reads", first > 10)?;
     probe()?;
     equal("requests of three programs again", 3, probe()?)
+}
+
+/// Blocks of a file between the close and the first store, and after the map has gone. Python's own map keeps the descriptor.
+const MAPPED: &str = "
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+file = os.open('/mapped', os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, 1 << 20)
+at = libc.mmap(None, 1 << 20, 3, 1, file, 0)
+os.close(file)
+before = os.stat('/mapped').st_blocks
+ctypes.memset(at, 1, 1 << 20)
+libc.munmap(at, 1 << 20)
+print(before, os.stat('/mapped').st_blocks)
+";
+
+fn mapped(suite: &mut Suite) -> Result<()> {
+    suite.import(DEBIAN_IMAGE, "/host/assets/images/debian.tar")?;
+    let run = Run::new("mapped", DEBIAN_IMAGE, &["python3", "-c", MAPPED]);
+    let outcome = suite.ctr.run(&run)?.success()?;
+    equal("blocks", "0 2048", outcome.text().trim())
 }
 
 /// Requests of the guest's kernel to the file server so far.
