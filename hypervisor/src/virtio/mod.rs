@@ -15,6 +15,7 @@ pub mod mem;
 pub mod net;
 pub mod pci;
 pub mod pmem;
+pub mod request_queue;
 pub mod ring;
 pub mod rng;
 #[cfg(any(test, feature = "fuzzing"))]

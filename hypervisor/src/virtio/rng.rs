@@ -7,33 +7,25 @@ use std::sync::Arc;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::chain::Buffers;
-use super::ring::Ring;
-use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
+use super::request_queue::RequestQueue;
+use super::{Activation, ConfigSpace, DeviceError, Sources, VirtioDevice};
 
 const NAME: &str = "rng";
 /// Device id (§5.4.1).
 const DEVICE_TYPE: u16 = 4;
 const QUEUE_SIZE: u16 = 16;
-const REQUESTS: u32 = 0;
 /// The most bytes one request gets.
 const MAX_REQUEST: usize = 64 * 1024;
 /// Requests per event.
 const BUDGET: usize = 8;
 
-struct Active {
-    memory: GuestMemory,
-    interrupt: Arc<dyn Interrupt>,
-    ring: Ring,
-}
-
 /// The entropy device.
 #[derive(Default)]
 pub struct Rng {
-    active: Option<Active>,
+    requests: RequestQueue,
 }
 
 impl Rng {
@@ -41,23 +33,6 @@ impl Rng {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
-    }
-
-    fn serve(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_mut() else {
-            return Ok(());
-        };
-        let memory = active.memory.memory();
-        active
-            .ring
-            .drain(&memory, &*active.interrupt, BUDGET, |mut chain| {
-                let written = fill(&mut chain.writable).map_err(|source| DeviceError::Host {
-                    device: NAME,
-                    source,
-                })?;
-                Ok((chain.head, written))
-            })
-            .map(drop)
     }
 }
 
@@ -109,14 +84,7 @@ impl VirtioDevice for Rng {
         activation: Activation,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        let opened = activation.open(NAME, sources)?;
-        let [ring] = opened.rings;
-        self.active = Some(Active {
-            memory: opened.memory,
-            interrupt: opened.interrupt,
-            ring,
-        });
-        Ok(())
+        self.requests.open(NAME, activation, sources)
     }
 
     fn process(
@@ -125,16 +93,16 @@ impl VirtioDevice for Rng {
         _events: EventSet,
         _sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        if token == REQUESTS {
-            self.serve()?;
-        }
-        Ok(())
+        self.requests.serve(token, BUDGET, |_, mut chain| {
+            fill(&mut chain.writable).map_err(|source| DeviceError::Host {
+                device: NAME,
+                source,
+            })
+        })
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
-        if let Some(active) = self.active.take() {
-            active.ring.release(sources);
-        }
+        self.requests.close(sources);
     }
 }
 

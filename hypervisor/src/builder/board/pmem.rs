@@ -50,13 +50,6 @@ impl FileMemory {
             placed: BTreeMap::new(),
         }
     }
-
-    /// The first file that is shorter than when it was mapped.
-    pub(super) fn shortened(&self) -> Option<Shortened> {
-        self.placed
-            .values()
-            .find_map(|placed| placed.files.shortened())
-    }
 }
 
 impl Board {
@@ -188,8 +181,9 @@ impl Board {
         }
     }
 
-    /// Whether a file that the guest has as memory is shorter than it was.
+    /// The first file that the guest has as memory and that is shorter than it was.
     pub fn shortened(&self) -> Option<Shortened> {
-        self.file_memory.shortened()
+        let mut placed = self.file_memory.placed.values();
+        placed.find_map(|placed| placed.files.shortened())
     }
 }

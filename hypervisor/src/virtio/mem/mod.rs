@@ -12,14 +12,14 @@ use std::sync::{Arc, Mutex};
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 pub use self::blocks::BLOCK;
 use self::blocks::{Blocks, RangeState, Refusal};
 use super::chain::Buffers;
-use super::ring::Ring;
-use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
+use super::request_queue::RequestQueue;
+use super::{Activation, ConfigSpace, DeviceError, Sources, VirtioDevice};
 use crate::reclaim::Reclaim;
 use crate::sync::lock;
 
@@ -30,7 +30,6 @@ const DEVICE_TYPE: u16 = 24;
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 /// Linux sends one request at a time.
 const QUEUE_SIZE: u16 = 16;
-const REQUESTS: u32 = 0;
 /// Requests per event.
 const BUDGET: usize = 16;
 
@@ -81,17 +80,11 @@ impl MemHandle {
     }
 }
 
-struct Active {
-    memory: GuestMemory,
-    interrupt: Arc<dyn Interrupt>,
-    ring: Ring,
-}
-
 /// The device.
 pub struct Mem {
     shared: Arc<Shared>,
     reclaim: Arc<Reclaim>,
-    active: Option<Active>,
+    requests: RequestQueue,
 }
 
 impl Mem {
@@ -104,25 +97,9 @@ impl Mem {
         let device = Self {
             shared: Arc::clone(&shared),
             reclaim,
-            active: None,
+            requests: RequestQueue::default(),
         };
         (device, MemHandle(shared))
-    }
-
-    fn serve(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_mut() else {
-            return Ok(());
-        };
-        let memory = active.memory.memory();
-        let (shared, reclaim) = (&self.shared, &self.reclaim);
-        active
-            .ring
-            .drain(&memory, &*active.interrupt, BUDGET, |mut chain| {
-                let answer = answer(shared, reclaim, &memory, &mut chain.readable);
-                let written = chain.writable.copy_from(&answer);
-                Ok((chain.head, u32::try_from(written).unwrap_or(0)))
-            })
-            .map(drop)
     }
 }
 
@@ -245,14 +222,7 @@ impl VirtioDevice for Mem {
         activation: Activation,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        let opened = activation.open(NAME, sources)?;
-        let [ring] = opened.rings;
-        self.active = Some(Active {
-            memory: opened.memory,
-            interrupt: opened.interrupt,
-            ring,
-        });
-        Ok(())
+        self.requests.open(NAME, activation, sources)
     }
 
     fn process(
@@ -261,17 +231,17 @@ impl VirtioDevice for Mem {
         _events: EventSet,
         _sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        if token == REQUESTS {
-            self.serve()?;
-        }
-        Ok(())
+        let (shared, reclaim) = (&self.shared, &self.reclaim);
+        self.requests.serve(token, BUDGET, |memory, mut chain| {
+            let answer = answer(shared, reclaim, memory, &mut chain.readable);
+            let written = chain.writable.copy_from(&answer);
+            Ok(u32::try_from(written).unwrap_or(0))
+        })
     }
 
     /// What is plugged stays so (§5.15.6.2).
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
-        if let Some(active) = self.active.take() {
-            active.ring.release(sources);
-        }
+        self.requests.close(sources);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The memory device against drivers that follow the rules and drivers that do not.
 
 use proptest::prelude::*;
-use vm_memory::Bytes as _;
+use vm_memory::{Bytes as _, GuestAddressSpace as _};
 
 use super::*;
 use crate::virtio::testing::Harness;

@@ -11,18 +11,16 @@ use std::sync::Arc;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::GuestAddressSpace as _;
 use vmm_sys_util::epoll::EventSet;
 
 use super::chain::Chain;
-use super::ring::Ring;
-use super::{Activation, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources, VirtioDevice};
+use super::request_queue::RequestQueue;
+use super::{Activation, ConfigSpace, DeviceError, Sources, VirtioDevice};
 
 const NAME: &str = "pmem";
 /// Device id (§5.19.1).
 const DEVICE_TYPE: u16 = 27;
 const QUEUE_SIZE: u16 = 16;
-const REQUESTS: u32 = 0;
 /// Requests per event.
 const BUDGET: usize = 16;
 /// The one type of request (§5.19.6).
@@ -31,17 +29,11 @@ const FLUSH: u32 = 0;
 const DONE: u32 = 0;
 const FAILED: u32 = 1;
 
-struct Active {
-    memory: GuestMemory,
-    interrupt: Arc<dyn Interrupt>,
-    ring: Ring,
-}
-
 /// The device.
 pub struct Pmem {
     /// Guest-physical addresses.
     range: Range<u64>,
-    active: Option<Active>,
+    requests: RequestQueue,
 }
 
 impl Pmem {
@@ -50,22 +42,8 @@ impl Pmem {
     pub fn new(range: Range<u64>) -> Self {
         Self {
             range,
-            active: None,
+            requests: RequestQueue::default(),
         }
-    }
-
-    fn serve(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_mut() else {
-            return Ok(());
-        };
-        let memory = active.memory.memory();
-        active
-            .ring
-            .drain(&memory, &*active.interrupt, BUDGET, |mut chain| {
-                let written = answer(&mut chain);
-                Ok((chain.head, written))
-            })
-            .map(drop)
     }
 }
 
@@ -106,14 +84,7 @@ impl VirtioDevice for Pmem {
         activation: Activation,
         sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        let opened = activation.open(NAME, sources)?;
-        let [ring] = opened.rings;
-        self.active = Some(Active {
-            memory: opened.memory,
-            interrupt: opened.interrupt,
-            ring,
-        });
-        Ok(())
+        self.requests.open(NAME, activation, sources)
     }
 
     fn process(
@@ -122,16 +93,12 @@ impl VirtioDevice for Pmem {
         _events: EventSet,
         _sources: &mut Sources<'_>,
     ) -> Result<(), DeviceError> {
-        if token == REQUESTS {
-            self.serve()?;
-        }
-        Ok(())
+        self.requests
+            .serve(token, BUDGET, |_, mut chain| Ok(answer(&mut chain)))
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
-        if let Some(active) = self.active.take() {
-            active.ring.release(sources);
-        }
+        self.requests.close(sources);
     }
 }
 
