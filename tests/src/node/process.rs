@@ -85,6 +85,16 @@ fn drain(mut stream: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     })
 }
 
+/// Who has started a process, or has it now.
+///
+/// # Errors
+/// If it is gone.
+pub fn parent(pid: i32) -> Result<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    Ok(parent.context("no parent")?.trim().parse()?)
+}
+
 /// A descriptor that becomes readable when the process exits.
 ///
 /// # Errors

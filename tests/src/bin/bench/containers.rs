@@ -226,13 +226,7 @@ pub fn shim_of(ctr: &Ctr, id: &str, pid: i32) -> Result<i32> {
         return Ok(i32::try_from(shim)?);
     }
     task::bundle(&ctr.namespace, id)?;
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let parent: i32 = status
-        .lines()
-        .find_map(|line| line.strip_prefix("PPid:"))
-        .context("no parent")?
-        .trim()
-        .parse()?;
+    let parent = process::parent(pid)?;
     ensure!(parent > 1, "the container's shim is gone");
     Ok(parent)
 }

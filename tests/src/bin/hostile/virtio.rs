@@ -84,6 +84,12 @@ impl Function {
         self.common32(offset + 4, half(high));
     }
 
+    /// A 64-bit field of the device's own configuration.
+    pub fn device64(&self, offset: usize) -> u64 {
+        let half = |at| u64::from(self.bar.read::<u32>(self.device.offset + at));
+        half(offset) | half(offset + 4) << 32
+    }
+
     /// device_status.
     pub fn status(&self) -> u8 {
         self.bar.read(self.common.offset + 0x14)
@@ -254,6 +260,24 @@ impl Ring {
     /// The driver's position.
     pub fn position(&self) -> u16 {
         self.page.read16(AVAIL + 2)
+    }
+
+    /// Sends what lies at the beginning of `page` as a request of so many bytes, with room for an answer at `to`; false if the device
+    /// does not use it.
+    pub fn ask(
+        &self,
+        function: &Function,
+        page: &Page,
+        request: u32,
+        (to, answer): (u16, u32),
+        within: Duration,
+    ) -> bool {
+        self.descriptor(0, page.address, request, NEXT, 1);
+        self.descriptor(1, page.address + u64::from(to), answer, WRITE, 0);
+        let before = self.used();
+        self.offer(0);
+        function.kick(0);
+        self.wait_used(before.wrapping_add(1), within)
     }
 
     /// How many the device has used.

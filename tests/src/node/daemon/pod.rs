@@ -465,6 +465,17 @@ impl Container<'_> {
         output.all(within)
     }
 
+    /// Starts it and waits for its end: what it wrote to standard output, where that is a FIFO, and its exit status.
+    ///
+    /// # Errors
+    /// What the shim says; if its end does not come.
+    pub fn run(&self, within: Duration) -> Result<(String, u32)> {
+        let ended = self.waiting();
+        self.start()?;
+        let said = self.written(within)?;
+        Ok((said, ended.recv_timeout(within)??.exit_status))
+    }
+
     /// Task.CloseIO of standard input.
     ///
     /// # Errors

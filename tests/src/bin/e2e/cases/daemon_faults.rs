@@ -194,14 +194,9 @@ fn refused_container(suite: &mut Suite) -> Result<()> {
     pod.connection.shutdown("bad-nope")?;
     // Under the same name: nothing of the first is in the way.
     let good = pod.container("nope", &[PROBE, "echo", "good", "9"])?;
-    let ended = good.waiting();
-    good.start()?;
-    equal(
-        "exit status",
-        9,
-        ended.recv_timeout(patience())??.exit_status,
-    )?;
-    equal("output", "good\n", good.written(patience())?)?;
+    let (said, status) = good.run(patience())?;
+    equal("exit status", 9, status)?;
+    equal("output", "good\n", said.as_str())?;
     good.delete()?;
     pod.end()?;
     before.nothing_left(patience())

@@ -232,15 +232,9 @@ fn pause_container(suite: &mut Suite, generation: Generation) -> Result<()> {
     // One after the other: the end of the first is not the end of the pod.
     for (name, code) in [("first", 4), ("second", 5)] {
         let container = pod.container(name, &[PROBE, "echo", name, &code.to_string()])?;
-        let ended = container.waiting();
-        container.start()?;
-        let ended = ended.recv_timeout(patience())??;
-        equal(name, code, ended.exit_status)?;
-        equal(
-            "output",
-            format!("{name}\n"),
-            container.written(patience())?,
-        )?;
+        let (said, status) = container.run(patience())?;
+        equal(name, code, status)?;
+        equal("output", format!("{name}\n"), said)?;
         equal("exit status", code, container.delete()?.exit_status)?;
         let state = pod.connection.state(&pod.id)?;
         equal("the pod", Status::RUNNING.into(), state.status)?;
@@ -286,10 +280,9 @@ fn configured(suite: &mut Suite) -> Result<()> {
         ),
     ] {
         let container = pod.container(name, args)?;
-        let ended = container.waiting();
-        container.start()?;
-        equal(name, 0, ended.recv_timeout(patience())??.exit_status)?;
-        contains(name, expected, &container.written(patience())?)?;
+        let (said, status) = container.run(patience())?;
+        equal(name, 0, status)?;
+        contains(name, expected, &said)?;
         container.delete()?;
     }
     pod.end()?;

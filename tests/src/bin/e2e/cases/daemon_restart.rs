@@ -98,14 +98,9 @@ fn restart(suite: &mut Suite, generation: Generation, api: bool) -> Result<()> {
 
     stays.exec("look", &[PROBE, "exit", "0"])?;
     let new = pod.container("new", &[PROBE, "echo", "after", "6"])?;
-    let ended = new.waiting();
-    new.start()?;
-    equal(
-        "exit status",
-        6,
-        ended.recv_timeout(patience())??.exit_status,
-    )?;
-    equal("output", "after\n", new.written(patience())?)?;
+    let (said, status) = new.run(patience())?;
+    equal("exit status", 6, status)?;
+    equal("output", "after\n", said.as_str())?;
     new.delete()?;
     stays.connection.kill(&stays.id, 9)?;
     stays.connection.wait(&stays.id)?;

@@ -95,10 +95,7 @@ fn writing_to(directory: &Path, layers: &[&str]) -> Result<Vec<Mount>> {
 }
 
 fn wait(container: &Container<'_>) -> Result<String> {
-    let ended = container.waiting();
-    container.start()?;
-    let said = container.written(patience())?;
-    let status = ended.recv_timeout(patience())??.exit_status;
+    let (said, status) = container.run(patience())?;
     equal("exit status", 0, status).with_context(|| said.clone())?;
     Ok(said)
 }
@@ -342,10 +339,7 @@ fn any_image(suite: &mut Suite) -> Result<()> {
     let script = "busybox cat /which; echo x > /which || echo refused; busybox grep -c brig /proc/partitions";
     let args = ["/bin/busybox", "sh", "-c", script];
     let container = pod.container_from("view", &args, Some(view))?;
-    let ended = container.waiting();
-    container.start()?;
-    contains("a view", "base\nrefused\n", &container.written(patience())?)?;
-    ended.recv_timeout(patience())??;
+    contains("a view", "base\nrefused\n", &container.run(patience())?.0)?;
     container.delete()?;
     pod.end()?;
     drop(daemon);

@@ -150,11 +150,8 @@ fn erofs(suite: &mut Suite) -> Result<()> {
     let shell = |script| ["/bin/busybox", "sh", "-c", script];
     let disks = "busybox ls /sys/block | busybox grep -c vd";
     let wait = |container: &brig_tests::node::daemon::pod::Container<'_>| -> Result<String> {
-        let ended = container.waiting();
-        container.start()?;
-        let said = container.written(patience())?;
-        let status = ended.recv_timeout(patience())??;
-        equal("exit status", 0, status.exit_status).with_context(|| said.clone())?;
+        let (said, status) = container.run(patience())?;
+        equal("exit status", 0, status).with_context(|| said.clone())?;
         Ok(said)
     };
 
@@ -303,14 +300,9 @@ fn refused(suite: &mut Suite) -> Result<()> {
         "busybox ls /sys/block | busybox grep -c vd",
     ];
     let right = pod.container_from("right", &args, Some(vec![layer(&base)]))?;
-    let ended = right.waiting();
-    right.start()?;
-    equal("disks", "1\n", right.written(patience())?.as_str())?;
-    equal(
-        "exit status",
-        0,
-        ended.recv_timeout(patience())??.exit_status,
-    )?;
+    let (said, status) = right.run(patience())?;
+    equal("disks", "1\n", said.as_str())?;
+    equal("exit status", 0, status)?;
     right.delete()?;
     pod.end()?;
     drop(daemon);
@@ -361,11 +353,9 @@ fn mapped(suite: &mut Suite) -> Result<()> {
     let shell = ["/bin/busybox", "sh", "-c", script];
     for (name, mounts) in [("disk", mounts), ("directory", shared)] {
         let container = pod.container_from(name, &shell, Some(mounts))?;
-        let ended = container.waiting();
-        container.start()?;
-        let said = container.written(patience())?;
+        let (said, status) = container.run(patience())?;
         equal(name, "0:0\n0:0\n7:9\n0:0\n0:0\n", said.as_str())?;
-        equal(name, 0, ended.recv_timeout(patience())??.exit_status)?;
+        equal(name, 0, status)?;
         container.delete()?;
     }
     for file in ["new", "which"] {

@@ -24,6 +24,8 @@ use crate::suite::{Case, Suite, brig, patience};
 const IMAGE: &str = "docker.io/brig/busybox:test";
 const TAR: &str = "/host/assets/images/busybox.tar";
 pub(super) const TEMPLATES: &str = "/run/brig.templates";
+/// The cgroup of those who make them.
+const MAKERS: &str = "/sys/fs/cgroup/brig-templates";
 /// Pods of one template.
 const CLONES: usize = 20;
 /// A pod that lives long enough for its shim to have a template made, which it begins when the guest is ready.
@@ -125,10 +127,7 @@ impl Handler {
             let mut keys = self.keys()?;
             ensure!(keys.len() < 2, "there are {keys:?}");
             // It is kept before its maker has left its cgroup.
-            if let (Some(key), false) = (
-                keys.pop(),
-                Path::new("/sys/fs/cgroup/brig-templates").exists(),
-            ) {
+            if let (Some(key), false) = (keys.pop(), Path::new(MAKERS).exists()) {
                 return Ok(key);
             }
             ensure!(
@@ -316,12 +315,7 @@ fn one_maker(suite: &mut Suite) -> Result<()> {
         pods.push(Running::start(suite.ctr.run_command(&run, &["--rm"]))?);
     }
     let pid = wait_for_maker(at_once, Duration::ZERO)?;
-    let end = Instant::now() + clock::seconds(2);
-    // It enters it first of all.
-    while !fs::read_to_string(format!("/proc/{pid}/cgroup"))?.contains("/brig-templates") {
-        ensure!(Instant::now() < end, "the maker is in the pod's cgroup");
-        sleep(Duration::from_millis(5));
-    }
+    leaves_the_pod(pid)?;
     let mut most = 1;
     while !makers().is_empty() {
         most = most.max(makers().len());
@@ -371,21 +365,27 @@ fn cgroup_of(pid: i32) -> Result<PathBuf> {
     Ok(Path::new("/sys/fs/cgroup").join(path))
 }
 
+/// A maker enters its own cgroup first of all.
+fn leaves_the_pod(maker: i32) -> Result<()> {
+    let end = Instant::now() + clock::seconds(2);
+    while cgroup_of(maker)? != Path::new(MAKERS) {
+        ensure!(Instant::now() < end, "the maker is in the pod's cgroup");
+        sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
 fn ends_with_its_pod(suite: &mut Suite) -> Result<()> {
     let handler = Handler::new(suite, 150, "")?;
     let before = baseline(suite)?;
     let pod = Running::start(suite.ctr.run_command(&handler.run("sleep 1"), &["--rm"]))?;
     let maker = wait_for_maker(1, Duration::ZERO)?;
-    let own = Path::new("/sys/fs/cgroup/brig-templates");
-    let end = Instant::now() + clock::seconds(2);
-    while cgroup_of(maker)? != own {
-        ensure!(Instant::now() < end, "the maker is in the pod's cgroup");
-        sleep(Duration::from_millis(5));
-    }
-    let status = fs::read_to_string(format!("/proc/{maker}/status"))?;
-    let shim = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-    let pods = cgroup_of(shim.context("its parent")?.trim().parse()?)?;
-    ensure!(pods != own, "the shim is where templates are made");
+    leaves_the_pod(maker)?;
+    let pods = cgroup_of(process::parent(maker)?)?;
+    ensure!(
+        pods != Path::new(MAKERS),
+        "the shim is where templates are made"
+    );
     // Whoever goes into the pod's cgroup again would not come out of it.
     fs::write(pods.join("cgroup.freeze"), "1")?;
     let made = handler.made();

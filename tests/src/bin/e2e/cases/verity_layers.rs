@@ -121,10 +121,7 @@ fn checked(suite: &mut Suite) -> Result<()> {
         let script = "busybox ls /sys/block | busybox grep -c ^dm-; busybox cat /big > /tmp/read && echo read || echo refused; busybox tr -d B < /tmp/read";
         let shell = ["/bin/busybox", "sh", "-c", script];
         let container = pod.container_from(name, &shell, Some(mounts))?;
-        let ended = container.waiting();
-        container.start()?;
-        let said = container.written(patience())?;
-        ended.recv_timeout(patience())??;
+        let (said, _) = container.run(patience())?;
         container.delete()?;
         Ok(said)
     };

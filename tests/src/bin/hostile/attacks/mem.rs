@@ -28,16 +28,12 @@ pub struct Space {
 
 impl Space {
     pub fn of(function: &Function) -> Self {
-        let long = |at: usize| -> u64 {
-            let half = |at| u64::from(function.bar.read::<u32>(function.device.offset + at));
-            half(at) | half(at + 4) << 32
-        };
         Self {
-            block: long(0),
-            start: long(16),
-            region: long(24),
-            usable: long(32),
-            requested: long(48),
+            block: function.device64(0),
+            start: function.device64(16),
+            region: function.device64(24),
+            usable: function.device64(32),
+            requested: function.device64(48),
         }
     }
 
@@ -59,13 +55,8 @@ pub fn ask(
     bytes[16..18].copy_from_slice(&count.to_le_bytes());
     page.write(0, &bytes);
     page.write(1024, &[0xaa; 10]);
-    ring.descriptor(0, page.address, 24, NEXT, 1);
-    ring.descriptor(1, page.address + 1024, 10, WRITE, 0);
-    let before = ring.used();
-    ring.offer(0);
-    function.kick(0);
     ensure!(
-        ring.wait_used(before.wrapping_add(1), PATIENCE),
+        ring.ask(function, page, 24, (1024, 10), PATIENCE),
         "request {kind} of {count} blocks at {address:#x} is not answered"
     );
     Ok((page.read16(1024), page.read16(1032)))

@@ -23,11 +23,8 @@ const MANY: u32 = 300;
 
 /// Where the memory is.
 pub fn range(function: &Function) -> Range<u64> {
-    let long = |at: usize| -> u64 {
-        let half = |at| u64::from(function.bar.read::<u32>(function.device.offset + at));
-        half(at) | half(at + 4) << 32
-    };
-    long(0)..long(0) + long(8)
+    let start = function.device64(0);
+    start..start + function.device64(8)
 }
 
 /// Places in it: the file's first page and its second, what is behind it, and the end, over which a page goes.
@@ -41,13 +38,8 @@ pub fn places(guest: &Guest) -> Result<[u64; 4]> {
 pub fn ask(function: &Function, ring: &Ring, page: &Page, request: u32) -> Result<u32> {
     page.write(0, &request.to_le_bytes());
     page.write(1024, &[0xaa; 4]);
-    ring.descriptor(0, page.address, 4, NEXT, 1);
-    ring.descriptor(1, page.address + 1024, 4, WRITE, 0);
-    let before = ring.used();
-    ring.offer(0);
-    function.kick(0);
     ensure!(
-        ring.wait_used(before.wrapping_add(1), PATIENCE),
+        ring.ask(function, page, 4, (1024, 4), PATIENCE),
         "request {request:#x} is not answered"
     );
     let answer = page.read(1024, 4);
