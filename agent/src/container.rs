@@ -322,7 +322,7 @@ impl Container {
     }
 
     fn started(&mut self, exec_id: &str, result: Result<()>) {
-        let (context, id) = (Arc::clone(&self.context), self.parts.id.clone());
+        let id = self.parts.id.clone();
         let Ok(process) = self.process(exec_id) else {
             return;
         };
@@ -339,11 +339,14 @@ impl Container {
             (Ok(()), Some(exit)) => {
                 process.phase = Phase::Stopped(exit);
                 let _ = reply.send(Ok(pid));
-                context.events.exited(&id, exec_id, pid, exit);
+                if let Some(owed) = process.owed.take() {
+                    owed.exited(&id, exec_id, pid, exit);
+                }
             }
             // Not an exit of the program: it never ran, and the caller gets the reason.
             (Err(error), early) => {
                 let _ = process.signal(libc::SIGKILL);
+                process.owed = None;
                 process.phase = Phase::Stopped(early.unwrap_or(Exit {
                     status: 255,
                     at: SystemTime::now(),
@@ -372,7 +375,7 @@ impl Container {
             _ => {}
         }
         process.phase = Phase::Stopped(exit);
-        let pid = process.pid();
+        let (pid, owed) = (process.pid(), process.owed.take());
         if is_init {
             // The reason comes before the exit, as consumers of the events expect.
             self.report_oom();
@@ -383,7 +386,9 @@ impl Container {
         if let (true, Some(reply)) = (is_init, self.deletion.take()) {
             return self.remove(exit, reply);
         }
-        context.events.exited(&id, exec_id, pid, exit);
+        if let Some(owed) = owed {
+            owed.exited(&id, exec_id, pid, exit);
+        }
     }
 
     fn report_oom(&mut self) {
@@ -534,5 +539,5 @@ pub async fn prepare(
     let stdio: Running = pumps.start(prepared.terminal.take())?;
     let done = stdio.output_done();
     context.outputs.spawn(done);
-    Process::created(serial, prepared, stdio)
+    Process::created(serial, prepared, stdio, context.events.owe())
 }

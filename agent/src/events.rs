@@ -16,7 +16,8 @@ use crate::{
 /// Sends events. What a guest can cause is bounded: one exit for each process the host started,
 /// and one OOM event until the subscriber has taken the one before.
 pub struct Events {
-    tx: UnboundedSender<Event>,
+    /// None once there are no more.
+    tx: Mutex<Option<UnboundedSender<Event>>>,
     rx: Mutex<Option<UnboundedReceiver<Event>>>,
 }
 
@@ -24,7 +25,7 @@ impl Default for Events {
     fn default() -> Self {
         let (tx, rx) = unbounded_channel();
         Self {
-            tx,
+            tx: Mutex::new(Some(tx)),
             rx: Mutex::new(Some(rx)),
         }
     }
@@ -41,15 +42,9 @@ impl Events {
             .ok_or_else(|| Error::FailedPrecondition("the events have a subscriber already".into()))
     }
 
-    /// A process has ended.
-    pub fn exited(&self, id: &str, exec_id: &str, pid: u32, exit: Exit) {
-        let exit = event::Exit {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            exit: Some(exit_message(pid, exit)).into(),
-            ..Default::default()
-        };
-        self.send(event::Kind::Exit(exit));
+    /// The word that a process's end will be told, unless there are no more events already.
+    pub fn owe(&self) -> Owed {
+        Owed(lock(&self.tx).clone())
     }
 
     /// The kernel killed a process of the container for memory.
@@ -60,13 +55,39 @@ impl Events {
         }));
     }
 
-    fn send(&self, kind: event::Kind) {
-        // The receiver goes only with the connection, and then the guest powers off.
-        let _ = self.tx.send(Event {
-            kind: Some(kind),
-            ..Default::default()
-        });
+    /// There are no more but those that are owed: after the last of them the subscriber gets the end.
+    pub fn end(&self) {
+        lock(&self.tx).take();
     }
+
+    fn send(&self, kind: event::Kind) {
+        send(lock(&self.tx).as_ref(), kind);
+    }
+}
+
+/// The end of a process that has not ended, or was not told yet.
+pub struct Owed(Option<UnboundedSender<Event>>);
+
+impl Owed {
+    /// The process has ended.
+    pub fn exited(self, id: &str, exec_id: &str, pid: u32, exit: Exit) {
+        let exit = event::Exit {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            exit: Some(exit_message(pid, exit)).into(),
+            ..Default::default()
+        };
+        send(self.0.as_ref(), event::Kind::Exit(exit));
+    }
+}
+
+fn send(tx: Option<&UnboundedSender<Event>>, kind: event::Kind) {
+    let Some(tx) = tx else { return };
+    // The receiver goes only with the connection, and then the guest powers off.
+    let _ = tx.send(Event {
+        kind: Some(kind),
+        ..Default::default()
+    });
 }
 
 /// The protocol's form of an exit.

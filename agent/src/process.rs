@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     error::{Error, Result},
+    events::Owed,
     launch::Prepared,
     reaper::Exit,
     stdio::Running,
@@ -41,6 +42,8 @@ pub struct Process {
     pub stdio: Running,
     /// Tells it from another process of the same name, in the container's life.
     pub serial: u64,
+    /// Its end, until that is told.
+    pub owed: Option<Owed>,
     identity: Option<(Pid, OwnedFd)>,
 }
 
@@ -51,6 +54,7 @@ impl Process {
             serial,
             phase: Phase::Preparing,
             stdio: Running::default(),
+            owed: None,
             identity: None,
         }
     }
@@ -59,7 +63,7 @@ impl Process {
     ///
     /// # Errors
     /// `Internal` when descriptors run out.
-    pub fn created(serial: u64, prepared: Prepared, stdio: Running) -> Result<Self> {
+    pub fn created(serial: u64, prepared: Prepared, stdio: Running, owed: Owed) -> Result<Self> {
         let pidfd = prepared
             .pidfd
             .try_clone()
@@ -69,6 +73,7 @@ impl Process {
             serial,
             phase: Phase::Created(prepared),
             stdio,
+            owed: Some(owed),
             identity,
         })
     }

@@ -100,8 +100,7 @@ where
             sandbox::end_all(&parts.context).await;
         }
         _ = shut_down.recv() => {
-            // The answer to Shutdown leaves with the connection's own writer; the stream of events
-            // would keep the connection open.
+            // The answer to Shutdown leaves with the connection's own writer, which ends with the last request.
             let _ = timeout(GOODBYE_TIME, server.disconnect()).await;
         }
     }

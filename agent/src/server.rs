@@ -458,6 +458,8 @@ impl Agent for Service {
             sandbox::terminate_all(&self.context, grace).await;
         }
         sandbox::end_all(&self.context).await;
+        // Their stream would hold the connection open, and with it the machine on.
+        self.context.events.end();
         let _ = self.shutdown.send(());
         Ok(Empty::new())
     }

@@ -501,3 +501,23 @@ async fn a_shutdown_ends_as_soon_as_nothing_runs() {
     );
     guest.ended().await;
 }
+
+#[tokio::test]
+async fn a_shutdown_tells_every_end_and_then_that_there_are_no_more() {
+    let mut guest = Guest::start().await;
+    for id in ["one", "two"] {
+        guest
+            .started(id, &spec("while :; do sleep 1; done"), Stdio::default())
+            .await;
+    }
+    let at_once = ShutdownRequest::new();
+    guest.client.shutdown(ctx(), &at_once).await.unwrap();
+    // A stream that the connection's end cuts off fails instead; it would have held the connection open, and so the
+    // guest up, until the agent's patience is over.
+    guest.last_events().await.unwrap();
+    let mut exits = guest.exits();
+    exits.sort();
+    let both = ["one", "two"].map(|id| (id.to_owned(), String::new()));
+    assert_eq!(exits, both);
+    guest.ended().await;
+}

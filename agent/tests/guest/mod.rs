@@ -344,6 +344,20 @@ impl Guest {
         }
     }
 
+    /// Takes all events that are to come, to their end.
+    ///
+    /// # Errors
+    /// When they are cut off.
+    pub async fn last_events(&mut self) -> ttrpc::Result<()> {
+        while let Some(event) = timeout(PATIENCE, self.events.recv())
+            .await
+            .expect("an end")?
+        {
+            self.seen.push(event);
+        }
+        Ok(())
+    }
+
     /// Exits so far, as (container, exec id), in order.
     pub fn exits(&self) -> Vec<(String, String)> {
         self.seen
