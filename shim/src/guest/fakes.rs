@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use brig_hypervisor::control::VmConfig;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
 use crate::guest::vm::watch::tests::FakeProcess;
@@ -147,7 +148,7 @@ impl FakeHost {
 }
 
 impl Host for FakeHost {
-    fn launch(&self, plan: &Plan) -> Result<Launched> {
+    fn launch(&self, plan: &Plan, _: oneshot::Sender<()>) -> Result<Launched> {
         self.record.add(format!("launch {}", plan.memory));
         std::thread::sleep(self.behaviour.slow_launch);
         let (control, vmm_control) = socketpair(

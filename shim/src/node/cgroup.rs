@@ -103,7 +103,8 @@ impl Cgroup {
         self.dirs.iter().filter_map(open).collect()
     }
 
-    /// Moves this process in.
+    /// Moves this process in. For that the kernel waits until every CPU has been elsewhere (RCU), some milliseconds, and
+    /// meanwhile nothing can be born into any cgroup.
     ///
     /// # Errors
     /// What the host says.
@@ -149,6 +150,15 @@ impl Cgroup {
     /// # Errors
     /// What the host says; a cgroup that is gone is no error.
     pub fn leave_and_remove(&self) -> io::Result<()> {
+        self.leave()?;
+        self.remove()
+    }
+
+    /// Moves this process out. Takes as long as [`join`](Self::join).
+    ///
+    /// # Errors
+    /// What the host says; a cgroup that is gone is no error.
+    pub fn leave(&self) -> io::Result<()> {
         let pid = std::process::id().to_string();
         let enter = |dir: &Path| fs::write(dir.join("cgroup.procs"), &pid);
         for dir in &self.dirs {
@@ -157,6 +167,14 @@ impl Cgroup {
                 ignore_missing(enter(&hierarchy_of(dir)))?;
             }
         }
+        Ok(())
+    }
+
+    /// Removes the cgroup, which must hold nobody.
+    ///
+    /// # Errors
+    /// When somebody is in it; a cgroup that is gone is no error.
+    pub fn remove(&self) -> io::Result<()> {
         self.remove_dirs();
         match self.dirs.iter().find(|dir| dir.exists()) {
             None => Ok(()),

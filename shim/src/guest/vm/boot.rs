@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use brig_hypervisor::control::NetConfig;
 use slog::{Logger, debug, error, warn};
-use tokio::sync::{mpsc, watch as watch_channel};
+use tokio::sync::{mpsc, oneshot, watch as watch_channel};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -160,29 +160,74 @@ impl Boot {
 async fn boot(
     host: Arc<dyn Host>,
     mut plan: Plan,
-    mut sandbox: Sandbox,
+    sandbox: Sandbox,
     made: &OnceLock<Cgroup>,
     progress: &watch_channel::Sender<Progress>,
     news: mpsc::Sender<News>,
     logger: &Logger,
 ) -> Result<Arc<Vm>> {
-    let timeouts = Timeouts::of(&plan.config);
     if let Some(path) = plan.cgroup_path.clone() {
         let host = Arc::clone(&host);
         let made = tokio::task::spawn_blocking(move || host.make_cgroup(&path));
         plan.cgroup = made.await??;
     }
-    let cgroup = plan.cgroup.clone();
-    if let Some(cgroup) = &cgroup {
+    let mut entering = None;
+    let (executed, born) = oneshot::channel();
+    if let Some(cgroup) = &plan.cgroup {
         let _ = made.set(cgroup.clone());
         let _ = news.send(News::Cgroup(cgroup.clone())).await;
+        entering = Some(tokio::spawn(enter(cgroup.clone(), born)));
     }
+    let up = start(host, plan, sandbox, executed, progress, news, logger).await;
+    // Also after a failure: what comes then removes the cgroup.
+    let entered = match entering {
+        Some(entering) => entering.await?,
+        None => Ok(()),
+    };
+    match (up, entered) {
+        (Ok(vm), Err(error)) => {
+            vm.kill();
+            vm.ended().await;
+            Err(error)
+        }
+        (up, _) => up,
+    }
+}
+
+/// Moves this process to where its VMM was born, which takes the kernel as long as the VMM needs for its jail.
+async fn enter(cgroup: Cgroup, born: oneshot::Receiver<()>) -> Result<()> {
+    if born.await.is_err() {
+        return Ok(());
+    }
+    let entered = tokio::task::spawn_blocking(move || {
+        let dir = cgroup.dirs().first().cloned().unwrap_or_default();
+        cgroup.join().map_err(|error| {
+            Error::io(
+                format_args!("cannot enter the cgroup {}", dir.display()),
+                &error,
+            )
+        })
+    });
+    entered.await?
+}
+
+async fn start(
+    host: Arc<dyn Host>,
+    mut plan: Plan,
+    mut sandbox: Sandbox,
+    executed: oneshot::Sender<()>,
+    progress: &watch_channel::Sender<Progress>,
+    news: mpsc::Sender<News>,
+    logger: &Logger,
+) -> Result<Arc<Vm>> {
+    let timeouts = Timeouts::of(&plan.config);
+    let cgroup = plan.cgroup.clone();
     let mark = |name: &str, at: SystemTime| {
         let _ = news.try_send(News::Mark(name.to_owned(), at));
     };
     ask_kubelet(&mut plan, logger).await?;
     mark("vmm.launch", SystemTime::now());
-    let executed = SystemTime::now();
+    let launched_at = SystemTime::now();
     let wanted = network::Wanted::of(&plan.config);
     let netns = match &plan.network {
         Network::Path(path) => Some(path.clone()),
@@ -190,7 +235,7 @@ async fn boot(
     };
     let modules = plan.config.modules.clone();
     let layers = plan.config.image_layers;
-    let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan)).await??;
+    let mut launched = tokio::task::spawn_blocking(move || host.launch(&plan, executed)).await??;
     mark("vmm.launched", SystemTime::now());
     sandbox.network = std::mem::take(&mut launched.network);
     sandbox.network.log(logger);
@@ -220,7 +265,7 @@ async fn boot(
         modules: share_modules(Arc::clone(&vm), modules),
         netfilter: wanted.netfilter,
     };
-    match bring_up(&vm, machine, incoming, sandbox, &news, executed, logger).await {
+    match bring_up(&vm, machine, incoming, sandbox, &news, launched_at, logger).await {
         Ok(()) => {
             forward_ports(localhost, &vm, logger).await;
             if let GuestOrigin::BootFirst(recipe) = origin {

@@ -17,6 +17,7 @@ use brig_hypervisor::share::{Share, ShareError};
 use nix::fcntl::OFlag;
 use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
+use tokio::sync::oneshot;
 
 use super::given::Given;
 use super::{GuestOrigin, Host, Launched, Plan, shown};
@@ -33,7 +34,7 @@ use crate::node::vfio;
 pub struct Node;
 
 impl Host for Node {
-    fn launch(&self, plan: &Plan) -> Result<Launched> {
+    fn launch(&self, plan: &Plan, executed: oneshot::Sender<()>) -> Result<Launched> {
         let config = &plan.config;
         let kvm = open_kvm(&config.kvm)?;
         if !config.allow_slow_kvm {
@@ -59,6 +60,7 @@ impl Host for Node {
             max_files: config.max_files,
         })
         .map_err(|error| not_launched(&error))?;
+        let _ = executed.send(());
         set_oom_score(&process, plan.oom_score_adj);
         // While the VMM builds its jail.
         let network = match &plan.network {
@@ -134,12 +136,7 @@ impl Host for Node {
     }
 
     fn make_cgroup(&self, path: &str) -> Result<Option<Cgroup>> {
-        let cgroup = Cgroup::create(path)?;
-        cgroup.join().map_err(|error| {
-            let _ = cgroup.leave_and_remove();
-            Error::io(format_args!("cannot enter the cgroup {path}"), &error)
-        })?;
-        Ok(Some(cgroup))
+        Ok(Some(Cgroup::create(path)?))
     }
 }
 

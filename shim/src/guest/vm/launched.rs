@@ -10,6 +10,7 @@ use std::sync::Arc;
 use brig_hypervisor::control::VmConfig;
 use brig_hypervisor::launch::{VmmExit, VmmProcess};
 use brig_hypervisor::share::{Attributes, LaterMount, LeftOut};
+use tokio::sync::oneshot;
 
 use super::{Given, Plan};
 use crate::error::Result;
@@ -19,11 +20,11 @@ use crate::node::templates::Recipe;
 
 /// What the node does for a VM. Blocking: never called on the async thread.
 pub trait Host: Send + Sync + 'static {
-    /// Starts a jailed VMM.
+    /// Starts a jailed VMM; `executed` is told when it runs, in its namespaces and its cgroup.
     ///
     /// # Errors
     /// One sentence: what is missing on the node and the fix.
-    fn launch(&self, plan: &Plan) -> Result<Launched>;
+    fn launch(&self, plan: &Plan, executed: oneshot::Sender<()>) -> Result<Launched>;
 
     /// Makes the pod's cgroup.
     ///

@@ -28,6 +28,7 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Host;
 use crate::guest::vm::boot::{Boot, News, SANDBOX_STARTED};
 use crate::log::{Control, JOURNAL, Journald};
+use crate::node::cgroup::Cgroup;
 use crate::node::collector::Collector;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
@@ -486,7 +487,7 @@ impl Pod {
         self.enter("stopping");
         let state = self.setup.state.clone();
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
-        let mut cgroup = self.setup.journal.cgroup.clone();
+        let (mut cgroup, mut has_left) = (self.setup.journal.cgroup.clone(), false);
         let netns = self.setup.journal.netns.clone();
         let hurry = Arc::clone(&self.hurry);
         // The sandbox container's end follows that of the pod.
@@ -500,11 +501,10 @@ impl Pod {
         let drain = self.context.drain;
         tokio::spawn(async move {
             if let Some(boot) = boot {
-                end_vm(&boot, grace, &hurry).await;
+                let leaving = leave(&boot, cgroup);
+                ((), (cgroup, has_left)) = tokio::join!(end_vm(&boot, grace, &hurry), leaving);
                 // With the shim the last output would be lost.
                 let _ = timeout(drain, exits_told(&containers)).await;
-                // A pod that fails at once ends before it has heard of its cgroup.
-                cgroup = cgroup.or_else(|| boot.cgroup());
             }
             let log = logger.clone();
             let cleaned = tokio::task::spawn_blocking(move || {
@@ -517,9 +517,13 @@ impl Pod {
                 if let Some(account) = account {
                     account();
                 }
-                let left = cgroup.map_or(Ok(()), |cgroup| cgroup.leave_and_remove());
+                let removed = match cgroup {
+                    None => Ok(()),
+                    Some(cgroup) if has_left => cgroup.remove(),
+                    Some(cgroup) => cgroup.leave_and_remove(),
+                };
                 state.remove();
-                left
+                removed
             })
             .await;
             if let Ok(Err(error)) = cleaned {
@@ -561,6 +565,19 @@ async fn exits_told(containers: &[ContainerHandle]) {
 }
 
 /// Powers off a VM that is up; one that is still booting is killed.
+/// Moves this process out of the pod's cgroup while its VM ends, since its removal would wait for that else. The cgroup, if there
+/// is one, and whether that worked; who removes it tries again.
+async fn leave(boot: &Boot, cgroup: Option<Cgroup>) -> (Option<Cgroup>, bool) {
+    boot.settled().await;
+    // A pod that fails at once ends before it has heard of its cgroup.
+    let Some(cgroup) = cgroup.or_else(|| boot.cgroup()) else {
+        return (None, false);
+    };
+    let own = cgroup.clone();
+    let left = tokio::task::spawn_blocking(move || own.leave()).await;
+    (Some(cgroup), matches!(left, Ok(Ok(()))))
+}
+
 async fn end_vm(boot: &Boot, grace: Duration, hurry: &Notify) {
     if let Ok(vm) = boot.launched().await {
         if boot.is_ready() {
