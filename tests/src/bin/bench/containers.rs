@@ -16,7 +16,8 @@ use crate::boot::faults;
 use crate::report::Report;
 
 const IMAGE: &str = "docker.io/brig/probe:test";
-const PROBE: &str = "/bin/brig-probe";
+/// The probe in its image.
+pub const PROBE: &str = "/bin/brig-probe";
 /// A pod is idle once its start has had time to settle.
 const SETTLE: Duration = Duration::from_secs(5);
 /// And a guest once it has reported what it does not use, which the agent lets it do when it rests.

@@ -3,12 +3,14 @@
 //! `--storage`, `--roots` and `--network` are tables of their own.
 //!
 //! Counts do not depend on the clock. Times do, and under emulation only their ratios mean anything,
-//! which the output says. `--overhead` prints what a pod costs by its size instead, `--density` what many pods cost.
+//! which the output says. `--overhead` prints what a pod costs by its size instead, `--density` what many pods cost,
+//! `--instructions` what a start executes, in a node that counts it.
 
 mod boot;
 mod containers;
 mod density;
 mod ground;
+mod instructions;
 mod jobs;
 mod kinds;
 mod lines;
@@ -29,7 +31,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use brig_suite::results::Place;
 
-const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR] [--files N] [--storage [KIND] | --roots | --network]
+const USAGE: &str = "usage: brig-bench [--rounds N] [--results DIR] [--files N] [--storage [KIND] | --roots | --network | --instructions]
        brig-bench --overhead [RUNTIME] | --density PODS [booted] [template] [runc]";
 
 /// Rounds of what takes long in each.
@@ -63,6 +65,7 @@ fn run() -> Result<()> {
             "--boot-brig-once" => return boot::brig_once(),
             "--boot-clone-once" => return boot::clone_once(),
             "--boot-qemu-once" => return boot::qemu_once(),
+            "--instructions" => return instructions::measure(rounds.unwrap_or(FEW)),
             "--density" => {
                 let pods = value()?.parse::<usize>()?.max(1);
                 let kinds: Vec<String> = args.collect();
