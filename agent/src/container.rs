@@ -275,7 +275,14 @@ impl Container {
 
     fn prepared(&mut self, exec_id: &str, result: Result<Process>, reply: Reply<()>) {
         let outcome = match (self.execs.get_mut(exec_id), result) {
-            (Some(place), Ok(process)) => {
+            (Some(place), Ok(mut process)) => {
+                // It was killed, and that was heard of before this.
+                if let Phase::Stopped(exit) = place.phase {
+                    process.phase = Phase::Stopped(exit);
+                    if let Some(owed) = process.owed.take() {
+                        owed.exited(&self.parts.id, exec_id, process.pid(), exit);
+                    }
+                }
                 *place = process;
                 Ok(())
             }
@@ -375,7 +382,7 @@ impl Container {
             _ => {}
         }
         process.phase = Phase::Stopped(exit);
-        let (pid, owed) = (process.pid(), process.owed.take());
+        let pid = process.pid();
         if is_init {
             // The reason comes before the exit, as consumers of the events expect.
             self.report_oom();
@@ -386,6 +393,7 @@ impl Container {
         if let (true, Some(reply)) = (is_init, self.deletion.take()) {
             return self.remove(exit, reply);
         }
+        let owed = self.process(exec_id).ok().and_then(|it| it.owed.take());
         if let Some(owed) = owed {
             owed.exited(&id, exec_id, pid, exit);
         }
@@ -395,7 +403,10 @@ impl Container {
         let kills = stats::oom_kills(self.parts.cgroup.path());
         if kills > self.oom_kills {
             self.oom_kills = kills;
-            self.context.events.oom(&self.parts.id);
+            match &self.init.owed {
+                Some(owed) => owed.oom(&self.parts.id),
+                None => self.context.events.oom(&self.parts.id),
+            }
         }
     }
 

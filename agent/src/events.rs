@@ -49,19 +49,12 @@ impl Events {
 
     /// The kernel killed a process of the container for memory.
     pub fn oom(&self, id: &str) {
-        self.send(event::Kind::Oom(event::Oom {
-            id: id.into(),
-            ..Default::default()
-        }));
+        oom(lock(&self.tx).as_ref(), id);
     }
 
     /// There are no more but those that are owed: after the last of them the subscriber gets the end.
     pub fn end(&self) {
         lock(&self.tx).take();
-    }
-
-    fn send(&self, kind: event::Kind) {
-        send(lock(&self.tx).as_ref(), kind);
     }
 }
 
@@ -69,6 +62,11 @@ impl Events {
 pub struct Owed(Option<UnboundedSender<Event>>);
 
 impl Owed {
+    /// The kernel has killed a process of its container for memory.
+    pub fn oom(&self, id: &str) {
+        oom(self.0.as_ref(), id);
+    }
+
     /// The process has ended.
     pub fn exited(self, id: &str, exec_id: &str, pid: u32, exit: Exit) {
         let exit = event::Exit {
@@ -79,6 +77,14 @@ impl Owed {
         };
         send(self.0.as_ref(), event::Kind::Exit(exit));
     }
+}
+
+fn oom(tx: Option<&UnboundedSender<Event>>, id: &str) {
+    let oom = event::Oom {
+        id: id.into(),
+        ..Default::default()
+    };
+    send(tx, event::Kind::Oom(oom));
 }
 
 fn send(tx: Option<&UnboundedSender<Event>>, kind: event::Kind) {

@@ -80,31 +80,24 @@ impl Cgroup {
         Self { home: None, ..self }
     }
 
-    /// An open directory to be born into, on v2.
-    #[must_use]
-    pub fn open(&self, v2: bool) -> Option<OwnedFd> {
-        if !v2 {
-            return None;
-        }
-        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-        rustix::fs::open(self.dirs.first()?, flags, Mode::empty()).ok()
-    }
-
-    /// Open `cgroup.procs` files of the v1 hierarchies.
-    #[must_use]
-    pub fn open_procs(&self, v2: bool) -> Vec<OwnedFd> {
+    /// An open directory to be born into, on v2, or open `cgroup.procs` files of the v1 hierarchies.
+    ///
+    /// # Errors
+    /// What the host says; who went on without would be born where this process is.
+    pub fn open(&self, v2: bool) -> io::Result<(Option<OwnedFd>, Vec<OwnedFd>)> {
+        let mut dirs = self.dirs.iter();
         if v2 {
-            return Vec::new();
+            let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+            let open = |dir| rustix::fs::open(dir, flags, Mode::empty());
+            return Ok((dirs.next().map(open).transpose()?, Vec::new()));
         }
-        let open = |dir: &PathBuf| {
-            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-            rustix::fs::open(dir.join("cgroup.procs"), flags, Mode::empty()).ok()
-        };
-        self.dirs.iter().filter_map(open).collect()
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let open = |dir: &PathBuf| rustix::fs::open(dir.join("cgroup.procs"), flags, Mode::empty());
+        Ok((None, dirs.map(open).collect::<std::result::Result<_, _>>()?))
     }
 
-    /// Moves this process in. For that the kernel waits until every CPU has been elsewhere (RCU), some milliseconds, and
-    /// meanwhile nothing can be born into any cgroup.
+    /// Moves this process in. For that the kernel waits until every CPU has been elsewhere (RCU), some milliseconds, in which
+    /// nothing can be born into a named cgroup.
     ///
     /// # Errors
     /// What the host says.

@@ -181,7 +181,7 @@ async fn boot(
     let up = start(host, plan, sandbox, executed, progress, news, logger).await;
     // Also after a failure: what comes then removes the cgroup.
     let entered = match entering {
-        Some(entering) => entering.await?,
+        Some(entering) => entering.await.unwrap_or_else(|error| Err(error.into())),
         None => Ok(()),
     };
     match (up, entered) {

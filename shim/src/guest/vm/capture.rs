@@ -131,12 +131,12 @@ impl Vmm {
         }
         let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
         let log = open_sealed(Path::new("/dev/null"), OFlag::O_RDWR).map_err(failed)?;
-        let v2 = cgroup::is_v2();
+        let (cgroup, cgroup_procs) = own.open(cgroup::is_v2()).map_err(failed)?;
         let mut process = launch(LaunchOptions {
             vmm: recipe.vmm.clone(),
             netns: Some(open_netns(&Network::New)?),
-            cgroup: own.open(v2),
-            cgroup_procs: own.open_procs(v2),
+            cgroup,
+            cgroup_procs,
             stderr: log,
             max_files: recipe.max_files,
         })

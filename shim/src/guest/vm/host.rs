@@ -51,11 +51,15 @@ impl Host for Node {
             rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
         let v2 = cgroup::is_v2();
         let cgroup = plan.cgroup.as_ref();
+        let (born_into, procs) = match cgroup {
+            Some(cgroup) => cgroup.open(v2).map_err(failed)?,
+            None => (None, Vec::new()),
+        };
         let mut process = launch(LaunchOptions {
             vmm: config.vmm.clone(),
             netns: Some(netns),
-            cgroup: cgroup.and_then(|cgroup| cgroup.open(v2)),
-            cgroup_procs: cgroup.map_or_else(Vec::new, |cgroup| cgroup.open_procs(v2)),
+            cgroup: born_into,
+            cgroup_procs: procs,
             stderr: vmm_stderr,
             max_files: config.max_files,
         })

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use brig_agent_protocol::agent::{Event, event};
 use futures::FutureExt as _;
-use futures::future::join_all;
+use futures::future::{join_all, maybe_done};
 use slog::{Logger, info, warn};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
@@ -501,8 +501,13 @@ impl Pod {
         let drain = self.context.drain;
         tokio::spawn(async move {
             if let Some(boot) = boot {
-                let leaving = leave(&boot, cgroup);
-                ((), (cgroup, has_left)) = tokio::join!(end_vm(&boot, grace, &hurry), leaving);
+                let mut ending = std::pin::pin!(maybe_done(end_vm(&boot, grace, &hurry)));
+                // While its processes have their grace the pod's cgroup has all that it had.
+                tokio::select! {
+                    () = &mut ending => {}
+                    () = graceful(grace, &containers) => {}
+                }
+                ((), (cgroup, has_left)) = tokio::join!(ending, leave(&boot, cgroup));
                 // With the shim the last output would be lost.
                 let _ = timeout(drain, exits_told(&containers)).await;
             }
@@ -564,7 +569,13 @@ async fn exits_told(containers: &[ContainerHandle]) {
     join_all(each).await;
 }
 
-/// Powers off a VM that is up; one that is still booting is killed.
+/// Waits until the containers have ended or `grace` is over.
+async fn graceful(grace: Duration, containers: &[ContainerHandle]) {
+    if !grace.is_zero() {
+        let _ = timeout(grace, exits_told(containers)).await;
+    }
+}
+
 /// Moves this process out of the pod's cgroup while its VM ends, since its removal would wait for that else. The cgroup, if there
 /// is one, and whether that worked; who removes it tries again.
 async fn leave(boot: &Boot, cgroup: Option<Cgroup>) -> (Option<Cgroup>, bool) {
@@ -578,6 +589,7 @@ async fn leave(boot: &Boot, cgroup: Option<Cgroup>) -> (Option<Cgroup>, bool) {
     (Some(cgroup), matches!(left, Ok(Ok(()))))
 }
 
+/// Powers off a VM that is up; one that is still booting is killed.
 async fn end_vm(boot: &Boot, grace: Duration, hurry: &Notify) {
     if let Ok(vm) = boot.launched().await {
         if boot.is_ready() {
