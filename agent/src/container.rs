@@ -279,9 +279,7 @@ impl Container {
                 // It was killed, and that was heard of before this.
                 if let Phase::Stopped(exit) = place.phase {
                     process.phase = Phase::Stopped(exit);
-                    if let Some(owed) = process.owed.take() {
-                        owed.exited(&self.parts.id, exec_id, process.pid(), exit);
-                    }
+                    process.tell(&self.parts.id, exec_id, exit);
                 }
                 *place = process;
                 Ok(())
@@ -346,9 +344,7 @@ impl Container {
             (Ok(()), Some(exit)) => {
                 process.phase = Phase::Stopped(exit);
                 let _ = reply.send(Ok(pid));
-                if let Some(owed) = process.owed.take() {
-                    owed.exited(&id, exec_id, pid, exit);
-                }
+                process.tell(&id, exec_id, exit);
             }
             // Not an exit of the program: it never ran, and the caller gets the reason.
             (Err(error), early) => {
@@ -393,9 +389,8 @@ impl Container {
         if let (true, Some(reply)) = (is_init, self.deletion.take()) {
             return self.remove(exit, reply);
         }
-        let owed = self.process(exec_id).ok().and_then(|it| it.owed.take());
-        if let Some(owed) = owed {
-            owed.exited(&id, exec_id, pid, exit);
+        if let Ok(process) = self.process(exec_id) {
+            process.tell(&id, exec_id, exit);
         }
     }
 
@@ -403,9 +398,9 @@ impl Container {
         let kills = stats::oom_kills(self.parts.cgroup.path());
         if kills > self.oom_kills {
             self.oom_kills = kills;
-            match &self.init.owed {
-                Some(owed) => owed.oom(&self.parts.id),
-                None => self.context.events.oom(&self.parts.id),
+            let sender = self.init.owed.clone();
+            if let Some(sender) = sender.or_else(|| self.context.events.sender()) {
+                sender.oom(&self.parts.id);
             }
         }
     }
@@ -550,5 +545,5 @@ pub async fn prepare(
     let stdio: Running = pumps.start(prepared.terminal.take())?;
     let done = stdio.output_done();
     context.outputs.spawn(done);
-    Process::created(serial, prepared, stdio, context.events.owe())
+    Process::created(serial, prepared, stdio, context.events.sender())
 }

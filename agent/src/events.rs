@@ -13,11 +13,44 @@ use crate::{
     sync::lock,
 };
 
-/// Sends events. What a guest can cause is bounded: one exit for each process the host started,
+/// Tells the host of events. What a guest can cause is bounded: one exit for each process the host started,
 /// and one OOM event until the subscriber has taken the one before.
+#[derive(Clone)]
+pub struct Sender(UnboundedSender<Event>);
+
+impl Sender {
+    /// A process has ended.
+    pub fn exited(&self, id: &str, exec_id: &str, pid: u32, exit: Exit) {
+        let exit = event::Exit {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            exit: Some(exit_message(pid, exit)).into(),
+            ..Default::default()
+        };
+        self.send(event::Kind::Exit(exit));
+    }
+
+    /// The kernel killed a process of the container for memory.
+    pub fn oom(&self, id: &str) {
+        self.send(event::Kind::Oom(event::Oom {
+            id: id.into(),
+            ..Default::default()
+        }));
+    }
+
+    fn send(&self, kind: event::Kind) {
+        // The receiver goes only with the connection, and then the guest powers off.
+        let _ = self.0.send(Event {
+            kind: Some(kind),
+            ..Default::default()
+        });
+    }
+}
+
+/// The queue. It ends when it was told to and nobody has a sender any more.
 pub struct Events {
     /// None once there are no more.
-    tx: Mutex<Option<UnboundedSender<Event>>>,
+    sender: Mutex<Option<Sender>>,
     rx: Mutex<Option<UnboundedReceiver<Event>>>,
 }
 
@@ -25,7 +58,7 @@ impl Default for Events {
     fn default() -> Self {
         let (tx, rx) = unbounded_channel();
         Self {
-            tx: Mutex::new(Some(tx)),
+            sender: Mutex::new(Some(Sender(tx))),
             rx: Mutex::new(Some(rx)),
         }
     }
@@ -42,58 +75,15 @@ impl Events {
             .ok_or_else(|| Error::FailedPrecondition("the events have a subscriber already".into()))
     }
 
-    /// The word that a process's end will be told, unless there are no more events already.
-    pub fn owe(&self) -> Owed {
-        Owed(lock(&self.tx).clone())
+    /// For who has something to tell, now or later; none once there are no more events.
+    pub fn sender(&self) -> Option<Sender> {
+        lock(&self.sender).clone()
     }
 
-    /// The kernel killed a process of the container for memory.
-    pub fn oom(&self, id: &str) {
-        oom(lock(&self.tx).as_ref(), id);
-    }
-
-    /// There are no more but those that are owed: after the last of them the subscriber gets the end.
+    /// There are no more but those of who has a sender: after the last of them the subscriber gets the end.
     pub fn end(&self) {
-        lock(&self.tx).take();
+        lock(&self.sender).take();
     }
-}
-
-/// The end of a process that has not ended, or was not told yet.
-pub struct Owed(Option<UnboundedSender<Event>>);
-
-impl Owed {
-    /// The kernel has killed a process of its container for memory.
-    pub fn oom(&self, id: &str) {
-        oom(self.0.as_ref(), id);
-    }
-
-    /// The process has ended.
-    pub fn exited(self, id: &str, exec_id: &str, pid: u32, exit: Exit) {
-        let exit = event::Exit {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            exit: Some(exit_message(pid, exit)).into(),
-            ..Default::default()
-        };
-        send(self.0.as_ref(), event::Kind::Exit(exit));
-    }
-}
-
-fn oom(tx: Option<&UnboundedSender<Event>>, id: &str) {
-    let oom = event::Oom {
-        id: id.into(),
-        ..Default::default()
-    };
-    send(tx, event::Kind::Oom(oom));
-}
-
-fn send(tx: Option<&UnboundedSender<Event>>, kind: event::Kind) {
-    let Some(tx) = tx else { return };
-    // The receiver goes only with the connection, and then the guest powers off.
-    let _ = tx.send(Event {
-        kind: Some(kind),
-        ..Default::default()
-    });
 }
 
 /// The protocol's form of an exit.

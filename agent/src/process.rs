@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     error::{Error, Result},
-    events::Owed,
+    events::Sender,
     launch::Prepared,
     reaper::Exit,
     stdio::Running,
@@ -42,8 +42,8 @@ pub struct Process {
     pub stdio: Running,
     /// Tells it from another process of the same name, in the container's life.
     pub serial: u64,
-    /// Its end, until that is told.
-    pub owed: Option<Owed>,
+    /// By whom its end will be told, until that is done.
+    pub owed: Option<Sender>,
     identity: Option<(Pid, OwnedFd)>,
 }
 
@@ -63,7 +63,12 @@ impl Process {
     ///
     /// # Errors
     /// `Internal` when descriptors run out.
-    pub fn created(serial: u64, prepared: Prepared, stdio: Running, owed: Owed) -> Result<Self> {
+    pub fn created(
+        serial: u64,
+        prepared: Prepared,
+        stdio: Running,
+        owed: Option<Sender>,
+    ) -> Result<Self> {
         let pidfd = prepared
             .pidfd
             .try_clone()
@@ -73,9 +78,16 @@ impl Process {
             serial,
             phase: Phase::Created(prepared),
             stdio,
-            owed: Some(owed),
+            owed,
             identity,
         })
+    }
+
+    /// Tells of its end, if that is not done.
+    pub fn tell(&mut self, id: &str, exec_id: &str, exit: Exit) {
+        if let Some(owed) = self.owed.take() {
+            owed.exited(id, exec_id, self.pid(), exit);
+        }
     }
 
     /// Its pid in the agent's namespace; 0 before it has one.

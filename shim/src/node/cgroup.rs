@@ -84,9 +84,9 @@ impl Cgroup {
     ///
     /// # Errors
     /// What the host says; who went on without would be born where this process is.
-    pub fn open(&self, v2: bool) -> io::Result<(Option<OwnedFd>, Vec<OwnedFd>)> {
+    pub fn open(&self) -> io::Result<(Option<OwnedFd>, Vec<OwnedFd>)> {
         let mut dirs = self.dirs.iter();
-        if v2 {
+        if is_v2() {
             let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
             let open = |dir| rustix::fs::open(dir, flags, Mode::empty());
             return Ok((dirs.next().map(open).transpose()?, Vec::new()));

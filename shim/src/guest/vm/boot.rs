@@ -211,6 +211,7 @@ async fn enter(cgroup: Cgroup, born: oneshot::Receiver<()>) -> Result<()> {
     entered.await?
 }
 
+/// Launches the VMM, tells `executed` so, and brings its guest up.
 async fn start(
     host: Arc<dyn Host>,
     mut plan: Plan,

@@ -23,7 +23,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::host::{not_launched, open_initramfs, open_kernel, open_kvm, open_netns, set_oom_score};
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
-use crate::node::cgroup::{self, Cgroup};
+use crate::node::cgroup::Cgroup;
 use crate::node::templates::maker::CGROUP;
 use crate::node::templates::{Files, Kind, Recipe, Templates};
 
@@ -131,7 +131,7 @@ impl Vmm {
         }
         let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
         let log = open_sealed(Path::new("/dev/null"), OFlag::O_RDWR).map_err(failed)?;
-        let (cgroup, cgroup_procs) = own.open(cgroup::is_v2()).map_err(failed)?;
+        let (cgroup, cgroup_procs) = own.open().map_err(failed)?;
         let mut process = launch(LaunchOptions {
             vmm: recipe.vmm.clone(),
             netns: Some(open_netns(&Network::New)?),

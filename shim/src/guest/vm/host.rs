@@ -24,7 +24,7 @@ use super::{GuestOrigin, Host, Launched, Plan, shown};
 use crate::asked::config::Config;
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
-use crate::node::cgroup::{self, Cgroup};
+use crate::node::cgroup::Cgroup;
 use crate::node::network::{self, PodNetwork, Wanted};
 use crate::node::templates::{Files, Kind, Machine, Recipe, Templates};
 use crate::node::vfio;
@@ -49,17 +49,14 @@ impl Host for Node {
         let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
         let (stderr, vmm_stderr) =
             rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
-        let v2 = cgroup::is_v2();
         let cgroup = plan.cgroup.as_ref();
-        let (born_into, procs) = match cgroup {
-            Some(cgroup) => cgroup.open(v2).map_err(failed)?,
-            None => (None, Vec::new()),
-        };
+        let opened = cgroup.map(Cgroup::open).transpose().map_err(failed)?;
+        let (born_into, cgroup_procs) = opened.unwrap_or_default();
         let mut process = launch(LaunchOptions {
             vmm: config.vmm.clone(),
             netns: Some(netns),
             cgroup: born_into,
-            cgroup_procs: procs,
+            cgroup_procs,
             stderr: vmm_stderr,
             max_files: config.max_files,
         })

@@ -1,6 +1,7 @@
 //! The pod: one VM and the containers in it. An actor like a container: it routes, starts the VM for
 //! the first container, ends it after the last, and keeps the journal and the timeline.
 
+mod ending;
 mod handle;
 mod inspection;
 mod oom;
@@ -16,10 +17,8 @@ use std::time::{Duration, SystemTime};
 
 use brig_agent_protocol::agent::{Event, event};
 use futures::FutureExt as _;
-use futures::future::{join_all, maybe_done};
 use slog::{Logger, info, warn};
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::time::timeout;
 
 use crate::asked::config::{Config, LogFormat, MIB};
 use crate::asked::pod_name::PodName;
@@ -33,7 +32,7 @@ use crate::node::collector::Collector;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::node::stand_in::StandIn;
-use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply, Request};
+use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply};
 use crate::pod::events::Events;
 use crate::pod::process::Exit;
 use crate::pod::size::PodSize;
@@ -487,7 +486,7 @@ impl Pod {
         self.enter("stopping");
         let state = self.setup.state.clone();
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
-        let (mut cgroup, mut has_left) = (self.setup.journal.cgroup.clone(), false);
+        let mut cgroup = self.setup.journal.cgroup.clone();
         let netns = self.setup.journal.netns.clone();
         let hurry = Arc::clone(&self.hurry);
         // The sandbox container's end follows that of the pod.
@@ -501,15 +500,7 @@ impl Pod {
         let drain = self.context.drain;
         tokio::spawn(async move {
             if let Some(boot) = boot {
-                let mut ending = std::pin::pin!(maybe_done(end_vm(&boot, grace, &hurry)));
-                // While its processes have their grace the pod's cgroup has all that it had.
-                tokio::select! {
-                    () = &mut ending => {}
-                    () = graceful(grace, &containers) => {}
-                }
-                ((), (cgroup, has_left)) = tokio::join!(ending, leave(&boot, cgroup));
-                // With the shim the last output would be lost.
-                let _ = timeout(drain, exits_told(&containers)).await;
+                cgroup = ending::end(&boot, (grace, &hurry), (&containers, drain), cgroup).await;
             }
             let log = logger.clone();
             let cleaned = tokio::task::spawn_blocking(move || {
@@ -522,11 +513,8 @@ impl Pod {
                 if let Some(account) = account {
                     account();
                 }
-                let removed = match cgroup {
-                    None => Ok(()),
-                    Some(cgroup) if has_left => cgroup.remove(),
-                    Some(cgroup) => cgroup.leave_and_remove(),
-                };
+                let remove = |it: Cgroup| it.remove().or_else(|_| it.leave_and_remove());
+                let removed = cgroup.map_or(Ok(()), remove);
                 state.remove();
                 removed
             })
@@ -554,50 +542,4 @@ impl Pod {
         // For show only; the directory may be gone already.
         let _ = tokio::task::spawn_blocking(move || state.write_timeline(&bytes)).await;
     }
-}
-
-/// Waits until every container's end has been told, which is after its output.
-async fn exits_told(containers: &[ContainerHandle]) {
-    let each = containers.iter().map(|container| async {
-        let exec_id = String::new();
-        let wait = container.ask(|reply| Request::Wait { exec_id, reply });
-        // One that is gone has been told of.
-        if let Ok(exit) = wait.await {
-            let _ = exit.await;
-        }
-    });
-    join_all(each).await;
-}
-
-/// Waits until the containers have ended or `grace` is over.
-async fn graceful(grace: Duration, containers: &[ContainerHandle]) {
-    if !grace.is_zero() {
-        let _ = timeout(grace, exits_told(containers)).await;
-    }
-}
-
-/// Moves this process out of the pod's cgroup while its VM ends, since its removal would wait for that else. The cgroup, if there
-/// is one, and whether that worked; who removes it tries again.
-async fn leave(boot: &Boot, cgroup: Option<Cgroup>) -> (Option<Cgroup>, bool) {
-    boot.settled().await;
-    // A pod that fails at once ends before it has heard of its cgroup.
-    let Some(cgroup) = cgroup.or_else(|| boot.cgroup()) else {
-        return (None, false);
-    };
-    let own = cgroup.clone();
-    let left = tokio::task::spawn_blocking(move || own.leave()).await;
-    (Some(cgroup), matches!(left, Ok(Ok(()))))
-}
-
-/// Powers off a VM that is up; one that is still booting is killed.
-async fn end_vm(boot: &Boot, grace: Duration, hurry: &Notify) {
-    if let Ok(vm) = boot.launched().await {
-        if boot.is_ready() {
-            vm.stop(grace, hurry).await;
-        } else {
-            vm.kill();
-            vm.ended().await;
-        }
-    }
-    boot.settled().await;
 }
