@@ -1,6 +1,6 @@
 //! A node and a pod's namespace with veth pairs between them, as CNI makes them.
 
-use std::net::UdpSocket;
+use std::net::{Ipv6Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -61,6 +61,15 @@ impl Node {
                 "ip", "-n", namespace, "address", "add", &v6, "dev", link, "nodad",
             ]);
         }
+        // The kernel makes the route to an IPv6 address of its own later, from a worker.
+        for (namespace, host) in [(&node, 1), (&pod, 2)] {
+            let own = Ipv6Addr::new(0xfd77, number.into(), 0, 0, 0, 0, 0, host);
+            let route = format!("local {own} ");
+            let local = [
+                "ip", "-n", namespace, "-6", "route", "show", "table", "local",
+            ];
+            self.wait_until(|| run(&local).contains(&route));
+        }
     }
 
     pub fn in_pod(&self, command: &[&str]) -> String {
@@ -104,7 +113,8 @@ impl Node {
         Namespace::open(&path).unwrap().run(echo).unwrap()
     }
 
-    /// Devices vanish shortly after their last descriptor.
+    /// Devices vanish shortly after their last descriptor, and that may be one of a child that a test beside
+    /// this one has made and that runs its program next.
     pub fn wait_until(&self, reached: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(5);
         while !reached() {
