@@ -9,21 +9,24 @@
 //! are the sockets. What is written is parsed before it takes a place, and the file as it was is kept beside it until the
 //! handlers are taken away.
 
-use std::fs;
-use std::io;
+use std::fs::{self, Metadata, OpenOptions, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use brig_shim::error::{Error, Result};
 use toml::{Table, Value};
 
-use crate::configured::{disabled, section};
+use crate::configured::{self, disabled, section};
 
 /// Where containerd's configuration is.
 pub const CONTAINERD: &str = "/etc/containerd/config.toml";
 /// Where handlers have their own configuration.
 pub const HANDLERS: &str = "/etc/brig";
 const FILE: &str = "brig.toml";
+/// How a file of that name begins if it is ours and not the operator's.
+const OURS: &str = "# Made by 'brig containerd add'.\n";
 const BACKUP: &str = "before-brig";
 const BEGIN: &str = "# BEGIN brig: taken away by 'brig containerd remove'\n";
 const END: &str = "# END brig\n";
@@ -70,10 +73,12 @@ pub struct Containerd {
 }
 
 /// What has been done.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Done {
-    /// Files that were written or removed; nothing, if all was as it should be.
+    /// containerd's files that were written or removed; nothing, if all was as it should be.
     pub changed: Vec<PathBuf>,
+    /// Those of handlers, which containerd does not read.
+    pub handlers: Vec<PathBuf>,
 }
 
 impl Containerd {
@@ -121,26 +126,7 @@ impl Containerd {
                 self.file.display()
             )));
         }
-        if let Some(handler) = ALL
-            .iter()
-            .find(|handler| has(&table, version, handler.name))
-        {
-            return Err(Error::already_exists(format!(
-                "{} has a runtime handler {} already, which is its operator's: take it away, and say this again",
-                self.file.display(),
-                handler.name
-            )));
-        }
-        let mut changed = Vec::new();
-        for handler in &ALL {
-            if let Some((name, text)) = handler.configuration {
-                let path = self.handlers.join(name);
-                if !path.exists() {
-                    write(&path, text)?;
-                    changed.push(path);
-                }
-            }
-        }
+        self.refuse_others(&table, version, merges)?;
         let tables = self.tables(version);
         let imported = merges.then(|| self.imported(&table)).flatten();
         let covered = imported.is_some();
@@ -150,8 +136,7 @@ impl Containerd {
         let head = said.map_or_else(|| format!("version = {version}\n"), |_| String::new());
         let (new, drop_in) = match imported {
             Some(dir) => {
-                let text =
-                    format!("# Made by 'brig containerd add'.\nversion = {version}\n\n{tables}");
+                let text = format!("{OURS}version = {version}\n\n{tables}");
                 let line = format!("imports = [\"{}/*.toml\"]\n", dir.display());
                 // Before the first table, where keys of the whole belong.
                 let new = match covered {
@@ -174,20 +159,41 @@ impl Containerd {
                 "with Brig's handlers in it, {error}"
             )));
         }
+        if let Some((path, _)) = &drop_in
+            && path.exists()
+            && !is_ours(path)
+        {
+            return Err(Error::already_exists(format!(
+                "{} is not made by 'brig containerd add': give it another name, and say this again",
+                path.display()
+            )));
+        }
+        let mut done = Done::default();
+        for handler in &ALL {
+            if let Some((name, text)) = handler.configuration {
+                let path = self.handlers.join(name);
+                if !path.exists() {
+                    write(&path, text, None)?;
+                    done.handlers.push(path);
+                }
+            }
+        }
         if let Some((path, text)) = drop_in
             && fs::read_to_string(&path).ok().as_deref() != Some(text.as_str())
         {
-            write(&path, &text)?;
-            changed.push(path);
+            write(&path, &text, None)?;
+            done.changed.push(path);
         }
         if new != whole {
-            if whole == without && self.file.exists() {
-                write(&self.backup(), &without)?;
+            if whole == without
+                && let Ok(metadata) = fs::metadata(&self.file)
+            {
+                write(&self.backup(), &without, Some(&metadata))?;
             }
-            write(&self.file, &new)?;
-            changed.push(self.file.clone());
+            write(&self.file, &new, None)?;
+            done.changed.push(self.file.clone());
         }
-        Ok(Done { changed })
+        Ok(done)
     }
 
     /// Takes them away again. Repeatable; what an operator has changed stays.
@@ -195,10 +201,10 @@ impl Containerd {
     /// # Errors
     /// What the file system says.
     pub fn remove(&self) -> Result<Done> {
-        let mut changed = Vec::new();
-        let mut gone = |path: PathBuf| -> Result<()> {
+        let mut done = Done::default();
+        let gone = |path: PathBuf, removed: &mut Vec<PathBuf>| -> Result<()> {
             match fs::remove_file(&path) {
-                Ok(()) => changed.push(path),
+                Ok(()) => removed.push(path),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(failed(&path, &error)),
             }
@@ -211,15 +217,17 @@ impl Containerd {
             .into_iter()
             .chain([self.own_directory()]);
         for dir in places {
-            gone(dir.join(FILE))?;
-            // If it was made for this alone.
-            let _ = fs::remove_dir(&dir);
+            if is_ours(&dir.join(FILE)) {
+                gone(dir.join(FILE), &mut done.changed)?;
+                // If it was made for this alone.
+                let _ = fs::remove_dir(&dir);
+            }
         }
         for handler in &ALL {
             if let Some((name, text)) = handler.configuration {
                 let path = self.handlers.join(name);
                 if fs::read_to_string(&path).ok().as_deref() == Some(text) {
-                    gone(path)?;
+                    gone(path, &mut done.handlers)?;
                 }
             }
         }
@@ -229,19 +237,62 @@ impl Containerd {
             let backup = fs::read_to_string(self.backup()).ok();
             if backup.is_none() && without.is_empty() {
                 // There was none before.
-                gone(self.file.clone())?;
+                gone(self.file.clone(), &mut done.changed)?;
                 if let Some(dir) = self.file.parent() {
                     let _ = fs::remove_dir(dir);
                 }
             } else {
                 // A last line that had no end is the one thing that the block may have changed.
                 let original = backup.filter(|backup| backup.trim_end() == without.trim_end());
-                write(&self.file, original.as_deref().unwrap_or(&without))?;
-                changed.push(self.file.clone());
+                write(&self.file, original.as_deref().unwrap_or(&without), None)?;
+                done.changed.push(self.file.clone());
             }
         }
         let _ = fs::remove_file(self.backup());
-        Ok(Done { changed })
+        Ok(done)
+    }
+
+    /// Refuses what its operator has of these handlers, here or in a file that is imported, and an imported file that
+    /// would take the place of ours.
+    fn refuse_others(&self, table: &Table, version: u64, merges: bool) -> Result<()> {
+        let named = |table: &Table, version: u64, file: &Path| {
+            let handler = ALL
+                .iter()
+                .find(|handler| has(table, version, handler.name))?;
+            Some(Error::already_exists(format!(
+                "{} has a runtime handler {} already, which is its operator's: take it away, and say this again",
+                file.display(),
+                handler.name
+            )))
+        };
+        if let Some(error) = named(table, version, &self.file) {
+            return Err(error);
+        }
+        let files = configured::read(&self.file, None).files;
+        for file in files.iter().filter(|file| **file != self.file) {
+            let text = fs::read_to_string(file).unwrap_or_default();
+            if is_ours(file) {
+                continue;
+            }
+            let imported: Table = toml::from_str(&text).unwrap_or_default();
+            let said = imported.get("version").and_then(Value::as_integer);
+            let version = said
+                .and_then(|version| u64::try_from(version).ok())
+                .unwrap_or(version);
+            if let Some(error) = named(&imported, version, file) {
+                return Err(error);
+            }
+            let plugins = imported.get("plugins");
+            if !merges && plugins.is_some_and(|plugins| plugins.get(section(version)).is_some()) {
+                return Err(Error::state(format!(
+                    "{} has plugins.\"{}\", and containerd 1 does not look into that of {} then: put there what                      'brig containerd print' says",
+                    file.display(),
+                    section(version),
+                    self.file.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn text(&self) -> Result<String> {
@@ -361,22 +412,43 @@ fn major(said: &str) -> Option<u32> {
     versions.find_map(|word| word.split_once('.')?.0.parse().ok())
 }
 
-/// Beside its place and then renamed: containerd never reads half a file. A file that was there keeps its mode.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let new = path.with_extension("new");
+/// Whether a file is what `add` has made.
+fn is_ours(file: &Path) -> bool {
+    fs::read_to_string(file).is_ok_and(|text| text.starts_with(OURS))
+}
+
+/// Beside its place and then renamed: containerd never reads half a file. Mode and owner are those of the file that was
+/// there, or of another that it is `like`: there are passwords of registries in some.
+fn write(path: &Path, text: &str, like: Option<&Metadata>) -> Result<()> {
+    // Where a link leads: a file of the operator's may be one.
+    let place = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let new = place.with_extension("brig-new");
     let written = || {
-        if let Some(dir) = path.parent() {
+        if let Some(dir) = place.parent() {
             fs::create_dir_all(dir)?;
         }
-        // Where a link leads: a file of the operator's may be one.
-        let place = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        fs::write(&new, text)?;
-        if let Ok(metadata) = fs::metadata(&place) {
-            fs::set_permissions(&new, metadata.permissions())?;
+        let there = fs::metadata(&place).ok();
+        let _ = fs::remove_file(&new);
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)?;
+        file.write_all(text.as_bytes())?;
+        match like.or(there.as_ref()) {
+            Some(like) => {
+                fchown(&file, Some(like.uid()), Some(like.gid()))?;
+                file.set_permissions(like.permissions())?;
+            }
+            None => file.set_permissions(Permissions::from_mode(0o644))?,
         }
+        file.sync_all()?;
         fs::rename(&new, &place)
     };
-    written().map_err(|error| failed(path, &error))
+    written().map_err(|error| {
+        let _ = fs::remove_file(&new);
+        failed(path, &error)
+    })
 }
 
 fn failed(path: &Path, error: &io::Error) -> Error {

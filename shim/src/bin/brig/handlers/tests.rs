@@ -116,7 +116,7 @@ fn a_default_configuration_of_version_4_is_not_touched_and_its_drop_in_is_of_its
         let (node, dir) = node(None, merges);
         let imported = dir.path().join("containerd/conf.d");
         let text = V4.replace("/IMPORTED", &imported.display().to_string());
-        write(&node.file, &text).unwrap();
+        write(&node.file, &text, None).unwrap();
         let before = names(dir.path());
         node.add().unwrap();
         assert_eq!(node.text().unwrap(), text);
@@ -200,6 +200,93 @@ fn a_file_that_cannot_have_them_is_left_alone_and_told() {
         assert_eq!(node.text().unwrap(), text);
         assert!(!dir.path().join("containerd/conf.d").exists());
     }
+}
+
+#[test]
+fn what_an_operator_has_of_brigs_in_imported_files_is_left_alone_and_told() {
+    let own = |section: &str, name: &str| {
+        format!("[plugins.\"{section}\".containerd.runtimes.{name}]\n  sandboxer = \"shim\"\n")
+    };
+    let (old, new) = (section(2), section(3));
+    for (main, file, text, merges, expected) in [
+        // Of ours by its name alone, imported or not yet.
+        (
+            V3,
+            "conf.d/brig.toml",
+            format!("version = 3\n{}", own(new, "mine")),
+            true,
+            "another name",
+        ),
+        (
+            V3_IMPORTS,
+            "extra/brig.toml",
+            String::new(),
+            true,
+            "another name",
+        ),
+        (
+            V3_IMPORTS,
+            "extra/50-mine.toml",
+            format!("version = 3\n{}", own(new, "brig")),
+            true,
+            "50-mine.toml has a runtime handler brig already",
+        ),
+        // Without a version it is of the importing file's.
+        (
+            V3_IMPORTS,
+            "extra/50-mine.toml",
+            own(new, "brig-gpu"),
+            true,
+            "handler brig-gpu already",
+        ),
+        (
+            "version = 2\nimports = [\"nvidia.toml\"]\n",
+            "nvidia.toml",
+            format!("version = 2\n{}", own(old, "nvidia")),
+            false,
+            "containerd 1 does not look into that",
+        ),
+    ] {
+        let (node, dir) = node(Some(main), merges);
+        let file = node.file.with_file_name(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, &text).unwrap();
+        let before = names(dir.path());
+        let error = node.add().unwrap_err();
+        assert!(error.message.contains(expected), "{error}");
+        assert_eq!(node.remove().unwrap(), Done::default());
+        assert_eq!(names(dir.path()), before, "{expected}");
+        assert_eq!(node.text().unwrap(), main);
+        assert_eq!(fs::read_to_string(&file).unwrap(), text);
+    }
+}
+
+#[test]
+fn what_is_read_by_root_alone_stays_so_and_a_link_leads_where_it_led() {
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let (node, dir) = node(Some(V2), false);
+    let real = dir.path().join("elsewhere/real.toml");
+    fs::create_dir(real.parent().unwrap()).unwrap();
+    fs::rename(&node.file, &real).unwrap();
+    std::os::unix::fs::symlink(&real, &node.file).unwrap();
+    fs::set_permissions(&real, Permissions::from_mode(0o600)).unwrap();
+    node.add().unwrap();
+    assert!(node.file.is_symlink());
+    assert_eq!((mode(&real), mode(&node.backup())), (0o600, 0o600));
+    assert_eq!(fs::read_dir(real.parent().unwrap()).unwrap().count(), 1);
+    node.remove().unwrap();
+    assert_eq!(mode(&real), 0o600);
+    assert_eq!(fs::read_to_string(&node.file).unwrap(), V2);
+}
+
+#[test]
+fn containerd_is_not_to_be_restarted_for_what_it_does_not_read() {
+    let (node, _dir) = node(Some(V3), true);
+    let done = node.add().unwrap();
+    assert_eq!((done.changed.len(), done.handlers.len()), (2, 2));
+    fs::remove_file(node.handlers.join("gpu.toml")).unwrap();
+    let done = node.add().unwrap();
+    assert_eq!((done.changed.len(), done.handlers.len()), (0, 1));
 }
 
 #[test]
