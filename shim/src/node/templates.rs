@@ -167,6 +167,14 @@ impl Templates {
         ignore_missing(fs::remove_file(self.failure(key)))
     }
 
+    /// Drops all, and their directory.
+    ///
+    /// # Errors
+    /// What the host says; none that is there is no error.
+    pub fn remove(&self) -> io::Result<()> {
+        ignore_missing(fs::remove_dir_all(&self.dir))
+    }
+
     /// All of them, in the order of their keys.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ use brig_shim::node::{cgroup, network};
 use containerd::Containerd;
 use drivers::Drivers;
 
+pub use containerd::files as containerd_files;
 pub use finding::Finding;
 
 /// Checks this node with the configuration of a handler, or the default one.

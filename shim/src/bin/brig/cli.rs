@@ -159,6 +159,8 @@ pub enum Command {
     Counters {
         #[command(flatten)]
         pod: Pod,
+        #[command(flatten)]
+        output: Output,
     },
     /// What all pods use and how they started, in the OpenMetrics text format: once, or for each scrape
     Metrics {
@@ -248,7 +250,10 @@ pub enum ConfigCommand {
     /// A configuration file that sets nothing and explains every key
     Default,
     /// The JSON schema of a configuration file
-    Schema,
+    Schema {
+        #[command(flatten)]
+        output: Output,
+    },
     /// The reference in docs/configuration.md
     #[command(hide = true)]
     Reference,

@@ -1,7 +1,7 @@
 //! `brig dump`: a support bundle of one pod, living or not, to be handed to somebody else. There are no environments,
 //! arguments, specifications or values of annotations in it, as none of its parts have any.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -17,6 +17,7 @@ use crate::inspect;
 use crate::look;
 use crate::pods;
 use crate::shims;
+use crate::terminal;
 
 /// A file of the bundle.
 type Part = (&'static str, Vec<u8>);
@@ -43,8 +44,10 @@ pub fn dump(base: &Path, pod: &cli::Pod, into: Option<&Path>, as_json: bool) -> 
         Error::io(format_args!("cannot write {}", path.display()), error)
     };
     if into == Some(Path::new("-")) {
-        let written = write(io::stdout(), &id, &parts);
-        written.map_err(|error| Error::io("standard output", &error))?;
+        let mut bundle = Vec::new();
+        let written = write(&mut bundle, &id, &parts);
+        written.map_err(|error| Error::io("the bundle", &error))?;
+        terminal::send(&bundle)?;
         return Ok(String::new());
     }
     let name = format!("brig-{id}.tar");
@@ -61,11 +64,16 @@ pub fn dump(base: &Path, pod: &cli::Pod, into: Option<&Path>, as_json: bool) -> 
 
 /// Root's alone, and never through a link that somebody has put there.
 fn private(path: &Path) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt as _;
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
     let mut options = File::options();
     options.write(true).create(true).truncate(true).mode(0o600);
     options.custom_flags(libc::O_NOFOLLOW);
-    options.open(path)
+    let file = options.open(path)?;
+    if file.metadata()?.is_file() {
+        // Also one that was there.
+        file.set_permissions(Permissions::from_mode(0o600))?;
+    }
+    Ok(file)
 }
 
 fn living(base: &Path, row: &pods::Row) -> Result<Vec<Part>> {

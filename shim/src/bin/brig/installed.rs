@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use brig_shim::error::{Error, Result};
 use brig_shim::node::journal::{self, StateDir};
 use brig_shim::node::remains::Remains;
+use brig_shim::node::templates::Templates;
 use serde_json::{Value, json};
 
 use crate::terminal;
@@ -175,20 +176,34 @@ impl Installation {
         )))
     }
 
-    /// Removes all versions and the links to them in `links`, and the operator's `configuration` if given; says where
-    /// they were.
+    /// Refuses while a pod runs.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` that says which.
+    pub fn refuse_pods(&self) -> Result<()> {
+        self.refuse_users(&self.prefix, "Brig")
+    }
+
+    /// Whether this is a link into the prefix, by whatever path to it.
+    fn is_ours(&self, link: &Path) -> bool {
+        fs::read_link(link).is_ok_and(|to| {
+            let leads = fs::canonicalize(link).unwrap_or_default();
+            to.starts_with(&self.prefix) || leads.starts_with(&self.prefix)
+        })
+    }
+
+    /// Removes all versions and the links to them in `links`, what is kept of pods that failed, the templates, and the
+    /// operator's `configuration` if given; says where the versions were.
     ///
     /// # Errors
     /// `FailedPrecondition` that says which pods run; `Internal` with what could not be removed.
     pub fn uninstall(&self, links: &Path, configuration: Option<&Path>) -> Result<PathBuf> {
-        self.refuse_users(&self.prefix, "Brig")?;
+        self.refuse_pods()?;
         for dir in LINKED {
             let dir = links.join(dir);
             for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
-                let is_ours =
-                    fs::read_link(entry.path()).is_ok_and(|to| to.starts_with(&self.prefix));
-                if is_ours {
-                    let path = entry.path();
+                let path = entry.path();
+                if self.is_ours(&path) {
                     fs::remove_file(&path).map_err(|error| failed(&path, &error))?;
                 }
             }
@@ -212,6 +227,7 @@ impl Installation {
         let remains = Remains::beside(&self.state);
         remains
             .remove()
+            .and_then(|()| Templates::beside(&self.state).remove())
             .map_err(|error| failed(&self.state, &error))?;
         // What somebody else keeps in these stays.
         let _ = fs::remove_dir(&self.prefix);
@@ -365,6 +381,16 @@ mod tests {
             links.join("bin/brig"),
         )
         .unwrap();
+        // By the path that the operator gave, which has a link in it.
+        symlink(&installation.prefix, dir.path().join("named")).unwrap();
+        symlink(
+            dir.path().join("named/current/bin/brig-vmm"),
+            links.join("bin/brig-vmm"),
+        )
+        .unwrap();
+        let templates = dir.path().join("run.templates");
+        fs::create_dir(&templates).unwrap();
+        fs::write(templates.join("key"), "30 MiB").unwrap();
         symlink("/bin/true", links.join("bin/other")).unwrap();
         let configuration = dir.path().join("etc");
         fs::create_dir(&configuration).unwrap();
@@ -374,7 +400,10 @@ mod tests {
         assert!(links.join("bin/brig").is_symlink());
         drop(running);
         installation.uninstall(&links, None).unwrap();
-        assert!(!installation.prefix.exists() && !links.join("bin/brig").is_symlink());
+        assert!(!installation.prefix.exists() && !templates.exists());
+        for link in ["bin/brig", "bin/brig-vmm"] {
+            assert!(!links.join(link).is_symlink(), "{link}");
+        }
         assert!(links.join("bin/other").is_symlink() && configuration.exists());
     }
 }

@@ -42,16 +42,16 @@ use serde_json::{Value, json};
 use cli::{Cli, Command, ConfigCommand, ContainerdCommand};
 use handlers::Containerd;
 
+/// The exporter's unit, which an installation from source does not bring by itself.
+const EXPORTER: &str = "/etc/systemd/system/brig-metrics.socket";
+
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             // Some of its words may be a guest's.
-            eprint!(
-                "brig: {}",
-                terminal::printable(format!("{error}\n").as_bytes())
-            );
+            terminal::complain(&error.to_string());
             ExitCode::from(2)
         }
     }
@@ -113,7 +113,8 @@ fn run(command: Command) -> Result<bool> {
             }
         }
         Command::Debug { pod, how, output } => debug::run(&base()?, &pod, &how, &output)?,
-        Command::Counters { pod } => counters(&base()?, &pod)?,
+        // These have but one form.
+        Command::Counters { pod, output: _ } => counters(&base()?, &pod)?,
         Command::Metrics { listen: None } => {
             metrics::scrape(&base()?, &mut metrics::Starts::default())?
         }
@@ -164,7 +165,7 @@ fn config(command: &ConfigCommand) -> Result<String> {
             configuration::show(source.file.as_deref(), output.json)
         }
         ConfigCommand::Default => Ok(configuration::default()),
-        ConfigCommand::Schema => Ok(configuration::schema()),
+        ConfigCommand::Schema { output: _ } => Ok(configuration::schema()),
         ConfigCommand::Reference => Ok(configuration::reference()),
     }
 }
@@ -180,17 +181,17 @@ fn containerd(command: &ContainerdCommand) -> Result<String> {
         }
     };
     if output.json {
-        return Ok(format!("{}\n", json!({ "changed": done.changed })));
+        let done = json!({ "changed": done.changed, "handlers": done.handlers });
+        return Ok(format!("{done}\n"));
     }
-    if done.changed.is_empty() {
-        return Ok(format!("the handlers are {what} already\n"));
-    }
-    let files = done
-        .changed
-        .iter()
-        .map(|file| format!("changed {}\n", file.display()));
+    let files = done.changed.iter().chain(&done.handlers);
+    let files = files.map(|file| format!("changed {}\n", file.display()));
+    let then = match done.changed.is_empty() {
+        true => "already",
+        false => "once containerd is restarted: systemctl restart containerd",
+    };
     Ok(format!(
-        "{}the handlers are {what} once containerd is restarted: systemctl restart containerd\n",
+        "{}the handlers are {what} {then}\n",
         files.collect::<String>()
     ))
 }
@@ -209,14 +210,25 @@ fn man(into: &Path) -> Result<()> {
 
 fn uninstall(purge: bool, links: &Path, output: &cli::Output) -> Result<String> {
     let configuration = purge.then_some(Path::new("/etc/brig"));
-    let removed = installation()?.uninstall(links, configuration)?;
-    let handlers = Containerd::new(Path::new(handlers::CONTAINERD)).remove()?;
-    let is_to_restart = !handlers.changed.is_empty();
+    let installation = installation()?;
+    installation.refuse_pods()?;
+    // While there is a program to say it again with, if a file cannot be changed.
+    let mut is_to_restart = false;
+    for file in check::containerd_files() {
+        is_to_restart |= !Containerd::new(&file).remove()?.changed.is_empty();
+    }
+    let removed = installation.uninstall(links, configuration)?;
     let mut text = format!("removed {}\n", removed.display());
     if is_to_restart {
         text.push_str(
             "its handlers are gone from containerd's configuration: systemctl restart containerd\n",
         );
+    }
+    if Path::new(EXPORTER).exists() {
+        text.push_str(&format!(
+            "left: {EXPORTER}, which was copied by hand: systemctl disable --now brig-metrics.socket brig-metrics.service, \
+             and remove it\n"
+        ));
     }
     Ok(output.tell(
         &json!({ "removed": removed, "restartContainerd": is_to_restart }),
@@ -235,7 +247,9 @@ fn base() -> Result<PathBuf> {
         |error| {
             let base = Config::installed().state_dir;
             let place = base.display();
-            eprintln!("brig: {error}; until that is mended pods are looked for in {place}");
+            terminal::complain(&format!(
+                "{error}; until that is mended pods are looked for in {place}"
+            ));
             base
         },
         |config| config.state_dir,

@@ -10,6 +10,7 @@ use brig_shim::node::journal;
 use brig_shim::pod::timeline::CONTAINER_STARTED;
 
 use crate::cli;
+use crate::terminal;
 use crate::timelines;
 
 /// Between two looks at the node.
@@ -65,7 +66,7 @@ impl Wait {
 /// `FailedPrecondition` when it ends before.
 pub fn next(base: &Path, namespace: Option<String>) -> Result<cli::Pod> {
     let mut wait = Wait::new(namespace, journal::list(base));
-    eprintln!("brig: waiting for the next pod that starts");
+    terminal::complain("waiting for the next pod that starts");
     loop {
         sleep(LOOK);
         if let Some((namespace, id)) = wait.look(journal::list(base))?

@@ -39,11 +39,16 @@ pub fn is_one() -> bool {
     io::stdout().is_terminal()
 }
 
-/// Lines of the terminal; enough for anything where there is none.
+/// Columns and lines of the terminal; enough for anything where there is none. A serial console does not know its own.
 #[must_use]
-pub fn height() -> usize {
-    let size = rustix::termios::tcgetwinsize(io::stdout());
-    size.map_or(usize::MAX, |size| usize::from(size.ws_row).max(4))
+pub fn size() -> (usize, usize) {
+    let known = |size: u16, usual: usize| match size {
+        0 => usual,
+        size => usize::from(size).max(4),
+    };
+    rustix::termios::tcgetwinsize(io::stdout()).map_or((usize::MAX, usize::MAX), |size| {
+        (known(size.ws_col, 80), known(size.ws_row, 24))
+    })
 }
 
 /// Writes to standard output. Nobody who reads it any more is no error.
@@ -51,15 +56,28 @@ pub fn height() -> usize {
 /// # Errors
 /// What the system says.
 pub fn print(text: &str) -> Result<()> {
+    send(text.as_bytes())
+}
+
+/// As [`print`], of what is no text.
+///
+/// # Errors
+/// What the system says.
+pub fn send(bytes: &[u8]) -> Result<()> {
     use io::Write as _;
     let mut stdout = io::stdout();
-    let printed = stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush());
+    let printed = stdout.write_all(bytes).and_then(|()| stdout.flush());
     match printed {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         printed => printed.map_err(|error| Error::io("standard output", &error)),
     }
+}
+
+/// Says to standard error what is wrong; nobody who reads it any more is no error.
+pub fn complain(what: &str) {
+    use io::Write as _;
+    let text = printable(format!("{what}\n").as_bytes());
+    let _ = write!(io::stderr(), "brig: {text}");
 }
 
 /// A table whose columns are as wide as they must be; the last is not filled up. Cells are made printable.

@@ -67,19 +67,25 @@ pub fn live(base: &Path, interval: Duration) -> Result<()> {
             order.then_with(|| a.row.id.cmp(&b.row.id))
         });
         let whole = table(&all, &used);
-        let lines: Vec<&str> = whole.lines().take(terminal::height() - 2).collect();
         let pss: u64 = all.iter().map(|pod| pod.memory.pss).sum();
-        // Home, and what was there before is wiped away line by line: nothing flickers.
-        let mut text = format!("\x1b[H{} pods, {}\x1b[K\n", all.len(), mib(Some(pss)));
-        for line in lines {
-            text.push_str(line);
-            text.push_str("\x1b[K\n");
-        }
-        text.push_str("\x1b[J");
-        terminal::print(&text)?;
+        let head = format!("{} pods, {}", all.len(), mib(Some(pss)));
+        terminal::print(&screen(&head, &whole, terminal::size()))?;
         before = all.iter().map(|pod| (key(pod), pod.cpu)).collect();
         sleep(interval);
     }
+}
+
+/// What repaints a terminal of so many columns and lines: home, and what was there before is wiped away line by line, so
+/// nothing flickers. A line that is longer is cut: one that went on in the next would move all that follow.
+fn screen(head: &str, table: &str, (columns, lines): (usize, usize)) -> String {
+    let mut text = "\x1b[H".to_owned();
+    // The last line stays free, as the cursor goes there.
+    for line in std::iter::once(head).chain(table.lines()).take(lines - 1) {
+        text.extend(line.chars().take(columns));
+        text.push_str("\x1b[K\n");
+    }
+    text.push_str("\x1b[J");
+    text
 }
 
 fn key(pod: &Seen) -> String {
@@ -139,6 +145,14 @@ fn mib(kib: Option<u64>) -> String {
 mod tests {
     use super::*;
     use crate::pods::fake;
+
+    #[test]
+    fn a_screen_is_filled_and_no_line_of_it_goes_on_in_the_next() {
+        let text = screen("2 pods", "HEAD OF ALL\nöne\ntwo\n", (4, 4));
+        assert_eq!(text, "\x1b[H2 po\x1b[K\nHEAD\x1b[K\nöne\x1b[K\n\x1b[J");
+        let whole = screen("2 pods", "HEAD\n", (usize::MAX, usize::MAX));
+        assert_eq!(whole, "\x1b[H2 pods\x1b[K\nHEAD\x1b[K\n\x1b[J");
+    }
 
     #[test]
     fn a_pod_whose_shim_does_not_answer_is_shown_with_what_is_known() {

@@ -192,6 +192,17 @@ fn changed_after<'a>(
     })
 }
 
+/// The files that the containerds of this node were started with, and the usual one.
+#[must_use]
+pub fn files() -> Vec<PathBuf> {
+    let running = Daemon::named(Path::new("/proc"), NAME);
+    let mut files: Vec<_> = running.iter().map(file_of).collect();
+    files.push(PathBuf::from(CONTAINERD));
+    files.sort();
+    files.dedup();
+    files
+}
+
 /// The file that it was started with, from its own directory.
 fn file_of(process: &Daemon) -> PathBuf {
     match configured::file_of(&process.command()) {

@@ -30,6 +30,7 @@ use super::memory::GuestMemory;
 use super::pod::Pod;
 use super::registers::{Architecture, Registers};
 use super::session::Session;
+use crate::terminal;
 
 /// Between two looks at whether a CPU has met a breakpoint.
 const LOOK: Duration = Duration::from_millis(50);
@@ -105,7 +106,9 @@ impl Guest {
 
     fn set(&mut self, address: u64, hardware: bool) -> TargetResult<bool, Self> {
         if self.breakpoints.len() >= MAX_BREAKPOINTS {
-            eprintln!("brig: a CPU has {MAX_BREAKPOINTS} breakpoints, and all are in use");
+            terminal::complain(&format!(
+                "a CPU has {MAX_BREAKPOINTS} breakpoints, and all are in use"
+            ));
             return Ok(false);
         }
         self.breakpoints.push(Breakpoint { address, hardware });
