@@ -36,6 +36,19 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Every class.
+    pub const ALL: [Self; 9] = [
+        Self::NotFound,
+        Self::AlreadyExists,
+        Self::FailedPrecondition,
+        Self::InvalidArgument,
+        Self::Unavailable,
+        Self::Unimplemented,
+        Self::ResourceExhausted,
+        Self::DeadlineExceeded,
+        Self::Internal,
+    ];
+
     /// As it is written in metrics and accounts: the ttrpc code in small letters.
     #[must_use]
     pub fn name(self) -> &'static str {

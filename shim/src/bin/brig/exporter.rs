@@ -23,8 +23,9 @@ use tokio::time::timeout;
 
 use crate::metrics::{self, Starts};
 
-/// What a client may take to ask, and for all that it wants.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// What a client may take to ask, and for all that it wants. Those that say nothing keep no scrape waiting for long: it is
+/// given up after ten seconds as a rule.
+const PATIENCE: Duration = Duration::from_secs(2);
 const CONVERSATION: Duration = Duration::from_secs(60);
 /// Clients at a time.
 const CLIENTS: usize = 8;
@@ -105,7 +106,9 @@ async fn answer(
     exporter: &Arc<Exporter>,
     request: Request<Incoming>,
 ) -> std::result::Result<Response<Full<Bytes>>, Infallible> {
-    let known = request.method() == Method::GET && request.uri().path() == "/metrics";
+    // Of an answer to HEAD hyper sends the head alone.
+    let asks = [Method::GET, Method::HEAD].contains(request.method());
+    let known = asks && request.uri().path() == "/metrics";
     if !known {
         return Ok(plain(
             StatusCode::NOT_FOUND,
@@ -178,6 +181,9 @@ mod tests {
             "{answer}"
         );
         assert!(answer.ends_with("# EOF\n"), "{answer}");
+        let answer = get(&address, &format!("HEAD /metrics {end}"));
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(answer.ends_with("\r\n\r\n"), "{answer}");
         for other in ["GET /", "POST /metrics"] {
             let answer = get(&address, &format!("{other} {end}"));
             assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");

@@ -20,6 +20,9 @@ use crate::terminal::{self, printable_line};
 /// How long one pod may keep a search waiting.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// What a pod can be: `abandoned` by a shim that died, `damaged` if its journal cannot be read.
+pub const STATES: [&str; 5] = ["starting", "running", "ended", "abandoned", "damaged"];
+
 /// One pod.
 #[derive(Debug, Clone)]
 pub struct Row {
@@ -29,9 +32,9 @@ pub struct Row {
     pub id: String,
     /// Its name in Kubernetes.
     pub pod: Option<PodName>,
-    shim: u32,
+    shim: Option<u32>,
     vmm: Option<u32>,
-    /// `starting`, `running`, `ended`, or `abandoned` by a shim that died.
+    /// One of [`STATES`].
     pub state: &'static str,
     /// The shim's, where it can be asked.
     pub socket: Option<PathBuf>,
@@ -44,7 +47,20 @@ pub struct Row {
 impl Row {
     fn read(base: &Path, namespace: String, id: String) -> Option<Self> {
         let dir = StateDir::new(base, &namespace, &id).ok()?;
-        let journal = dir.read().ok()??;
+        let Ok(journal) = dir.read() else {
+            return Some(Self {
+                shim: None,
+                vmm: None,
+                state: "damaged",
+                socket: None,
+                pod: None,
+                living: Vec::new(),
+                age: None,
+                namespace,
+                id,
+            });
+        };
+        let journal = journal?;
         let alive = |identity: &Identity| identity.is_alive();
         let vmm = journal.vmm.filter(alive).map(|vmm| vmm.pid);
         let state = match (alive(&journal.shim), vmm, journal.vmm) {
@@ -57,7 +73,7 @@ impl Row {
         let living = [("shim", shim), ("vmm", vmm)].into_iter();
         let living = living.filter_map(|(name, pid)| Some((name, pid?)));
         Some(Self {
-            shim: journal.shim.pid,
+            shim: Some(journal.shim.pid),
             vmm: journal.vmm.map(|vmm| vmm.pid),
             state,
             socket: journal.socket,
@@ -145,7 +161,7 @@ pub fn list(base: &Path, as_json: bool) -> String {
                 row.namespace.clone(),
                 row.id.clone(),
                 row.pod.as_ref().map_or_else(dash, PodName::full),
-                row.shim.to_string(),
+                row.shim.map_or_else(dash, |pid| pid.to_string()),
                 row.vmm.map_or_else(dash, |pid| pid.to_string()),
                 format!("{} MiB", row.pss().div_ceil(1024)),
                 row.age.map_or_else(dash, show_age),
@@ -319,6 +335,33 @@ mod tests {
         assert_eq!(error.message.matches("\n  -n").count(), 2, "{error}");
         let error = meant(base.path(), None, "x").err().unwrap();
         assert!(error.message.contains("no pod x"), "{error}");
+    }
+
+    #[test]
+    fn a_pod_whose_journal_cannot_be_read_is_there_all_the_same() {
+        let base = tempfile::tempdir().unwrap();
+        pod(base.path(), "k8s.io", "abc1");
+        let journal = base.path().join("k8s.io/abc1/pod.json");
+        assert!(journal.exists());
+        fs::write(&journal, "{ half").unwrap();
+        let text = list(base.path(), false);
+        assert!(text.contains("abc1") && text.contains("damaged"), "{text}");
+        let row = meant(base.path(), None, "abc").unwrap();
+        assert_eq!(
+            (row.state, row.json()["shimPid"].clone()),
+            ("damaged", Value::Null)
+        );
+        assert!(row.to_ask().is_none());
+        let pod = cli::Pod {
+            namespace: None,
+            id: "abc1".to_owned(),
+        };
+        let described = crate::inspect::pod(base.path(), &pod, true);
+        let error = described
+            .err()
+            .map(|error| error.message)
+            .unwrap_or_default();
+        assert!(!error.contains("no pod"), "{error}");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use brig_shim::containerd::debug_service::Method;
-use brig_shim::error::Result;
+use brig_shim::error::{Kind, Result};
 use brig_shim::node::remains::Remains;
 use serde_json::Value;
 
@@ -118,7 +118,8 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
         "",
         "Pods that failed since the node has booted, by class of error.",
     );
-    let mut states: BTreeMap<&str, u32> = BTreeMap::new();
+    // What there is none of is told too: an increase from nothing is none to Prometheus, and neither is nothing at all.
+    let mut states: BTreeMap<&str, u32> = pods::STATES.iter().map(|state| (*state, 0)).collect();
     for (row, counters) in rows.iter().zip(counters) {
         *states.entry(row.state).or_default() += 1;
         let pod = [
@@ -194,7 +195,12 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
     for (state, count) in states {
         pods.add(&[("state", state)], f64::from(count));
     }
-    for (code, count) in Remains::beside(base).counts() {
+    let mut codes: BTreeMap<String, u64> = Kind::ALL
+        .iter()
+        .map(|kind| (kind.name().to_owned(), 0))
+        .collect();
+    codes.extend(Remains::beside(base).counts());
+    for (code, count) in codes {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         failures.add(&[("code", &code)], f64::from(count));
     }
@@ -230,6 +236,20 @@ fn bytes(kib: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_node_without_pods_tells_of_every_state_code_and_stage_that_there_is_none() {
+        let base = tempfile::tempdir().unwrap();
+        let text = scrape(base.path(), &mut Starts::default()).unwrap();
+        for line in [
+            "brig_pods{state=\"running\"} 0\n",
+            "brig_pods{state=\"damaged\"} 0\n",
+            "brig_failures_total{code=\"unavailable\"} 0\n",
+            "brig_start_stage_seconds_bucket{stage=\"total\",le=\"+Inf\"} 0\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+    }
 
     #[test]
     fn a_pod_without_a_shim_to_ask_is_counted_and_measured() {

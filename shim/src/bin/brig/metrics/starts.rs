@@ -19,7 +19,7 @@ const STAGES: [(&str, Option<&str>, &str); 5] = [
 ];
 
 /// The pods that were counted, and the histograms.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Starts {
     counted: BTreeSet<(String, String)>,
     stages: BTreeMap<&'static str, Histogram>,
@@ -31,6 +31,19 @@ struct Histogram {
     within: [u32; BOUNDS.len()],
     count: u32,
     sum: f64,
+}
+
+impl Default for Starts {
+    fn default() -> Self {
+        let stages = STAGES
+            .iter()
+            .map(|(stage, ..)| (*stage, Histogram::default()));
+        Self {
+            counted: BTreeSet::new(),
+            // Each of them from the first scrape on: Prometheus does not see what begins with its first pod.
+            stages: stages.collect(),
+        }
+    }
 }
 
 impl Starts {
@@ -111,7 +124,8 @@ mod tests {
         starts.count(&rows[0], &moments(&[("create.received", 0.02)]));
         let mut text = String::new();
         starts.write(&mut text);
-        assert_eq!(text.lines().count(), 3, "{text}");
+        assert!(text.contains("_count{stage=\"shim\"} 0\n"), "{text}");
+        assert!(!text.contains("} 1\n"), "{text}");
         let started = moments(&[
             ("create.received", 0.02),
             ("vmm.launched", 0.03),
@@ -132,7 +146,7 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}{text}");
         }
-        assert!(!text.contains("stage=\"boot\""));
+        assert!(!text.contains("_count{stage=\"boot\"} 1\n"));
         starts.forget_all_but(&[]);
         starts.count(&rows[0], &started);
         let mut text = String::new();
