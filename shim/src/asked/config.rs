@@ -29,6 +29,8 @@ pub use wish::Wish;
 
 /// The least guest memory in bytes: below it the kernel and the agent do not fit.
 pub const MIN_MEMORY: u64 = 64 * MIB;
+/// The most files that a guest may know: a GiB of numbers, more than a node has.
+const MOST_FILES: u64 = 1 << 30;
 /// The longest [`Config::shutdown_grace`] in seconds.
 const MAX_GRACE: u32 = 600;
 /// More than any node has, in bytes.
@@ -248,8 +250,8 @@ impl Config {
         Self::defaults(&binary_dir())
     }
 
-    /// The values of an installation whose shim lies in `dir`: files beside it, as in a build tree,
-    /// or in `../share/brig`.
+    /// The values of an installation whose shim lies in `dir`: the VMM beside it, and the guest's files too, as in a build
+    /// tree, or in `../share/brig`.
     #[must_use]
     pub fn defaults(dir: &Path) -> Self {
         let find = |name: &str| {
@@ -258,12 +260,7 @@ impl Config {
                 return beside;
             }
             let prefix = dir.parent().unwrap_or(dir);
-            let sub = if name == "brig-vmm" {
-                "libexec/brig"
-            } else {
-                "share/brig"
-            };
-            prefix.join(sub).join(name)
+            prefix.join("share/brig").join(name)
         };
         Self {
             kernel: find("vmlinux"),
@@ -272,7 +269,7 @@ impl Config {
             devices: Vec::new(),
             pod_resources: None,
             initramfs: find("brig-initramfs.cpio"),
-            vmm: find("brig-vmm"),
+            vmm: dir.join("brig-vmm"),
             kvm: PathBuf::from("/dev/kvm"),
             vcpus: 1,
             max_vcpus: 1,
@@ -300,7 +297,8 @@ impl Config {
         }
     }
 
-    /// Takes over what `file` sets and checks the whole, of which nothing counts if a part is refused.
+    /// Takes over what `file` sets, of which nothing counts if a part is refused. What keys say of one another is for
+    /// [`Self::agrees`], when all files have been read.
     fn merge(&mut self, file: File, invalid: &dyn Fn(String) -> Error) -> Result<()> {
         let mut whole = self.clone();
         let set = |value: Option<PathBuf>, to: &mut PathBuf| {
@@ -391,13 +389,6 @@ impl Config {
                 MIN_MEMORY / MIB
             )));
         }
-        if whole.max_memory < whole.memory {
-            return Err(invalid(format!(
-                "max_memory is {} MiB, less than memory, {} MiB: a VM that is not to grow has the same for both",
-                whole.max_memory / MIB,
-                whole.memory / MIB
-            )));
-        }
         if !(whole.time_scale >= 0.1 && whole.time_scale <= 100.0) {
             return Err(invalid("time_scale must be 0.1 to 100".to_owned()));
         }
@@ -407,12 +398,25 @@ impl Config {
                 units::show_time(whole.shutdown_grace)
             )));
         }
-        if whole.max_files < 8192 {
-            return Err(invalid(
-                "max_files must be at least 8192 (vsock streams alone may need 2050)".to_owned(),
-            ));
+        if !(8192..=MOST_FILES).contains(&whole.max_files) {
+            return Err(invalid(format!(
+                "max_files is {}, but must be 8192 (vsock streams alone may need 2050) to {MOST_FILES}",
+                whole.max_files
+            )));
         }
         *self = whole;
+        Ok(())
+    }
+
+    /// Whether keys that depend on one another fit together.
+    fn agrees(&self, invalid: &dyn Fn(String) -> Error) -> Result<()> {
+        if self.max_memory < self.memory {
+            return Err(invalid(format!(
+                "max_memory is {} MiB, less than memory, {} MiB: a VM that is not to grow has the same for both",
+                self.max_memory / MIB,
+                self.memory / MIB
+            )));
+        }
         Ok(())
     }
 

@@ -61,7 +61,7 @@ pub struct Collector {
 impl fmt::Debug for Collector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Collector")
-            .field("uri", &self.uri)
+            .field("uri", &place(&self.uri))
             .finish_non_exhaustive()
     }
 }
@@ -113,7 +113,8 @@ impl Collector {
         let uri: Option<Uri> = text.parse().ok();
         let uri = uri.filter(|uri| uri.scheme_str() == Some("http") && uri.host().is_some());
         let uri = uri.ok_or_else(|| {
-            unfit(variable, endpoint, "Brig sends spans to an address as http://127.0.0.1:4318 alone, of a collector on the node")
+            let shown = endpoint.trim().parse().map_or_else(|_| "(not an address)".to_owned(), |uri| place(&uri));
+            unfit(variable, shown, "Brig sends spans to an address as http://127.0.0.1:4318 alone, of a collector on the node")
         })?;
         let patience = find("TIMEOUT").and_then(|(_, millis, _)| millis.trim().parse().ok());
         Ok(Some(Self {
@@ -136,18 +137,17 @@ impl Collector {
         let host = self.uri.host().unwrap_or_default();
         // A literal address of version 6 is in brackets.
         let address = host.trim_start_matches('[').trim_end_matches(']');
+        let named = match self.uri.port() {
+            Some(port) => format!("{host}:{port}"),
+            None => host.to_owned(),
+        };
         let stream = TcpStream::connect((address, self.uri.port_u16().unwrap_or(PORT))).await?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let mut request = Request::builder()
             .method(Method::POST)
             .uri(self.uri.path_and_query().map_or("/", |path| path.as_str()))
-            .header(
-                HOST,
-                self.uri
-                    .authority()
-                    .map_or(host, |authority| authority.as_str()),
-            )
+            .header(HOST, named)
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(document)))?;
         request.headers_mut().extend(self.headers.iter().cloned());
@@ -164,6 +164,15 @@ impl Collector {
             .then_some(())
             .ok_or(CollectorError::Refused(status))
     }
+}
+
+/// What of an address may be shown: there can be a password before the host, and a key behind it.
+fn place(uri: &Uri) -> String {
+    let scheme = uri.scheme_str().map(|scheme| format!("{scheme}://"));
+    let host = uri.host().unwrap_or_default();
+    let port = uri.port().map(|port| format!(":{port}"));
+    let (scheme, port) = (scheme.unwrap_or_default(), port.unwrap_or_default());
+    format!("{scheme}{host}{port}")
 }
 
 /// `name=value,name=value`, each percent-encoded; what is no header is left out.
@@ -255,16 +264,24 @@ mod tests {
                 &[(TRACES_ENDPOINT, "localhost:4318")],
                 "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=localhost:4318",
             ),
+            (
+                &[(ENDPOINT, "https://user:s3cret@example.org:4318/?key=s3cret")],
+                "OTEL_EXPORTER_OTLP_ENDPOINT=https://example.org:4318: ",
+            ),
         ] {
             let error = of(variables).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");
+            assert!(!error.contains("s3cret"), "{error}");
         }
     }
 
     #[test]
     fn headers_are_decoded_and_never_shown() {
         let list = " authorization=Bearer%20s3cret , x=%zz%4, broken, b\u{e4}d=1,y=";
-        let collector = of(&[(ENDPOINT, "http://h"), ("OTEL_EXPORTER_OTLP_HEADERS", list)]);
+        let collector = of(&[
+            (ENDPOINT, "http://u:s3cret@h"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", list),
+        ]);
         let collector = collector.unwrap().unwrap();
         let shown = format!("{collector:?}");
         assert!(!shown.contains("s3cret"), "{shown}");

@@ -81,6 +81,7 @@ impl Config {
             }
         }
         self.merge(file, &invalid)?;
+        self.agrees(&invalid)?;
         self.origins.insert(name.to_owned(), Origin::Annotation);
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Config, MAX_GRACE, MAX_VCPUS, MIB, MIN_MEMORY, units};
+use super::{Config, MAX_GRACE, MAX_VCPUS, MIB, MIN_MEMORY, MOST_FILES, units};
 
 /// What a value may be, for the schema.
 #[derive(Debug, Clone, Copy)]
@@ -177,7 +177,7 @@ pub const KEYS: &[KeyDoc] = &[
     KeyDoc {
         name: "max_files",
         what: "descriptors a VMM may hold: one for each file its guest knows",
-        form: Form::Count(8192, 1 << 30),
+        form: Form::Count(8192, MOST_FILES),
         value: |c| c.max_files.into(),
     },
     KeyDoc {
@@ -227,7 +227,7 @@ pub const KEYS: &[KeyDoc] = &[
     },
     KeyDoc {
         name: "state_dir",
-        what: "what `delete` needs to clean up; read from /etc/brig/config.toml alone",
+        what: "what `delete` needs to clean up; read from /etc/brig/config.toml and its drop-ins alone",
         form: Form::Path,
         value: |c| path(&c.state_dir),
     },

@@ -18,23 +18,43 @@ impl Config {
     /// `InvalidArgument` that names the file and the key.
     pub fn load(path: Option<&Path>) -> Result<Self> {
         let mut config = Self::installed();
-        for (file, text) in files(path)? {
-            config.apply(&file, &text)?;
-        }
+        config.apply_all(&files(path)?)?;
         Ok(config)
     }
 
-    /// Applies the text of a file.
+    /// Applies the text of a file, of which nothing counts if a part is refused.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn apply(&mut self, path: &Path, text: &str) -> Result<()> {
-        let invalid =
-            |what: String| Error::invalid(format!("configuration {}: {what}", path.display()));
-        let file: File = toml::from_str(text).map_err(|error| invalid(explain(text, &error)))?;
-        self.merge(file, &invalid)?;
-        for key in keys_of(text) {
-            let from = Origin::File(path.to_owned());
-            self.origins.insert(key, from);
-        }
+        let mut whole = self.clone();
+        whole.apply_all(&[(path.to_owned(), text.to_owned())])?;
+        *self = whole;
         Ok(())
+    }
+
+    /// Applies files in their order. Only together they have to fit.
+    fn apply_all(&mut self, files: &[(PathBuf, String)]) -> Result<()> {
+        let invalid = |path: &Path, what: String| {
+            Error::invalid(format!("configuration {}: {what}", path.display()))
+        };
+        for (path, text) in files {
+            let file: File =
+                toml::from_str(text).map_err(|error| invalid(path, explain(text, &error)))?;
+            self.merge(file, &|what| invalid(path, what))?;
+            for key in keys_of(text) {
+                self.origins.insert(key, Origin::File(path.clone()));
+            }
+        }
+        // The last of those that have a say.
+        let depend = |text: &str| {
+            let keys = keys_of(text);
+            keys.iter()
+                .any(|key| key == "memory" || key == "max_memory")
+        };
+        let mut last = files.iter().rev().filter(|(_, text)| depend(text));
+        let path = last
+            .next()
+            .map_or(Path::new(DEFAULT_PATH), |(path, _)| path);
+        self.agrees(&|what| invalid(path, what))
     }
 }
 
@@ -102,8 +122,9 @@ fn drop_ins(main: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "toml")
+            // A hidden one is an editor's, of a file that is being changed.
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.ends_with(".toml") && !name.starts_with('.')
         })
         .collect();
     paths.sort();
@@ -115,6 +136,7 @@ mod tests {
     use super::*;
     use crate::asked::config::MIB;
     use crate::error::Kind;
+    use std::os::unix::fs::symlink;
     use std::time::Duration;
 
     fn applied(text: &str) -> Result<Config> {
@@ -132,7 +154,7 @@ mod tests {
             config.modules,
             Path::new("/opt/brig/share/brig/modules.erofs")
         );
-        assert_eq!(config.vmm, Path::new("/opt/brig/libexec/brig/brig-vmm"));
+        assert_eq!(config.vmm, Path::new("/opt/brig/bin/brig-vmm"));
     }
 
     #[test]
@@ -179,7 +201,8 @@ mod tests {
             ),
             ("shutdown_grace = \"soon\"", "a time is a number of seconds"),
             ("shutdown_grace = 1.5", "a time is a number of seconds"),
-            ("max_files = 3", "max_files"),
+            ("max_files = 3", "max_files is 3, but must be 8192"),
+            ("max_files = 1073741825", "to 1073741824"),
             ("netfilter = \"some\"", "expected one of"),
             ("pod_annotations = [\"kernel\"]", "kernel"),
             (
@@ -225,9 +248,32 @@ mod tests {
         fs::write(drop_dir.join("20.toml"), "vcpus = 4").unwrap();
         fs::write(drop_dir.join("10.toml"), "vcpus = 3\ntime_scale = 5.0").unwrap();
         fs::write(drop_dir.join("30.bak"), "vcpus = 9").unwrap();
+        // An editor's, which leads nowhere.
+        symlink("root@node.1234", drop_dir.join(".#20.toml")).unwrap();
         let config = Config::load(Some(&main)).unwrap();
         assert_eq!((config.vcpus, config.memory), (4, 128 * MIB));
         assert_eq!(config.timeout(2), Duration::from_secs(10));
+    }
+
+    #[test]
+    fn keys_have_to_fit_together_when_all_files_have_been_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let main = dir.path().join("gpu.toml");
+        let drop_dir = dir.path().join("gpu.d");
+        fs::create_dir(&drop_dir).unwrap();
+        fs::write(&main, "vcpus = 2").unwrap();
+        // Less than the default of the other.
+        fs::write(drop_dir.join("10.toml"), "max_memory = \"128MiB\"").unwrap();
+        fs::write(drop_dir.join("20.toml"), "memory = \"128MiB\"").unwrap();
+        fs::write(drop_dir.join("30.toml"), "vcpus = 3").unwrap();
+        let config = Config::load(Some(&main)).unwrap();
+        assert_eq!((config.memory, config.max_memory), (128 * MIB, 128 * MIB));
+        fs::write(drop_dir.join("20.toml"), "memory = \"129MiB\"").unwrap();
+        let error = Config::load(Some(&main)).unwrap_err().message;
+        assert!(
+            error.contains("20.toml: max_memory is 128 MiB, less than memory, 129 MiB"),
+            "{error}"
+        );
     }
 
     #[test]
