@@ -34,6 +34,7 @@ mod share;
 mod size;
 mod volume_disks;
 pub mod watch;
+mod written_back;
 
 use std::fmt;
 use std::future::Future;

@@ -9,8 +9,8 @@ use nix::sys::stat::fstat;
 use slog::{Logger, info, warn};
 use ttrpc::context;
 
-use super::Vm;
 use super::held_disks::{DiskVolume, Volume};
+use super::{Vm, written_back};
 use crate::error::{Error, Result};
 use crate::node::direct_volumes::mount_info::is_large_enough;
 use crate::node::disk;
@@ -166,9 +166,16 @@ impl Vm {
         let answer = self
             .agent()
             .remove_volume(context::Context::default(), &request);
-        if let Err(error) = self.call("RemoveVolume", answer).await {
-            warn!(logger, "the guest did not let go of a volume as it should"; "volume" => id,
-                "error" => error.message);
+        // What the guest has kept is written first.
+        let limit = self.timeouts.call;
+        let removed = self.call_within(limit * written_back::MOST, "RemoveVolume", answer);
+        let error = match self.while_disks_get_on(limit, removed).await {
+            Some(Ok(_)) => None,
+            Some(Err(error)) => Some(error.message),
+            None => Some("it did not answer, and its disks stand still".to_owned()),
+        };
+        if let Some(error) = error {
+            warn!(logger, "the guest did not let go of a volume as it should"; "volume" => id, "error" => error);
         }
         if let Err(error) = self.unplug(function).await {
             warn!(logger, "the disk of a volume stays with the VM"; "volume" => id, "error" => error.message);

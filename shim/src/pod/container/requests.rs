@@ -6,7 +6,6 @@ use brig_agent_protocol::MAX_LISTED;
 use brig_agent_protocol::agent::{ContainerRef, ResizePtyRequest, SignalRequest, UpdateRequest};
 use slog::warn;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
 use ttrpc::context;
 
 use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
@@ -215,8 +214,9 @@ impl Container {
         }
         let (mailbox, vm) = (self.mailbox.clone(), std::sync::Arc::clone(vm));
         tokio::spawn(async move {
-            let limit = vm.timeouts().ping;
-            if timeout(limit, vm.ended()).await.is_err() {
+            // Of one that has ended meanwhile it is no news.
+            let ended = vm.while_disks_get_on(vm.timeouts().ping, vm.ended());
+            if ended.await.is_none() {
                 let _ = mailbox.send(Message::Doomed).await;
             }
         });
