@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use brig_agent_protocol::agent::{MountSource, update_volume_request};
 use slog::{Logger, info};
 
-use crate::asked::spec::BindMount;
+use crate::asked::spec::{BindMount, Propagation};
 use crate::error::{Error, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Vm, shown};
@@ -232,10 +232,14 @@ impl Volumes {
             });
             entry.1 += 1;
             attaching.push(entry.0.acquire(&bind));
+            // All of it: the guest's volume is the whole.
+            let propagates =
+                bind.propagation != Propagation::Private && bind.recursive && inside.is_empty();
             leases.shared.push(Use {
                 key,
                 index: bind.index,
                 inside,
+                propagates,
                 attachment: entry.0.clone(),
                 readonly: bind.readonly,
             });
@@ -393,7 +397,7 @@ impl Leases {
             |index: usize| u32::try_from(index).map_err(|_| Error::invalid("too many mounts"));
         let source = |held: &Use| {
             let index = number(held.index)?;
-            Ok(match &held.attachment.volume {
+            Ok(match held.volume() {
                 Some(volume) => MountSource {
                     index,
                     volume: volume.clone(),
@@ -437,7 +441,7 @@ impl Leases {
     /// The agent's or the VM's.
     pub async fn join(&self) -> Result<()> {
         for held in &self.shared {
-            held.attachment.join().await?;
+            held.join().await?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::classify::{EMPTY_DIR, sub_path, volume_of_a_pod};
 use super::mountinfo::MountTable;
-use crate::asked::spec::{BindMount, Propagation};
+use crate::asked::spec::BindMount;
 
 /// File systems of disks, which tell what fails when it is synced, not when it is closed.
 const KINDS: [&str; 8] = [
@@ -26,10 +26,11 @@ pub(super) struct Own {
 }
 
 /// The part of an emptyDir that this mount, with its `source` without links, shows; none of what is not, or is seen by
-/// more than the pod's guest.
+/// more than the pod's guest. Its propagation makes no difference: of containers that differ in it none would see at once
+/// what another writes. What they mount there propagates in the guest, and nobody else mounts anything in an emptyDir.
 pub(super) fn place(bind: &BindMount, source: &Path, table: &MountTable) -> Option<Own> {
-    // What is mounted below is not, and owners that are mapped are another view of the same files.
-    if bind.id_map.is_some() || bind.propagation != Propagation::Private {
+    // Owners that are mapped are another view of the same files.
+    if bind.id_map.is_some() {
         return None;
     }
     let top = if volume_of_a_pod(&bind.source) == Some(EMPTY_DIR) {
@@ -58,6 +59,7 @@ pub(super) fn place(bind: &BindMount, source: &Path, table: &MountTable) -> Opti
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::asked::spec::Propagation;
 
     struct Node {
         base: PathBuf,

@@ -135,8 +135,8 @@ enum Message {
 #[derive(Clone)]
 pub(super) struct Attachment {
     pub(super) path: String,
-    /// The guest's volume that shows it, where mounts below it propagate.
-    pub(super) volume: Option<String>,
+    /// The guest's volume that shows it, where mounts below it may propagate.
+    volume: Option<String>,
     mailbox: mpsc::UnboundedSender<Message>,
 }
 
@@ -146,11 +146,27 @@ pub(super) struct Use {
     pub(super) index: usize,
     /// What of it is mounted; empty for all.
     pub(super) inside: String,
+    /// Mounts below it propagate.
+    pub(super) propagates: bool,
     pub(super) attachment: Attachment,
     pub(super) readonly: bool,
 }
 
 impl Use {
+    /// The guest's volume that it is to be mounted from, so that mounts below it propagate.
+    pub(super) fn volume(&self) -> Option<&String> {
+        let volume = self.attachment.volume.as_ref();
+        volume.filter(|_| self.propagates)
+    }
+
+    /// Waits until the guest, which is up, has made that volume, if there is one.
+    pub(super) async fn join(&self) -> Result<()> {
+        match self.volume() {
+            Some(_) => self.attachment.join().await,
+            None => Ok(()),
+        }
+    }
+
     /// The guest must not make the mount read-only, which is so on the host as far as it should be.
     pub(super) fn readonly_on_host(&self) -> bool {
         self.key.writable_below
@@ -171,7 +187,7 @@ impl Attachment {
     /// Starts the task; nothing is attached yet.
     pub(super) fn start(key: &Key, number: u64, vm: Arc<Vm>, logger: Logger) -> Self {
         let path = path(number, key.own);
-        let volume = key.follows.then(|| format!("s{number}"));
+        let volume = (key.follows || key.own).then(|| format!("s{number}"));
         let (mailbox, messages) = mpsc::unbounded_channel();
         let task = Task {
             source: key.source.clone(),
@@ -210,11 +226,7 @@ impl Attachment {
         answer
     }
 
-    /// Waits until the guest, which is up, has made its volume of it, if it is one.
-    pub(super) async fn join(&self) -> Result<()> {
-        if self.volume.is_none() {
-            return Ok(());
-        }
+    async fn join(&self) -> Result<()> {
         let (reply, answer) = oneshot::channel();
         let _ = self.mailbox.send(Message::Join { reply });
         let ended = |_| Err(Error::internal("an attachment's task has ended"));

@@ -48,6 +48,11 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "volumes",
+        "emptyDir: it is one for containers that mount it with and without propagation",
+        empty_dir_propagation,
+    ),
+    case(
+        "volumes",
         "emptyDir: a full disk is told to who closes or syncs what does not fit, and to nobody else",
         empty_dir_full,
     ),
@@ -279,6 +284,44 @@ fn empty_dir_open(suite: &mut Suite) -> Result<()> {
     writer.remove()?;
     let kept = fs::read_to_string(inner.join("last"))?;
     equal("after the container's end", "kept\n", kept.as_str())
+}
+
+fn empty_dir_propagation(suite: &mut Suite) -> Result<()> {
+    let volume = Directory::volume("kubernetes.io~empty-dir", "mixed")?;
+    let pod = suite
+        .pod("mixed")
+        .security(|security| security.privileged = true)
+        .run(&suite.cri)?;
+    let start = |name: &str, mode: MountPropagation| {
+        pod.container(name, SLEEP)
+            .security(|security| security.privileged = true)
+            .mount_with(&volume.path, "/v", |mount| mount.propagation = mode.into())
+            .start()
+    };
+    let writer = start("writer", MountPropagation::PropagationBidirectional)?;
+    let follower = start("follower", MountPropagation::PropagationHostToContainer)?;
+    let reader = start("reader", MountPropagation::PropagationPrivate)?;
+    // No stream of the exec may stay with the one that waits.
+    writer.sh("(exec 3>>/v/log; echo first >&3; sleep 1; echo second >&3; sleep 10000) > /dev/null 2>&1 < /dev/null &")?;
+    for container in [&reader, &follower] {
+        eventually("the log grows for all", clock::seconds(4), || {
+            let size = container.sh("stat -c %s /v/log 2> /dev/null || true")?;
+            let text = container.sh("cat /v/log 2> /dev/null || true")?;
+            Ok((size == "13" && text == "first\nsecond").then_some(()))
+        })?;
+    }
+    reader.sh("mkfifo /v/pipe && (cat /v/pipe > /v/got 2>&1 < /dev/null &)")?;
+    writer.sh("echo through > /v/pipe")?;
+    eventually("a named pipe connects them", clock::seconds(2), || {
+        Ok((follower.sh("cat /v/got")? == "through").then_some(()))
+    })?;
+    writer.sh("mkdir /v/below && mount -t tmpfs none /v/below && echo up > /v/below/f")?;
+    let seen =
+        [&follower, &reader].map(|container| container.sh("cat /v/below/f 2> /dev/null || true"));
+    writer.sh("umount /v/below")?;
+    let [follower, reader] = seen;
+    equal("who follows sees the mount", "up", follower?)?;
+    equal("who does not sees none", "", reader?)
 }
 
 fn empty_dir_full(suite: &mut Suite) -> Result<()> {
