@@ -214,7 +214,10 @@ impl Connection {
             ..ShutdownRequest::default()
         };
         let within = clock::seconds(3);
-        self.call(self.task, "Shutdown", &request, within)
-            .map(|_: Empty| ())
+        match self.call(self.task, "Shutdown", &request, within) {
+            // The process that was to end has hung up before its answer was read: containerd takes that for one.
+            Err(error) if error.to_string().contains("socket disconnected") => Ok(()),
+            answered => answered.map(|_: Empty| ()),
+        }
     }
 }
