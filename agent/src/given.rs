@@ -76,11 +76,12 @@ pub async fn apply(
                 disk.function
             ))
         })?;
-        let own = Path::new("/dev").join(&node.name);
-        let failed = |error| Error::io(own.display(), error);
-        std::os::unix::fs::chown(&own, Some(disk.uid), Some(disk.gid)).map_err(failed)?;
-        let mode = fs::Permissions::from_mode(disk.mode & 0o7777);
-        fs::set_permissions(&own, mode).map_err(failed)?;
+        if let Some((owner, mode)) = owner_shown(disk) {
+            let own = Path::new("/dev").join(&node.name);
+            let failed = |error| Error::io(own.display(), error);
+            std::os::unix::fs::chown(&own, Some(owner.0), Some(owner.1)).map_err(failed)?;
+            fs::set_permissions(&own, fs::Permissions::from_mode(mode)).map_err(failed)?;
+        }
         given.disks.disks.push(Disk {
             theirs: (disk.major.into(), disk.minor.into()),
             ours: (node.major.into(), node.minor.into()),
@@ -114,6 +115,13 @@ pub async fn apply(
         linux.resources = Some(resources);
     }
     Ok(given)
+}
+
+/// Owner and permissions of the node's node, if the container has a mount of that, which shows the guest's own. An entry of
+/// the specification gets a node of its own, and leaves the guest's, which others may have mounted, as it is: it comes
+/// without a mode, which that of a mount never is, because it has the node's type.
+fn owner_shown(disk: &GivenDisk) -> Option<((u32, u32), u32)> {
+    (disk.mode != 0).then_some(((disk.uid, disk.gid), disk.mode & 0o7777))
 }
 
 impl Given {

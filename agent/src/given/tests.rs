@@ -114,6 +114,21 @@ fn a_disk_is_shown_where_it_was_asked_for_with_the_number_that_it_has_here() {
 }
 
 #[test]
+fn a_mount_shows_owner_and_mode_of_the_nodes_node_and_an_entry_changes_nothing_of_the_guests() {
+    let disk = |mode, uid, gid| GivenDisk {
+        mode,
+        uid,
+        gid,
+        ..GivenDisk::default()
+    };
+    assert_eq!(owner_shown(&disk(0, 0, 0)), None);
+    let mounted = disk(libc::S_IFBLK | 0o660, 0, 6);
+    assert_eq!(owner_shown(&mounted), Some(((0, 6), 0o660)));
+    // One that nobody may open is shown as that.
+    assert_eq!(owner_shown(&disk(libc::S_IFBLK, 0, 0)), Some(((0, 0), 0)));
+}
+
+#[test]
 fn rules_of_the_nodes_number_become_those_of_the_disks() {
     let mut resources: Resources = serde_json::from_value(json!({"devices": [
         {"allow": false, "access": "rwm"},

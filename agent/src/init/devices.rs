@@ -1,24 +1,35 @@
 //! Device nodes and the usual links of /dev.
 use std::{
+    ffi::OsStr,
     fs::File,
-    os::fd::{AsFd as _, OwnedFd},
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::Path,
 };
 
+use nix::mount::{MntFlags, umount2};
 use rustix::{
-    fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, fstat, fstatfs, makedev, mknodat, symlinkat},
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fstat, fstatfs, makedev, mknodat,
+        openat, symlinkat,
+    },
     io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+        fsopen,
+    },
 };
 
 use super::{
     agent::Agent,
     failure::{Context as _, Failure, Result},
-    guest_devices,
+    guest_devices::{self, Node},
     idmap::Ids,
     place::Last,
     root::{Missing, Root},
 };
 use crate::{
-    detached::{attach_on, clone_mount},
+    detached::{attach_at, attach_on, clone_mount},
     given,
     spec::Linux,
 };
@@ -32,6 +43,9 @@ const DEFAULTS: [(&str, u32, u32); 6] = [
     ("/dev/urandom", 1, 9),
     ("/dev/tty", 5, 0),
 ];
+
+/// Where the guest has its own.
+const GUEST_DEVICES: &str = "/dev";
 
 /// statfs(2) f_type of tmpfs.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -91,20 +105,24 @@ pub fn make(
     }
     for (path, major, minor) in DEFAULTS {
         if chosen.iter().all(|node| node.path != path) {
-            let kind = FileType::CharacterDevice;
-            node(root, (path, path), kind, (major, minor), 0o666, ids.root()?)?;
+            let default = Node {
+                path: path.to_owned(),
+                kind: FileType::CharacterDevice,
+                numbers: (major, minor),
+                mode: 0o666,
+                owner: (0, 0),
+            };
+            make_node(root, &default, ids)?;
         }
     }
-    let mut nodes: Vec<_> = chosen.into_iter().map(|own| (own, None)).collect();
+    let mut nodes = chosen;
     for given in given {
         let own = guest_devices::parse(&given.device)?;
-        nodes.retain(|(other, _)| other.path != own.path);
-        nodes.push((own, Some(given.source.as_str())));
+        nodes.retain(|other| other.path != own.path);
+        nodes.push(own);
     }
-    for (own, source) in nodes {
-        let owner = (ids.uid(own.owner.0)?, ids.gid(own.owner.1)?);
-        let path = (own.path.as_str(), source.unwrap_or(&own.path));
-        node(root, path, own.kind, own.numbers, own.mode, owner)?;
+    for node in &nodes {
+        make_node(root, node, ids)?;
     }
     if guest_devices::is_privileged(linux) && ids.is_identity() {
         let directory = root.open_or_make("/dev", Missing::Directory)?;
@@ -124,45 +142,138 @@ pub fn make(
     Ok(())
 }
 
-/// Makes a node, or shows `source`, the guest's own.
-fn node(
-    root: &Root,
-    (path, source): (&str, &str),
-    kind: FileType,
-    (major, minor): (u32, u32),
-    mode: u32,
-    owner: (u32, u32),
-) -> Result<()> {
+/// Makes a node where the container is to have it.
+fn make_node(root: &Root, node: &Node, ids: &Ids) -> Result<()> {
+    let path = node.path.as_str();
+    let owner = (ids.uid(node.owner.0)?, ids.gid(node.owner.1)?);
     let place = root.place(path, Last::Followed)?;
     let Some((parent, name)) = root.parent_of(path, &place)? else {
         let stat = fstat(&place.found).during(format_args!("device {path}"))?;
-        let same = FileType::from_raw_mode(stat.st_mode) == kind
-            && (kind == FileType::Fifo || stat.st_rdev == makedev(major, minor));
+        let same = FileType::from_raw_mode(stat.st_mode) == node.kind
+            && (node.kind == FileType::Fifo || stat.st_rdev == number(node));
         return if same {
             Ok(())
         } else {
-            bind_node(root, path, source)
+            bind_node(root, node, owner)
         };
     };
-    let mode = Mode::from_raw_mode(mode & 0o7777);
-    match mknodat(&parent, &name, kind, mode, makedev(major, minor)) {
-        Ok(()) => {}
-        // A file system that takes no device nodes: the guest's own node is shown there instead.
-        Err(Errno::PERM) => return bind_node(root, path, source),
-        Err(error) => return Err(error).during(format_args!("device {path}{}", place.why())),
+    match make_in(parent.as_fd(), &name, node, owner) {
+        // A file system that takes no device nodes, as virtio-fs.
+        Err(Errno::PERM) => bind_node(root, node, owner),
+        made => made.during(format_args!("device {path}{}", place.why())),
     }
-    let owner = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
-    chownat(&parent, &name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
-        .during(format_args!("device {path}"))
 }
 
-fn bind_node(root: &Root, path: &str, source: &str) -> Result<()> {
-    let own = File::options()
-        .read(true)
-        .custom_flags_path()
-        .open(source)
-        .during(format_args!("the guest's {source}"))?;
-    let tree = clone_mount(own.as_fd(), false).during(format_args!("the guest's {source}"))?;
+fn number(node: &Node) -> u64 {
+    makedev(node.numbers.0, node.numbers.1)
+}
+
+fn make_in(
+    directory: BorrowedFd<'_>,
+    name: &OsStr,
+    node: &Node,
+    (uid, gid): (u32, u32),
+) -> rustix::io::Result<()> {
+    let mode = Mode::from_raw_mode(node.mode & 0o7777);
+    mknodat(directory, name, node.kind, mode, number(node))?;
+    let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+    chownat(directory, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// Shows a node over what is there, or where none can be made. It is the container's own: the guest's has the owner and mode
+/// of nobody in particular, and others see it too.
+fn bind_node(root: &Root, node: &Node, owner: (u32, u32)) -> Result<()> {
+    let path = node.path.as_str();
+    let tree = detached_node(node, owner).during(format_args!("a node for device {path}"))?;
     let target = root.open_or_make(path, Missing::File)?;
     attach_on(&tree, target.as_fd()).during(format_args!("device {path}"))
+}
+
+/// A detached tmpfs with room for its top and one file.
+fn tmpfs_of_one_file() -> io::Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "nr_inodes", "2")?;
+    fsconfig_set_string(&context, "mode", "0755")?;
+    fsconfig_create(&context)?;
+    Ok(fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    )?)
+}
+
+/// A node on a detached mount, on a file system that has nothing else.
+fn detached_node(node: &Node, owner: (u32, u32)) -> io::Result<OwnedFd> {
+    let directory = tmpfs_of_one_file()?;
+    let name = OsStr::new("node");
+    make_in(directory.as_fd(), name, node, owner)?;
+    // Only what is mounted can be mounted a second time; this mount namespace is the container's, and nobody looks at
+    // this directory in the meantime.
+    attach_at(&directory, Path::new(GUEST_DEVICES))?;
+    let node = openat(
+        &directory,
+        name,
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    );
+    let tree = node
+        .map_err(io::Error::from)
+        .and_then(|node| clone_mount(node.as_fd(), false));
+    umount2(GUEST_DEVICES, MntFlags::MNT_DETACH)?;
+    tree
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        fs,
+        os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    };
+
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
+
+    #[test]
+    fn a_node_that_is_shown_is_the_containers_own_with_its_owner_and_mode() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let node = Node {
+            path: "/mnt/block".to_owned(),
+            kind: FileType::BlockDevice,
+            numbers: (7, 77),
+            mode: 0o640,
+            owner: (1000, 5),
+        };
+        let shown = move || {
+            // Of this thread alone.
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let target = tempfile::NamedTempFile::new().unwrap();
+            let tree = detached_node(&node, node.owner).unwrap();
+            attach_on(&tree, target.as_file().as_fd()).unwrap();
+            let found = fs::metadata(target.path()).unwrap();
+            drop(tree);
+            umount2(target.path(), MntFlags::empty()).unwrap();
+            // The guest's own are where they were.
+            assert!(
+                fs::metadata("/dev/null")
+                    .unwrap()
+                    .file_type()
+                    .is_char_device()
+            );
+            found
+        };
+        let found = std::thread::spawn(shown).join().unwrap();
+        assert!(found.file_type().is_block_device());
+        assert_eq!(found.rdev(), makedev(7, 77));
+        assert_eq!(
+            (found.mode() & 0o7777, found.uid(), found.gid()),
+            (0o640, 1000, 5)
+        );
+    }
 }

@@ -19,6 +19,8 @@ use crate::error::{Error, Kind, Result};
 
 /// `linux/fs.h`: `_IO(0x12, 104)`.
 const BLKSSZGET: libc::Ioctl = 0x1268;
+/// `linux/fs.h`: `_IO(0x12, 94)`.
+const BLKROGET: libc::Ioctl = 0x125e;
 
 /// The number of a block device: major and minor.
 pub type Numbers = (u32, u32);
@@ -64,6 +66,12 @@ pub(super) fn place(numbers: Numbers) -> Result<PathBuf> {
     Ok(Path::new("/dev").join(name))
 }
 
+/// Whether it is part of another. Of its growth the node's kernel says nothing.
+#[must_use]
+pub fn is_partition((major, minor): Numbers) -> bool {
+    Path::new(&format!("/sys/dev/block/{major}:{minor}/partition")).exists()
+}
+
 /// Bytes that a device has at the moment, if it is there.
 #[must_use]
 pub fn size((major, minor): Numbers) -> Option<u64> {
@@ -71,7 +79,7 @@ pub fn size((major, minor): Numbers) -> Option<u64> {
     sectors.trim().parse::<u64>().ok()?.checked_mul(512)
 }
 
-/// Opens the device, for writing too if that is wanted and the device lets itself be written to.
+/// Opens the device, for writing too if that is wanted and the device lets itself be written to; else for reading alone.
 ///
 /// # Errors
 /// `InvalidArgument` for one that is not there or has nothing in it, `FailedPrecondition` for one that cannot be opened.
@@ -109,13 +117,20 @@ fn open_with(numbers: Numbers, write: bool, how: OFlag) -> Result<Opened> {
         };
         failed(error, fix)
     };
-    let (file, readonly) = match open_sealed(&path, OFlag::O_RDWR | how) {
-        Ok(file) if write => (file, false),
-        Err(error) if write && !is_readonly(&error) => return Err(not_opened(error)),
-        _ => {
-            let opened = open_sealed(&path, OFlag::O_RDONLY | how);
-            (opened.map_err(not_opened)?, true)
+    let open = |access| open_sealed(&path, access | how);
+    let mut writable = None;
+    if write {
+        match open(OFlag::O_RDWR) {
+            // A device that is read-only opens all the same, and fails each write. It is closed here, before it is
+            // opened alone a second time.
+            Ok(file) => writable = Some(file).filter(|file| !is_set_readonly(file)),
+            Err(error) if is_readonly(&error) => {}
+            Err(error) => return Err(not_opened(error)),
         }
+    }
+    let (file, readonly) = match writable {
+        Some(file) => (file, false),
+        None => (open(OFlag::O_RDONLY).map_err(not_opened)?, true),
     };
     let stat = fstat(&file).map_err(|errno| failed(errno.into(), ""))?;
     let found = (libc::major(stat.st_rdev), libc::minor(stat.st_rdev));
@@ -147,7 +162,16 @@ fn open_with(numbers: Numbers, write: bool, how: OFlag) -> Result<Opened> {
     })
 }
 
-/// The device does not let itself be written to.
+/// The device says that it is read-only (`losetup --read-only`, `blockdev --setro`, a snapshot of device-mapper's).
+fn is_set_readonly(device: &OwnedFd) -> bool {
+    let mut readonly: libc::c_int = 0;
+    // SAFETY: the kernel writes one int, which lives until the call has returned.
+    let asked = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut readonly) };
+    // What cannot be asked is no block device, which is said of it afterwards.
+    asked == 0 && readonly != 0
+}
+
+/// The device does not let itself be opened for writing.
 fn is_readonly(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

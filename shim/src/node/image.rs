@@ -1,13 +1,17 @@
-//! What a root file system is on: a block device of the node, or an image in a file.
+//! What a root file system or a volume's is on: a block device of the node, or an image in a file.
 //!
 //! A file that is read goes to the VMM as it is. One that is written to goes by way of a loop device, because the owner of
 //! a file could change more of it than its bytes (`open_sealed`). The loop device goes when its last descriptor is
-//! closed, by whatever death. No file system is looked at, let alone mounted. Blocking. Trusts the paths, which
-//! containerd's snapshotter chose.
+//! closed, by whatever death. One that is written to is the VM's alone, be it a device or a file (`in_use`). No file
+//! system is looked at, let alone mounted. Blocking. Trusts the paths, which containerd's snapshotter or a storage driver
+//! chose.
+
+mod in_use;
+mod loops;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
@@ -15,17 +19,9 @@ use brig_hypervisor::control::PIECE_ALIGNMENT;
 use brig_hypervisor::launch::open_sealed;
 use nix::fcntl::OFlag;
 
+use self::in_use::Use;
 use super::disk::{self, Numbers, Opened};
 use crate::error::{Error, Kind, Result};
-
-/// `linux/loop.h`.
-const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
-const LOOP_CONFIGURE: libc::Ioctl = 0x4c0a;
-const LOOP_SET_CAPACITY: libc::Ioctl = 0x4c07;
-const AUTOCLEAR: u32 = 4;
-const DIRECT_IO: u32 = 16;
-/// How often another program may have been faster with the free device.
-const ATTEMPTS: usize = 64;
 
 /// An image that is open.
 #[derive(Debug)]
@@ -43,10 +39,10 @@ pub enum Image {
     },
 }
 
-/// Opens an image.
+/// Opens an image: one that is to be written to alone, one that is only read beside others who read it.
 ///
 /// # Errors
-/// One sentence with the fix; nothing is left of it then.
+/// One sentence with the fix; nothing is left of it then. `FailedPrecondition` for one that is in use on the node.
 pub fn open(path: &Path, readonly: bool) -> Result<Image> {
     let failed = |error: io::Error| Error::io(format_args!("image {}", path.display()), &error);
     let metadata = fs::metadata(path).map_err(failed)?;
@@ -72,8 +68,10 @@ pub fn open(path: &Path, readonly: bool) -> Result<Image> {
         )));
     };
     if readonly {
+        let file = open_sealed(path, OFlag::O_RDONLY).map_err(failed)?;
+        in_use::take(&file, path, Use::Read)?;
         return Ok(Image::File {
-            file: open_sealed(path, OFlag::O_RDONLY).map_err(failed)?,
+            file,
             identity: (metadata.dev(), metadata.ino()),
             length,
         });
@@ -83,7 +81,8 @@ pub fn open(path: &Path, readonly: bool) -> Result<Image> {
         .write(true)
         .open(path)
         .map_err(failed)?;
-    let file = attach(&file).map_err(|error| {
+    in_use::take(&file, path, Use::Write)?;
+    let file = loops::attach(&file).map_err(|error| {
         let fix = match error.kind() {
             io::ErrorKind::NotFound => "; load the module loop on this node",
             _ => "",
@@ -111,84 +110,134 @@ pub fn follow_file(numbers: Numbers) -> Result<()> {
         Error::new(Kind::FailedPrecondition, message)
     };
     let device = File::open(disk::place(numbers)?).map_err(failed)?;
-    // SAFETY: the request takes no argument.
-    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY, 0) };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(failed(io::Error::last_os_error()))
-    }
-}
-
-/// `struct loop_config`.
-#[repr(C)]
-struct Config {
-    fd: u32,
-    block_size: u32,
-    /// `struct loop_info64`: five numbers of 64 bits.
-    places: [u64; 5],
-    number: u32,
-    encryption: [u32; 2],
-    flags: u32,
-    names: [u8; 160],
-    rest: [u64; 10],
-}
-
-/// A loop device over a file, which is there as long as it is open.
-fn attach(file: &File) -> io::Result<OwnedFd> {
-    let control = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/loop-control")?;
-    for _ in 0..ATTEMPTS {
-        // SAFETY: the request takes no argument.
-        let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
-        if number < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let path = format!("/dev/loop{number}");
-        let device = OpenOptions::new().read(true).write(true).open(&path)?;
-        // Not every file system has direct I/O.
-        for flags in [AUTOCLEAR | DIRECT_IO, AUTOCLEAR] {
-            match configure(&device, file, flags) {
-                Ok(()) => return open_sealed(Path::new(&path), OFlag::O_RDWR | OFlag::O_EXCL),
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => break,
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) && flags != AUTOCLEAR => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    Err(io::Error::from_raw_os_error(libc::EBUSY))
-}
-
-fn configure(device: &File, file: &File, flags: u32) -> io::Result<()> {
-    let config = Config {
-        fd: u32::try_from(file.as_raw_fd()).map_err(io::Error::other)?,
-        block_size: 0,
-        places: [0; 5],
-        number: 0,
-        encryption: [0; 2],
-        flags,
-        names: [0; 160],
-        rest: [0; 10],
-    };
-    // SAFETY: the kernel reads the structure, which has its layout and outlives the call.
-    let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    loops::follow(&device).map_err(failed)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+    use std::time::{Duration, Instant};
+
     use super::*;
 
+    const IN_USE: &str = "in use on the node";
+
+    /// A directory with a file of a MiB in it, where loop devices can be made.
+    fn image() -> Option<(tempfile::TempDir, PathBuf)> {
+        let control = Path::new("/dev/loop-control").exists();
+        if !control || !nix::unistd::geteuid().is_root() {
+            return None;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.img");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        Some((directory, path))
+    }
+
+    /// Opens what is given up. A child that a test beside this one has made holds every descriptor until it runs its program.
+    fn given_up(path: &Path, readonly: bool) -> Image {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            match open(path, readonly) {
+                Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(20)),
+                opened => return opened.unwrap(),
+            }
+        }
+    }
+
+    /// It is refused for this use, in words that name the file and these; likewise not always at once.
+    fn refused(path: &Path, readonly: bool, words: &[&str]) {
+        let name = path.display().to_string();
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let error = open(path, readonly).unwrap_err();
+            assert_eq!(error.kind, Kind::FailedPrecondition, "{error}");
+            let has = |word: &str| error.message.contains(word);
+            if has(&name) && words.iter().all(|word| has(word)) {
+                return;
+            }
+            assert!(Instant::now() < end, "{words:?}: {error}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     #[test]
-    fn the_structure_has_the_kernels_size() {
-        assert_eq!(size_of::<Config>(), 304);
-        assert_eq!(std::mem::offset_of!(Config, flags), 60);
+    fn a_file_that_is_written_to_is_nobody_elses_until_its_loop_device_is_closed() {
+        let Some((_directory, path)) = image() else {
+            return;
+        };
+        let Image::Disk(first) = open(&path, false).unwrap() else {
+            panic!("not a disk")
+        };
+        for readonly in [false, true] {
+            refused(&path, readonly, &["another pod", "/dev/loop", IN_USE]);
+        }
+        drop(first);
+        drop(given_up(&path, false));
+    }
+
+    #[test]
+    fn a_file_that_is_read_is_read_by_others_too_and_written_to_by_none() {
+        let Some((_directory, path)) = image() else {
+            return;
+        };
+        let readers = [open(&path, true).unwrap(), open(&path, true).unwrap()];
+        refused(&path, false, &["another pod reads it", IN_USE]);
+        drop(readers);
+        drop(given_up(&path, false));
+    }
+
+    #[test]
+    fn a_file_that_the_node_has_by_a_loop_device_is_refused_whatever_it_is_called_by_now() {
+        let Some((directory, path)) = image() else {
+            return;
+        };
+        // As losetup and mount do it: nothing is locked.
+        let writable = OpenOptions::new().read(true).write(true).open(&path);
+        let of_node = loops::attach(&writable.unwrap()).unwrap();
+        let renamed = directory.path().join("renamed.img");
+        fs::rename(&path, &renamed).unwrap();
+        for readonly in [false, true] {
+            refused(
+                &renamed,
+                readonly,
+                &["/dev/loop", "losetup --detach", IN_USE],
+            );
+        }
+        drop(of_node);
+        drop(given_up(&renamed, false));
+        // Where the node only reads it, others may.
+        let of_node = loops::attach(&File::open(&renamed).unwrap()).unwrap();
+        drop(given_up(&renamed, true));
+        refused(&renamed, false, &["losetup --detach", IN_USE]);
+        drop(of_node);
+        drop(given_up(&renamed, false));
+    }
+
+    #[test]
+    fn a_device_that_is_read_only_on_the_node_is_opened_for_reading_or_refused() {
+        let Some((_directory, path)) = image() else {
+            return;
+        };
+        let is_for_reading = |opened: &Opened| {
+            let flags = nix::fcntl::fcntl(&opened.file, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+            opened.readonly
+                && OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE == OFlag::O_RDONLY
+        };
+        let of_node = loops::attach(&File::open(&path).unwrap()).unwrap();
+        let stat = nix::sys::stat::fstat(&of_node).unwrap();
+        let numbers = (libc::major(stat.st_rdev), libc::minor(stat.st_rdev));
+        let node = disk::place(numbers).unwrap();
+        assert!(is_for_reading(&disk::open(numbers, true).unwrap()));
+        // Nobody has it alone any more, and somebody still has it.
+        let device = File::open(&node).unwrap();
+        drop(of_node);
+        refused(&node, false, &["read-only on the node"]);
+        let Image::Disk(opened) = open(&node, true).unwrap() else {
+            panic!("not a disk")
+        };
+        assert!(is_for_reading(&opened));
+        drop(device);
     }
 
     #[test]

@@ -49,7 +49,16 @@ impl Vm {
         let mut disks = self.disks.lock().await;
         if let Some(held) = disks.find(numbers, write) {
             held.owners.insert(owner.to_owned());
-            return Ok(held.disk.clone());
+            let disk = held.disk.clone();
+            // The node's kernel tells nobody that a partition has grown.
+            if disk::is_partition(numbers) {
+                let function = disk.function;
+                let _ = self
+                    .control
+                    .request(RequestBody::Resize { function }, Vec::new())
+                    .await;
+            }
+            return Ok(disk);
         }
         let disk = self.plug_device(&mut disks, numbers, write, logger).await?;
         let (major, minor) = numbers;

@@ -42,7 +42,7 @@ struct Block {
     access: Access,
     /// Of a mount: its index.
     index: Option<u32>,
-    /// Likewise, the node's owner.
+    /// Likewise, the node's owner and mode, with its type. An entry has its own in the specification, and none here.
     owner: Owner,
 }
 
@@ -88,7 +88,11 @@ impl Asked {
                 numbers: mount.numbers,
                 access,
                 index: Some(mount.index),
-                owner: mount.owner,
+                // A node that nobody may open is shown as that, and is no entry's.
+                owner: Owner {
+                    mode: mount.owner.mode | libc::S_IFBLK,
+                    ..mount.owner
+                },
             }
         });
         Self {

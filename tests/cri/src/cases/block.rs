@@ -1,13 +1,15 @@
 //! Block devices of the node in a pod: volumes without a file system (`volumeMode: Block`), which containerd gets as
 //! devices, and hostPath volumes of a device's node.
 
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use brig_hypervisor::control::Counters;
 use brig_tests::node::check::{contains, contains_one, equal, that};
 use brig_tests::node::clock;
-use k8s_cri::v1::{ContainerConfig, Device};
+use k8s_cri::v1::{ContainerConfig, Device, Int64Value};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -46,6 +48,21 @@ pub const CASES: &[Case] = &[
         "volumes",
         "raw block volume: read-only is held against the guest's root",
         read_only,
+    ),
+    case(
+        "volumes",
+        "raw block volume: of a device that is read-only on the node",
+        read_only_on_node,
+    ),
+    case(
+        "volumes",
+        "raw block volume: outside /dev, with its owner and mode, for who has no capabilities",
+        outside_dev,
+    ),
+    case(
+        "volumes",
+        "raw block volume: a partition that has grown, when the next container takes it",
+        partition,
     ),
     case(
         "volumes",
@@ -221,6 +238,16 @@ fn by_path(suite: &mut Suite) -> Result<()> {
         "block special file 0:1234",
         container.sh("stat -c '%F %u:%g' /disk")?,
     )?;
+    // Who asks for the device as such leaves the node that the mount shows as it is.
+    let mode = container.sh("stat -c %a /disk")?;
+    let beside = pod.container("beside", SLEEP);
+    let beside = beside.edit(volume(&disk, "/dev/data", "mrw")).start()?;
+    equal(
+        "owner and mode beside another's",
+        format!("0:1234 {mode}"),
+        container.sh("stat -c '%u:%g %a' /disk")?,
+    )?;
+    beside.remove()?;
     container.sh(&write("/disk", 3, "by-path"))?;
     contains(
         "on the node",
@@ -281,6 +308,157 @@ fn read_only(suite: &mut Suite) -> Result<()> {
     drop(root);
     reader.remove()?;
     disk.freed()
+}
+
+/// A device that is read-only on the node, until the end of its scope: the kernel keeps that beyond the loop device's.
+pub(super) struct ReadOnly(String);
+
+impl ReadOnly {
+    pub(super) fn new(disk: &Loop) -> Result<Self> {
+        node::run("blockdev", &["--setro", &disk.node()])?;
+        Ok(Self(disk.node()))
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let _ = node::run("blockdev", &["--setrw", &self.0]);
+    }
+}
+
+fn read_only_on_node(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("block-ro-node")?;
+    let disk = Loop::new(&directory.path.join("disk"), MIB)?;
+    let readonly = ReadOnly::new(&disk)?;
+    let pod = &suite.shared()?.pod;
+    let container = pod
+        .container("block-ro-node", SLEEP)
+        .edit(volume(&disk, "/dev/data", "mrw"))
+        .start()?;
+    let number = number(&container)?;
+    equal(
+        "read-only, as it says itself",
+        "1",
+        container.sh(&format!("cat /sys/dev/block/{number}/ro"))?,
+    )?;
+    container.sh_fails(&write("/dev/data", 1, "refused"))?;
+    container.sh("head -c 512 /dev/data > /dev/null")?;
+    equal("on the node", vec![0; 512], disk.read(512, 512)?)?;
+    container.remove()?;
+    drop(readonly);
+    disk.freed()
+}
+
+fn outside_dev(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("block-outside")?;
+    let pod = &suite.shared()?.pod;
+    for (name, owner) in [("block-user", 1000), ("block-root", 0)] {
+        let disk = Loop::new(&directory.path.join(name), MIB)?;
+        // containerd asks for owner and mode of the node's node.
+        let of_node = |owner, mode| -> Result<()> {
+            std::os::unix::fs::chown(&disk.path, Some(owner), Some(owner))?;
+            Ok(fs::set_permissions(
+                &disk.path,
+                fs::Permissions::from_mode(mode),
+            )?)
+        };
+        of_node(owner, 0o640)?;
+        let container = pod
+            .container(name, SLEEP)
+            .security(|security| {
+                security.run_as_user = Some(Int64Value {
+                    value: owner.into(),
+                });
+                let capabilities = security.capabilities.get_or_insert_default();
+                capabilities.drop_capabilities = vec!["ALL".to_owned()];
+            })
+            .edit(volume(&disk, "/mnt/block", "mrw"))
+            .start()?;
+        equal(
+            "the container's node",
+            format!("block special file {owner}:{owner} 640"),
+            container.sh("stat -c '%F %u:%g %a' /mnt/block")?,
+        )?;
+        container.sh(&write("/mnt/block", 1, name))?;
+        equal(name, name, at(&container, "/mnt/block", 1)?)?;
+        let on_node = disk.read(512, name.len())?;
+        equal("on the node", name.as_bytes(), &on_node[..])?;
+        container.remove()?;
+        of_node(0, 0o600)?;
+        disk.freed()?;
+    }
+    Ok(())
+}
+
+/// The only partition of a loop device, gone at the end of its scope.
+struct Partition(String);
+
+impl Partition {
+    fn new(file: &Path, bytes: u64) -> Result<Self> {
+        fs::File::create(file)?.set_len(8 * MIB)?;
+        Self::table(file, bytes)?;
+        let file = file.display().to_string();
+        let whole = node::run("losetup", &["--partscan", "--find", "--show", &file])?;
+        Ok(Self(whole.trim().to_owned()))
+    }
+
+    /// A table (MBR) with one partition of Linux's, from the second MiB on.
+    fn table(disk: &Path, bytes: u64) -> Result<()> {
+        let mut table = [0; 512];
+        let sectors = u32::try_from(bytes / 512)?;
+        table[450] = 0x83;
+        table[454..458].copy_from_slice(&2048_u32.to_le_bytes());
+        table[458..462].copy_from_slice(&sectors.to_le_bytes());
+        table[510..].copy_from_slice(&[0x55, 0xaa]);
+        let disk = OpenOptions::new().write(true).open(disk)?;
+        disk.write_all_at(&table, 0)?;
+        Ok(disk.sync_all()?)
+    }
+
+    fn node(&self) -> String {
+        format!("{}p1", self.0)
+    }
+
+    fn grow(&self, bytes: u64) -> Result<()> {
+        Self::table(Path::new(&self.0), bytes)?;
+        node::run("partx", &["--update", &self.0]).map(drop)
+    }
+}
+
+impl Drop for Partition {
+    fn drop(&mut self) {
+        let _ = node::run("partx", &["--delete", &self.0]);
+        let _ = node::run("losetup", &["--detach", &self.0]);
+    }
+}
+
+fn partition(suite: &mut Suite) -> Result<()> {
+    let directory = Directory::new("block-partition")?;
+    let disk = Partition::new(&directory.path.join("disk"), 2 * MIB)?;
+    // One that nobody has open at the moment, as runc's containers do not, may get another number when it grows.
+    let _open = fs::File::open(disk.node())?;
+    let pod = &suite.shared()?.pod;
+    let with = |name| {
+        let device = Device {
+            container_path: "/dev/data".to_owned(),
+            host_path: disk.node(),
+            permissions: "mrw".to_owned(),
+        };
+        let container = pod.container(name, SLEEP);
+        container.edit(|config| config.devices.push(device)).start()
+    };
+    let size = |container: &Container| container.sh("wc -c < /dev/data");
+    let first = with("block-part")?;
+    equal("its size", (2 * MIB).to_string(), size(&first)?)?;
+    disk.grow(4 * MIB)?;
+    let next = with("block-part-next")?;
+    for (name, container) in [("of the next", next), ("of the first", first)] {
+        eventually(name, clock::seconds(3), || {
+            Ok((size(&container)? == (4 * MIB).to_string()).then_some(()))
+        })?;
+        container.remove()?;
+    }
+    Ok(())
 }
 
 /// Has both CPUs write to `/dev/data` at once, each its own half, by the script that is returned.

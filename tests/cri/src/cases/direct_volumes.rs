@@ -9,11 +9,13 @@ use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::clock;
 use serde_json::{Value, json};
 
+use super::block::ReadOnly;
 use super::sandbox::DropIn;
 use crate::container::{Container, eventually};
 use crate::loops::Loop;
 use crate::mounted::Mounted;
 use crate::node::{self, Directory, TOOLS};
+use crate::pod::Pod;
 use crate::suite::{Case, SLEEP, Suite, case, not_here, refused};
 
 pub const CASES: &[Case] = &[
@@ -26,6 +28,11 @@ pub const CASES: &[Case] = &[
         "volumes",
         "direct volume: what cannot be had, or is not allowed, is refused with the reason, and nothing is left",
         refusals,
+    ),
+    case(
+        "volumes",
+        "direct volume: an image in a file is one pod's alone, or read by several, and refused while the node has it",
+        image_alone,
     ),
     case(
         "volumes",
@@ -335,6 +342,75 @@ fn commanded(suite: &mut Suite) -> Result<()> {
     disk.freed()
 }
 
+fn image_alone(suite: &mut Suite) -> Result<()> {
+    if !suite.is_brig() {
+        return not_here("runc knows no direct volumes");
+    }
+    let directory = Directory::new("direct-image")?;
+    let image = directory.path.join("image");
+    fs::File::create(&image)?.set_len(16 * MIB)?;
+    let image = image.display().to_string();
+    node::run("mkfs.ext4", &["-q", "-F", &image])?;
+    let volume = Direct::new("pv")?;
+    let with = |option: &str| {
+        volume.write(&format!(
+            r#"{{"volume-type":"block","device":"{image}","fstype":"ext4","options":["{option}"]}}"#
+        ))
+    };
+    with("noatime")?;
+    let _configured = DropIn::new(ALLOWED)?;
+    let (pod, other) = (suite.run("direct-image")?, suite.run("direct-image-other")?);
+    let start = |pod: &Pod, name| {
+        let container = pod.container(name, SLEEP).mount(&volume.path, "/data");
+        container.start()
+    };
+    let writer = start(&pod, "writer")?;
+    writer.sh("echo text > /data/file && sync /data/file")?;
+    // As in a rollout: the new pod starts while the old one is still there.
+    let by_pod = ["in use on the node: another pod has it, by way of /dev/loop"];
+    refused("another pod", start(&other, "writer"), &by_pod)?;
+    with("ro")?;
+    refused("a reader beside it", start(&other, "reader"), &by_pod)?;
+    let elsewhere = directory.directory("elsewhere")?;
+    let place = elsewhere.display().to_string();
+    let mount = || node::run("mount", &["-o", "loop", &image, &place]);
+    refused(
+        "a mount by the node meanwhile",
+        mount(),
+        &["Can't open blockdev", "busy"],
+    )?;
+    writer.remove().context("the writer")?;
+
+    mount()?;
+    let mounted = Mounted::made(&elsewhere);
+    let by_node = [" of the node has it: unmount that and detach it (losetup"];
+    refused("a reader meanwhile", start(&other, "reader"), &by_node)?;
+    with("noatime")?;
+    refused("a writer meanwhile", start(&other, "writer"), &by_node)?;
+    mounted.unmount()?;
+    let writer = start(&other, "writer")?;
+    equal("from the first pod", "text", writer.sh("cat /data/file")?)?;
+    writer.remove().context("the other pod's writer")?;
+
+    with("ro")?;
+    let (one, two) = (start(&pod, "reader")?, start(&other, "reader")?);
+    for reader in [&one, &two] {
+        equal("for all readers", "text", reader.sh("cat /data/file")?)?;
+        reader.sh_fails("echo more > /data/file")?;
+    }
+    two.remove().context("a reader")?;
+    with("noatime")?;
+    refused(
+        "a writer beside a reader",
+        start(&other, "writer"),
+        &["in use on the node: another pod reads it"],
+    )?;
+    one.remove().context("the last reader")?;
+    drop((pod, other));
+    node::run("e2fsck", &["-fn", &image]).context("what is in the image")?;
+    Ok(())
+}
+
 fn refusals(suite: &mut Suite) -> Result<()> {
     if !suite.is_brig() {
         return not_here("runc knows no direct volumes");
@@ -378,6 +454,14 @@ fn refusals(suite: &mut Suite) -> Result<()> {
     refused_for("a device with nothing on it", "mounting it as ext4")?;
     volume.of(&disk.node(), "ext4", r#""encryptionKey":"x""#)?;
     refused_for("what is encrypted", "encryptionKey")?;
+    {
+        let _readonly = ReadOnly::new(&disk)?;
+        volume.of(&disk.node(), "ext4", "")?;
+        refused_for(
+            "a device that is read-only on the node",
+            "is read-only on the node, and is to be written to",
+        )?;
+    }
     // The pod is none the worse, and the devices are free though it lives.
     let plain = pod.container("main", SLEEP).start()?;
     equal(
