@@ -436,6 +436,42 @@ mod tests {
         }
     }
 
+    /// The commands below one that are told of, as they are said.
+    fn said(command: &clap::Command, before: &str) -> Vec<String> {
+        let shown = command.get_subcommands().filter(|sub| !sub.is_hide_set());
+        let shown = shown.filter(|sub| sub.get_name() != "help");
+        let mut all = Vec::new();
+        for sub in shown {
+            let name = format!("{before} {}", sub.get_name());
+            let below = said(sub, &name);
+            all.extend(if below.is_empty() { vec![name] } else { below });
+        }
+        all
+    }
+
+    #[test]
+    fn what_each_command_prints_is_documented() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/commands.md");
+        let page = fs::read_to_string(page).unwrap();
+        let titles: Vec<&str> = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("### `"))
+            .collect();
+        let all = said(&Cli::command(), "brig");
+        assert!(all.len() > 25, "{all:?}");
+        for name in all {
+            let is_of = |title: &&str| {
+                title
+                    .strip_prefix(&name)
+                    .is_some_and(|rest| rest.starts_with([' ', '`']))
+            };
+            assert!(
+                titles.iter().any(|title| is_of(title)),
+                "tests/outputs has nothing of '{name}'"
+            );
+        }
+    }
+
     #[test]
     fn every_shell_and_every_command_is_described() {
         for shell in clap_complete::Shell::value_variants() {

@@ -352,7 +352,7 @@ fn added() -> Result<()> {
     let again = run("brig", &["containerd", "add", "--config", &file, "--json"])?.success()?;
     equal(
         "what the second time changes",
-        "{\"changed\":[]}",
+        "{\"changed\":[],\"handlers\":[]}",
         again.text().trim(),
     )?;
     run("brig", &["containerd", "remove", "--config", &file])?.success()?;
