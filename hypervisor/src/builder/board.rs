@@ -54,6 +54,10 @@ pub const MAX_DEVICES: usize = 16;
 /// vector that moves to another CPU needs one on both for a moment. There is no INTx to fall back on.
 pub const VECTORS_PER_CPU: u32 = 180;
 
+/// The list of a worker whose interfaces may have threads for their queue pairs: that of [`ThreadKind::Worker`], and
+/// threads like itself, as a disk's worker has it.
+const WITH_PAIRS: ThreadKind = ThreadKind::Disk;
+
 /// How the main thread reaches devices.
 pub struct Handles {
     /// Opens and closes streams.
@@ -103,6 +107,8 @@ pub struct Board {
     followers: BTreeMap<u8, DeviceHandle>,
     /// Interfaces may be served by vhost-net.
     vhost: bool,
+    /// The worker of the interfaces may start threads for their queue pairs.
+    pairs: bool,
     /// What each virtio device on the bus has done, by function.
     counts: BTreeMap<u8, (&'static str, Arc<DeviceCounts>)>,
     /// Descriptors that the process may have open.
@@ -152,6 +158,7 @@ impl Board {
             plugged: BTreeMap::new(),
             followers: BTreeMap::new(),
             vhost: false,
+            pairs: false,
             counts: BTreeMap::new(),
             max_files: descriptors::limit(),
             lockable: descriptors::lockable(),
@@ -222,16 +229,12 @@ impl Board {
             quiet.push(Box::new(Balloon::new(Arc::clone(&self.reclaim))));
         }
         self.vhost = config.vhost;
-        // Interfaces that come later run here if there is none now.
-        let (name, kind) = if config.vhost && config.nets.is_empty() {
-            ("memory-vhost", ThreadKind::VhostWorker)
-        } else {
-            ("memory", ThreadKind::Worker)
-        };
+        let ((name, kind), of_nets) = threads(config);
+        self.pairs = of_nets.1 == WITH_PAIRS;
         self.add(name, kind, quiet)?;
         self.quiet_worker = self.workers.len() - 1;
         self.net_worker = self.quiet_worker;
-        self.add_nets(config, fds)?;
+        self.add_nets(config, of_nets, fds)?;
         self.add_disks(config, fds)?;
         self.vcpus = config.vcpus;
         self.passthrough.allowed = config.passthrough;
@@ -278,8 +281,14 @@ impl Board {
         Ok(handle)
     }
 
-    /// All interfaces share a thread: a pod has one, as a rule.
-    fn add_nets(&mut self, config: &VmConfig, fds: &mut Descriptors) -> Result<(), StartError> {
+    /// All interfaces share a thread: a pod has one, as a rule. Queue pairs after an interface's first get others from it
+    /// while they keep each other waiting.
+    fn add_nets(
+        &mut self,
+        config: &VmConfig,
+        (name, kind): (&'static str, ThreadKind),
+        fds: &mut Descriptors,
+    ) -> Result<(), StartError> {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for net in &config.nets {
             devices.push(self.new_net(net, fds)?);
@@ -288,11 +297,6 @@ impl Board {
             return Ok(());
         }
         self.nets = devices.len();
-        let (name, kind) = if config.vhost {
-            ("net-vhost", ThreadKind::VhostWorker)
-        } else {
-            ("net", ThreadKind::Worker)
-        };
         self.add(name, kind, devices)?;
         self.net_worker = self.workers.len() - 1;
         Ok(())
@@ -401,7 +405,11 @@ impl Board {
         let vhosts = take(&net.vhosts, "vhost-net")?;
         if vhosts.is_empty() {
             let device = Net::new(taps, net.mac, net.mtu).map_err(device_error("net"))?;
-            return Ok(Box::new(device));
+            return Ok(Box::new(if self.pairs {
+                device.with_threads()
+            } else {
+                device
+            }));
         }
         if !self.vhost {
             return Err(StartError::Invalid(
@@ -417,6 +425,30 @@ impl Board {
 struct Part {
     description: Description,
     interrupt: Arc<VirtioInterrupt>,
+}
+
+/// A thread's name, and its list.
+type Named = (&'static str, ThreadKind);
+
+/// The threads of quiet devices and of interfaces. Interfaces that come later are on the first if there is none now, so it has
+/// their list then. Where no interface has several queue pairs, which is so with one CPU, no list has a call more.
+fn threads(config: &VmConfig) -> (Named, Named) {
+    let later = config.nets.is_empty();
+    let several = config.nets.iter().any(|net| net.taps.len() > 1) || later && config.vcpus > 1;
+    let (with_nets, nets) = if config.vhost {
+        // Where one of its interfaces is not the kernel's to serve, one thread serves all its pairs.
+        ("memory-vhost", ("net-vhost", ThreadKind::VhostWorker))
+    } else if several {
+        ("memory-pairs", ("net-pairs", WITH_PAIRS))
+    } else {
+        ("memory", ("net", ThreadKind::Worker))
+    };
+    let quiet = if later {
+        (with_nets, nets.1)
+    } else {
+        ("memory", ThreadKind::Worker)
+    };
+    (quiet, nets)
 }
 
 fn new_disk(disk: &DiskConfig, queues: u16, fds: &mut Descriptors) -> Result<Block, StartError> {
@@ -469,6 +501,58 @@ fn disk_queues(taken: u32, boot_vcpus: u8, vcpus: u8) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn config(vcpus: u8, pairs: &[usize]) -> VmConfig {
+        let net = |pairs: &usize| NetConfig {
+            taps: vec![0; *pairs],
+            vhosts: Vec::new(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+        };
+        VmConfig {
+            vcpus,
+            max_vcpus: 0,
+            memory_bytes: 128 << 20,
+            max_memory_bytes: 0,
+            kvm: 0,
+            kernel: 1,
+            initramfs: 2,
+            cmdline: String::new(),
+            template: None,
+            capture: None,
+            agent: 3,
+            nets: pairs.iter().map(net).collect(),
+            disks: Vec::new(),
+            share_tag: None,
+            debug_console: false,
+            debugger: false,
+            allow_slow_kvm: false,
+            passthrough: false,
+            vhost: false,
+            devices: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn only_interfaces_with_several_queue_pairs_have_a_thread_that_may_start_others() {
+        let worker = ThreadKind::Worker;
+        let (quiet, net) = (("memory", worker), ("net", worker));
+        for pairs in [&[][..], &[1], &[1, 1, 1]] {
+            assert_eq!(threads(&config(1, pairs)), (quiet, net));
+        }
+        // One that has few for its CPUs is as good as one with a CPU.
+        assert_eq!(threads(&config(4, &[1])), (quiet, net));
+        let pairs = ("net-pairs", WITH_PAIRS);
+        assert_eq!(threads(&config(2, &[1, 2])), (quiet, pairs));
+        let later = ("memory-pairs", WITH_PAIRS);
+        assert_eq!(threads(&config(2, &[])), (later, pairs));
+        let mut config = config(2, &[2]);
+        config.vhost = true;
+        let vhost = ("net-vhost", ThreadKind::VhostWorker);
+        assert_eq!(threads(&config), (quiet, vhost));
+        config.nets.clear();
+        assert_eq!(threads(&config), (("memory-vhost", vhost.1), vhost));
+    }
 
     #[test]
     fn a_disk_has_a_queue_for_each_cpu_as_long_as_there_are_vectors_for_many_devices() {

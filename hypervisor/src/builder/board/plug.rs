@@ -255,9 +255,9 @@ impl Board {
 }
 
 /// The most that a device opens: its thread's epoll set and wake-up, each queue's event, the copy of it that is the
-/// device's and the one of a disk's thread for it, an event for each vector.
+/// device's and the one of a thread for it, what that thread and the worker call each other by, an event for each vector.
 fn descriptors_of(description: &Description) -> usize {
-    2 + 3 * description.queues() + usize::from(description.vectors())
+    2 + 4 * description.queues() + usize::from(description.vectors())
 }
 
 /// As Linux names it: `00:04.2`.

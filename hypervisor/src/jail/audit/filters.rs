@@ -118,6 +118,8 @@ pub fn kind(name: &str) -> ThreadKind {
         "brig-vmm" => ThreadKind::Main,
         "fs" | "fs-io" => ThreadKind::Fs,
         "block" | "block-io" | "block-queue" => ThreadKind::Disk,
+        // A worker whose interfaces may have threads for their queue pairs, and these: the list is the same.
+        "net-pairs" | "net-pair" | "memory-pairs" => ThreadKind::Disk,
         "net-vhost" | "memory-vhost" => ThreadKind::VhostWorker,
         "vfio" => ThreadKind::Vfio,
         name if name.starts_with("vcpu") && name.ends_with("-debug") => ThreadKind::DebuggedVcpu,

@@ -8,6 +8,7 @@
 mod device;
 mod header;
 mod pair;
+mod pair_thread;
 mod tap;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,8 @@
 //! The network device against a stand-in for a tap that keeps packets apart, and a real tap where
 //! the host has one.
 
+mod pairs;
+
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
@@ -13,8 +15,11 @@ use crate::virtio::testing::{Harness, any_descriptor};
 use crate::virtio::{DeviceError, VirtioDevice};
 
 struct Setup {
-    harness: Harness<Net>,
+    /// They are gone first, so that nobody waits for them.
     wires: Vec<UnixDatagram>,
+    /// The device's ends.
+    taps: Vec<UnixDatagram>,
+    harness: Harness<Net>,
     buffers: std::collections::HashMap<(usize, u16), u64>,
 }
 
@@ -22,20 +27,28 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 impl Setup {
     fn new(lanes: usize, features: u64) -> Self {
+        Self::with(lanes, features, |device| device)
+    }
+
+    /// Of a device that something has been done to.
+    fn with(lanes: usize, features: u64, made: impl FnOnce(Net) -> Net) -> Self {
         let mut wires = Vec::new();
         let mut taps = Vec::new();
         for _ in 0..lanes {
             let (wire, tap) = UnixDatagram::pair().unwrap();
             wire.set_nonblocking(true).unwrap();
             wires.push(wire);
-            taps.push(Tap::fake(tap.into()));
+            taps.push(tap);
         }
-        let mut harness = Harness::new(Net::with_taps(taps, MAC, 1500));
+        let fakes = taps.iter().map(|tap| tap.try_clone().unwrap());
+        let fakes = fakes.map(|tap| Tap::fake(tap.into())).collect();
+        let mut harness = Harness::new(made(Net::with_taps(fakes, MAC, 1500)));
         let features = harness.device.features() & features;
         harness.activate(features);
         Self {
-            harness,
             wires,
+            taps,
+            harness,
             buffers: std::collections::HashMap::new(),
         }
     }
@@ -78,13 +91,37 @@ impl Setup {
 
     /// Sends a frame from the guest in two descriptors.
     fn send(&mut self, pair: usize, header: [u8; HEADER], frame: &[u8]) {
-        let address = self.harness.alloc(0x11000);
+        self.offer(pair, header, frame);
+        self.harness.run();
+    }
+
+    /// As [`Self::send`], but nobody looks yet.
+    fn offer(&mut self, pair: usize, header: [u8; HEADER], frame: &[u8]) {
+        let address = self
+            .harness
+            .alloc(0x800 + u64::try_from(frame.len()).unwrap());
         self.harness.write(address, &header);
         self.harness.write(address + 0x800, frame);
         let length = u32::try_from(frame.len()).unwrap();
         self.harness.queues[2 * pair + 1]
             .add(&[(address, 12, false), (address + 0x800, length, false)]);
+    }
+
+    /// Asks for so many pairs; the device's answer.
+    fn set_pairs(&mut self, count: u16) -> u8 {
+        let command = self.harness.alloc(4096);
+        self.harness.write(command, &[4, 0]);
+        self.harness.write(command + 2, &count.to_le_bytes());
+        self.harness.write(command + 8, &[9]);
+        let control = self.harness.queues.len() - 1;
+        self.harness.queues[control].add(&[
+            (command, 2, false),
+            (command + 2, 2, false),
+            (command + 8, 1, true),
+        ]);
         self.harness.run();
+        assert_eq!(self.harness.queues[control].used()[0].1, 1);
+        self.harness.read(command + 8, 1)[0]
     }
 
     fn sent(&self, lane: usize) -> Option<Vec<u8>> {
@@ -210,28 +247,14 @@ fn the_driver_chooses_how_many_pairs_take_frames() {
     net.post(1, 100, 1536);
     net.arrive(1, &pattern(60));
     assert_eq!(net.received(0).len(), 1, "one pair is in use at first");
-    let command = net.harness.alloc(4096);
-    let set = |net: &mut Setup, count: u16| {
-        net.harness.write(command, &[4, 0]);
-        net.harness.write(command + 2, &count.to_le_bytes());
-        net.harness.queues[4].add(&[
-            (command, 2, false),
-            (command + 2, 2, false),
-            (command + 8, 1, true),
-        ]);
-        net.harness.write(command + 8, &[9]);
-        net.harness.run();
-        assert_eq!(net.harness.queues[4].used()[0].1, 1);
-        net.harness.read(command + 8, 1)[0]
-    };
-    assert_eq!(set(&mut net, 0), 1);
-    assert_eq!(set(&mut net, 3), 1);
-    assert_eq!(set(&mut net, 2), 0);
+    assert_eq!(net.set_pairs(0), 1);
+    assert_eq!(net.set_pairs(3), 1);
+    assert_eq!(net.set_pairs(2), 0);
     net.arrive(1, &pattern(60));
     assert_eq!(net.received(1).len(), 1);
     net.send(1, [0; HEADER], &pattern(70));
     assert!(net.sent(1).is_some());
-    assert_eq!(set(&mut net, 1), 0);
+    assert_eq!(net.set_pairs(1), 0);
     net.arrive(1, &pattern(60));
     assert_eq!(net.received(0).len(), 1);
 }
