@@ -466,7 +466,7 @@ mod tests {
                     .is_some_and(|rest| rest.starts_with([' ', '`']))
             };
             assert!(
-                titles.iter().any(|title| is_of(title)),
+                titles.iter().any(is_of),
                 "tests/outputs has nothing of '{name}'"
             );
         }
