@@ -18,8 +18,8 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{IdMapping, Process, Seccomp, Spec};
-use crate::{given, root_disks};
+use crate::root_disks;
+use crate::spec::{Device, IdMapping, Process, Seccomp, Spec};
 
 /// Descriptor of the helper's end of the message socket.
 pub const CONTROL_FD: i32 = 3;
@@ -62,7 +62,7 @@ pub struct Create {
     /// Where the sandbox's volumes are.
     pub volumes: PathBuf,
     /// Nodes of devices that the container was given.
-    pub given: Vec<given::Node>,
+    pub given: Vec<Device>,
     /// Names below /dev of the disks that it was given.
     pub disks: Vec<String>,
     /// The sandbox's shared memory file system.

@@ -6,7 +6,6 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use brig_agent_protocol::agent::{DeviceNode, GivenDevice, GivenDisk};
-use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
@@ -21,19 +20,10 @@ const DYNAMIC: [std::ops::RangeInclusive<i64>; 2] = [240..=254, 259..=259];
 /// What a container was given.
 #[derive(Debug, Default)]
 pub struct Given {
-    /// Nodes to make for it, with the guest's numbers.
-    pub nodes: Vec<Node>,
+    /// Nodes to make for it, with the guest's numbers, as the specification would name them.
+    pub nodes: Vec<Device>,
     /// Its disks.
     pub disks: Disks,
-}
-
-/// A node of a device that was given.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-pub struct Node {
-    /// As the specification would name it.
-    pub device: Device,
-    /// The guest's own.
-    pub source: String,
 }
 
 /// The numbers of the node that mean something else here: those of block devices that a container has as disks, and
@@ -126,12 +116,12 @@ fn owner_shown(disk: &GivenDisk) -> Option<((u32, u32), u32)> {
 
 impl Given {
     /// A node more, in the place of one at its path, which `access` is allowed to.
-    pub fn add(&mut self, linux: &mut Linux, node: Node, access: &str) {
+    pub fn add(&mut self, linux: &mut Linux, node: Device, access: &str) {
         let rule = DeviceRule {
             allow: true,
-            kind: node.device.kind.clone(),
-            major: Some(node.device.major),
-            minor: Some(node.device.minor),
+            kind: node.kind.clone(),
+            major: Some(node.major),
+            minor: Some(node.minor),
             access: access.to_owned(),
         };
         // Without rules everything is allowed.
@@ -139,9 +129,9 @@ impl Given {
             resources.devices.push(rule.clone());
         }
         self.disks.rules.push(rule);
-        let path = &node.device.path;
+        let path = &node.path;
         linux.devices.retain(|device| device.path != *path);
-        self.nodes.retain(|other| other.device.path != *path);
+        self.nodes.retain(|other| other.path != *path);
         self.nodes.push(node);
     }
 }
@@ -177,7 +167,7 @@ impl Disks {
     }
 
     /// The entries that name them, as nodes to be made.
-    fn take(&self, devices: &mut Vec<Device>) -> Vec<Node> {
+    fn take(&self, devices: &mut Vec<Device>) -> Vec<Device> {
         let mut nodes = Vec::new();
         devices.retain(|entry| {
             let disk = (entry.kind == "b").then(|| self.by((entry.major, entry.minor)));
@@ -185,13 +175,10 @@ impl Disks {
                 return true;
             };
             let (major, minor) = disk.ours;
-            nodes.push(Node {
-                device: Device {
-                    major,
-                    minor,
-                    ..entry.clone()
-                },
-                source: format!("/dev/{}", disk.name),
+            nodes.push(Device {
+                major,
+                minor,
+                ..entry.clone()
             });
             false
         });
@@ -205,7 +192,7 @@ impl Disks {
         devices: &mut Vec<Device>,
         path: &str,
         nodes: &[DeviceNode],
-    ) -> Vec<Node> {
+    ) -> Vec<Device> {
         let place = devices.iter().position(|entry| entry.path == path);
         let entry = match place {
             Some(place) => {
@@ -221,16 +208,12 @@ impl Disks {
         for node in nodes {
             let kind = if node.block { "b" } else { "c" };
             let (major, minor) = (i64::from(node.major), i64::from(node.minor));
-            let path = format!("/dev/{}", node.name);
-            given.push(Node {
-                device: Device {
-                    path: path.clone(),
-                    kind: kind.to_owned(),
-                    major,
-                    minor,
-                    ..entry.clone()
-                },
-                source: path,
+            given.push(Device {
+                path: format!("/dev/{}", node.name),
+                kind: kind.to_owned(),
+                major,
+                minor,
+                ..entry.clone()
             });
             self.rules.push(DeviceRule {
                 allow: true,

@@ -4,7 +4,7 @@ use super::numbers::{self, Numbers};
 use crate::{
     bundle::cdi::{Edits, Mount, Node},
     control::MountSource,
-    given::{self, Given},
+    given::Given,
     spec::{self, Spec},
 };
 
@@ -60,12 +60,11 @@ fn add_node(spec: &mut Spec, given: &mut Given, node: &Node, (kind, major, minor
         uid: node.uid,
         gid: node.gid,
     };
-    let source = node.host_path.as_ref().unwrap_or(&node.path).clone();
     let access = match node.permissions.as_str() {
         "" => "rwm",
         given => given,
     };
-    given.add(&mut spec.linux, given::Node { device, source }, access);
+    given.add(&mut spec.linux, device, access);
 }
 
 fn add_mount(spec: &mut Spec, mount: &Mount, sources: &mut Vec<(u32, MountSource)>) {
@@ -122,14 +121,11 @@ mod tests {
         assert_eq!(process.env, ["PATH=/bin", "LIBRARY_2=x", "LIBRARY=new"]);
         assert_eq!(process.user.additional_gids, [5, 44]);
         assert!(spec.linux.devices.is_empty());
-        let [given::Node { device, source }] = given.nodes.as_slice() else {
+        let [device] = given.nodes.as_slice() else {
             panic!("{:?}", given.nodes)
         };
         assert_eq!((device.major, device.minor, device.gid), (1, 3, Some(44)));
-        assert_eq!(
-            (device.path.as_str(), source.as_str()),
-            ("/dev/gpu0", "/dev/null")
-        );
+        assert_eq!(device.path, "/dev/gpu0");
         let mut resources = spec.linux.resources.unwrap();
         let rules = &resources.devices;
         assert_eq!((rules.len(), rules[1].access.as_str()), (2, "rw"));

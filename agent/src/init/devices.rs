@@ -30,8 +30,7 @@ use super::{
 };
 use crate::{
     detached::{attach_at, attach_on, clone_mount},
-    given,
-    spec::Linux,
+    spec::{Device, Linux},
 };
 
 /// The nodes every container has (OCI runtime-spec, "Default Devices").
@@ -91,7 +90,7 @@ impl PathOnly for std::fs::OpenOptions {
 pub fn make(
     agent: &Agent,
     root: &Root,
-    (linux, given): (&Linux, &[given::Node]),
+    (linux, given): (&Linux, &[Device]),
     ids: &Ids,
 ) -> Result<()> {
     let (chosen, left_out) = if linux.devices.is_empty() {
@@ -117,7 +116,7 @@ pub fn make(
     }
     let mut nodes = chosen;
     for given in given {
-        let own = guest_devices::parse(&given.device)?;
+        let own = guest_devices::parse(given)?;
         nodes.retain(|other| other.path != own.path);
         nodes.push(own);
     }
