@@ -1,5 +1,7 @@
 //! What the suite is asked to run.
 
+use std::num::NonZeroU64;
+
 use anyhow::{Context, Result, bail};
 use brig_suite::options::{self, value};
 
@@ -13,13 +15,15 @@ pub struct Options {
     pub soak: Option<u32>,
     /// The soak ends after so many hours, if not before.
     pub hours: f64,
+    /// The order of the soak's kills, if not its first.
+    pub seed: Option<NonZeroU64>,
     /// Only write the table of the results that are there.
     pub table: bool,
     /// What every suite is asked.
     pub common: options::Options,
 }
 
-const USAGE: &str = "usage: brig-cri [--handler runc|brig|brig-shim|brig-streaming]... [--churn PODS] [--soak PODS [--hours N]] [--table]";
+const USAGE: &str = "usage: brig-cri [--handler runc|brig|brig-shim|brig-streaming]... [--churn PODS] [--soak PODS [--hours N] [--seed N]] [--table]";
 
 /// Reads the arguments. Without a handler: runc and brig.
 pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
@@ -28,6 +32,7 @@ pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         churn: None,
         soak: None,
         hours: f64::INFINITY,
+        seed: None,
         table: false,
         common: options::Options::default(),
     };
@@ -40,6 +45,7 @@ pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
             "--churn" => options.churn = Some(number(&arg, &mut args)?),
             "--hours" => options.hours = number(&arg, &mut args)?,
             "--soak" => options.soak = Some(number(&arg, &mut args)?),
+            "--seed" => options.seed = Some(number(&arg, &mut args)?),
             "--table" => options.table = true,
             _ => bail!(
                 "unknown argument {arg}\n{USAGE} {}",
@@ -81,5 +87,7 @@ mod tests {
         assert!(parsed(&["--quick"]).is_err());
         assert!(parsed(&["--handler"]).is_err());
         assert!(parsed(&["--soak", "many"]).is_err());
+        // The order of no seed: always the same.
+        assert!(parsed(&["--soak", "9", "--seed", "0"]).is_err());
     }
 }

@@ -43,7 +43,13 @@ pub fn run_all(options: &Options) -> Result<usize> {
     for handler in &options.handlers {
         match (options.churn, options.soak) {
             (Some(pods), _) => churn::run(handler, pods, &results, &mut totals)?,
-            (None, Some(pods)) => soak::run(handler, (pods, options.hours), &results, &mut totals)?,
+            (None, Some(pods)) => soak::run(
+                handler,
+                (pods, options.hours),
+                options.seed,
+                &results,
+                &mut totals,
+            )?,
             (None, None) => run_handler(handler, &selected, &results, &mut totals)?,
         }
     }

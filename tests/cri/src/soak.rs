@@ -5,6 +5,7 @@
 //! The order of kills comes from a seed, which is told, so that a run can be repeated.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -25,7 +26,7 @@ use crate::pod::Pod;
 use crate::stream::Forwarded;
 use crate::suite::{SLEEP, Suite};
 
-/// The first order of kills; any other number is another.
+/// The first order of kills; any other number is another, so that nodes side by side do not all do the same.
 const SEED: u64 = 0x5eed_0fb1_661e_5afe;
 
 /// Who dies in a round.
@@ -130,14 +131,16 @@ fn config(round: u32) -> Result<Atomic> {
 pub fn run(
     handler: &str,
     (pods, hours): (u32, f64),
+    seed: Option<NonZeroU64>,
     results: &Place,
     totals: &mut Totals,
 ) -> Result<()> {
     let begin = Instant::now();
     let suite = Suite::new(handler)?;
     let title = format!("{handler} on {}: soak of {pods} pods", suite.containerd);
-    println!("{title}, seed {SEED:#x}");
-    let mut order = SEED;
+    let seed = seed.map_or(SEED, NonZeroU64::get);
+    println!("{title}, seed {seed}");
+    let mut order = seed;
     let mut kills: BTreeMap<&str, u32> = BTreeMap::new();
     let mut growth = Growth::default();
     let mut resident = Some(Resident::start(&suite)?);
@@ -185,7 +188,7 @@ pub fn run(
     more.insert("killed".to_owned(), json!(kills));
     more.insert("pods".to_owned(), json!(rounds));
     more.insert("without a fault".to_owned(), json!(rights));
-    more.insert("seed".to_owned(), json!(format!("{SEED:#x}")));
+    more.insert("seed".to_owned(), json!(seed));
     let file = format!("soak-{handler}-{}.json", suite.containerd);
     growth.judge(&title, &file, more, results, totals)
 }
