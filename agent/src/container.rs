@@ -160,10 +160,10 @@ impl Container {
             Command::Update {
                 mut resources,
                 reply,
-            } => match self.parts.disks.translate(&mut resources) {
-                Ok(()) => self.parts.cgroup.update(*resources, reply),
-                Err(error) => drop(reply.send(Err(error))),
-            },
+            } => {
+                self.parts.disks.translate(&mut resources);
+                self.parts.cgroup.update(*resources, reply);
+            }
             Command::PidNamespace { reply } => {
                 let pid = self.running_pid();
                 let _ = reply.send(pid.map(|pid| format!("/proc/{pid}/ns/pid").into()));

@@ -50,7 +50,7 @@ struct Disk {
 /// Takes what was given out of the specification, and says of the guest's numbers what it says of the node's.
 ///
 /// # Errors
-/// `NotFound` for a device that is not there, `InvalidArgument` for a limit of another one.
+/// `NotFound` for a device that is not there.
 pub async fn apply(
     linux: &mut Linux,
     devices: &[GivenDevice],
@@ -90,7 +90,7 @@ pub async fn apply(
         given.nodes.extend(replaced);
     }
     if let Some(resources) = &mut linux.resources {
-        given.disks.translate(resources)?;
+        given.disks.translate(resources);
     } else if !given.nodes.is_empty() {
         // As without rules, but for what was given.
         let nothing = DeviceRule {
@@ -101,7 +101,7 @@ pub async fn apply(
             devices: vec![nothing],
             ..Resources::default()
         };
-        given.disks.translate(&mut resources)?;
+        given.disks.translate(&mut resources);
         linux.resources = Some(resources);
     }
     Ok(given)
@@ -226,11 +226,9 @@ impl Disks {
         given
     }
 
-    /// Says of the numbers here what `resources` says of the node's.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for an I/O limit of a device that was not given.
-    pub fn translate(&self, resources: &mut Resources) -> Result<()> {
+    /// Says of the numbers here what `resources` says of the node's. Limits of devices of the node that are no disks here are
+    /// the shim's to apply, there, and are dropped.
+    pub fn translate(&self, resources: &mut Resources) {
         // All by the rules as they came: the guest's number of one may be the node's of another.
         let rules = resources.devices.clone();
         resources.devices.retain(|rule| !self.is_of_the_node(rule));
@@ -252,33 +250,25 @@ impl Disks {
             resources.devices.extend(self.rules.iter().cloned());
         }
         let Some(block_io) = &mut resources.block_io else {
-            return Ok(());
+            return;
         };
         let number = |major: &mut i64, minor: &mut i64| {
-            let disk = self.by((*major, *minor)).ok_or_else(|| {
-                Error::InvalidArgument(format!(
-                    "linux.resources.blockIO names device {major}:{minor}, which the container was not given: limits of \
-                     the node's devices do not reach into the guest"
-                ))
-            })?;
-            (*major, *minor) = disk.ours;
-            Ok(())
+            let disk = self.by((*major, *minor));
+            if let Some(disk) = disk {
+                (*major, *minor) = disk.ours;
+            }
+            disk.is_some()
         };
-        for device in &mut block_io.weight_device {
-            number(&mut device.major, &mut device.minor)?;
-        }
-        for device in [
+        let weights = &mut block_io.weight_device;
+        weights.retain_mut(|device| number(&mut device.major, &mut device.minor));
+        for devices in [
             &mut block_io.throttle_read_bps_device,
             &mut block_io.throttle_write_bps_device,
             &mut block_io.throttle_read_iops_device,
             &mut block_io.throttle_write_iops_device,
-        ]
-        .into_iter()
-        .flatten()
-        {
-            number(&mut device.major, &mut device.minor)?;
+        ] {
+            devices.retain_mut(|device| number(&mut device.major, &mut device.minor));
         }
-        Ok(())
     }
 
     /// Whether a rule is about one device of the node alone: one that the container was given, or a block device that it

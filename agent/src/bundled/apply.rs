@@ -131,7 +131,7 @@ mod tests {
         assert_eq!((rules.len(), rules[1].access.as_str()), (2, "rw"));
         // An update of all rules leaves the node to the container.
         resources.devices.truncate(1);
-        given.disks.translate(&mut resources).unwrap();
+        given.disks.translate(&mut resources);
         let rules = &resources.devices;
         assert_eq!((rules.len(), rules[1].access.as_str()), (2, "rw"));
         assert_eq!(spec.mounts[1].options, OPTIONS);

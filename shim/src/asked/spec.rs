@@ -7,6 +7,7 @@ mod env;
 pub mod hooks;
 mod id_map;
 mod resources;
+mod throttles;
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -19,7 +20,8 @@ pub use env::with_env;
 use hooks::Hooks;
 pub use resources::Access;
 use resources::Resources;
-pub use resources::{Limits, cpu_millis};
+pub use resources::{Limits, changed_throttles, cpu_millis};
+pub use throttles::{Throttled, Throttles};
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
 pub const MAX_SPEC: u64 = 3 << 20;
@@ -246,6 +248,15 @@ impl Spec {
     pub fn block_access(&self, numbers: (u32, u32)) -> Access {
         let resources = self.resources();
         resources.map_or(Access::default(), |own| own.block_access(numbers))
+    }
+
+    /// What the container may read from and write to block devices of the node.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a device number that is none.
+    pub fn throttles(&self) -> Result<Throttles> {
+        let resources = self.resources();
+        resources.map_or(Ok(Throttles::new()), Resources::throttles)
     }
 
     fn resources(&self) -> Option<&Resources> {

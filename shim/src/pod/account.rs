@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
+use crate::error::Kind;
 use crate::log::rfc3339;
 use crate::node::journal::Journal;
 
@@ -30,3 +31,8 @@ pub fn account_of_killed(
 
 /// The class of a pod whose shim was killed.
 pub const KILLED: &str = "killed";
+
+/// Every class that an account can have.
+pub fn codes() -> impl Iterator<Item = &'static str> {
+    Kind::ALL.into_iter().map(Kind::name).chain([KILLED])
+}

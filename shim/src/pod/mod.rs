@@ -6,6 +6,7 @@ pub mod account;
 pub mod actor;
 pub mod container;
 pub mod events;
+pub mod node_io;
 pub mod process;
 pub mod size;
 pub mod spans;

@@ -1,5 +1,6 @@
 //! containerd as its users drive it: `ctr`, one process a call.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -142,6 +143,23 @@ impl Ctr {
         )?
         .success()
         .with_context(|| format!("ctr run --detach {} {:?}", run.id, run.args))?;
+        Ok(container)
+    }
+
+    /// The same by a specification in a file, which is all that counts of it.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn start_by(&self, spec: &Path, run: &Run) -> Result<Container> {
+        let container = Container {
+            ctr: self.clone(),
+            id: run.id.clone(),
+        };
+        let mut command = self.command(&["run", "--detach", "--runtime", &self.runtime]);
+        command.arg("--config").arg(spec).arg(&run.id);
+        process::run(command, clock::seconds(CALL_SECONDS))?
+            .success()
+            .with_context(|| format!("ctr run --detach --config {} {}", spec.display(), run.id))?;
         Ok(container)
     }
 

@@ -5,6 +5,7 @@
 
 use serde::Deserialize;
 
+use super::throttles::{BlockIo, Throttles};
 use crate::error::{Error, Result};
 
 /// A larger limit is none.
@@ -53,11 +54,7 @@ impl Limits {
     /// # Errors
     /// `InvalidArgument`.
     pub fn changed_by(self, resources: &[u8]) -> Result<Self> {
-        let changed: Resources = serde_json::from_slice(resources).map_err(|error| {
-            Error::invalid(format!(
-                "the resources are not OCI LinuxResources as JSON: {error}"
-            ))
-        })?;
+        let changed = parsed(resources)?;
         Ok(Self {
             memory: changed.memory_limit(self.memory),
             // Those of a running container do not change.
@@ -65,6 +62,22 @@ impl Limits {
             cpu_millis: changed.cpu_millis(self.cpu_millis),
         })
     }
+}
+
+fn parsed(resources: &[u8]) -> Result<Resources> {
+    serde_json::from_slice(resources).map_err(|error| {
+        Error::invalid(format!(
+            "the resources are not OCI LinuxResources as JSON: {error}"
+        ))
+    })
+}
+
+/// What a change says of block devices: `resources` is OCI's `LinuxResources` as JSON.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn changed_throttles(resources: &[u8]) -> Result<Throttles> {
+    parsed(resources)?.throttles()
 }
 
 /// Thousandths of CPUs, rounded up; `None` for a quota that is no limit. Both in microseconds.
@@ -81,6 +94,8 @@ pub(super) struct Resources {
     cpu: Option<Cpu>,
     hugepage_limits: Option<Vec<HugePageLimit>>,
     devices: Option<Vec<DeviceRule>>,
+    #[serde(rename = "blockIO")]
+    block_io: Option<BlockIo>,
 }
 
 /// What a container may do with a device.
@@ -160,6 +175,12 @@ impl Resources {
             read: allows('r'),
             write: allows('w'),
         }
+    }
+
+    /// What it may read from and write to block devices of the node.
+    pub(super) fn throttles(&self) -> Result<Throttles> {
+        let none = BlockIo::default();
+        self.block_io.as_ref().unwrap_or(&none).throttles()
     }
 
     /// What it may use.

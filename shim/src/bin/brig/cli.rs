@@ -165,8 +165,10 @@ pub enum Command {
     /// What all pods use and how they started, in the OpenMetrics text format: once, or for each scrape
     Metrics {
         /// Serve them to Prometheus at http://ADDRESS/metrics instead, or on the socket that systemd gives
-        #[arg(long, value_name = "ADDRESS", num_args = 0..=1)]
+        #[arg(long, value_name = "ADDRESS", num_args = 0..=1, conflicts_with = "json")]
         listen: Option<Option<String>>,
+        #[command(flatten)]
+        output: Output,
     },
     /// The configuration: whether it is right, what is in force, what there is to set
     #[command(subcommand)]
@@ -247,8 +249,11 @@ pub enum ConfigCommand {
         #[command(flatten)]
         output: Output,
     },
-    /// A configuration file that sets nothing and explains every key
-    Default,
+    /// A configuration file that sets nothing and explains every key; as JSON every key with its default
+    Default {
+        #[command(flatten)]
+        output: Output,
+    },
     /// The JSON schema of a configuration file
     Schema {
         #[command(flatten)]
@@ -307,6 +312,8 @@ pub enum ContainerdCommand {
     Print {
         #[command(flatten)]
         place: Place,
+        #[command(flatten)]
+        output: Output,
     },
 }
 

@@ -66,10 +66,16 @@ pub fn lines(in_force: &Value) -> String {
     KEYS.iter().map(line).collect()
 }
 
-/// A documented file with the defaults of this installation.
+/// A documented file with the defaults of this installation; as JSON its keys with their values.
 #[must_use]
-pub fn default() -> String {
-    keys::documented(&Config::installed())
+pub fn default(as_json: bool) -> String {
+    let defaults = Config::installed();
+    if !as_json {
+        return keys::documented(&defaults);
+    }
+    let keys = KEYS.iter();
+    let keys = keys.map(|key| (key.name.to_owned(), key.value(&defaults)));
+    format!("{}\n", Value::from(keys.collect::<serde_json::Map<_, _>>()))
 }
 
 /// The schema with the defaults of this installation.
@@ -113,6 +119,19 @@ mod tests {
             page.contains(&reference),
             "docs/configuration.md should hold what `brig config reference` prints:\n{reference}"
         );
+    }
+
+    #[test]
+    fn the_defaults_as_json_make_a_configuration() {
+        let defaults: Value = serde_json::from_str(&default(true)).unwrap();
+        assert_eq!(defaults.as_object().unwrap().len(), KEYS.len());
+        let dir = tempfile::tempdir().unwrap();
+        let main = dir.path().join("handler.toml");
+        std::fs::write(&main, toml::to_string(&defaults).unwrap()).unwrap();
+        let shown: Value = serde_json::from_str(&show(Some(&main), true).unwrap()).unwrap();
+        for (key, value) in defaults.as_object().unwrap() {
+            assert_eq!(&shown[key]["value"], value, "{key}");
+        }
     }
 
     #[test]

@@ -121,7 +121,7 @@ async fn answer(
             .starts
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        metrics::scrape(&exporter.base, &mut starts)
+        metrics::scrape(&exporter.base, &mut starts).map(|families| metrics::text(&families))
     });
     Ok(match scraped.await {
         Ok(Ok(text)) => {

@@ -93,13 +93,16 @@ impl Containerd {
         }
     }
 
-    /// The handlers for the version of the configuration that is there.
+    /// The handlers for the version of the configuration that is there, and what its tables say as JSON.
     ///
     /// # Errors
     /// `InvalidArgument` for a file that containerd would not read, or of a version without CRI.
-    pub fn print(&self) -> Result<String> {
+    pub fn print(&self) -> Result<(String, serde_json::Value)> {
         let (version, _) = read(&self.text()?, &self.file)?;
-        Ok(self.tables(version.unwrap_or(2)))
+        let tables = self.tables(version.unwrap_or(2));
+        let said = toml::from_str(&tables)
+            .map_err(|error| Error::internal(format!("the handlers are no TOML: {error}")))?;
+        Ok((tables, said))
     }
 
     /// Puts the handlers there. Repeatable.

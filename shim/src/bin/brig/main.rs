@@ -115,11 +115,19 @@ fn run(command: Command) -> Result<bool> {
         Command::Debug { pod, how, output } => debug::run(&base()?, &pod, &how, &output)?,
         // These have but one form.
         Command::Counters { pod, output: _ } => counters(&base()?, &pod)?,
-        Command::Metrics { listen: None } => {
-            metrics::scrape(&base()?, &mut metrics::Starts::default())?
+        Command::Metrics {
+            listen: None,
+            output,
+        } => {
+            let families = metrics::scrape(&base()?, &mut metrics::Starts::default())?;
+            match output.json {
+                true => metrics::json(&families),
+                false => metrics::text(&families),
+            }
         }
         Command::Metrics {
             listen: Some(address),
+            output: _,
         } => return exporter::serve(&base()?, address.as_deref()).map(|()| true),
         Command::Config(command) => config(&command)?,
         Command::Template(command) => templates::run(&base()?, &command)?,
@@ -164,7 +172,7 @@ fn config(command: &ConfigCommand) -> Result<String> {
         ConfigCommand::Show { source, output } => {
             configuration::show(source.file.as_deref(), output.json)
         }
-        ConfigCommand::Default => Ok(configuration::default()),
+        ConfigCommand::Default { output } => Ok(configuration::default(output.json)),
         ConfigCommand::Schema { output: _ } => Ok(configuration::schema()),
         ConfigCommand::Reference => Ok(configuration::reference()),
     }
@@ -172,7 +180,10 @@ fn config(command: &ConfigCommand) -> Result<String> {
 
 fn containerd(command: &ContainerdCommand) -> Result<String> {
     let (done, what, output) = match command {
-        ContainerdCommand::Print { place } => return Containerd::new(&place.config).print(),
+        ContainerdCommand::Print { place, output } => {
+            let (tables, as_json) = Containerd::new(&place.config).print()?;
+            return Ok(output.tell(&as_json, tables));
+        }
         ContainerdCommand::Add { place, output } => {
             (Containerd::new(&place.config).add()?, "there", output)
         }

@@ -57,6 +57,18 @@ pub fn cpu_wait(pid: u32) -> Option<f64> {
     Some(waited.sum::<f64>() / 1e9)
 }
 
+/// Descriptors that a process may have open, its soft limit (proc(5), `limits`); `None` for one without a limit and for
+/// one that has gone.
+pub fn open_files_limit(pid: u32) -> Option<f64> {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    soft_limit(&limits, "Max open files")
+}
+
+fn soft_limit(limits: &str, name: &str) -> Option<f64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
 /// Bytes that a process has had read from disks and written to them, by direction.
 pub fn disk_bytes(pid: u32) -> Vec<(&'static str, f64)> {
     let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
@@ -178,6 +190,18 @@ mod tests {
         );
         assert!(Usage::parse("12 (a", 100.0).is_none());
         assert!(Usage::read(std::process::id()).is_some_and(|usage| usage.threads >= 1.0));
+    }
+
+    #[test]
+    fn a_soft_limit_is_told_by_its_name() {
+        let limits = "\
+Limit                     Soft Limit           Hard Limit           Units
+Max locked memory         unlimited            unlimited            bytes
+Max open files            8192                 524288               files
+";
+        assert_eq!(soft_limit(limits, "Max open files"), Some(8192.0));
+        assert_eq!(soft_limit(limits, "Max locked memory"), None);
+        assert_eq!(soft_limit("", "Max open files"), None);
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::node::journal::{Journal, StateDir};
 use crate::node::stand_in::StandIn;
 use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply};
 use crate::pod::events::Events;
+use crate::pod::node_io::NodeIo;
 use crate::pod::process::Exit;
 use crate::pod::size::PodSize;
 use crate::pod::spans::Named;
@@ -133,6 +134,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         direct_volumes: false,
         streams: setup.streams.clone(),
         size: PodSize::default(),
+        node_io: NodeIo::default(),
     };
     let began = setup.began;
     let tracing = Tracing::new(setup.collector.clone());
@@ -393,6 +395,7 @@ impl Pod {
     async fn news(&mut self, news: News) {
         match news {
             News::Cgroup(cgroup) => {
+                self.context.node_io.is_in(cgroup.clone());
                 self.setup.journal.cgroup = Some(cgroup);
                 self.write_journal().await;
             }
@@ -455,6 +458,7 @@ impl Pod {
     fn removed(&mut self, id: &str) {
         self.containers.remove(id);
         self.context.size.gone(id);
+        self.context.node_io.gone(id, &self.setup.logger);
         self.pids.retain(|_, container| container != id);
         self.oom_scores.remove(id);
         if let Stage::Up(boot) = &self.stage

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 
 use crate::guest::vm::boot::News;
 use crate::pod::events::Events;
+use crate::pod::node_io::NodeIo;
 use crate::pod::size::PodSize;
 use crate::pod::stdio::streaming::Streams;
 use crate::pod::volume::Volumes;
@@ -37,4 +38,6 @@ pub struct Context {
     pub streams: Streams,
     /// The pod's size.
     pub size: PodSize,
+    /// Its limits on the node's devices.
+    pub node_io: NodeIo,
 }

@@ -371,6 +371,10 @@ impl Container {
         let context = self.context.clone();
         tokio::spawn(async move {
             let apply = async {
+                context
+                    .node_io
+                    .update(&request.id, &request.resources)
+                    .await?;
                 let answer = vm
                     .agent()
                     .update_container(context::Context::default(), &request);

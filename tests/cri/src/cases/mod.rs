@@ -32,6 +32,7 @@ mod passthrough_hostile;
 mod passthrough_list;
 mod passthrough_peers;
 mod process;
+mod queue_pairs;
 mod resize;
 mod resources;
 mod rules;
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Case> {
         networks::CASES,
         transfer_cost::CASES,
         vhost::CASES,
+        queue_pairs::CASES,
         rules::CASES,
         streams::CASES,
         attach::CASES,

@@ -130,7 +130,10 @@ fn a_default_configuration_of_version_4_is_not_touched_and_its_drop_in_is_of_its
             ["io.containerd.cri.v1.runtime"]
         );
         assert!(ALL.iter().all(|handler| has(&drop_in, 4, handler.name)));
-        assert_eq!(node.print().unwrap().matches("runtimes.brig").count(), 5);
+        let (tables, as_json) = node.print().unwrap();
+        assert_eq!(tables.matches("runtimes.brig").count(), 5);
+        let section = &as_json["plugins"]["io.containerd.cri.v1.runtime"]["containerd"];
+        assert!(section["runtimes"]["brig-gpu"].is_object(), "{as_json}");
         node.remove().unwrap();
         assert_eq!(names(dir.path()), before);
         assert_eq!(node.text().unwrap(), text);

@@ -2,7 +2,7 @@
 //! a command's output or a file (node_exporter's textfile collector), or for each scrape of the exporter.
 //!
 //! Figures are read from /proc and from the pods' shims, which are asked side by side and have a second; what one
-//! does not tell is left out. Names in labels come from containerd and from guests' boot marks: they are escaped.
+//! does not tell is left out. Names in labels come from containerd and from guests' boot marks.
 
 mod family;
 mod queues;
@@ -14,15 +14,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use brig_shim::containerd::debug_service::Method;
-use brig_shim::error::{Kind, Result};
+use brig_shim::error::Result;
 use brig_shim::node::remains::Remains;
+use brig_shim::pod::account;
 use serde_json::Value;
 
 use crate::pods::{self, Row};
-use crate::processes::{Usage, cpu_wait, disk_bytes, guest_memory_size, interfaces, pss as pss_of};
+use crate::processes::{
+    Usage, cpu_wait, disk_bytes, guest_memory_size, interfaces, open_files_limit, pss as pss_of,
+};
 use crate::shims;
 use crate::timelines;
-use family::Family;
+pub use family::{Family, json, text};
 use queues::Queues;
 pub use starts::Starts;
 
@@ -33,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// If no runtime is to be had to ask the shims with.
-pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
+pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
     let rows = pods::rows(base);
     let sockets = rows.iter().map(Row::to_ask).collect();
     let counters = shims::ask_all_json(sockets, Method::Counters, PATIENCE)?;
@@ -68,6 +71,12 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
         "gauge",
         "",
         "Open descriptors of a process.",
+    );
+    let mut files_limit = Family::new(
+        "brig_pod_open_files_limit",
+        "gauge",
+        "",
+        "Descriptors that a process may have open; a VMM's is max_files.",
     );
     let mut age = Family::new(
         "brig_pod_age_seconds",
@@ -148,6 +157,9 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
             {
                 files.add(&labels, f64::from(open));
             }
+            if let Some(limit) = open_files_limit(pid) {
+                files_limit.add(&labels, limit);
+            }
             if name == "vmm"
                 && let Some((whole, touched)) = guest_memory_size(pid)
             {
@@ -195,27 +207,35 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<String> {
     for (state, count) in states {
         pods.add(&[("state", state)], f64::from(count));
     }
-    let mut codes: BTreeMap<String, u64> = Kind::ALL
-        .iter()
-        .map(|kind| (kind.name().to_owned(), 0))
-        .collect();
+    let mut codes: BTreeMap<String, u64> =
+        account::codes().map(|code| (code.to_owned(), 0)).collect();
     codes.extend(Remains::beside(base).counts());
     for (code, count) in codes {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         failures.add(&[("code", &code)], f64::from(count));
     }
     starts.forget_all_but(&rows);
-    let mut text = String::new();
-    for family in [
-        pods, pss, guest, size, cpu, wait, threads, files, disk, network, requests, age, start,
-        exits, failures,
-    ] {
-        family.write(&mut text);
-    }
-    queues.write(&mut text);
-    starts.write(&mut text);
-    text.push_str("# EOF\n");
-    Ok(text)
+    let mut families = vec![
+        pods,
+        pss,
+        guest,
+        size,
+        cpu,
+        wait,
+        threads,
+        files,
+        files_limit,
+        disk,
+        network,
+        requests,
+        age,
+        start,
+        exits,
+        failures,
+    ];
+    families.extend(queues.families());
+    families.push(starts.family());
+    Ok(families)
 }
 
 fn moments(base: &Path, row: &Row) -> BTreeMap<String, f64> {
@@ -240,14 +260,15 @@ mod tests {
     #[test]
     fn a_node_without_pods_tells_of_every_state_code_and_stage_that_there_is_none() {
         let base = tempfile::tempdir().unwrap();
-        let text = scrape(base.path(), &mut Starts::default()).unwrap();
+        let told = text(&scrape(base.path(), &mut Starts::default()).unwrap());
         for line in [
             "brig_pods{state=\"running\"} 0\n",
             "brig_pods{state=\"damaged\"} 0\n",
             "brig_failures_total{code=\"unavailable\"} 0\n",
+            "brig_failures_total{code=\"killed\"} 0\n",
             "brig_start_stage_seconds_bucket{stage=\"total\",le=\"+Inf\"} 0\n",
         ] {
-            assert!(text.contains(line), "{line}{text}");
+            assert!(told.contains(line), "{line}{told}");
         }
     }
 
@@ -255,16 +276,17 @@ mod tests {
     fn a_pod_without_a_shim_to_ask_is_counted_and_measured() {
         let base = tempfile::tempdir().unwrap();
         pods::fake(base.path(), "default", "web");
-        let text = scrape(base.path(), &mut Starts::default()).unwrap();
-        assert!(text.contains("brig_pods{state=\"starting\"} 1\n"), "{text}");
+        let told = text(&scrape(base.path(), &mut Starts::default()).unwrap());
+        assert!(told.contains("brig_pods{state=\"starting\"} 1\n"), "{told}");
         let labels = "{namespace=\"default\",id=\"web\",process=\"shim\"}";
         for family in [
             "brig_pod_pss_bytes",
             "brig_pod_threads",
             "brig_pod_cpu_seconds_total",
+            "brig_pod_open_files_limit",
         ] {
-            assert!(text.contains(&format!("{family}{labels} ")), "{text}");
+            assert!(told.contains(&format!("{family}{labels} ")), "{told}");
         }
-        assert!(text.ends_with("# EOF\n"));
+        assert!(told.ends_with("# EOF\n"));
     }
 }

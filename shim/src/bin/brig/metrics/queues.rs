@@ -83,21 +83,15 @@ impl Queues {
         }
     }
 
-    /// Writes them.
-    pub fn write(&self, text: &mut String) {
-        for family in [
-            &self.wakeups,
-            &self.requests,
-            &self.interrupts,
-            &self.given_up,
-        ] {
-            family.write(text);
-        }
+    /// All of them.
+    pub fn families(self) -> [Family; 4] {
+        [self.wakeups, self.requests, self.interrupts, self.given_up]
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::family::text;
     use super::*;
     use brig_hypervisor::control::{Counters, DeviceCounters};
 
@@ -118,10 +112,9 @@ mod tests {
         queues.add(&pod, &serde_json::to_value(counters).unwrap());
         // One of a version that did not count them yet.
         queues.add(&pod, &serde_json::json!({ "exits": {} }));
-        let mut text = String::new();
-        queues.write(&mut text);
+        let told = text(&queues.families());
         let device = "namespace=\"default\",id=\"web\",device=\"net\",function=\"00:05.1\"";
-        let samples: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let samples: Vec<_> = told.lines().filter(|line| !line.starts_with('#')).collect();
         assert_eq!(
             samples,
             [

@@ -2,11 +2,10 @@
 //! between two scrapes is not met.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 
+use super::family::Family;
 use crate::pods::Row;
 
-const NAME: &str = "brig_start_stage_seconds";
 /// Upper bounds in seconds.
 const BOUNDS: [f64; 11] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 /// A stage, the moment with which it begins (none: containerd's call) and the one with which it ends.
@@ -78,34 +77,34 @@ impl Starts {
             .retain(|(namespace, id)| there.contains(&(namespace.as_str(), id.as_str())));
     }
 
-    /// Writes the family.
-    pub fn write(&self, text: &mut String) {
-        let _ = writeln!(
-            text,
-            "# TYPE {NAME} histogram\n# UNIT {NAME} seconds\n# HELP {NAME} How long stages of a pod's start took."
+    /// The family.
+    pub fn family(&self) -> Family {
+        let mut family = Family::new(
+            "brig_start_stage_seconds",
+            "histogram",
+            "seconds",
+            "How long stages of a pod's start took.",
         );
         for (stage, histogram) in &self.stages {
+            let stage = ("stage", *stage);
             let mut so_far = 0;
             for (bound, within) in BOUNDS.iter().zip(histogram.within) {
                 so_far += within;
-                let _ = writeln!(
-                    text,
-                    "{NAME}_bucket{{stage=\"{stage}\",le=\"{bound:?}\"}} {so_far}"
-                );
+                let bound = format!("{bound:?}");
+                family.add_as("_bucket", &[stage, ("le", &bound)], f64::from(so_far));
             }
-            let (count, sum) = (histogram.count, histogram.sum);
-            let _ = writeln!(
-                text,
-                "{NAME}_bucket{{stage=\"{stage}\",le=\"+Inf\"}} {count}"
-            );
-            let _ = writeln!(text, "{NAME}_count{{stage=\"{stage}\"}} {count}");
-            let _ = writeln!(text, "{NAME}_sum{{stage=\"{stage}\"}} {sum}");
+            let count = f64::from(histogram.count);
+            family.add_as("_bucket", &[stage, ("le", "+Inf")], count);
+            family.add_as("_count", &[stage], count);
+            family.add_as("_sum", &[stage], histogram.sum);
         }
+        family
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::family::text;
     use super::*;
     use crate::pods;
 
@@ -122,10 +121,9 @@ mod tests {
         let rows = pods::rows(base.path());
         let mut starts = Starts::default();
         starts.count(&rows[0], &moments(&[("create.received", 0.02)]));
-        let mut text = String::new();
-        starts.write(&mut text);
-        assert!(text.contains("_count{stage=\"shim\"} 0\n"), "{text}");
-        assert!(!text.contains("} 1\n"), "{text}");
+        let told = text(&[starts.family()]);
+        assert!(told.contains("_count{stage=\"shim\"} 0\n"), "{told}");
+        assert!(!told.contains("} 1\n"), "{told}");
         let started = moments(&[
             ("create.received", 0.02),
             ("vmm.launched", 0.03),
@@ -135,7 +133,7 @@ mod tests {
         starts.count(&rows[0], &started);
         starts.forget_all_but(&rows);
         starts.count(&rows[0], &started);
-        starts.write(&mut text);
+        let told = text(&[starts.family()]);
         for line in [
             "brig_start_stage_seconds_bucket{stage=\"shim\",le=\"0.01\"} 0\n",
             "brig_start_stage_seconds_bucket{stage=\"shim\",le=\"0.025\"} 1\n",
@@ -144,13 +142,12 @@ mod tests {
             "brig_start_stage_seconds_bucket{stage=\"total\",le=\"+Inf\"} 1\n",
             "brig_start_stage_seconds_sum{stage=\"total\"} 40\n",
         ] {
-            assert!(text.contains(line), "{line}{text}");
+            assert!(told.contains(line), "{line}{told}");
         }
-        assert!(!text.contains("_count{stage=\"boot\"} 1\n"));
+        assert!(!told.contains("_count{stage=\"boot\"} 1\n"));
         starts.forget_all_but(&[]);
         starts.count(&rows[0], &started);
-        let mut text = String::new();
-        starts.write(&mut text);
-        assert!(text.contains("_count{stage=\"total\"} 2\n"), "{text}");
+        let told = text(&[starts.family()]);
+        assert!(told.contains("_count{stage=\"total\"} 2\n"), "{told}");
     }
 }

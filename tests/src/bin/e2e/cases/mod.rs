@@ -24,6 +24,7 @@ mod leaks;
 mod mapped_layers;
 mod mounts;
 mod network;
+mod node_io;
 mod operator;
 mod operator_debug;
 mod operator_look;
@@ -57,6 +58,7 @@ const GROUPS: &[&[Case]] = &[
     attach::CASES,
     security::CASES,
     resources::CASES,
+    node_io::CASES,
     mounts::CASES,
     files::CASES,
     slow_volumes::CASES,

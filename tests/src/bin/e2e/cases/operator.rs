@@ -60,6 +60,7 @@ fn metrics(suite: &mut Suite) -> Result<()> {
             "brig_pod_cpu_seconds_total",
             "brig_pod_threads",
             "brig_pod_open_files",
+            "brig_pod_open_files_limit",
         ] {
             let value = sample(&text, &format!("{family}{{{pod},process=\"{process}\"}}"))?;
             that(
