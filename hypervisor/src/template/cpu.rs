@@ -9,6 +9,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use crate::arch::x86_64::cpuid::same_but_caches;
+
+/// IA32_TIME_STAMP_COUNTER.
+const TSC: u32 = 0x10;
+/// More cycles than any CPU has in a second, and few beside what the counter holds.
+const FAR: u64 = 1 << 36;
 /// IA32_TSC_DEADLINE: counts by the TSC and needs the timer's mode, so it comes last.
 const TSC_DEADLINE: u32 = 0x6e0;
 /// MSR_KVM_WALL_CLOCK, old and new. To set one writes the host's time into guest memory, which the guest asked for once, at boot.
@@ -38,6 +44,14 @@ pub enum CpuError {
     /// It says something else of itself than it said then.
     #[error("this host's CPU is another one")]
     Model,
+    /// Its counter of time is behind where it stood, and a guest's clocks would stand still until it is there again.
+    #[error("KVM has set the TSC to {is:#x}, and not to {wanted:#x} or later")]
+    Tsc {
+        /// What it is now.
+        is: u64,
+        /// What it was.
+        wanted: u64,
+    },
 }
 
 fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> CpuError {
@@ -108,13 +122,19 @@ impl CpuState {
         })
     }
 
-    /// Makes a fresh CPU, which has been told to be `cpuid`, and its VM's clock what they were.
+    /// Makes a fresh CPU, which has been told to be `cpuid`, and its VM's clock what they were. Its caches are told to be those that it
+    /// had, whichever core of the host this is.
     ///
     /// # Errors
     /// [`CpuError`]; the VM is of no use then.
     pub fn write(&self, vcpu: &VcpuFd, vm: &VmFd, cpuid: &CpuId) -> Result<(), CpuError> {
         if cpuid.as_slice() != self.cpuid {
-            return Err(CpuError::Model);
+            if !same_but_caches(cpuid.as_slice(), &self.cpuid) {
+                return Err(CpuError::Model);
+            }
+            let captured = CpuId::from_entries(&self.cpuid).map_err(|_| CpuError::Model)?;
+            vcpu.set_cpuid2(&captured)
+                .map_err(failed("KVM_SET_CPUID2"))?;
         }
         let clock = kvm_clock_data {
             clock: self.clock,
@@ -135,6 +155,7 @@ impl CpuState {
         vcpu.set_lapic(&self.lapic)
             .map_err(failed("KVM_SET_LAPIC"))?;
         self.write_msrs(vcpu)?;
+        self.check_tsc(vcpu)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(failed("KVM_SET_VCPU_EVENTS"))?;
         vcpu.set_mp_state(self.mp_state)
@@ -143,6 +164,12 @@ impl CpuState {
 
     fn write_msrs(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
         let call = failed("KVM_SET_MSRS");
+        // KVM before Linux 6.7 takes a TSC within a second of that of a fresh CPU, as a guest's is that was captured at once, for
+        // one that is to go with those of other CPUs, and keeps the fresh one. It is not within a second of this one.
+        if let Some(tsc) = self.tsc() {
+            let far = msrs(&[(TSC, tsc.wrapping_add(FAR))]).map_err(&call)?;
+            vcpu.set_msrs(&far).map_err(&call)?;
+        }
         let msrs = msrs(&self.msrs).map_err(&call)?;
         let set = vcpu.set_msrs(&msrs).map_err(&call)?;
         match self.msrs.get(set) {
@@ -151,6 +178,22 @@ impl CpuState {
                 index: *index,
                 value: *value,
             }),
+        }
+    }
+
+    fn tsc(&self) -> Option<u64> {
+        let tsc = self.msrs.iter().find(|(index, _)| *index == TSC);
+        tsc.map(|(_, value)| *value)
+    }
+
+    fn check_tsc(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
+        let now = read_msrs(vcpu, &[TSC]).map_err(failed("KVM_GET_MSRS"))?;
+        match (now.first(), self.tsc()) {
+            // It may have passed its end meanwhile.
+            (Some((_, is)), Some(wanted)) if is.wrapping_sub(wanted).cast_signed() < 0 => {
+                Err(CpuError::Tsc { is: *is, wanted })
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -11,12 +11,16 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 pub const MAX_ENTRIES: usize = 256;
 
 const FEATURES: u32 = 1;
+/// Caches and TLBs as bytes with a meaning of their own each.
+const DESCRIPTORS: u32 = 2;
 const CACHES: u32 = 4;
 const THERMAL_POWER: u32 = 6;
 const PERFORMANCE: u32 = 0xa;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
 const AMD_FEATURES: u32 = 0x8000_0001;
+const AMD_FIRST_LEVEL: u32 = 0x8000_0005;
+const AMD_OTHER_LEVELS: u32 = 0x8000_0006;
 const ADDRESS_SIZES: u32 = 0x8000_0008;
 const SVM: u32 = 0x8000_000a;
 const AMD_CACHES: u32 = 0x8000_001d;
@@ -53,6 +57,19 @@ pub fn host_model() -> Vec<u32> {
         all.extend([said.eax, ebx, said.ecx, said.edx]);
     }
     all
+}
+
+/// Whether two CPUs are the same but for their caches, which cores of one host may have different ones of: KVM gives those of
+/// the core that asks (Intel's hybrid parts, AMD's with a stacked cache on one die).
+#[must_use]
+pub fn same_but_caches(one: &[kvm_cpuid_entry2], other: &[kvm_cpuid_entry2]) -> bool {
+    let is_else = |entry: &&kvm_cpuid_entry2| {
+        !matches!(
+            entry.function,
+            DESCRIPTORS | CACHES | AMD_FIRST_LEVEL | AMD_OTHER_LEVELS | AMD_CACHES
+        )
+    };
+    one.iter().filter(is_else).eq(other.iter().filter(is_else))
 }
 
 /// Physical address bits of a CPU with these entries.
@@ -245,6 +262,32 @@ mod tests {
         assert_eq!(find(&cpuid, FEATURES, 0).edx & 1 << 28, 0);
         assert_eq!(find(&cpuid, TOPOLOGY, 1).eax, 0);
         assert_eq!(find(&cpuid, ADDRESS_SIZES, 0).ecx, 0);
+    }
+
+    #[test]
+    fn cores_that_differ_in_their_caches_alone_are_of_one_cpu() {
+        let leaf = |function, index, eax| kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ..kvm_cpuid_entry2::default()
+        };
+        let large = [
+            leaf(FEATURES, 0, 7),
+            leaf(CACHES, 0, 1),
+            leaf(CACHES, 1, 3),
+            leaf(SVM, 0, 1),
+        ];
+        let small = [
+            leaf(FEATURES, 0, 7),
+            leaf(DESCRIPTORS, 0, 9),
+            leaf(CACHES, 0, 2),
+            leaf(SVM, 0, 1),
+        ];
+        assert!(same_but_caches(&large, &small));
+        assert!(!same_but_caches(&large, &small[..3]));
+        let other = [leaf(FEATURES, 0, 6), leaf(SVM, 0, 1)];
+        assert!(!same_but_caches(&large, &other));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use brig_shim::error::{Error, Result};
 use brig_shim::node::journal::{self, StateDir};
 use brig_shim::node::remains::Remains;
-use brig_shim::node::templates::Templates;
+use brig_shim::node::templates::{Templates, maker};
 use serde_json::{Value, json};
 
 use crate::terminal;
@@ -162,7 +162,12 @@ impl Installation {
             )));
         }
         self.refuse_users(&dir, version)?;
-        fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))
+        fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))?;
+        // Those that were made from it.
+        let templates = Templates::beside(&self.state);
+        templates
+            .drop_useless()
+            .map_err(|error| failed(&self.state, &error))
     }
 
     fn refuse_users(&self, dir: &Path, what: &str) -> Result<()> {
@@ -224,6 +229,8 @@ impl Installation {
         if let Some(dir) = configuration {
             ignore_absent(fs::remove_dir_all(dir)).map_err(|error| failed(dir, &error))?;
         }
+        // No maker runs: it would be a user.
+        maker::remove_cgroup();
         let remains = Remains::beside(&self.state);
         remains
             .remove()

@@ -8,8 +8,7 @@ use brig_shim::asked::config::{Config, MIB};
 use brig_shim::error::{Error, Result};
 use brig_shim::guest::vm::capture;
 use brig_shim::guest::vm::host::{open_initramfs, open_kernel, recipe};
-use brig_shim::node::cgroup::Cgroup;
-use brig_shim::node::templates::maker::CGROUP;
+use brig_shim::node::templates::maker::own_cgroup;
 use brig_shim::node::templates::{Entry, Files, Kind, Templates};
 use brig_shim::pod::size::template_machine;
 use serde_json::{Value, json};
@@ -52,6 +51,7 @@ fn list(templates: &Templates, as_json: bool) -> Result<String> {
             of(recipe.map(|recipe| format!("{} MiB", recipe.machine.memory / MIB))),
             of(recipe.map(|recipe| recipe.machine.most_cpus.to_string())),
             match &entry.failed {
+                Some(reason) if entry.later => format!("not made, and tried again later: {reason}"),
                 Some(reason) => format!("cannot be made: {reason}"),
                 None => of(recipe.map(|recipe| recipe.kernel.display().to_string())),
             },
@@ -69,6 +69,7 @@ fn described(entry: &Entry) -> Value {
         "madeUnixSeconds": entry.made.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
         "recipe": entry.recipe,
         "failed": entry.failed,
+        "later": entry.later,
     })
 }
 
@@ -96,7 +97,7 @@ fn build(config: Option<&Path>, as_json: bool) -> Result<String> {
         .iter()
         .any(|entry| entry.key == recipe.key && entry.failed.is_none());
     if !there {
-        capture::make(&recipe, &Cgroup::create(CGROUP)?)?;
+        capture::make(&recipe, &own_cgroup()?).map_err(|unmade| unmade.error)?;
     }
     if as_json {
         return Ok(format!(

@@ -266,7 +266,13 @@ async fn start(
         modules: share_modules(Arc::clone(&vm), modules),
         netfilter: wanted.netfilter,
     };
-    match bring_up(&vm, machine, incoming, sandbox, &news, launched_at, logger).await {
+    let called = connect(&vm, machine, incoming, logger).await;
+    let is_useless = called.is_err() && is_to_blame(&vm);
+    let up = match called {
+        Ok(()) => bring_up(&vm, sandbox, &news, launched_at, logger).await,
+        Err(error) => Err(error),
+    };
+    match up {
         Ok(()) => {
             forward_ports(localhost, &vm, logger).await;
             if let GuestOrigin::BootFirst(recipe) = origin {
@@ -279,12 +285,19 @@ async fn start(
         Err(error) => {
             vm.kill();
             vm.ended().await;
-            if let (GuestOrigin::Template(recipe), Some(_)) = (origin, vm.template()) {
+            if let (GuestOrigin::Template(recipe), Some(_), true) =
+                (origin, vm.template(), is_useless)
+            {
                 drop_template(&recipe, &error.message, logger);
             }
             Err(error)
         }
     }
+}
+
+/// Whether it is the guest's or its VMM's own doing that the agent has not called, and not the node's or whoever ended the pod meanwhile.
+fn is_to_blame(vm: &Vm) -> bool {
+    vm.death().is_none_or(|death| !death.killed)
 }
 
 /// The next pod boots, and has another made.
@@ -335,13 +348,11 @@ async fn forward_ports(
     warn!(logger, "port-forward will not work for this pod"; "reason" => reason);
 }
 
-async fn bring_up(
+/// Starts the machine, and waits for its agent's call.
+async fn connect(
     vm: &Arc<Vm>,
     machine: Machine,
     agent_connected: AgentConnected,
-    wanted: Wanted,
-    news: &mpsc::Sender<News>,
-    executed: SystemTime,
     logger: &Logger,
 ) -> Result<()> {
     let boot_time = vm.timeouts.boot;
@@ -368,19 +379,26 @@ async fn bring_up(
             Err(error) => Err(vm.explain(error).await),
         }
     };
-    match timeout(boot_time, connected).await {
-        Ok(result) => result?,
-        Err(_) => {
-            return Err(Error::new(
-                Kind::DeadlineExceeded,
-                format!(
-                    "the guest's agent never answered: no call within {:.0} s of the VM's start \
-                     (set debug_console to see the guest's kernel messages)",
-                    boot_time.as_secs_f64()
-                ),
-            ));
-        }
-    }
+    timeout(boot_time, connected).await.unwrap_or_else(|_| {
+        Err(Error::new(
+            Kind::DeadlineExceeded,
+            format!(
+                "the guest's agent never answered: no call within {:.0} s of the VM's start \
+                 (set debug_console to see the guest's kernel messages)",
+                boot_time.as_secs_f64()
+            ),
+        ))
+    })
+}
+
+/// Makes the guest whose agent has called the pod's.
+async fn bring_up(
+    vm: &Arc<Vm>,
+    wanted: Wanted,
+    news: &mpsc::Sender<News>,
+    executed: SystemTime,
+    logger: &Logger,
+) -> Result<()> {
     let mark = |name: &str| {
         let _ = news.try_send(News::Mark(name.to_owned(), SystemTime::now()));
     };

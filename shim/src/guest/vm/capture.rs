@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use brig_agent_protocol::{CAPTURE, SHARE_TAG};
 use brig_hypervisor::control::{
-    self, Event, FromVmm, ReplyBody, Request, RequestBody, VmConfig, exit,
+    self, ErrorKind, Event, FromVmm, ReplyBody, Request, RequestBody, VmConfig, exit,
 };
 use brig_hypervisor::launch::{LaunchOptions, VmmExit, VmmProcess, launch, open_sealed};
 use brig_hypervisor::template::Template;
@@ -24,7 +24,7 @@ use super::host::{not_launched, open_initramfs, open_kernel, open_kvm, open_netn
 use crate::asked::spec::Network;
 use crate::error::{Error, Result};
 use crate::node::cgroup::Cgroup;
-use crate::node::templates::maker::CGROUP;
+use crate::node::templates::maker::own_cgroup;
 use crate::node::templates::{Files, Kind, Recipe, Templates};
 
 /// How soon the node's memory should do without this process when it runs short.
@@ -39,20 +39,60 @@ pub fn main(recipe: &str) -> Result<()> {
         .map_err(|error| Error::invalid(format!("the recipe: {error}")))?;
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE.to_string());
     // It was born into its pod's cgroup, which the pod's end removes at any moment.
-    make(&recipe, &Cgroup::create(CGROUP)?.without_return())
+    let own = own_cgroup()?.without_return();
+    make(&recipe, &own).map_err(|unmade| {
+        let templates = Templates::beside(&recipe.state_dir);
+        let _ = templates.refuse(&recipe.key, &unmade.error.message, unmade.later);
+        unmade.error
+    })
+}
+
+/// No template was made.
+#[derive(Debug)]
+pub struct Unmade {
+    /// Why.
+    pub error: Error,
+    /// It was in the node's way, or that in its: it may be tried again. Else it is what the guest or KVM says, and will say again.
+    later: bool,
+}
+
+impl From<Error> for Unmade {
+    /// Of the host.
+    fn from(error: Error) -> Self {
+        Self { error, later: true }
+    }
+}
+
+impl Unmade {
+    fn for_good(message: String) -> Self {
+        Self {
+            error: Error::unavailable(message),
+            later: false,
+        }
+    }
+
+    /// By a VMM that has ended, with what it said last.
+    fn by(ended: VmmExit, what: &str, said: Said) -> Self {
+        let killed = matches!(ended, VmmExit::Signal(libc::SIGKILL | libc::SIGTERM));
+        let reason = said.reason.as_deref().unwrap_or("its VMM said nothing");
+        Self {
+            error: Error::unavailable(format!("{what}: {reason} ({ended:?})")),
+            later: killed || said.by_node,
+        }
+    }
 }
 
 /// Makes a template in `own`, the cgroup of templates. To be called by who has the lock.
 ///
 /// # Errors
 /// Why there is none.
-pub fn make(recipe: &Recipe, own: &Cgroup) -> Result<()> {
+pub fn make(recipe: &Recipe, own: &Cgroup) -> std::result::Result<(), Unmade> {
     own.join()
         .map_err(|error| Error::io("cannot enter the cgroup of templates", &error))?;
     let made = captured(recipe, own).and_then(|file| {
         rehearse(recipe, own, &file)?;
         let kept = Templates::beside(&recipe.state_dir).keep(recipe, file);
-        kept.map_err(|error| Error::io("cannot keep the template", &error))
+        Ok(kept.map_err(|error| Error::io("cannot keep the template", &error))?)
     });
     // The pages of the file stay on the account of the cgroup above.
     let _ = own.leave_and_remove();
@@ -60,43 +100,53 @@ pub fn make(recipe: &Recipe, own: &Cgroup) -> Result<()> {
 }
 
 /// What the VMM has captured.
-fn captured(recipe: &Recipe, own: &Cgroup) -> Result<File> {
+fn captured(recipe: &Recipe, own: &Cgroup) -> std::result::Result<File, Unmade> {
     let file = memfd_create("brig-capture", MemfdFlags::CLOEXEC);
     let file = File::from(file.map_err(|errno| failed(errno.into()))?);
     let mut vmm = Vmm::start(recipe, own, &file, VmFile::Capture)?;
-    let reason = vmm.follow(recipe, |_| false)?;
+    let said = vmm.follow(recipe, |_| false)?;
     match vmm.process.wait().map_err(failed)? {
         VmmExit::Code(exit::CAPTURED) => Ok(file),
-        other => Err(Error::unavailable(format!(
-            "the guest was not captured: {} ({other:?})",
-            reason.unwrap_or_else(|| "its VMM said nothing".to_owned())
-        ))),
+        other => Err(Unmade::by(other, "the guest was not captured", said)),
     }
 }
 
 /// Lets one clone run until its agent calls: no pod is the first to find that they cannot, and what it has touched by then is what each of them
 /// will, which is added to the file.
-fn rehearse(recipe: &Recipe, own: &Cgroup, file: &File) -> Result<()> {
+fn rehearse(recipe: &Recipe, own: &Cgroup, file: &File) -> std::result::Result<(), Unmade> {
     let mut vmm = Vmm::start(recipe, own, file, VmFile::Template)?;
     let mut called = false;
-    let reason = vmm.follow(recipe, |event| {
+    let said = vmm.follow(recipe, |event| {
         called = matches!(event, Event::AgentConnected { .. });
         called
     })?;
+    let what = "the guest did not go on from its template";
+    if let Some(refused) = said.refused {
+        return Err(Unmade::for_good(format!("{what}: {refused}")));
+    }
     if !called {
-        return Err(Error::unavailable(format!(
-            "the guest did not go on from its template: {}",
-            reason.unwrap_or_else(|| "its VMM said nothing".to_owned())
-        )));
+        let ended = vmm.process.wait().map_err(failed)?;
+        return Err(Unmade::by(ended, what, said));
     }
     let copy = file.try_clone().map_err(failed)?;
     let template = Template::open(copy).map_err(|error| Error::internal(error.to_string()))?;
     let recorded = template.record(vmm.process.pid());
-    recorded.map_err(failed)
+    Ok(recorded.map_err(failed)?)
 }
 
 fn failed(error: io::Error) -> Error {
     Error::io("cannot prepare the VM", &error)
+}
+
+/// What a VMM has said until it ended, or until that was enough.
+#[derive(Debug, Default)]
+struct Said {
+    /// Why it ended.
+    reason: Option<String>,
+    /// That is what the node lacks.
+    by_node: bool,
+    /// Why it takes no template: it boots then, which is no rehearsal.
+    refused: Option<String>,
 }
 
 /// What a VMM does with the file.
@@ -163,15 +213,11 @@ impl Vmm {
         })
     }
 
-    /// Listens until it ends, or says what is waited for; why it ended, as it says.
-    fn follow(
-        &mut self,
-        recipe: &Recipe,
-        mut enough: impl FnMut(&Event) -> bool,
-    ) -> Result<Option<String>> {
+    /// Listens until it ends, or says what is waited for.
+    fn follow(&mut self, recipe: &Recipe, mut enough: impl FnMut(&Event) -> bool) -> Result<Said> {
         let within = Duration::from_millis(recipe.boot_ms);
         let end = Instant::now() + within;
-        let mut reason = None;
+        let mut said = Said::default();
         loop {
             let left = end.saturating_duration_since(Instant::now());
             let left = Timespec::try_from(left).unwrap_or_default();
@@ -188,18 +234,21 @@ impl Vmm {
                 Err(errno) => return Err(Error::io("the VMM's control socket", &errno.into())),
             }
             match control::receive_from_vmm(self.control.as_fd()) {
-                Ok(Some(FromVmm::Event(event))) if enough(&event) => return Ok(reason),
-                Ok(Some(FromVmm::Event(Event::Ended { reason: why, .. }))) => reason = Some(why),
+                Ok(Some(FromVmm::Event(event))) if enough(&event) => return Ok(said),
+                Ok(Some(FromVmm::Event(Event::Ended { reason, .. }))) => said.reason = Some(reason),
                 Ok(Some(FromVmm::Reply(reply))) => match reply.result {
-                    // It boots then, which is no rehearsal.
                     Ok(ReplyBody::Started { refused, .. }) if refused.is_some() => {
-                        return Ok(refused);
+                        said.refused = refused;
+                        return Ok(said);
                     }
                     Ok(_) => {}
-                    Err(error) => reason = Some(error.message),
+                    Err(error) => {
+                        said.by_node = matches!(error.kind, ErrorKind::Host | ErrorKind::Limit);
+                        said.reason = Some(error.message);
+                    }
                 },
                 Ok(Some(_)) => {}
-                Ok(None) | Err(_) => return Ok(reason),
+                Ok(None) | Err(_) => return Ok(said),
             }
         }
     }

@@ -19,6 +19,8 @@ pub struct Death {
     pub reason: String,
     /// The host killed it for memory.
     pub oom: bool,
+    /// Somebody killed it: that, or this process, or an operator.
+    pub killed: bool,
     /// When it was noticed.
     pub at: SystemTime,
 }
@@ -66,7 +68,13 @@ impl Death {
             Some(VmmExit::Signal(signal)) => format!("the VMM was killed by signal {signal}{said}"),
             None => "the VMM ended in an unknown way".to_owned(),
         };
-        Self { reason, oom, at }
+        let killed = oom || matches!(ended, Some(VmmExit::Signal(libc::SIGKILL | libc::SIGTERM)));
+        Self {
+            reason,
+            oom,
+            killed,
+            at,
+        }
     }
 
     /// The end of a VM that nobody saw.

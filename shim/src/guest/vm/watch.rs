@@ -82,6 +82,7 @@ impl Watch {
             (Some(VmmExit::Signal(libc::SIGKILL)), Some(reason)) if !oom => Death {
                 reason: reason.to_owned(),
                 oom,
+                killed: true,
                 at,
             },
             _ => Death::new(

@@ -10,37 +10,33 @@ use slog::{Logger, info, warn};
 
 use super::Templates;
 use super::recipe::Recipe;
+use crate::error::Result;
 use crate::node::cgroup::Cgroup;
 
 /// The cgroup of those who make templates.
-pub const CGROUP: &str = "/brig-templates";
+const CGROUP: &str = "/brig-templates";
 /// How long it may take to remove it.
 const REMOVAL: Duration = Duration::from_secs(2);
 /// The longest reason that is kept, in characters.
 const MAX_REASON: usize = 512;
 
-/// Has the template made by a process of this program, unless somebody is at it, and waits for that. Blocks. What goes wrong is logged, and
-/// not tried again.
+/// Has the template made by a process of this program, unless somebody is at it, and waits for that. Blocks. What goes wrong is logged; the
+/// process remembers it, as a pod may be over before.
 pub fn have_made(recipe: &Recipe, logger: &Logger) {
     match make_by_other(recipe) {
         Ok(true) => info!(logger, "a template was made"; "template" => &recipe.key),
         Ok(false) => {}
-        Err(Failure { reason, is_final }) => {
+        Err(reason) => {
             warn!(logger, "no template was made, pods go on booting"; "template" => &recipe.key,
                 "reason" => &reason);
-            if is_final {
-                let _ = Templates::beside(&recipe.state_dir).refuse(&recipe.key, &reason);
-            }
         }
     }
 }
 
-fn make_by_other(recipe: &Recipe) -> Result<bool, Failure> {
+/// The reason otherwise.
+fn make_by_other(recipe: &Recipe) -> std::result::Result<bool, String> {
     let templates = Templates::beside(&recipe.state_dir);
-    let said = |error: std::io::Error| Failure {
-        reason: error.to_string(),
-        is_final: false,
-    };
+    let said = |error: std::io::Error| error.to_string();
     let Some(lock) = templates.lock().map_err(said)? else {
         return Ok(false);
     };
@@ -49,6 +45,8 @@ fn make_by_other(recipe: &Recipe) -> Result<bool, Failure> {
     }
     let told = serde_json::to_string(recipe).map_err(std::io::Error::other);
     let told = told.map_err(said)?;
+    // Until what it may have left is gone: the next one would be taken for that.
+    let _held = lock.try_clone().map_err(said)?;
     let made = Command::new("/proc/self/exe")
         .args(["build-template", &told])
         // It has the lock for as long as it lives, whatever becomes of this process.
@@ -65,25 +63,25 @@ fn make_by_other(recipe: &Recipe) -> Result<bool, Failure> {
     }
     let said = String::from_utf8_lossy(&made.stderr);
     let mut reason: String = said.trim().chars().take(MAX_REASON).collect();
-    if reason.is_empty() {
+    if made.status.code().is_none() {
+        // It was in the node's way, and could not say so.
         reason = format!("its process ended with {}", made.status);
+        let _ = templates.refuse(&recipe.key, &reason, true);
     }
-    Err(Failure {
-        reason,
-        // One that was killed may have been in the way for the moment.
-        is_final: made.status.code().is_some(),
-    })
+    Err(reason)
 }
 
-/// Why there is no template.
-struct Failure {
-    reason: String,
-    /// It would fail again.
-    is_final: bool,
+/// An empty cgroup for who has the lock.
+///
+/// # Errors
+/// What the host says.
+pub fn own_cgroup() -> Result<Cgroup> {
+    remove_cgroup();
+    Cgroup::create(CGROUP)
 }
 
-/// What a process that was killed has left.
-fn remove_cgroup() {
+/// Ends what makers that were killed have left, and removes their cgroup. To be called by who has the lock, or when nobody can have it.
+pub fn remove_cgroup() {
     if let Ok(cgroup) = Cgroup::create(CGROUP) {
         let _ = cgroup.kill_and_remove(REMOVAL);
     }

@@ -31,19 +31,3 @@ pub struct Recipe {
     /// Where the pods of this node have their state.
     pub state_dir: PathBuf,
 }
-
-impl Recipe {
-    /// Whether it was for the same machine and files of the same names, which are others now.
-    #[must_use]
-    pub fn is_older_than(&self, now: &Self) -> bool {
-        let files = |recipe: &Self| {
-            (
-                recipe.machine,
-                recipe.kernel.clone(),
-                recipe.initramfs.clone(),
-                recipe.vmm.clone(),
-            )
-        };
-        files(self) == files(now) && self.key != now.key
-    }
-}

@@ -76,40 +76,130 @@ fn one_makes_templates_at_a_time() {
     assert!(templates.lock().unwrap().is_some());
 }
 
+/// The recipe of what is in a directory's files, for a guest of so much memory.
+fn recipe_of(dir: &Path, memory: u64) -> Recipe {
+    let path = dir.join("file");
+    let file = File::open(&path).unwrap();
+    let files = Files {
+        kernel: file.as_fd(),
+        initramfs: file.as_fd(),
+        vmm: &path,
+    };
+    let machine = Machine {
+        memory,
+        max_memory: memory,
+        most_cpus: 1,
+    };
+    let kind = Kind::of(&files, &machine).unwrap();
+    Recipe {
+        kernel: path.clone(),
+        initramfs: path.clone(),
+        vmm: path,
+        machine,
+        ..recipe(kind.key(), "")
+    }
+}
+
+/// A version of Brig.
+fn version(dir: &Path, name: &str) -> PathBuf {
+    let version = dir.join(name);
+    fs::create_dir(&version).unwrap();
+    fs::write(version.join("file"), name).unwrap();
+    version
+}
+
 #[test]
-fn files_that_have_changed_make_the_old_template_useless_and_no_other() {
-    let Some((_dir, templates)) = templates() else {
+fn a_template_of_files_that_have_changed_or_gone_is_dropped_and_no_other() {
+    let Some((dir, templates)) = templates() else {
         return;
     };
+    let [one, two, three] = ["one", "two", "three"].map(|name| version(dir.path(), name));
     let _lock = templates.lock().unwrap().unwrap();
-    templates
-        .keep(&recipe("other", "/other"), captured(b"1"))
-        .unwrap();
-    templates
-        .keep(&recipe("old", "/k"), captured(b"2"))
-        .unwrap();
-    templates
-        .keep(&recipe("new", "/k"), captured(b"3"))
-        .unwrap();
-    assert_eq!(keys(&templates), ["new", "other"]);
+    let keep = |version: &Path| {
+        let recipe = recipe_of(version, 1);
+        templates.keep(&recipe, captured(b"x")).unwrap();
+        recipe.key
+    };
+    let (first, second, third) = (keep(&one), keep(&two), keep(&three));
+    let sorted = |mut keys: Vec<String>| {
+        keys.sort();
+        keys
+    };
+    let all = [&first, &second, &third].map(String::clone);
+    assert_eq!(keys(&templates), sorted(all.to_vec()));
+    // Installed again in its place, and removed.
+    fs::write(two.join("new"), "two").unwrap();
+    fs::rename(two.join("new"), two.join("file")).unwrap();
+    fs::remove_dir_all(&one).unwrap();
+    templates.refuse("other", "no KVM", false).unwrap();
+    templates.drop_useless().unwrap();
+    assert_eq!(
+        keys(&templates),
+        sorted(vec![third.clone(), "other".to_owned()])
+    );
+    fs::remove_dir_all(&three).unwrap();
+    let second = keep(&two);
+    assert_eq!(keys(&templates), sorted(vec![second, "other".to_owned()]));
 }
 
 #[test]
 fn no_more_are_kept_than_the_bound_and_the_oldest_goes() {
+    let Some((dir, templates)) = templates() else {
+        return;
+    };
+    let version = version(dir.path(), "one");
+    let _lock = templates.lock().unwrap().unwrap();
+    let mut made = Vec::new();
+    for memory in 0..MOST + 2 {
+        let recipe = recipe_of(&version, u64::try_from(memory).unwrap());
+        templates.keep(&recipe, captured(b"x")).unwrap();
+        made.push(recipe.key);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut newest = made.split_off(2);
+    newest.sort();
+    assert_eq!(keys(&templates), newest);
+}
+
+#[test]
+fn a_template_that_would_take_what_the_node_needs_is_not_kept() {
     let Some((_dir, templates)) = templates() else {
         return;
     };
     let _lock = templates.lock().unwrap().unwrap();
-    for number in 0..MOST + 2 {
-        let name = format!("k{number:02}");
-        templates
-            .keep(&recipe(&name, &name), captured(b"x"))
-            .unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    let kept = keys(&templates);
-    assert_eq!(kept.len(), MOST);
-    assert_eq!(kept[0], "k02");
+    let large = captured(b"");
+    // Of holes: it is refused before it is read.
+    large.set_len(1 << 50).unwrap();
+    let error = templates.keep(&recipe("a", "/k"), large).unwrap_err();
+    assert!(error.to_string().contains("MiB free"), "{error}");
+    assert!(templates.lacks("a") && keys(&templates).is_empty());
+}
+
+#[test]
+fn what_failed_for_the_moment_is_tried_again_and_not_for_each_pod() {
+    let Some((_dir, templates)) = templates() else {
+        return;
+    };
+    let _lock = templates.lock().unwrap().unwrap();
+    templates.refuse("a", "no room", true).unwrap();
+    assert!(!templates.lacks("a"));
+    let entry = templates.list().unwrap().remove(0);
+    assert_eq!(
+        (entry.key.as_str(), entry.later, entry.failed.as_deref()),
+        ("a", true, Some("no room"))
+    );
+    let marker = File::options()
+        .write(true)
+        .open(templates.dir.join("a.later"));
+    let marker = marker.unwrap();
+    let now = SystemTime::now();
+    marker.set_modified(now - MOMENT).unwrap();
+    assert!(templates.lacks("a"));
+    marker.set_modified(now + MOMENT).unwrap();
+    assert!(templates.lacks("a"));
+    templates.keep(&recipe("a", "/k"), captured(b"x")).unwrap();
+    assert_eq!(keys(&templates), ["a"]);
+    assert!(templates.list().unwrap()[0].failed.is_none());
 }
 
 #[test]
@@ -119,7 +209,7 @@ fn a_kind_that_cannot_be_made_is_not_tried_again_until_it_is_dropped() {
     };
     let _lock = templates.lock().unwrap().unwrap();
     assert!(templates.lacks("a"));
-    templates.refuse("a", "no KVM").unwrap();
+    templates.refuse("a", "no KVM", false).unwrap();
     assert!(!templates.lacks("a"));
     let entry = templates.list().unwrap().remove(0);
     assert_eq!(entry.failed.as_deref(), Some("no KVM"));

@@ -47,16 +47,16 @@ const MIB: u64 = 1 << 20;
 const GROUP: &str = "4242";
 
 /// A volume as kubelet and a driver prepare it.
-struct Direct {
+pub(super) struct Direct {
     /// Where kubelet has it, with nothing in it.
-    path: PathBuf,
+    pub(super) path: PathBuf,
     /// What the driver has written.
     written: PathBuf,
     directory: Directory,
 }
 
 impl Direct {
-    fn new(name: &str) -> Result<Self> {
+    pub(super) fn new(name: &str) -> Result<Self> {
         let directory = Directory::volume("kubernetes.io~csi", name)?;
         let path = directory.directory("mount")?;
         // By another program than the one under test.
@@ -74,7 +74,7 @@ impl Direct {
         Ok(fs::write(self.written.join("mountInfo.json"), text)?)
     }
 
-    fn of(&self, device: &str, kind: &str, metadata: &str) -> Result<()> {
+    pub(super) fn of(&self, device: &str, kind: &str, metadata: &str) -> Result<()> {
         self.write(&format!(
             r#"{{"volume-type":"block","device":"{device}","fstype":"{kind}","metadata":{{{metadata}}},"options":["noatime"]}}"#
         ))
