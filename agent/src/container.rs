@@ -228,6 +228,7 @@ impl Container {
             gid_mappings: self.parts.gid_mappings.clone(),
             time_namespace: self.parts.time_namespace,
             cgroups,
+            limits: self.context.limits.all(),
             terminal: terminal_of(&stdio),
         }));
         let (context, mailbox) = (Arc::clone(&self.context), self.mailbox.clone());

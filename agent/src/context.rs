@@ -17,6 +17,7 @@ use crate::{
     events::Events,
     huge_pages::HugePages,
     launch::Launcher,
+    limits::Limits,
     memory::Memory,
     outputs::Outputs,
     page_reporting::PageReporting,
@@ -57,6 +58,8 @@ pub struct Context {
     pub huge_pages: Arc<HugePages>,
     /// Its memory, as it grows and shrinks.
     pub memory: Memory,
+    /// Resource limits where a specification names none.
+    pub limits: Limits,
     /// The /dev of privileged containers.
     pub device_nodes: DeviceNodes,
     /// The log.
@@ -100,6 +103,7 @@ impl Context {
             submounts,
             huge_pages: Arc::new(HugePages::new(places.owns_machine)),
             memory: Memory::new(),
+            limits: Limits::default(),
             device_nodes: DeviceNodes::new("/dev".into(), logger.clone()),
             logger,
             containers: Mutex::default(),

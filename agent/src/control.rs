@@ -19,7 +19,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 use crate::root_disks;
-use crate::spec::{Device, IdMapping, Process, Seccomp, Spec};
+use crate::spec::{Device, IdMapping, Process, Rlimit, Seccomp, Spec};
 
 /// Descriptor of the helper's end of the message socket.
 pub const CONTROL_FD: i32 = 3;
@@ -73,6 +73,8 @@ pub struct Create {
     pub pid_namespace: Option<PathBuf>,
     /// The mount of the cgroup hierarchy.
     pub cgroup_root: PathBuf,
+    /// Resource limits where the specification names none.
+    pub limits: Vec<Rlimit>,
     /// Terminal size, if there is a terminal.
     pub terminal: Option<Terminal>,
 }
@@ -127,6 +129,8 @@ pub struct Exec {
     pub time_namespace: bool,
     /// The cgroups to try in turn.
     pub cgroups: Vec<PathBuf>,
+    /// Resource limits where the process names none.
+    pub limits: Vec<Rlimit>,
     /// Terminal size, if there is a terminal.
     pub terminal: Option<Terminal>,
 }

@@ -121,6 +121,7 @@ async fn build(
         cgroup: parts.cgroup.path().to_owned(),
         pid_namespace,
         cgroup_root: context.places.cgroup_root.clone(),
+        limits: context.limits.all(),
         terminal: container::terminal_of(&stdio),
     }));
     let (mailbox, commands) = mpsc::unbounded_channel();

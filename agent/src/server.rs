@@ -28,7 +28,7 @@ use crate::{
     look::Looker,
     names, network, pci,
     process::Reply,
-    sandbox, setup, spec, validate,
+    queue_pairs, sandbox, setup, spec, validate,
     volume::disk::Disk,
 };
 
@@ -421,7 +421,13 @@ impl Agent for Service {
             )
             .into());
         }
-        blocking(move || cpus::set(request.count)).await?;
+        let logger = self.context.logger.clone();
+        blocking(move || {
+            cpus::set(request.count)?;
+            queue_pairs::follow(request.count, &logger);
+            Ok(())
+        })
+        .await?;
         Ok(Empty::new())
     }
 

@@ -53,6 +53,8 @@ pub async fn sandbox(
     }
     let owns_machine = context.places.owns_machine;
     let netfilter = network::apply(&request, owns_machine, &context.logger).await?;
+    // The most that one of them may be has been set with the network's parameters.
+    context.limits.set(&request.limits)?;
     for (key, value) in &request.sysctls {
         set_sysctl(key, value)?;
     }

@@ -56,6 +56,7 @@ pub use mapped::check as check_mount_maps;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use options::parse as read_options;
 pub use process::check as check_process;
+pub use process::is_resource;
 pub use seccomp::check as check_seccomp;
 pub use sysctl::{check as check_sysctl, path_of as sysctl_path};
 
@@ -189,7 +190,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
         spec.linux.personality.as_ref(),
         spec.linux.memory_policy.as_ref(),
     )?;
-    process::set_rlimits(process)?;
+    process::set_rlimits(&create.limits, process)?;
     if let Some(entry) = user_namespace {
         entry.enter()?;
     }
@@ -210,7 +211,7 @@ fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
     sched::apply(process, None, None)?;
-    process::set_rlimits(process)?;
+    process::set_rlimits(&exec.limits, process)?;
     namespaces::enter_user(user_namespace)?;
     process::become_program(agent, process, exec.seccomp.as_ref())
 }

@@ -5,7 +5,7 @@ use std::{
     os::unix::ffi::OsStrExt as _,
 };
 
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, setrlimit};
 
 use super::{
     agent::Agent,
@@ -17,7 +17,7 @@ use super::{
     root::{Missing, Root},
     seccomp,
 };
-use crate::spec::{Process, Seccomp};
+use crate::spec::{Process, Rlimit, Seccomp};
 
 /// Refuses a process that can never be run.
 ///
@@ -194,14 +194,21 @@ fn resource(name: &str) -> Option<Resource> {
     })
 }
 
-/// Before a user namespace is entered: raising a limit takes the guest's CAP_SYS_RESOURCE.
-pub fn set_rlimits(process: &Process) -> Result<()> {
+/// Whether there is a limit of this name.
+pub fn is_resource(name: &str) -> bool {
+    resource(name).is_some()
+}
+
+/// Before a user namespace is entered: raising a limit takes the guest's CAP_SYS_RESOURCE. What the process does not name is as `others` say.
+pub fn set_rlimits(others: &[Rlimit], process: &Process) -> Result<()> {
     let value = |n: u64| (n != u64::MAX).then_some(n);
-    for limit in &process.rlimits {
+    let is_named = |other: &&Rlimit| process.rlimits.iter().any(|own| own.kind == other.kind);
+    let others = others.iter().filter(|other| !is_named(other));
+    for limit in others.chain(&process.rlimits) {
         let Some(resource) = resource(&limit.kind) else {
             continue;
         };
-        let pair = Rlimit {
+        let pair = rustix::process::Rlimit {
             current: value(limit.soft),
             maximum: value(limit.hard),
         };

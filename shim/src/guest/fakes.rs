@@ -100,6 +100,8 @@ pub(crate) struct Behaviour {
     pub(crate) left_behind: bool,
     /// Processes take all of the grace of a Shutdown, and more.
     pub(crate) stubborn: bool,
+    /// These containers wait for what never comes, and cannot be killed.
+    pub(crate) unkillable: &'static [&'static str],
     /// Bytes that the guest could do without.
     pub(crate) spare: Option<u64>,
     /// The most bytes beyond those of its start that it takes.

@@ -13,6 +13,7 @@ pub mod hooks;
 pub mod identity;
 pub mod image;
 pub mod journal;
+pub mod limits;
 pub mod network;
 pub mod pod_resources;
 pub mod release;

@@ -5,6 +5,7 @@
 pub mod account;
 pub mod actor;
 pub mod container;
+pub mod doomed;
 pub mod events;
 pub mod node_io;
 pub mod process;

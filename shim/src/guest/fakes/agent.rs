@@ -156,7 +156,8 @@ impl Agent for FakeAgent {
     async fn signal_process(&self, _: &TtrpcContext, request: SignalRequest) -> Answer<Empty> {
         self.record
             .add(format!("signal {} {}", request.signal, request.exec_id));
-        if request.signal == 9 {
+        let hangs = self.behaviour.unkillable.contains(&request.id.as_str());
+        if request.signal == 9 && !hangs {
             self.end(&request.id, &request.exec_id, 137);
         }
         Ok(Empty::new())

@@ -33,6 +33,7 @@ use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
 use crate::node::stand_in::StandIn;
 use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply};
+use crate::pod::doomed::Doomed;
 use crate::pod::events::Events;
 use crate::pod::node_io::NodeIo;
 use crate::pod::process::Exit;
@@ -134,6 +135,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         direct_volumes: false,
         streams: setup.streams.clone(),
         size: PodSize::default(),
+        doomed: Doomed::default(),
         node_io: NodeIo::default(),
     };
     let began = setup.began;

@@ -7,6 +7,7 @@ use slog::Logger;
 use tokio::sync::mpsc;
 
 use crate::guest::vm::boot::News;
+use crate::pod::doomed::Doomed;
 use crate::pod::events::Events;
 use crate::pod::node_io::NodeIo;
 use crate::pod::size::PodSize;
@@ -38,6 +39,8 @@ pub struct Context {
     pub streams: Streams,
     /// The pod's size.
     pub size: PodSize,
+    /// Who of it was killed.
+    pub doomed: Doomed,
     /// Its limits on the node's devices.
     pub node_io: NodeIo,
 }

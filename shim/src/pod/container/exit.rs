@@ -17,6 +17,9 @@ const WITHOUT_CONTAINERD: u32 = 6;
 
 impl Container {
     pub(super) fn exited(&mut self, exec_id: &str, exit: Exit) {
+        if exec_id.is_empty() {
+            self.context.doomed.ended(&self.id);
+        }
         if exec_id.is_empty() && self.hold(exit) {
             return;
         }

@@ -194,6 +194,8 @@ struct Container {
     held: Option<Exit>,
     /// The init process was sent SIGKILL.
     doomed: bool,
+    /// It was said that it has not ended in time.
+    overdue: bool,
     stats: Asked<StatsResponse>,
     /// In the guest.
     pids: Asked<Vec<u32>>,
@@ -238,6 +240,7 @@ pub fn spawn(
         abandoned: None,
         held: None,
         doomed: false,
+        overdue: false,
         stats: Asked::new("Stats"),
         pids: Asked::new("ListProcesses"),
     };
@@ -260,6 +263,7 @@ impl Container {
                 break;
             }
         }
+        self.context.doomed.ended(&self.id);
         let _ = self.context.removed.send(self.id);
     }
 
@@ -396,6 +400,7 @@ impl Container {
                 member.in_guest = true;
                 let early = member.process.started();
                 if init {
+                    self.context.doomed.lives(&id);
                     self.mark(CONTAINER_STARTED);
                     self.publish(TaskEvent::Start { id, pid });
                 } else {

@@ -207,11 +207,15 @@ impl Container {
         });
     }
 
-    /// SIGKILL cannot be ignored: a guest that does not carry it out in time is ended itself.
+    /// SIGKILL cannot be ignored: a guest that does not carry it out in time is ended itself, once nobody of the pod is to live on.
     fn doom(&mut self, vm: &std::sync::Arc<crate::guest::vm::Vm>) {
-        if std::mem::replace(&mut self.doomed, true) {
-            return;
+        self.context.doomed.was_killed(&self.id);
+        if !std::mem::replace(&mut self.doomed, true) {
+            self.give_time(vm);
         }
+    }
+
+    fn give_time(&self, vm: &std::sync::Arc<crate::guest::vm::Vm>) {
         let (mailbox, vm) = (self.mailbox.clone(), std::sync::Arc::clone(vm));
         tokio::spawn(async move {
             // Of one that has ended meanwhile it is no news.
@@ -223,10 +227,18 @@ impl Container {
     }
 
     /// The time of a container that was killed is over.
-    pub(super) fn end_doomed(&self) {
+    pub(super) fn end_doomed(&mut self) {
         let over = matches!(self.init.process.phase(), Phase::Stopped(_)) || self.held.is_some();
-        if let (false, Some(vm)) = (over, &self.vm) {
+        if let (false, Some(vm)) = (over, self.vm.clone()) {
             let seconds = vm.timeouts().ping.as_secs_f64();
+            if !self.context.doomed.is_all() {
+                if !std::mem::replace(&mut self.overdue, true) {
+                    warn!(self.context.logger, "a container has not ended, and the others of its pod go on: a volume that does not answer holds \
+                        who waits for it"; "container" => &self.id, "seconds_since_sigkill" => seconds);
+                }
+                self.give_time(&vm);
+                return;
+            }
             let reason = format!(
                 "the guest did not end container {} within {seconds:.0} s of SIGKILL, and the VM was stopped",
                 self.id

@@ -202,3 +202,33 @@ async fn a_container_names_the_one_whose_pid_namespace_it_joins_by_its_pid() {
     let late = harness.create_as("debug", &with_pids(second)).await;
     assert_eq!(code(late).0, Code::FAILED_PRECONDITION);
 }
+
+#[tokio::test]
+async fn a_container_that_cannot_be_killed_takes_its_pod_along_only_when_nobody_else_lives() {
+    let behaviour = Behaviour {
+        unkillable: &["app"],
+        ..Behaviour::default()
+    };
+    let harness = running(behaviour).await;
+    harness.create_as("other", MEMBER).await.unwrap();
+    harness.start_of("other", "").await.unwrap();
+    harness.kill_of("app", "", 9).await.unwrap();
+    // A guest has three seconds for it here.
+    let patience = Duration::from_secs(7);
+    let waited = tokio::time::timeout(patience, harness.wait_of("app", "")).await;
+    assert!(waited.is_err(), "{waited:?}");
+    assert_eq!(
+        harness.status_of("other", "").await.unwrap(),
+        Status::RUNNING
+    );
+    harness.kill_of("other", "", 9).await.unwrap();
+    assert_eq!(harness.wait_of("other", "").await.unwrap(), 137);
+    // Now the VM goes, and the container with it.
+    assert_eq!(harness.wait_of("app", "").await.unwrap(), 137);
+    for id in ["app", "other"] {
+        harness.delete_of(id, "").await.unwrap();
+    }
+    harness.wait("").await.unwrap();
+    harness.delete("").await.unwrap();
+    harness.end().await;
+}

@@ -14,6 +14,7 @@ use ttrpc::context;
 use crate::asked::config::Netfilter;
 use crate::error::Result;
 use crate::guest::vm::{Attributes, Vm};
+use crate::node::limits;
 use crate::node::network::{self, GuestNetwork, Inherited};
 
 /// The longest name of a kernel's release in bytes (`__NEW_UTS_LEN`).
@@ -95,6 +96,7 @@ pub(super) async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> R
         sysctls: sandbox.sysctls.into_iter().collect(),
         shm_size: sandbox.shm_size,
         return_files: sandbox.return_files,
+        limits: limits::own(),
         unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         share_tag: SHARE_TAG.to_owned(),
         interfaces: network.interfaces,
