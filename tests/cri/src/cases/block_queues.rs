@@ -64,15 +64,26 @@ fn both_write(pod: &Pod, container: &Container, disk: &Loop) -> Result<(String, 
 }
 
 /// The template of a handler's file, made now and dropped at the end.
-struct Template(String);
+pub(super) struct Template(String);
 
 impl Template {
-    fn of(file: &Path) -> Result<Self> {
+    pub(super) fn of(file: &Path) -> Result<Self> {
         let file = file.display().to_string();
         let built = node::run("brig", &["template", "build", "--json", "--config", &file])?;
         let built: Value = serde_json::from_str(&built)?;
         let key = built["template"].as_str().context("a template's key")?;
         Ok(Self(key.to_owned()))
+    }
+
+    /// The pod goes on from it.
+    pub(super) fn is_of(&self, pod: &Pod) -> Result<()> {
+        let told = node::run("brig", &["inspect", "--json", &pod.id])?;
+        let told: Value = serde_json::from_str(&told)?;
+        equal(
+            "what it goes on from",
+            self.0.as_str(),
+            told["shim"]["template"].as_str().unwrap_or("-"),
+        )
     }
 }
 
@@ -93,13 +104,7 @@ fn queues_of_a_clone(suite: &mut Suite) -> Result<()> {
         .container("main", SLEEP)
         .edit(volume(&disk, "/dev/data", "mrw"))
         .start()?;
-    let told = node::run("brig", &["inspect", "--json", &pod.id])?;
-    let told: Value = serde_json::from_str(&told)?;
-    equal(
-        "what it goes on from",
-        template.0.as_str(),
-        told["shim"]["template"].as_str().unwrap_or("-"),
-    )?;
+    template.is_of(&pod)?;
     equal("its CPUs", "2", container.sh("nproc")?)?;
     both_write(&pod, &container, &disk)?;
     container.remove()?;

@@ -5,10 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use anyhow::{Context, Result};
 use brig_fixtures::elf::{self, Abi};
 use brig_tests::node::check::{equal, that};
-use k8s_cri::v1::{SecurityProfile, security_profile::ProfileType};
+use k8s_cri::v1::{Int64Value, SecurityProfile, security_profile::ProfileType};
 use nix::libc;
 
-use crate::node::Directory;
+use crate::node::{self, Directory};
 use crate::pod::profile;
 use crate::suite::{Case, SLEEP, Suite, case};
 
@@ -32,6 +32,11 @@ pub const CASES: &[Case] = &[
         "resources",
         "limits of the whole kernel are the node's",
         limits,
+    ),
+    case(
+        "resources",
+        "limits of a process that names none are containerd's, for any user, and so many processes can be started",
+        of_processes,
     ),
     case(
         "resources",
@@ -160,5 +165,48 @@ fn connections(suite: &mut Suite) -> Result<()> {
     that(
         &format!("{buckets} buckets for {most}"),
         buckets * 8 >= most,
+    )
+}
+
+/// Lines of `/proc/PID/limits`, but that of core dumps, whose soft limit is a guest's own, and without the soft limit of files, which a
+/// program in Go raises for itself alone.
+fn told(limits: &str) -> Vec<String> {
+    let lines = limits.lines().filter(|line| !line.starts_with("Max core"));
+    let words = lines.map(|line| {
+        let mut words: Vec<&str> = line.split_whitespace().collect();
+        if line.starts_with("Max open files") {
+            words.remove(3);
+        }
+        words.join(" ")
+    });
+    words.collect()
+}
+
+fn of_processes(suite: &mut Suite) -> Result<()> {
+    // More than the guest's kernel would let a user have in the memory that it boots with.
+    const MANY: usize = 1000;
+    let containerd = node::run(
+        "systemctl",
+        &["show", "-p", "MainPID", "--value", "containerd"],
+    )?;
+    let on_node = std::fs::read_to_string(format!("/proc/{}/limits", containerd.trim()))?;
+    let pod = suite.run("limits")?;
+    let container = pod
+        .container("main", SLEEP)
+        .security(|security| security.run_as_user = Some(Int64Value { value: 1000 }))
+        .resources(|resources| resources.memory_limit_in_bytes = 640 << 20)
+        .start()?;
+    equal(
+        "limits",
+        told(&on_node),
+        told(&container.sh("cat /proc/self/limits")?),
+    )?;
+    let script = format!(
+        "i=0; while [ $i -lt {MANY} ]; do sleep 600 & i=$((i + 1)); done; ps | grep -c 'sleep 600'; killall sleep"
+    );
+    let running: usize = container.sh(&script)?.trim().parse()?;
+    that(
+        &format!("{running} processes of one user run"),
+        running >= MANY,
     )
 }

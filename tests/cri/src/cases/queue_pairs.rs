@@ -11,6 +11,7 @@ use brig_hypervisor::jail::audit::{Extent, differences, filters};
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::clock;
 
+use super::block_queues::Template;
 use super::handlers::Own;
 use super::life::sandbox_pid;
 use super::transfer_cost::{receive, send};
@@ -18,11 +19,18 @@ use crate::container::eventually;
 use crate::pod::PodSpec;
 use crate::suite::{Case, SLEEP, Suite, case};
 
-pub const CASES: &[Case] = &[case(
-    "network",
-    "queue pairs: two streams of two CPUs get a thread that is walled like the first, and it goes when they have ended",
-    lent,
-)];
+pub const CASES: &[Case] = &[
+    case(
+        "network",
+        "queue pairs: two streams of two CPUs get a thread that is walled like the first, and it goes when they have ended",
+        lent,
+    ),
+    case(
+        "network",
+        "queue pairs: a guest that goes on from a template uses one for each CPU that it is given",
+        of_clone,
+    ),
+];
 
 /// As hypervisor/src/virtio/net/pair_thread.rs names it.
 const THREAD: &str = "net-pair";
@@ -71,6 +79,21 @@ fn lent(suite: &mut Suite) -> Result<()> {
         clock::seconds(4) * 5,
         || Ok((lent_of(vmm)? == 0).then_some(())),
     )?;
+    send(&container)?;
+    receive(&container)
+}
+
+fn of_clone(suite: &mut Suite) -> Result<()> {
+    // A guest is captured with one CPU, and its driver finds the interface before the other one comes.
+    let own = Own::new(suite, "vcpus = 2\nmax_vcpus = 2\ntemplate = true\n", &[])?;
+    let template = Template::of(own.file())?;
+    let pod = PodSpec::new(Own::HANDLER, "queue-pairs-clone").run(&suite.cri)?;
+    template.is_of(&pod)?;
+    let container = pod.container("main", SLEEP).start()?;
+    for direction in ["rx", "tx"] {
+        let count = format!("ls -d /sys/class/net/eth0/queues/{direction}-* | wc -l");
+        equal(direction, "2", container.sh(&count)?)?;
+    }
     send(&container)?;
     receive(&container)
 }
