@@ -63,10 +63,8 @@ fn make_by_other(recipe: &Recipe) -> std::result::Result<bool, String> {
     }
     let said = String::from_utf8_lossy(&made.stderr);
     let mut reason: String = said.trim().chars().take(MAX_REASON).collect();
-    if made.status.code().is_none() {
-        // It was in the node's way, and could not say so.
+    if reason.is_empty() {
         reason = format!("its process ended with {}", made.status);
-        let _ = templates.refuse(&recipe.key, &reason, true);
     }
     Err(reason)
 }

@@ -1,14 +1,12 @@
 //! Disks of pods with several CPUs: a queue for each, and what limits hold for all of them.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use brig_hypervisor::control::Counters;
 use brig_tests::node::check::{equal, that};
-use serde_json::Value;
 
 use super::block::{number, volume};
 use super::handlers::Own;
+use super::template::Template;
 use crate::container::Container;
 use crate::loops::Loop;
 use crate::node::{self, Directory};
@@ -61,36 +59,6 @@ fn both_write(pod: &Pod, container: &Container, disk: &Loop) -> Result<(String, 
                 .all(|(chains, interrupts)| *chains > 16 && *interrupts > 0),
     )?;
     Ok((both, taken))
-}
-
-/// The template of a handler's file, made now and dropped at the end.
-pub(super) struct Template(String);
-
-impl Template {
-    pub(super) fn of(file: &Path) -> Result<Self> {
-        let file = file.display().to_string();
-        let built = node::run("brig", &["template", "build", "--json", "--config", &file])?;
-        let built: Value = serde_json::from_str(&built)?;
-        let key = built["template"].as_str().context("a template's key")?;
-        Ok(Self(key.to_owned()))
-    }
-
-    /// The pod goes on from it.
-    pub(super) fn is_of(&self, pod: &Pod) -> Result<()> {
-        let told = node::run("brig", &["inspect", "--json", &pod.id])?;
-        let told: Value = serde_json::from_str(&told)?;
-        equal(
-            "what it goes on from",
-            self.0.as_str(),
-            told["shim"]["template"].as_str().unwrap_or("-"),
-        )
-    }
-}
-
-impl Drop for Template {
-    fn drop(&mut self) {
-        let _ = node::run("brig", &["template", "drop", &self.0]);
-    }
 }
 
 fn queues_of_a_clone(suite: &mut Suite) -> Result<()> {

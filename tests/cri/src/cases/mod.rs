@@ -43,6 +43,7 @@ mod security;
 mod shutdown;
 mod stats;
 mod streams;
+mod template;
 mod transfer_cost;
 mod user_namespace;
 mod vhost;
@@ -55,6 +56,7 @@ pub fn all() -> Vec<Case> {
     [
         sandbox::CASES,
         handlers::CASES,
+        template::CASES,
         checked::CASES,
         process::CASES,
         network::CASES,

@@ -11,9 +11,9 @@ use brig_hypervisor::jail::audit::{Extent, differences, filters};
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::clock;
 
-use super::block_queues::Template;
 use super::handlers::Own;
 use super::life::sandbox_pid;
+use super::template::Template;
 use super::transfer_cost::{receive, send};
 use crate::container::eventually;
 use crate::pod::PodSpec;

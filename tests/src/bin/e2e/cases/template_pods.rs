@@ -56,6 +56,11 @@ pub const CASES: &[Case] = &[
     ),
     brig(
         "template",
+        "a maker whose VM the node has killed says so, is not repeated by the next pod, and not given up for good",
+        vm_killed,
+    ),
+    brig(
+        "template",
         "a maker that comes to its end while its pod does is in nobody's way",
         ends_with_its_pod,
     ),
@@ -356,6 +361,69 @@ fn killed(suite: &mut Suite) -> Result<()> {
     }
     handler.sh(suite, BRIEF)?;
     handler.made().map(drop)
+}
+
+/// Waits for a VM of a maker's.
+fn wait_for_vm() -> Result<i32> {
+    let end = Instant::now() + clock::seconds(10);
+    loop {
+        let there = fs::read_to_string(Path::new(MAKERS).join("cgroup.procs")).unwrap_or_default();
+        let vms = leaks::pids_of("brig-vmm");
+        let pids = there.lines().filter_map(|line| line.parse().ok());
+        if let Some(pid) = pids.into_iter().find(|pid| vms.contains(pid)) {
+            return Ok(pid);
+        }
+        ensure!(Instant::now() < end, "no maker has a VM");
+        sleep(Duration::from_millis(2));
+    }
+}
+
+/// As the kernel does when memory is short.
+fn vm_killed(suite: &mut Suite) -> Result<()> {
+    let handler = Handler::new(suite, 145, "")?;
+    let mut known = failed_later()?;
+    let pod = Running::start(suite.ctr.run_command(&handler.run(BRIEF), &["--rm"]))?;
+    kill(Pid::from_raw(wait_for_vm()?), Signal::SIGKILL)?;
+    let end = Instant::now() + clock::seconds(10);
+    let (key, reason) = loop {
+        let mut now = failed_later()?;
+        now.retain(|one| !known.contains(one));
+        if let Some(one) = now.pop() {
+            break one;
+        }
+        ensure!(
+            Instant::now() < end,
+            "{}",
+            brig_command(&["template", "list"])?
+        );
+        sleep(Duration::from_millis(50));
+    };
+    ensure!(reason.contains("Signal(9)"), "{reason}");
+    pod.finish(clock::seconds(20))?.success()?;
+    // The moment is not over.
+    handler.sh(suite, BRIEF)?;
+    ensure!(
+        makers().is_empty() && handler.keys()?.is_empty(),
+        "it was tried again"
+    );
+    brig_command(&["template", "drop", &key])?;
+    handler.sh(suite, BRIEF)?;
+    equal("its key", &key, &handler.made()?)?;
+    known.retain(|one| one.0 == key);
+    ensure!(known.is_empty() && failed_later()?.iter().all(|one| one.0 != key));
+    Ok(())
+}
+
+/// What could not be made for the moment, with the reason.
+fn failed_later() -> Result<Vec<(String, String)>> {
+    let list: Value = serde_json::from_str(&brig_command(&["template", "list", "--json"])?)?;
+    let entries = list.as_array().into_iter().flatten();
+    let later = entries.filter(|entry| entry["later"] == Value::Bool(true));
+    let told = later.filter_map(|entry| {
+        let word = |name: &str| Some(entry[name].as_str()?.to_owned());
+        Some((word("template")?, word("failed")?))
+    });
+    Ok(told.collect())
 }
 
 /// The cgroup of a process, whose freezer stands still what is in it.
