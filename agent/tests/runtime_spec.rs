@@ -166,6 +166,12 @@ async fn user_groups_umask_home_and_working_directory() {
     })
     .await;
     assert_eq!(got, "0022\n/x b\n");
+    // A shell would keep one of them by itself.
+    let got = output(&mut guest, "cat /proc/1/environ | tr '\\0' '\\n'", |spec| {
+        spec["process"]["env"] = json!(["TWICE=first", "PATH=/bin", "HOME=/x", "TWICE=last"]);
+    })
+    .await;
+    assert_eq!(got, "PATH=/bin\nHOME=/x\nTWICE=last\n");
     guest.stop().await;
 }
 

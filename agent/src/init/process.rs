@@ -36,6 +36,10 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
     if !process.command_line.is_empty() || !process.user.username.is_empty() {
         return Err("process.commandLine and process.user.username are for Windows".into());
     }
+    if process.args.iter().any(|arg| arg.contains('\0')) {
+        return Err("process.args: an argument contains a NUL byte".into());
+    }
+    check_environment(&process.env)?;
     if let Some(limit) = process
         .rlimits
         .iter()
@@ -47,6 +51,20 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
         ));
     }
     super::sched::check(process)
+}
+
+/// Values may be secrets: an entry is told by its place and its name.
+fn check_environment(env: &[String]) -> std::result::Result<(), String> {
+    for (index, entry) in env.iter().enumerate() {
+        let why = match entry.split_once('=') {
+            None => "has no \"=\"".to_owned(),
+            Some(("", _)) => "has no name before its \"=\"".to_owned(),
+            Some((name, _)) if entry.contains('\0') => format!("({name:?}) contains a NUL byte"),
+            Some(_) => continue,
+        };
+        return Err(format!("process.env[{index}] {why}"));
+    }
+    Ok(())
 }
 
 /// A session and a keyring of its own.
@@ -250,6 +268,22 @@ mod tests {
             (
                 serde_json::json!({"args": ["x"], "cwd": "/", "user": {"username": "u"}}),
                 "username",
+            ),
+            (
+                serde_json::json!({"args": ["x", "a\u{0}b"], "cwd": "/"}),
+                "args",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "env": ["A=b", "FOO"]}),
+                "process.env[1] has no \"=\"",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "env": ["=b"]}),
+                "process.env[0] has no name",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "env": ["A=b\u{0}"]}),
+                "process.env[0] (\"A\") contains a NUL",
             ),
         ] {
             assert!(check(&process(value)).unwrap_err().contains(field));

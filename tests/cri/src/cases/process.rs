@@ -26,6 +26,11 @@ pub const CASES: &[Case] = &[
         "environment and working directory are as asked for",
         environment,
     ),
+    case(
+        "process",
+        "of several variables of one name the pod's last one counts",
+        repeated_variable,
+    ),
     case("process", "args replace the image's arguments", args),
     case(
         "process",
@@ -126,6 +131,30 @@ fn environment(suite: &mut Suite) -> Result<()> {
     )?;
     let of_main = container.sh("tr '\\0' '\\n' < /proc/1/environ | grep GREETING")?;
     equal("of the main process", "GREETING=hello world", of_main)
+}
+
+/// containerd writes the image's and the pod's one after the other, and most programs read the first.
+fn repeated_variable(suite: &mut Suite) -> Result<()> {
+    const NAME: &str = "docker.io/brig/env:test";
+    let shared = suite.shared()?;
+    let env = ["PATH=/bin:/usr/bin", "OF_IMAGE=kept", "TWICE=image"];
+    variant::import(BUSYBOX, NAME, "Env", env.map(str::to_owned).to_vec())?;
+    let container = shared
+        .pod
+        .container("twice", SLEEP)
+        .image(NAME)
+        .env("TWICE", "first")
+        .env("TWICE", "last")
+        .start()?;
+    // Not by a shell's own view of it, which is of the last in any case.
+    let of_main = container.sh("tr '\\0' '\\n' < /proc/1/environ | grep -E 'TWICE|OF_IMAGE'")?;
+    equal(
+        "of the main process",
+        "OF_IMAGE=kept\nTWICE=last",
+        of_main.trim(),
+    )?;
+    let of_exec = container.exec(&["printenv", "TWICE"])?;
+    equal("of an exec", "last", of_exec.text().trim())
 }
 
 fn args(suite: &mut Suite) -> Result<()> {
