@@ -160,20 +160,59 @@ async fn what_cannot_be_executed_is_told_as_other_runtimes_do() {
         text.ends_with("exec: \"/no/such\": stat /no/such: no such file or directory"),
         "{text}"
     );
-    // Found, but not a program: that shows at the start.
-    std::fs::write(guest.share().join("c1/rootfs/bin/junk"), "not a program").unwrap();
-    std::fs::set_permissions(
-        guest.share().join("c1/rootfs/bin/junk"),
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )
-    .unwrap();
-    bad["process"]["args"] = serde_json::json!(["junk"]);
-    guest.create("c1", &bad, Stdio::default()).await.unwrap();
-    let (_, text) = refusal(guest.run("c1", "").await);
-    assert!(text.contains("exec format error"), "{text}");
-    guest.delete("c1", "").await.unwrap();
     // Nothing is left in the way of a good one.
     assert_eq!(guest.whole("c1", &spec("exit 3")).await.status, 3);
+    guest.stop().await;
+}
+
+/// What can be found and cannot be executed: that shows only when the process runs already, and its log is where one looks.
+#[tokio::test]
+async fn a_program_that_the_kernel_refuses_ends_an_init_process_and_fails_the_start_of_an_exec() {
+    let mut guest = Guest::start().await;
+    for (name, text, reason) in [
+        ("junk", "not a program", "exec format error"),
+        ("script", "#!/no/such\n", "no such file or directory"),
+    ] {
+        for terminal in [false, true] {
+            let id = format!("{name}-{terminal}");
+            let path = guest.rootfs(&id).join("bin").join(name);
+            std::fs::write(&path, text).unwrap();
+            let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            std::fs::set_permissions(&path, executable).unwrap();
+            let mut bad = spec("");
+            bad["process"]["args"] = serde_json::json!([name]);
+            bad["process"]["terminal"] = terminal.into();
+            let (stdio, ends) = guest.stdio(false, terminal).await;
+            guest.create(&id, &bad, stdio).await.unwrap();
+            assert_ne!(guest.run(&id, "").await.unwrap(), 0);
+            let outcome = guest.outcome(&id, "", ends).await;
+            let line = format!("exec /bin/{name}: {reason}");
+            let told = if terminal {
+                (format!("{line}\r\n"), String::new())
+            } else {
+                (String::new(), format!("{line}\n"))
+            };
+            assert_eq!((outcome.stdout, outcome.stderr), told);
+            assert_eq!(outcome.status, 255);
+        }
+    }
+    guest
+        .started("c1", &spec("sleep 1000"), Stdio::default())
+        .await;
+    let junk = guest.share().join("c1/rootfs/bin/junk");
+    std::fs::copy(guest.share().join("junk-true/rootfs/bin/junk"), junk).unwrap();
+    let mut bad = shell("");
+    bad["args"] = serde_json::json!(["junk"]);
+    guest
+        .create_exec("c1", "e1", &bad, Stdio::default())
+        .await
+        .unwrap();
+    let (code, text) = refusal(guest.run("c1", "e1").await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(
+        text.ends_with("unable to start container process: exec /bin/junk: exec format error"),
+        "{text}"
+    );
     guest.stop().await;
 }
 

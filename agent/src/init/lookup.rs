@@ -15,7 +15,6 @@ use nix::{
     unistd::{AccessFlags, access},
 };
 
-use super::failure::Failure;
 use crate::spec::Process;
 
 /// Longest /etc/passwd that is read.
@@ -33,9 +32,16 @@ impl fmt::Display for NotFound {
     }
 }
 
+impl NotFound {
+    /// What is wrong, without whose start it is that fails.
+    pub fn reason(&self) -> &str {
+        &self.0
+    }
+}
+
 /// The failure of execve itself.
-pub fn exec_failure(program: &str, reason: &str) -> Failure {
-    Failure::from(NotFound(format!("exec {program}: {reason}")))
+pub fn exec_failure(program: &str, reason: &str) -> NotFound {
+    NotFound(format!("exec {program}: {reason}"))
 }
 
 /// The environment: of several entries of one name the last, with HOME from the container's passwd file if there

@@ -193,7 +193,12 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     if let Some(entry) = user_namespace {
         entry.enter()?;
     }
-    process::become_program(agent, process, spec.linux.seccomp.as_ref())
+    process::become_program(
+        agent,
+        process,
+        spec.linux.seccomp.as_ref(),
+        process::Refused::ToldOutput,
+    )
 }
 
 fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
@@ -212,5 +217,10 @@ fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
     sched::apply(process, None, None)?;
     process::set_rlimits(process)?;
     namespaces::enter_user(user_namespace)?;
-    process::become_program(agent, process, exec.seccomp.as_ref())
+    process::become_program(
+        agent,
+        process,
+        exec.seccomp.as_ref(),
+        process::Refused::ToldAgent,
+    )
 }

@@ -2,6 +2,7 @@
 use std::{
     ffi::{CString, OsStr},
     fs,
+    io::{self, Write as _},
     os::unix::ffi::OsStrExt as _,
 };
 
@@ -101,9 +102,27 @@ pub fn make_cwd(root: &Root, process: &Process) -> Result<()> {
     made.map(drop).map_err(named)
 }
 
+/// Who hears of a program that the kernel refuses to execute.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// The agent: the start of an exec fails.
+    ToldAgent,
+    /// Whoever reads the output: an init process has been started by then, as with runc, and ends with this in
+    /// its log.
+    ToldOutput,
+}
+
+/// The exit status of an init process whose program cannot be executed, as with runc.
+const NOT_EXECUTED: i32 = 255;
+
 /// The last part, in the container: checks that the program can be found, waits for the word, and
 /// becomes the program. Returns only on failure (or, quietly, when the agent is gone).
-pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp>) -> Result<()> {
+pub fn become_program(
+    agent: &Agent,
+    process: &Process,
+    profile: Option<&Seccomp>,
+    refused: Refused,
+) -> Result<()> {
     let environment = lookup::environment(process);
     let sets = caps::Sets::resolve(agent, process.capabilities.as_ref());
     let filter = profile
@@ -141,7 +160,15 @@ pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp
     }
     let Err(error) = nix::unistd::execve(&program, &args, &env);
     let shown = OsStr::from_bytes(program.to_bytes()).display().to_string();
-    Err(lookup::exec_failure(&shown, &error_text(&error.into())))
+    let failure = lookup::exec_failure(&shown, &error_text(&error.into()));
+    if refused == Refused::ToldAgent {
+        return Err(Failure::from(failure));
+    }
+    // The container's own standard error by now. Nothing is told to the agent, to which the end of its socket
+    // then means that the process was started.
+    let line = format!("{}\n", failure.reason());
+    let _ = io::stderr().write_all(line.as_bytes());
+    std::process::exit(NOT_EXECUTED);
 }
 
 fn c_strings<'a>(strings: impl Iterator<Item = &'a [u8]>) -> Result<Vec<CString>> {

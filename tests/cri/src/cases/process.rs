@@ -1,5 +1,7 @@
 //! What a container's process is given, and how its end is told.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -9,7 +11,7 @@ use k8s_cri::v1::ContainerState;
 
 use crate::client::Cri;
 use crate::container::eventually;
-use crate::node::BUSYBOX;
+use crate::node::{BUSYBOX, Directory};
 use crate::suite::{Case, SLEEP, Suite, case, smoke};
 use crate::variant;
 
@@ -36,6 +38,11 @@ pub const CASES: &[Case] = &[
         "process",
         "a missing program fails the start with its name",
         missing_program,
+    ),
+    case(
+        "process",
+        "a file that is no program is started and ends with its reason in the log",
+        no_program,
     ),
     smoke(
         "process",
@@ -187,6 +194,36 @@ fn missing_program(suite: &mut Suite) -> Result<()> {
         &format!("{error:#}"),
     )?;
     that("the pod is still ready", shared.pod.is_ready()?)
+}
+
+fn no_program(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let directory = Directory::new("no-program")?;
+    for (name, text, reason) in [
+        ("junk", "not a program", "exec format error"),
+        (
+            "script",
+            "#!/no/such/interpreter\n",
+            "no such file or directory",
+        ),
+    ] {
+        let file = directory.path.join(name);
+        fs::write(&file, text)?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
+        let (container, status) = shared
+            .pod
+            .container(name, &["/no-program"])
+            .mount_readonly(&file, "/no-program")
+            .finish()?;
+        equal("reason", "Error", status.reason.as_str())?;
+        // 255, and 1 up to runc 1.1; 128 is that of a start that has failed.
+        that(
+            &format!("its own exit code: {}", status.exit_code),
+            [1, 255].contains(&status.exit_code),
+        )?;
+        container.wait_line(&format!("exec /no-program: {reason}"))?;
+    }
+    Ok(())
 }
 
 fn graceful(suite: &mut Suite) -> Result<()> {
