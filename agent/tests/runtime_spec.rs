@@ -485,6 +485,26 @@ async fn tmpfs_limits_and_unknown_options() {
 }
 
 #[tokio::test]
+async fn what_is_to_be_read_only_is_so_when_its_contents_are_there() {
+    let mut guest = Guest::start().await;
+    let script = "for d in /t /dev; do touch $d/x 2>/dev/null || echo $d read-only; done; touch /t/v/x && echo writable
+        test -c /dev/null && echo devices; pwd";
+    let got = output(&mut guest, script, |spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts[1]["options"].as_array_mut().unwrap().push("ro".into());
+        mounts.push(json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["ro"]}));
+        mounts.push(json!({"destination": "/t/v", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}));
+        spec["process"]["cwd"] = "/t/made".into();
+    })
+    .await;
+    assert_eq!(
+        got,
+        "/t read-only\n/dev read-only\nwritable\ndevices\n/t/made\n"
+    );
+    guest.stop().await;
+}
+
+#[tokio::test]
 async fn root_and_scheduling_fields() {
     let mut guest = Guest::start().await;
     let got = output(

@@ -143,8 +143,8 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     // Before the mounts become private: a copy of a shared one hears of what is mounted below it.
     prepared.append(&mut mounts::clone_volumes(create)?);
     let container_root = root::Root::prepare(create, &ids, root_disks)?;
-    let needs_devices = mounts::mount_all(create, &container_root, prepared, (&ids, &maps))?;
-    if needs_devices {
+    let mounted = mounts::mount_all(create, &container_root, prepared, (&ids, &maps))?;
+    if mounted.needs_devices {
         devices::make(agent, &container_root, (&spec.linux, &create.given), &ids)?;
     }
     let terminal = match create.terminal {
@@ -157,6 +157,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     };
     sysctl::apply(&spec.linux.sysctl)?;
     process::make_cwd(&container_root, process)?;
+    mounted.finish()?;
     mounts::mask_paths(
         &container_root,
         &spec.linux.masked_paths,
