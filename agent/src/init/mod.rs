@@ -53,7 +53,6 @@ pub use idmap::check as check_user_namespace;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use lookup::environment;
 pub use mapped::check as check_mount_maps;
-#[cfg(any(test, feature = "fuzzing"))]
 pub use options::parse as read_options;
 pub use process::check as check_process;
 pub use seccomp::check as check_seccomp;
