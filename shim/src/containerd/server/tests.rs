@@ -458,6 +458,14 @@ async fn wrong_specs_are_refused_before_anything_is_touched() {
             r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#,
             "host network",
         ),
+        (
+            r#"{"linux":{"namespaces":[{"type":"network"},{"type":"ipc"}]}}"#,
+            "hostPID",
+        ),
+        (
+            r#"{"linux":{"namespaces":[{"type":"network"},{"type":"ipc"},{"type":"pid","path":"/proc/7/ns/pid"}]}}"#,
+            "pid namespace /proc/7/ns/pid",
+        ),
     ] {
         let request = harness.creation(spec);
         let (got, message) = code(harness.client.create(ctx(), &request).await);
@@ -471,7 +479,7 @@ async fn wrong_specs_are_refused_before_anything_is_touched() {
 #[tokio::test]
 async fn a_missing_mount_source_or_root_is_named_and_undone() {
     let harness = Harness::new(Behaviour::default()).await;
-    let spec = r#"{"linux":{"namespaces":[{"type":"network"}]},"mounts":[
+    let spec = r#"{"linux":{"namespaces":[{"type":"network"},{"type":"pid"},{"type":"ipc"}]},"mounts":[
         {"destination":"/a","type":"bind","source":"/etc","options":["ro"]},
         {"destination":"/b","type":"bind","source":"/nonexistent/b"}]}"#;
     let request = harness.creation(spec);
