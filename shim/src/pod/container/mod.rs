@@ -395,14 +395,18 @@ impl Container {
                 }
                 member.in_guest = true;
                 let early = member.process.started();
-                if init {
-                    self.mark(CONTAINER_STARTED);
-                    self.publish(TaskEvent::Start { id, pid });
+                if let Some(error) = begun.vetoed {
+                    self.fail_start(error, reply);
                 } else {
-                    let exec_id = exec_id.to_owned();
-                    self.publish(TaskEvent::ExecStarted { id, exec_id, pid });
+                    if init {
+                        self.mark(CONTAINER_STARTED);
+                        self.publish(TaskEvent::Start { id, pid });
+                    } else {
+                        let exec_id = exec_id.to_owned();
+                        self.publish(TaskEvent::ExecStarted { id, exec_id, pid });
+                    }
+                    let _ = reply.send(Ok(pid));
                 }
-                let _ = reply.send(Ok(pid));
                 if let Some(exit) = early {
                     self.exited(exec_id, exit);
                 }

@@ -1,6 +1,7 @@
 //! What each request of containerd does to a container: check the state, answer, or spawn the work.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use brig_agent_protocol::MAX_LISTED;
 use brig_agent_protocol::agent::{ContainerRef, ResizePtyRequest, SignalRequest, UpdateRequest};
@@ -97,13 +98,13 @@ impl Container {
         let (alone, hooks) = (self.alone, self.hooks.clone());
         tokio::spawn(async move {
             let init = exec.is_none();
-            let result = match exec {
+            let mut result = match exec {
                 None if alone => work::start_alone(&context, &vm, &id).await,
                 None => work::start_init(&context, &vm, &id).await,
                 Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
             };
-            if init && result.is_ok() {
-                work::hooks(&context, &id, hooks, Stage::Started, vm.pid()).await;
+            if let (true, Ok(begun)) = (init, &mut result) {
+                begun.vetoed = work::poststart(&vm, &id, hooks).await;
             }
             let _ = mailbox
                 .send(Message::Started {
@@ -116,7 +117,7 @@ impl Container {
     }
 
     /// Begins the start of a process, if its state and the container's allow it.
-    fn startable(&mut self, exec_id: &str) -> Result<std::sync::Arc<crate::guest::vm::Vm>> {
+    fn startable(&mut self, exec_id: &str) -> Result<Arc<Vm>> {
         let vm = self.vm()?;
         if !exec_id.is_empty() {
             if self.init.process.phase() != Phase::Running {
@@ -208,11 +209,11 @@ impl Container {
     }
 
     /// SIGKILL cannot be ignored: a guest that does not carry it out in time is ended itself.
-    fn doom(&mut self, vm: &std::sync::Arc<crate::guest::vm::Vm>) {
+    pub(super) fn doom(&mut self, vm: &Arc<Vm>) {
         if std::mem::replace(&mut self.doomed, true) {
             return;
         }
-        let (mailbox, vm) = (self.mailbox.clone(), std::sync::Arc::clone(vm));
+        let (mailbox, vm) = (self.mailbox.clone(), Arc::clone(vm));
         tokio::spawn(async move {
             // Of one that has ended meanwhile it is no news.
             let ended = vm.while_disks_get_on(vm.timeouts().ping, vm.ended());
@@ -237,11 +238,7 @@ impl Container {
     }
 
     /// The VM to ask, or none when there is nothing in the guest yet to be signalled.
-    fn killable(
-        &mut self,
-        exec_id: &str,
-        signal: u32,
-    ) -> Result<Option<std::sync::Arc<crate::guest::vm::Vm>>> {
+    fn killable(&mut self, exec_id: &str, signal: u32) -> Result<Option<Arc<Vm>>> {
         if !SIGNALS.contains(&signal) {
             return Err(Error::invalid(format!("{signal} is not a signal's number")));
         }
@@ -442,7 +439,7 @@ impl Container {
     }
 
     /// The VM of a container whose init process has not ended.
-    fn in_life(&self) -> Result<std::sync::Arc<crate::guest::vm::Vm>> {
+    fn in_life(&self) -> Result<Arc<Vm>> {
         let vm = self.vm()?;
         match self.init.process.phase() {
             Phase::Stopped(_) => Err(Error::not_found(format!("container {} has ended", self.id))),
@@ -548,7 +545,7 @@ impl Container {
             work::take_devices(&context, &vm, &id).await;
             work::detach(&context, &vm, &id, &attached).await;
             context.volumes.release(leases).await;
-            work::hooks(&context, &id, hooks, Stage::Stopped, vm.pid()).await;
+            work::poststop(&context, &id, hooks, vm.pid()).await;
             let _ = mailbox.send(Message::InitDeleted { reply }).await;
         });
     }
