@@ -140,7 +140,6 @@ async fn requests_that_do_not_fit_get_their_code() {
     assert_eq!(code(harness.start("").await).0, Code::NOT_FOUND);
     harness.create().await.unwrap();
     assert_eq!(code(harness.create().await).0, Code::ALREADY_EXISTS);
-    assert_eq!(code(harness.exec("e").await).0, Code::FAILED_PRECONDITION);
     harness.start("").await.unwrap();
     assert_eq!(code(harness.start("").await).0, Code::FAILED_PRECONDITION);
     assert_eq!(code(harness.delete("").await).0, Code::FAILED_PRECONDITION);
@@ -163,6 +162,7 @@ async fn requests_that_do_not_fit_get_their_code() {
     harness.kill("", 9).await.unwrap();
     harness.wait("").await.unwrap();
     assert_eq!(code(harness.kill("", 9).await).0, Code::NOT_FOUND);
+    assert_eq!(code(harness.exec("f").await).0, Code::FAILED_PRECONDITION);
     let stats = StatsRequest {
         id: "c".into(),
         ..StatsRequest::default()

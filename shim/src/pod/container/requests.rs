@@ -120,12 +120,7 @@ impl Container {
     fn startable(&mut self, exec_id: &str) -> Result<Arc<Vm>> {
         let vm = self.vm()?;
         if !exec_id.is_empty() {
-            if self.init.process.phase() != Phase::Running {
-                return Err(Error::state(format!(
-                    "container {} is not running",
-                    self.id
-                )));
-            }
+            self.takes_execs()?;
             if self.paused {
                 return Err(Error::state(format!("container {} is paused", self.id)));
             }
@@ -146,6 +141,17 @@ impl Container {
         Ok(vm)
     }
 
+    /// An exec may run in a container from its creation on, as with runc.
+    fn takes_execs(&self) -> Result<()> {
+        match self.init.process.phase() {
+            Phase::Created | Phase::Running => Ok(()),
+            _ => Err(Error::state(format!(
+                "container {} is not running",
+                self.id
+            ))),
+        }
+    }
+
     fn exec(&mut self, exec_id: String, io: Io, process: Vec<u8>) -> Result<()> {
         if exec_id.is_empty() {
             return Err(Error::invalid("an exec needs an id"));
@@ -155,12 +161,7 @@ impl Container {
                 "exec {exec_id} exists already"
             )));
         }
-        if self.init.process.phase() != Phase::Running {
-            return Err(Error::state(format!(
-                "container {} is not running",
-                self.id
-            )));
-        }
+        self.takes_execs()?;
         serde_json::from_slice::<serde::de::IgnoredAny>(&process).map_err(|error| {
             Error::invalid(format!(
                 "the process of exec {exec_id} is not JSON: {error}"
