@@ -2,8 +2,8 @@
 
 use brig_hypervisor::control::exit as control_exit;
 use containerd_shim_protos::api::{
-    CloseIORequest, ExecProcessRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest,
-    ShutdownRequest, StatsRequest, Status, UpdateTaskRequest,
+    CloseIORequest, ExecProcessRequest, PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest,
+    StatsRequest, Status, UpdateTaskRequest,
 };
 use containerd_shim_protos::shim_async::Client;
 use protobuf::well_known_types::any::Any;
@@ -15,6 +15,7 @@ mod harness;
 mod hostile;
 mod operator;
 mod pod;
+mod processes;
 mod sandbox;
 mod size;
 mod streaming;
@@ -153,12 +154,6 @@ async fn requests_that_do_not_fit_get_their_code() {
     );
     let checkpoint = harness.client.checkpoint(ctx(), &Default::default()).await;
     assert_eq!(code(checkpoint).0, Code::UNIMPLEMENTED);
-    let resize = ResizePtyRequest {
-        id: "c".into(),
-        ..ResizePtyRequest::default()
-    };
-    let resized = harness.client.resize_pty(ctx(), &resize).await;
-    assert_eq!(code(resized).0, Code::FAILED_PRECONDITION);
     harness.kill("", 9).await.unwrap();
     harness.wait("").await.unwrap();
     assert_eq!(code(harness.kill("", 9).await).0, Code::NOT_FOUND);

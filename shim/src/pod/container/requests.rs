@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use brig_agent_protocol::MAX_LISTED;
-use brig_agent_protocol::agent::{ContainerRef, ResizePtyRequest, SignalRequest, UpdateRequest};
+use brig_agent_protocol::agent::{ContainerRef, SignalRequest, UpdateRequest};
 use slog::warn;
 use tokio::sync::oneshot;
 use ttrpc::context;
 
 use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
 use crate::error::{Error, Kind, Result};
-use crate::node::hooks::Stage;
+use crate::guest::vm::Vm;
 use crate::pod::events::TaskEvent;
 use crate::pod::process::{Exit, Io, Phase};
 
@@ -91,17 +91,18 @@ impl Container {
             }
         };
         let (mailbox, context, id) = (self.mailbox.clone(), self.context.clone(), self.id.clone());
-        let exec = self
-            .execs
-            .get_mut(&exec_id)
-            .map(|member| (member.process.io.clone(), std::mem::take(&mut member.spec)));
+        let exec = self.execs.get_mut(&exec_id).map(|member| work::Asked {
+            io: member.process.io.clone(),
+            spec: std::mem::take(&mut member.spec),
+            size: member.size.take(),
+        });
         let (alone, hooks) = (self.alone, self.hooks.clone());
         tokio::spawn(async move {
             let init = exec.is_none();
             let mut result = match exec {
                 None if alone => work::start_alone(&context, &vm, &id).await,
                 None => work::start_init(&context, &vm, &id).await,
-                Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
+                Some(asked) => work::start_exec(&context, &vm, &id, &exec_id, asked).await,
             };
             if let (true, Ok(begun)) = (init, &mut result) {
                 begun.vetoed = work::poststart(&vm, &id, hooks).await;
@@ -261,48 +262,6 @@ impl Container {
             }
             _ => Ok(Some(vm)),
         }
-    }
-
-    fn resize(&mut self, exec_id: String, rows: u32, columns: u32, reply: Reply<()>) {
-        let checked = self.vm().and_then(|vm| {
-            let member = self.member(&exec_id)?;
-            if !member.process.io.terminal {
-                return Err(Error::state("a process without a terminal has no size"));
-            }
-            match member.process.phase() {
-                Phase::Stopped(_) => Err(Error::not_found("the process already finished")),
-                // An exec is sized again by its client once it runs.
-                _ if !member.in_guest => Err(Error::state("the process was not started")),
-                _ => Ok(vm),
-            }
-        });
-        let vm = match checked {
-            Ok(vm) => vm,
-            Err(error) => {
-                let _ = reply.send(Err(error));
-                return;
-            }
-        };
-        let request = ResizePtyRequest {
-            id: self.id.clone(),
-            exec_id,
-            rows,
-            columns,
-            ..ResizePtyRequest::default()
-        };
-        tokio::spawn(async move {
-            let answer = vm.agent().resize_pty(context::Context::default(), &request);
-            let _ = reply.send(vm.call("ResizePty", answer).await.map(drop));
-        });
-    }
-
-    fn close_stdin(&mut self, exec_id: &str) -> Result<()> {
-        let member = self.member(exec_id)?;
-        member.stdin_closed = true;
-        if let Some(stdio) = &mut member.stdio {
-            stdio.close_stdin();
-        }
-        Ok(())
     }
 
     fn pause(&mut self, paused: bool, reply: Reply<()>) {

@@ -23,6 +23,15 @@ pub(super) struct Begun {
     pub(super) vetoed: Option<Error>,
 }
 
+/// An exec as containerd asked for it.
+pub(super) struct Asked {
+    pub(super) io: Io,
+    /// Its process as OCI JSON.
+    pub(super) spec: Vec<u8>,
+    /// Rows and columns of its terminal, if they were told before its start.
+    pub(super) size: Option<(u32, u32)>,
+}
+
 fn process(id: &str, exec_id: &str) -> ProcessRef {
     ProcessRef {
         id: id.to_owned(),
@@ -101,15 +110,22 @@ pub(super) async fn start_exec(
     vm: &Vm,
     id: &str,
     exec_id: &str,
-    io: &Io,
-    spec: Vec<u8>,
+    asked: Asked,
 ) -> Result<Begun> {
-    let ends = Ends::open(io, &context.streams, &context.namespace, id, context.drain).await?;
-    let stdio = ends.connect(vm).await?;
+    let ends = Ends::open(
+        &asked.io,
+        &context.streams,
+        &context.namespace,
+        id,
+        context.drain,
+    )
+    .await?;
+    let mut stdio = ends.connect(vm).await?;
+    (stdio.numbers.rows, stdio.numbers.columns) = asked.size.unwrap_or_default();
     let request = CreateExecRequest {
         id: id.to_owned(),
         exec_id: exec_id.to_owned(),
-        process: spec,
+        process: asked.spec,
         stdio: Some(stdio.numbers.clone()).into(),
         ..CreateExecRequest::default()
     };
