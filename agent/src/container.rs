@@ -2,7 +2,14 @@
 //!
 //! Whatever can take long (preparing and starting processes, freezing, the removal) runs in tasks of
 //! its own that report back, so that a container can be killed while a helper hangs on a slow share.
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::SystemTime};
+mod execs;
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use brig_agent_protocol::agent;
 use tokio::sync::mpsc;
@@ -11,9 +18,10 @@ use crate::{
     cgroup::{self, Cgroup, stats, watch::Watch},
     command::{Command, Mailbox},
     context::Context,
-    control::{Exec, Instructions, Terminal},
+    control::{Instructions, Terminal},
     error::{Error, Result},
     events::exit_message,
+    exec_defaults::ExecDefaults,
     freezer::Freezer,
     given::Disks,
     huge_pages::Reservation,
@@ -35,6 +43,8 @@ pub struct Parts {
     pub dir: PathBuf,
     /// The profile for each of its processes.
     pub seccomp: Option<Seccomp>,
+    /// What its execs have from it.
+    pub exec_defaults: ExecDefaults,
     /// The maps of its user namespace; empty without one.
     pub uid_mappings: Vec<IdMapping>,
     /// See `uid_mappings`.
@@ -165,7 +175,7 @@ impl Container {
                 self.parts.cgroup.update(*resources, reply);
             }
             Command::PidNamespace { reply } => {
-                let pid = self.running_pid();
+                let pid = self.init_pid();
                 let _ = reply.send(pid.map(|pid| format!("/proc/{pid}/ns/pid").into()));
             }
             Command::Stats { reply } => {
@@ -199,103 +209,14 @@ impl Container {
             .ok_or_else(|| Error::NotFound(format!("container {id} has no exec process {exec_id}")))
     }
 
-    fn create_exec(
-        &mut self,
-        exec_id: String,
-        process: spec::Process,
-        stdio: agent::Stdio,
-        reply: Reply<()>,
-    ) {
-        let init_pid = match self.may_exec(&exec_id) {
-            Ok(pid) => pid,
-            Err(error) => {
-                let _ = reply.send(Err(error));
-                return;
-            }
-        };
-        self.serial += 1;
-        let serial = self.serial;
-        self.execs
-            .insert(exec_id.clone(), Process::preparing(serial));
-        let mut cgroups = vec![self.parts.cgroup.path().to_owned()];
-        cgroups.extend(self.context.cgroup_of(init_pid));
-        let instructions = Instructions::Exec(Box::new(Exec {
-            id: self.parts.id.clone(),
-            process,
-            seccomp: self.parts.seccomp.clone(),
-            init_pid,
-            uid_mappings: self.parts.uid_mappings.clone(),
-            gid_mappings: self.parts.gid_mappings.clone(),
-            time_namespace: self.parts.time_namespace,
-            cgroups,
-            terminal: terminal_of(&stdio),
-        }));
-        let (context, mailbox) = (Arc::clone(&self.context), self.mailbox.clone());
-        tokio::spawn(async move {
-            let result = prepare(
-                &context,
-                &instructions,
-                &stdio,
-                &mailbox,
-                (&exec_id, serial),
-            )
-            .await;
-            let _ = mailbox.send(Command::Prepared {
-                exec_id,
-                result,
-                reply,
-            });
-        });
-    }
-
-    fn may_exec(&self, exec_id: &str) -> Result<i32> {
-        let id = &self.parts.id;
-        if self.execs.contains_key(exec_id) {
-            return Err(Error::AlreadyExists(format!(
-                "container {id} already has an exec process {exec_id}"
-            )));
-        }
-        let pid = self.running_pid()?;
-        if self.freezer.is_paused() {
-            return Err(Error::FailedPrecondition(format!(
-                "container {id} is paused; resume it first"
-            )));
-        }
-        Ok(pid)
-    }
-
-    fn running_pid(&self) -> Result<i32> {
+    /// The pid of init, whose namespaces are the container's from its creation on.
+    fn init_pid(&self) -> Result<i32> {
         let pid = match self.init.phase {
-            Phase::Running => i32::try_from(self.init.pid()).ok(),
+            Phase::Created(_) | Phase::Running => i32::try_from(self.init.pid()).ok(),
             _ => None,
         };
         let id = &self.parts.id;
         pid.ok_or_else(|| Error::FailedPrecondition(format!("container {id} is not running")))
-    }
-
-    fn prepared(&mut self, exec_id: &str, result: Result<Process>, reply: Reply<()>) {
-        let outcome = match (self.execs.get_mut(exec_id), result) {
-            (Some(place), Ok(mut process)) => {
-                // It was killed, and that was heard of before this.
-                if let Phase::Stopped(exit) = place.phase {
-                    process.phase = Phase::Stopped(exit);
-                    process.tell(&self.parts.id, exec_id, exit);
-                }
-                *place = process;
-                Ok(())
-            }
-            (_, Err(error)) => {
-                self.execs.remove(exec_id);
-                Err(error)
-            }
-            (None, Ok(process)) => {
-                let _ = process.signal(libc::SIGKILL);
-                Err(Error::NotFound(format!(
-                    "exec process {exec_id} was deleted while it was set up"
-                )))
-            }
-        };
-        let _ = reply.send(outcome);
     }
 
     fn start(&mut self, exec_id: String, reply: Reply<u32>) {
@@ -499,12 +420,19 @@ impl Container {
     }
 }
 
-/// The terminal that the streams ask for.
-pub fn terminal_of(stdio: &agent::Stdio) -> Option<Terminal> {
+/// The terminal that the streams ask for, as large as they say or else the specification.
+pub fn terminal_of(stdio: &agent::Stdio, process: &spec::Process) -> Option<Terminal> {
     let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+    let (rows, columns) = match (stdio.rows, stdio.columns) {
+        (0, 0) => {
+            let wanted = process.console_size.unwrap_or_default();
+            (wanted.height, wanted.width)
+        }
+        asked => asked,
+    };
     stdio.terminal.then(|| Terminal {
-        rows: size(stdio.rows),
-        columns: size(stdio.columns),
+        rows: size(rows),
+        columns: size(columns),
     })
 }
 

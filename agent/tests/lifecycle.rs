@@ -96,11 +96,9 @@ async fn states_are_enforced_with_their_codes() {
         .unwrap();
     let again = guest.create("c1", &spec("true"), Stdio::default()).await;
     refused(again, Code::ALREADY_EXISTS);
-    // Not running yet: no exec, no pause.
-    let exec = guest
-        .create_exec("c1", "e1", &shell("true"), Stdio::default())
-        .await;
-    refused(exec, Code::FAILED_PRECONDITION);
+    // Not running yet: no pause.
+    let pause = guest.client.pause_container(ctx(), &container("c1")).await;
+    refused(pause, Code::FAILED_PRECONDITION);
     guest.run("c1", "").await.unwrap();
     refused(guest.run("c1", "").await, Code::FAILED_PRECONDITION);
     refused(guest.delete("c1", "").await, Code::FAILED_PRECONDITION);
@@ -282,6 +280,41 @@ async fn the_exits_of_execs_come_before_that_of_init() {
     let exits = guest.exits();
     assert_eq!(exits.len(), 4, "{exits:?}");
     assert_eq!(exits[3], ("c1".into(), String::new()));
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_created_container_runs_execs_in_its_namespaces() {
+    let mut guest = Guest::start().await;
+    let root = guest.rootfs("c1");
+    guest
+        .create("c1", &spec("cat /tmp/f; exit 5"), Stdio::default())
+        .await
+        .unwrap();
+    let script = "echo prepared > /tmp/f; readlink /proc/1/exe 2>/dev/null | wc -l; echo $$ | grep -vx 1 | wc -l";
+    let outcome = guest.exec("c1", "e1", &shell(script)).await;
+    // What waits there to become the program shows nothing of itself.
+    assert_eq!((outcome.stdout.as_str(), outcome.status), ("0\n1\n", 0));
+    assert_eq!(
+        std::fs::read_to_string(root.join("tmp/f")).unwrap(),
+        "prepared\n"
+    );
+    guest.run("c1", "").await.unwrap();
+    assert_eq!(guest.exit_of("c1", "").await.status, 5);
+    let late = guest
+        .create_exec("c1", "e2", &shell("true"), Stdio::default())
+        .await;
+    refused(late, Code::FAILED_PRECONDITION);
+    guest.delete("c1", "").await.unwrap();
+    // One that was never started is deleted with what runs in it.
+    guest
+        .create("c1", &spec("true"), Stdio::default())
+        .await
+        .unwrap();
+    guest
+        .started_exec("c1", "e1", &shell("sleep 1000"), Stdio::default())
+        .await;
+    assert_eq!(guest.delete("c1", "").await.unwrap().status, 137);
     guest.stop().await;
 }
 

@@ -132,7 +132,6 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     let default_process = crate::spec::Process::default();
     let process = spec.process.as_ref().unwrap_or(&default_process);
     process::set_oom_score_adj(process.oom_score_adj.unwrap_or(0))?;
-    sched::set_initial_affinity(process)?;
     let cgroups = namespaces::Cgroups::open(std::slice::from_ref(&create.cgroup))?;
     cgroups.join()?;
     namespaces::unshare_container(spec)?;
@@ -214,7 +213,8 @@ fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
     } else {
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
-    sched::apply(process, None, None)?;
+    sched::set_final_affinity(process)?;
+    sched::apply(process, exec.personality.as_ref(), None)?;
     process::set_rlimits(process)?;
     namespaces::enter_user(user_namespace)?;
     process::become_program(
