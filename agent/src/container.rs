@@ -33,6 +33,10 @@ use crate::{
     submounts::Entered,
 };
 
+/// How long the end of a container may wait for the ends of its killed execs. Shorter than what the host gives a
+/// container that it has killed.
+const LAST_EXIT_TIME: Duration = Duration::from_secs(10);
+
 /// What a container is made of, besides its processes.
 pub struct Parts {
     /// Its id.
@@ -70,6 +74,8 @@ pub struct Container {
     /// The removal is under way.
     removing: bool,
     oom_kills: u64,
+    /// The exit of init, while processes that it has left behind are dying: theirs are told before.
+    last_exit: Option<Exit>,
     /// Counts processes: the id of an exec that failed may be used again at once.
     serial: u64,
     /// Who waits for the removal of a container that was never started.
@@ -89,6 +95,7 @@ impl Container {
             freezer,
             removing: false,
             oom_kills: 0,
+            last_exit: None,
             serial: 0,
             deletion: None,
         }
@@ -181,6 +188,7 @@ impl Container {
             Command::Stats { reply } => {
                 let _ = reply.send(Ok(stats::read(self.parts.cgroup.path())));
             }
+            Command::LastExit => self.tell_last_exit(),
             Command::MemoryEvent => self.report_oom(),
             Command::Revoke { nodes } => {
                 if self.parts.disks.revoke(&nodes)
@@ -248,7 +256,6 @@ impl Container {
     }
 
     fn started(&mut self, exec_id: &str, result: Result<()>) {
-        let id = self.parts.id.clone();
         let Ok(process) = self.process(exec_id) else {
             return;
         };
@@ -263,9 +270,9 @@ impl Container {
                 let _ = reply.send(Ok(pid));
             }
             (Ok(()), Some(exit)) => {
-                process.phase = Phase::Stopped(exit);
+                let serial = process.serial;
                 let _ = reply.send(Ok(pid));
-                process.tell(&id, exec_id, exit);
+                self.exited(exec_id, serial, exit);
             }
             // Not an exit of the program: it never ran, and the caller gets the reason.
             (Err(error), early) => {
@@ -276,6 +283,7 @@ impl Container {
                     at: SystemTime::now(),
                 }));
                 let _ = reply.send(Err(error));
+                self.end_if_last();
             }
         }
     }
@@ -307,11 +315,42 @@ impl Container {
             let _ = self.parts.cgroup.kill();
         }
         slog::info!(context.logger, "process exited"; "container" => &id, "exec" => exec_id, "pid" => pid, "status" => exit.status);
-        if let (true, Some(reply)) = (is_init, self.deletion.take()) {
+        if !is_init {
+            if let Ok(process) = self.process(exec_id) {
+                process.tell(&id, exec_id, exit);
+            }
+            return self.end_if_last();
+        }
+        if let Some(reply) = self.deletion.take() {
             return self.remove(exit, reply);
         }
-        if let Ok(process) = self.process(exec_id) {
-            process.tell(&id, exec_id, exit);
+        self.last_exit = Some(exit);
+        self.end_if_last();
+        if self.last_exit.is_none() {
+            return;
+        }
+        // One that cannot be killed does not hide the end of the container for ever.
+        let mailbox = self.mailbox.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LAST_EXIT_TIME).await;
+            let _ = mailbox.send(Command::LastExit);
+        });
+    }
+
+    /// Tells the exit of init when no exec has still to end. None has, once init has ended, in a pid namespace of the
+    /// container's own.
+    fn end_if_last(&mut self) {
+        let ended =
+            |process: &Process| matches!(process.phase, Phase::Preparing | Phase::Stopped(_));
+        if self.execs.values().all(ended) {
+            self.tell_last_exit();
+        }
+    }
+
+    /// The exit of init is the last one of its container, as with runc's shim: clients forget the container with it.
+    fn tell_last_exit(&mut self) {
+        if let Some(exit) = self.last_exit.take() {
+            self.init.tell(&self.parts.id, "", exit);
         }
     }
 
@@ -370,6 +409,7 @@ impl Container {
             Ok(exit) if exec_id.is_empty() => return self.remove(exit, reply),
             Ok(exit) => {
                 self.execs.remove(exec_id);
+                self.end_if_last();
                 Ok(exit_message(pid, exit))
             }
             Err(error) => Err(error),
@@ -384,6 +424,7 @@ impl Container {
             let error = format!("container {id} is being deleted already");
             return drop(reply.send(Err(Error::FailedPrecondition(error))));
         }
+        self.tell_last_exit();
         let (cgroup, mailbox) = (self.parts.cgroup.path().to_owned(), self.mailbox.clone());
         let volumes = self.parts.volumes.take();
         tokio::spawn(async move {
