@@ -76,6 +76,8 @@ pub enum Command {
         result: Result<()>,
         reply: Reply<agent::ProcessExited>,
     },
+    /// The end of init has waited long enough for those of the container's other processes.
+    LastExit,
     /// memory.events changed.
     MemoryEvent,
     /// A device has gone, and its numbers may be another one's soon: kind and numbers of its nodes.

@@ -2,7 +2,14 @@
 //!
 //! Whatever can take long (preparing and starting processes, freezing, the removal) runs in tasks of
 //! its own that report back, so that a container can be killed while a helper hangs on a slow share.
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::SystemTime};
+mod execs;
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use brig_agent_protocol::agent;
 use tokio::sync::mpsc;
@@ -11,9 +18,10 @@ use crate::{
     cgroup::{self, Cgroup, stats, watch::Watch},
     command::{Command, Mailbox},
     context::Context,
-    control::{Exec, Instructions, Terminal},
+    control::{Instructions, Terminal},
     error::{Error, Result},
     events::exit_message,
+    exec_defaults::ExecDefaults,
     freezer::Freezer,
     given::Disks,
     huge_pages::Reservation,
@@ -25,6 +33,10 @@ use crate::{
     submounts::Entered,
 };
 
+/// How long the end of a container may wait for the ends of its killed execs. Shorter than what the host gives a
+/// container that it has killed.
+const LAST_EXIT_TIME: Duration = Duration::from_secs(10);
+
 /// What a container is made of, besides its processes.
 pub struct Parts {
     /// Its id.
@@ -35,6 +47,8 @@ pub struct Parts {
     pub dir: PathBuf,
     /// The profile for each of its processes.
     pub seccomp: Option<Seccomp>,
+    /// What its execs have from it.
+    pub exec_defaults: ExecDefaults,
     /// The maps of its user namespace; empty without one.
     pub uid_mappings: Vec<IdMapping>,
     /// See `uid_mappings`.
@@ -60,6 +74,8 @@ pub struct Container {
     /// The removal is under way.
     removing: bool,
     oom_kills: u64,
+    /// The exit of init, while processes that it has left behind are dying: theirs are told before.
+    last_exit: Option<Exit>,
     /// Counts processes: the id of an exec that failed may be used again at once.
     serial: u64,
     /// Who waits for the removal of a container that was never started.
@@ -79,6 +95,7 @@ impl Container {
             freezer,
             removing: false,
             oom_kills: 0,
+            last_exit: None,
             serial: 0,
             deletion: None,
         }
@@ -165,12 +182,13 @@ impl Container {
                 self.parts.cgroup.update(*resources, reply);
             }
             Command::PidNamespace { reply } => {
-                let pid = self.running_pid();
+                let pid = self.init_pid();
                 let _ = reply.send(pid.map(|pid| format!("/proc/{pid}/ns/pid").into()));
             }
             Command::Stats { reply } => {
                 let _ = reply.send(Ok(stats::read(self.parts.cgroup.path())));
             }
+            Command::LastExit => self.tell_last_exit(),
             Command::MemoryEvent => self.report_oom(),
             Command::Revoke { nodes } => {
                 if self.parts.disks.revoke(&nodes)
@@ -199,104 +217,14 @@ impl Container {
             .ok_or_else(|| Error::NotFound(format!("container {id} has no exec process {exec_id}")))
     }
 
-    fn create_exec(
-        &mut self,
-        exec_id: String,
-        process: spec::Process,
-        stdio: agent::Stdio,
-        reply: Reply<()>,
-    ) {
-        let init_pid = match self.may_exec(&exec_id) {
-            Ok(pid) => pid,
-            Err(error) => {
-                let _ = reply.send(Err(error));
-                return;
-            }
-        };
-        self.serial += 1;
-        let serial = self.serial;
-        self.execs
-            .insert(exec_id.clone(), Process::preparing(serial));
-        let mut cgroups = vec![self.parts.cgroup.path().to_owned()];
-        cgroups.extend(self.context.cgroup_of(init_pid));
-        let instructions = Instructions::Exec(Box::new(Exec {
-            id: self.parts.id.clone(),
-            process,
-            seccomp: self.parts.seccomp.clone(),
-            init_pid,
-            uid_mappings: self.parts.uid_mappings.clone(),
-            gid_mappings: self.parts.gid_mappings.clone(),
-            time_namespace: self.parts.time_namespace,
-            cgroups,
-            limits: self.context.limits.all(),
-            terminal: terminal_of(&stdio),
-        }));
-        let (context, mailbox) = (Arc::clone(&self.context), self.mailbox.clone());
-        tokio::spawn(async move {
-            let result = prepare(
-                &context,
-                &instructions,
-                &stdio,
-                &mailbox,
-                (&exec_id, serial),
-            )
-            .await;
-            let _ = mailbox.send(Command::Prepared {
-                exec_id,
-                result,
-                reply,
-            });
-        });
-    }
-
-    fn may_exec(&self, exec_id: &str) -> Result<i32> {
-        let id = &self.parts.id;
-        if self.execs.contains_key(exec_id) {
-            return Err(Error::AlreadyExists(format!(
-                "container {id} already has an exec process {exec_id}"
-            )));
-        }
-        let pid = self.running_pid()?;
-        if self.freezer.is_paused() {
-            return Err(Error::FailedPrecondition(format!(
-                "container {id} is paused; resume it first"
-            )));
-        }
-        Ok(pid)
-    }
-
-    fn running_pid(&self) -> Result<i32> {
+    /// The pid of init, whose namespaces are the container's from its creation on.
+    fn init_pid(&self) -> Result<i32> {
         let pid = match self.init.phase {
-            Phase::Running => i32::try_from(self.init.pid()).ok(),
+            Phase::Created(_) | Phase::Running => i32::try_from(self.init.pid()).ok(),
             _ => None,
         };
         let id = &self.parts.id;
         pid.ok_or_else(|| Error::FailedPrecondition(format!("container {id} is not running")))
-    }
-
-    fn prepared(&mut self, exec_id: &str, result: Result<Process>, reply: Reply<()>) {
-        let outcome = match (self.execs.get_mut(exec_id), result) {
-            (Some(place), Ok(mut process)) => {
-                // It was killed, and that was heard of before this.
-                if let Phase::Stopped(exit) = place.phase {
-                    process.phase = Phase::Stopped(exit);
-                    process.tell(&self.parts.id, exec_id, exit);
-                }
-                *place = process;
-                Ok(())
-            }
-            (_, Err(error)) => {
-                self.execs.remove(exec_id);
-                Err(error)
-            }
-            (None, Ok(process)) => {
-                let _ = process.signal(libc::SIGKILL);
-                Err(Error::NotFound(format!(
-                    "exec process {exec_id} was deleted while it was set up"
-                )))
-            }
-        };
-        let _ = reply.send(outcome);
     }
 
     fn start(&mut self, exec_id: String, reply: Reply<u32>) {
@@ -328,7 +256,6 @@ impl Container {
     }
 
     fn started(&mut self, exec_id: &str, result: Result<()>) {
-        let id = self.parts.id.clone();
         let Ok(process) = self.process(exec_id) else {
             return;
         };
@@ -343,9 +270,9 @@ impl Container {
                 let _ = reply.send(Ok(pid));
             }
             (Ok(()), Some(exit)) => {
-                process.phase = Phase::Stopped(exit);
+                let serial = process.serial;
                 let _ = reply.send(Ok(pid));
-                process.tell(&id, exec_id, exit);
+                self.exited(exec_id, serial, exit);
             }
             // Not an exit of the program: it never ran, and the caller gets the reason.
             (Err(error), early) => {
@@ -356,6 +283,7 @@ impl Container {
                     at: SystemTime::now(),
                 }));
                 let _ = reply.send(Err(error));
+                self.end_if_last();
             }
         }
     }
@@ -387,11 +315,42 @@ impl Container {
             let _ = self.parts.cgroup.kill();
         }
         slog::info!(context.logger, "process exited"; "container" => &id, "exec" => exec_id, "pid" => pid, "status" => exit.status);
-        if let (true, Some(reply)) = (is_init, self.deletion.take()) {
+        if !is_init {
+            if let Ok(process) = self.process(exec_id) {
+                process.tell(&id, exec_id, exit);
+            }
+            return self.end_if_last();
+        }
+        if let Some(reply) = self.deletion.take() {
             return self.remove(exit, reply);
         }
-        if let Ok(process) = self.process(exec_id) {
-            process.tell(&id, exec_id, exit);
+        self.last_exit = Some(exit);
+        self.end_if_last();
+        if self.last_exit.is_none() {
+            return;
+        }
+        // One that cannot be killed does not hide the end of the container for ever.
+        let mailbox = self.mailbox.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LAST_EXIT_TIME).await;
+            let _ = mailbox.send(Command::LastExit);
+        });
+    }
+
+    /// Tells the exit of init when no exec has still to end. None has, once init has ended, in a pid namespace of the
+    /// container's own.
+    fn end_if_last(&mut self) {
+        let ended =
+            |process: &Process| matches!(process.phase, Phase::Preparing | Phase::Stopped(_));
+        if self.execs.values().all(ended) {
+            self.tell_last_exit();
+        }
+    }
+
+    /// The exit of init is the last one of its container, as with runc's shim: clients forget the container with it.
+    fn tell_last_exit(&mut self) {
+        if let Some(exit) = self.last_exit.take() {
+            self.init.tell(&self.parts.id, "", exit);
         }
     }
 
@@ -450,6 +409,7 @@ impl Container {
             Ok(exit) if exec_id.is_empty() => return self.remove(exit, reply),
             Ok(exit) => {
                 self.execs.remove(exec_id);
+                self.end_if_last();
                 Ok(exit_message(pid, exit))
             }
             Err(error) => Err(error),
@@ -464,6 +424,7 @@ impl Container {
             let error = format!("container {id} is being deleted already");
             return drop(reply.send(Err(Error::FailedPrecondition(error))));
         }
+        self.tell_last_exit();
         let (cgroup, mailbox) = (self.parts.cgroup.path().to_owned(), self.mailbox.clone());
         let volumes = self.parts.volumes.take();
         tokio::spawn(async move {
@@ -500,12 +461,19 @@ impl Container {
     }
 }
 
-/// The terminal that the streams ask for.
-pub fn terminal_of(stdio: &agent::Stdio) -> Option<Terminal> {
+/// The terminal that the streams ask for, as large as they say or else the specification.
+pub fn terminal_of(stdio: &agent::Stdio, process: &spec::Process) -> Option<Terminal> {
     let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+    let (rows, columns) = match (stdio.rows, stdio.columns) {
+        (0, 0) => {
+            let wanted = process.console_size.unwrap_or_default();
+            (wanted.height, wanted.width)
+        }
+        asked => asked,
+    };
     stdio.terminal.then(|| Terminal {
-        rows: size(stdio.rows),
-        columns: size(stdio.columns),
+        rows: size(rows),
+        columns: size(columns),
     })
 }
 

@@ -19,7 +19,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 use crate::root_disks;
-use crate::spec::{Device, IdMapping, Process, Rlimit, Seccomp, Spec};
+use crate::spec::{Device, IdMapping, Personality, Process, Rlimit, Seccomp, Spec};
 
 /// Descriptor of the helper's end of the message socket.
 pub const CONTROL_FD: i32 = 3;
@@ -119,6 +119,8 @@ pub struct Exec {
     pub process: Process,
     /// The container's seccomp profile, which holds for each of its processes.
     pub seccomp: Option<Seccomp>,
+    /// The container's, which holds for each of its processes.
+    pub personality: Option<Personality>,
     /// Pid of the container's init process.
     pub init_pid: i32,
     /// The maps of the container's user namespace; empty without one.

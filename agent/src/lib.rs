@@ -18,6 +18,7 @@ mod detached;
 mod device_nodes;
 mod error;
 mod events;
+mod exec_defaults;
 mod file_cache;
 mod forward;
 mod freezer;

@@ -18,6 +18,7 @@ use crate::{
     context::Context,
     control::{Create, Instructions, MountSource},
     error::{Error, Result},
+    exec_defaults::ExecDefaults,
     given::{self, Given},
     huge_pages::Reservation,
     inherited, names, root_disks,
@@ -98,6 +99,7 @@ async fn build(
         id: id.clone(),
         dir,
         seccomp: spec.linux.seccomp.clone(),
+        exec_defaults: ExecDefaults::of(&spec),
         uid_mappings: spec.linux.uid_mappings.clone(),
         gid_mappings: spec.linux.gid_mappings.clone(),
         time_namespace: spec.linux.namespaces.iter().any(|n| n.kind == "time"),
@@ -106,6 +108,8 @@ async fn build(
         _huge_pages: huge_pages,
         volumes,
     };
+    let no_process = spec::Process::default();
+    let terminal = container::terminal_of(&stdio, spec.process.as_ref().unwrap_or(&no_process));
     let instructions = Instructions::Create(Box::new(Create {
         id: id.clone(),
         spec,
@@ -122,7 +126,7 @@ async fn build(
         pid_namespace,
         cgroup_root: context.places.cgroup_root.clone(),
         limits: context.limits.all(),
-        terminal: container::terminal_of(&stdio),
+        terminal,
     }));
     let (mailbox, commands) = mpsc::unbounded_channel();
     let init = match container::prepare(context, &instructions, &stdio, &mailbox, ("", 0)).await {

@@ -58,8 +58,8 @@ pub struct Process {
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct ConsoleSize {
-    pub height: u16,
-    pub width: u16,
+    pub height: u32,
+    pub width: u32,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]

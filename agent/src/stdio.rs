@@ -8,7 +8,7 @@ use std::{
     io::{self, ErrorKind},
     os::fd::{AsFd as _, OwnedFd},
     process::Stdio,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -26,14 +26,15 @@ use crate::{
     readiness,
     stream::Stream,
     streams::Streams,
+    sync::lock,
 };
 
 /// Bytes copied at a time.
 const CHUNK: usize = 32 * 1024;
 /// After `CloseStdin`, how long no byte may arrive before the pipe is closed: the request and the
-/// bytes sent before it travel on different streams.
+/// bytes sent before it travel on different streams. And how long a terminal that is to be hung up must be silent.
 const CLOSE_GRACE: Duration = Duration::from_millis(250);
-/// The most that is still copied once a process is deleted, in bytes: what a pipe holds.
+/// The most that is still copied once a process is deleted or its terminal is hung up, in bytes: what a pipe holds.
 const LAST: usize = 64 * 1024;
 /// How long the host may take to acknowledge the end of an output stream.
 const LINGER: Duration = Duration::from_secs(10);
@@ -101,11 +102,14 @@ pub struct Pumps {
     stderr: Option<pipe::Receiver>,
 }
 
+/// The master of a process's terminal; none without one, and when it was hung up.
+type Master = Arc<Mutex<Option<Arc<AsyncFd<OwnedFd>>>>>;
+
 /// What remains of a process's stdio once it runs.
 #[derive(Default)]
 pub struct Running {
     close_stdin: Arc<Notify>,
-    terminal: Option<Arc<AsyncFd<OwnedFd>>>,
+    terminal: Master,
     output_done: Option<watch::Receiver<()>>,
     /// Its end tells the copies of output that their process is deleted.
     _held: Option<watch::Sender<()>>,
@@ -165,18 +169,31 @@ impl Pumps {
                 readiness::register(master, Interest::READABLE | Interest::WRITABLE)
                     .map_err(|e| Error::io("terminal", e))?,
             );
+            *lock(&running.terminal) = Some(Arc::clone(&master));
+            let silenced = Arc::new(Notify::new());
             if let Some(stream) = self.host.stdin {
                 let (read, write) = tokio::io::split(stream);
-                tokio::spawn(stdin_to_terminal(read, write, Arc::clone(&master)));
+                let copy = stdin_to_terminal(read, write, Arc::clone(&master));
+                let (close, mut deleted) = (Arc::clone(&running.close_stdin), deleted.clone());
+                let (kept, silenced) = (Arc::clone(&running.terminal), Arc::clone(&silenced));
+                tokio::spawn(async move {
+                    copy.await;
+                    // The end of the stream alone is none of the terminal's.
+                    tokio::select! {
+                        () = close.notified() => {
+                            lock(&kept).take();
+                            silenced.notify_one();
+                        }
+                        _ = deleted.changed() => {}
+                    }
+                });
             }
             if let Some(stream) = self.host.stdout {
-                let master = Arc::clone(&master);
                 tokio::spawn(async move {
-                    terminal_to_stream(&master, stream, deleted).await;
+                    terminal_to_stream(master, stream, deleted, &silenced).await;
                     drop(done);
                 });
             }
-            running.terminal = Some(master);
             return Ok(running);
         }
         if let (Some(stream), Some(pipe)) = (self.host.stdin, self.stdin) {
@@ -202,7 +219,8 @@ impl Pumps {
 }
 
 impl Running {
-    /// Closes the process's stdin once what arrived has been written.
+    /// Closes the process's stdin once what arrived has been written. A terminal is hung up when the stream has ended
+    /// too, and what the process had written by then is still copied.
     pub fn close_stdin(&self) {
         self.close_stdin.notify_one();
     }
@@ -212,7 +230,7 @@ impl Running {
     /// # Errors
     /// `FailedPrecondition` without a terminal.
     pub fn resize(&self, rows: u32, columns: u32) -> Result<()> {
-        let Some(terminal) = &self.terminal else {
+        let Some(terminal) = lock(&self.terminal).clone() else {
             return Err(Error::FailedPrecondition(
                 "the process has no terminal to resize".into(),
             ));
@@ -364,13 +382,16 @@ async fn copy_last(pipe: &pipe::Receiver, stream: &mut Stream) -> io::Result<()>
     Ok(())
 }
 
+/// The master goes with the copy once it is `silenced`, by which the kernel hangs the terminal up.
 async fn terminal_to_stream(
-    master: &AsyncFd<OwnedFd>,
+    master: Arc<AsyncFd<OwnedFd>>,
     mut stream: Stream,
     mut deleted: watch::Receiver<()>,
+    silenced: &Notify,
 ) {
     let mut buffer = vec![0; CHUNK];
     let mut left = LAST;
+    let mut last = false;
     while left > 0 {
         let read = master.async_io(Interest::READABLE, |fd| {
             Ok(rustix::io::read(fd, &mut *buffer)?)
@@ -378,6 +399,8 @@ async fn terminal_to_stream(
         let read = tokio::select! {
             biased;
             read = read => read,
+            () = tokio::time::sleep(CLOSE_GRACE), if last => break,
+            () = silenced.notified(), if !last => { last = true; continue }
             _ = deleted.changed() => break,
         };
         // EIO is how a pty master reports that the last slave was closed.
@@ -385,7 +408,7 @@ async fn terminal_to_stream(
             Ok(0) | Err(_) => break,
             Ok(n) => {
                 // Somebody may go on writing for ever.
-                if deleted.has_changed().is_err() {
+                if last || deleted.has_changed().is_err() {
                     left = left.saturating_sub(n);
                 }
                 if stream.write_all(&buffer[..n]).await.is_err() {
@@ -394,6 +417,7 @@ async fn terminal_to_stream(
             }
         }
     }
+    drop(master);
     finish(stream).await;
 }
 

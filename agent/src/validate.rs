@@ -8,7 +8,7 @@ use crate::{
     control::MountSource,
     error::{Error, Result},
     init, names,
-    spec::{Hooks, Process, Spec},
+    spec::{Hooks, Mount, Process, Spec},
 };
 
 /// The sources of bind mounts by index into the specification's mounts.
@@ -120,6 +120,7 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
                 mount.destination
             ));
         }
+        check_bind(mount)?;
     }
     init::check_mount_maps(spec)?;
     init::check_sysctl(spec.linux.sysctl.keys())?;
@@ -127,6 +128,18 @@ fn check_spec(spec: &Spec) -> std::result::Result<(), String> {
         init::check_seccomp(seccomp)?;
     }
     Ok(())
+}
+
+/// A bind mount shows a file system that is there: what is said to the file system would change nothing.
+fn check_bind(mount: &Mount) -> std::result::Result<(), String> {
+    let options = init::read_options(&mount.options);
+    match options.of_file_system() {
+        Some(option) if options.bind.is_some() || mount.kind == "bind" => Err(format!(
+            "mounts: the option {option:?} is for a file system, and {} is a bind mount, which can have none",
+            mount.destination
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Hooks of the runtime's namespace are run by the shim, on the node.
@@ -163,6 +176,11 @@ mod tests {
     #[test]
     fn what_cannot_be_applied_is_refused_by_name() {
         assert_eq!(with(&json!({})), Ok(()));
+        let usual = [
+            json!({"destination": "/x", "type": "bind", "options": ["rbind", "rro", "rslave", "sync", "lazytime"]}),
+            json!({"destination": "/y", "type": "tmpfs", "options": ["size=1m"]}),
+        ];
+        assert_eq!(with(&json!({"mounts": usual})), Ok(()));
         for (value, word) in [
             (json!({"vm": {}}), "vm"),
             (json!({"windows": {}}), "windows"),
@@ -197,6 +215,14 @@ mod tests {
                 "SCMP_ACT_NOTIFY",
             ),
             (json!({"mounts": [{"destination": "x"}]}), "destination"),
+            (
+                json!({"mounts": [{"destination": "/x", "type": "bind", "options": ["ro", "size=1m"]}]}),
+                "\"size\"",
+            ),
+            (
+                json!({"mounts": [{"destination": "/x", "options": ["rbind", "frobnicate"]}]}),
+                "frobnicate",
+            ),
             (
                 json!({"mounts": [{"destination": "/x", "uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]}]}),
                 "uidMappings",

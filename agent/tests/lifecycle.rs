@@ -96,11 +96,9 @@ async fn states_are_enforced_with_their_codes() {
         .unwrap();
     let again = guest.create("c1", &spec("true"), Stdio::default()).await;
     refused(again, Code::ALREADY_EXISTS);
-    // Not running yet: no exec, no pause.
-    let exec = guest
-        .create_exec("c1", "e1", &shell("true"), Stdio::default())
-        .await;
-    refused(exec, Code::FAILED_PRECONDITION);
+    // Not running yet: no pause.
+    let pause = guest.client.pause_container(ctx(), &container("c1")).await;
+    refused(pause, Code::FAILED_PRECONDITION);
     guest.run("c1", "").await.unwrap();
     refused(guest.run("c1", "").await, Code::FAILED_PRECONDITION);
     refused(guest.delete("c1", "").await, Code::FAILED_PRECONDITION);
@@ -160,20 +158,59 @@ async fn what_cannot_be_executed_is_told_as_other_runtimes_do() {
         text.ends_with("exec: \"/no/such\": stat /no/such: no such file or directory"),
         "{text}"
     );
-    // Found, but not a program: that shows at the start.
-    std::fs::write(guest.share().join("c1/rootfs/bin/junk"), "not a program").unwrap();
-    std::fs::set_permissions(
-        guest.share().join("c1/rootfs/bin/junk"),
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )
-    .unwrap();
-    bad["process"]["args"] = serde_json::json!(["junk"]);
-    guest.create("c1", &bad, Stdio::default()).await.unwrap();
-    let (_, text) = refusal(guest.run("c1", "").await);
-    assert!(text.contains("exec format error"), "{text}");
-    guest.delete("c1", "").await.unwrap();
     // Nothing is left in the way of a good one.
     assert_eq!(guest.whole("c1", &spec("exit 3")).await.status, 3);
+    guest.stop().await;
+}
+
+/// What can be found and cannot be executed: that shows only when the process runs already, and its log is where one looks.
+#[tokio::test]
+async fn a_program_that_the_kernel_refuses_ends_an_init_process_and_fails_the_start_of_an_exec() {
+    let mut guest = Guest::start().await;
+    for (name, text, reason) in [
+        ("junk", "not a program", "exec format error"),
+        ("script", "#!/no/such\n", "no such file or directory"),
+    ] {
+        for terminal in [false, true] {
+            let id = format!("{name}-{terminal}");
+            let path = guest.rootfs(&id).join("bin").join(name);
+            std::fs::write(&path, text).unwrap();
+            let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            std::fs::set_permissions(&path, executable).unwrap();
+            let mut bad = spec("");
+            bad["process"]["args"] = serde_json::json!([name]);
+            bad["process"]["terminal"] = terminal.into();
+            let (stdio, ends) = guest.stdio(false, terminal).await;
+            guest.create(&id, &bad, stdio).await.unwrap();
+            assert_ne!(guest.run(&id, "").await.unwrap(), 0);
+            let outcome = guest.outcome(&id, "", ends).await;
+            let line = format!("exec /bin/{name}: {reason}");
+            let told = if terminal {
+                (format!("{line}\r\n"), String::new())
+            } else {
+                (String::new(), format!("{line}\n"))
+            };
+            assert_eq!((outcome.stdout, outcome.stderr), told);
+            assert_eq!(outcome.status, 255);
+        }
+    }
+    guest
+        .started("c1", &spec("sleep 1000"), Stdio::default())
+        .await;
+    let junk = guest.share().join("c1/rootfs/bin/junk");
+    std::fs::copy(guest.share().join("junk-true/rootfs/bin/junk"), junk).unwrap();
+    let mut bad = shell("");
+    bad["args"] = serde_json::json!(["junk"]);
+    guest
+        .create_exec("c1", "e1", &bad, Stdio::default())
+        .await
+        .unwrap();
+    let (code, text) = refusal(guest.run("c1", "e1").await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(
+        text.ends_with("unable to start container process: exec /bin/junk: exec format error"),
+        "{text}"
+    );
     guest.stop().await;
 }
 
@@ -243,6 +280,41 @@ async fn the_exits_of_execs_come_before_that_of_init() {
     let exits = guest.exits();
     assert_eq!(exits.len(), 4, "{exits:?}");
     assert_eq!(exits[3], ("c1".into(), String::new()));
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_created_container_runs_execs_in_its_namespaces() {
+    let mut guest = Guest::start().await;
+    let root = guest.rootfs("c1");
+    guest
+        .create("c1", &spec("cat /tmp/f; exit 5"), Stdio::default())
+        .await
+        .unwrap();
+    let script = "echo prepared > /tmp/f; readlink /proc/1/exe 2>/dev/null | wc -l; echo $$ | grep -vx 1 | wc -l";
+    let outcome = guest.exec("c1", "e1", &shell(script)).await;
+    // What waits there to become the program shows nothing of itself.
+    assert_eq!((outcome.stdout.as_str(), outcome.status), ("0\n1\n", 0));
+    assert_eq!(
+        std::fs::read_to_string(root.join("tmp/f")).unwrap(),
+        "prepared\n"
+    );
+    guest.run("c1", "").await.unwrap();
+    assert_eq!(guest.exit_of("c1", "").await.status, 5);
+    let late = guest
+        .create_exec("c1", "e2", &shell("true"), Stdio::default())
+        .await;
+    refused(late, Code::FAILED_PRECONDITION);
+    guest.delete("c1", "").await.unwrap();
+    // One that was never started is deleted with what runs in it.
+    guest
+        .create("c1", &spec("true"), Stdio::default())
+        .await
+        .unwrap();
+    guest
+        .started_exec("c1", "e1", &shell("sleep 1000"), Stdio::default())
+        .await;
+    assert_eq!(guest.delete("c1", "").await.unwrap().status, 137);
     guest.stop().await;
 }
 
@@ -410,6 +482,74 @@ async fn a_terminal_has_its_size_and_ends_with_its_process() {
     assert_eq!(rest, "hello\r\n50 132\r\ngot hello\r\n");
     drop(stdin);
     assert_eq!(guest.exit_of("c1", "").await.status, 0);
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_terminal_is_as_large_as_the_specification_says_unless_the_streams_do() {
+    let mut guest = Guest::start().await;
+    let sized = |process: &mut serde_json::Value| {
+        process["terminal"] = true.into();
+        process["consoleSize"] = serde_json::json!({"height": 31, "width": 101});
+    };
+    guest.rootfs("c1");
+    let mut init = spec("stty size; sleep 1000");
+    sized(&mut init["process"]);
+    let (stdio, mut ends) = guest.stdio(false, true).await;
+    guest.create("c1", &init, stdio).await.unwrap();
+    guest.run("c1", "").await.unwrap();
+    ends.said("31 101\r\n").await;
+    let mut process = shell("stty size");
+    sized(&mut process);
+    for (id, asked, told) in [("e1", (0, 0), "31 101\r\n"), ("e2", (20, 70), "20 70\r\n")] {
+        let (mut stdio, ends) = guest.stdio(false, true).await;
+        (stdio.rows, stdio.columns) = asked;
+        guest.started_exec("c1", id, &process, stdio).await;
+        assert_eq!(guest.outcome("c1", id, ends).await.stdout, told);
+    }
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn a_terminal_is_hung_up_when_its_input_was_closed_and_has_ended() {
+    let mut guest = Guest::start().await;
+    guest
+        .started("c1", &spec("sleep 1000"), Stdio::default())
+        .await;
+    let (stdio, mut ends) = guest.stdio(true, true).await;
+    let mut process = shell("exec cat");
+    process["terminal"] = true.into();
+    guest.started_exec("c1", "e1", &process, stdio).await;
+    let mut stdin = ends.stdin.take().unwrap();
+    stdin.write_all(b"first\n").await.unwrap();
+    // Its echo, and what cat says.
+    ends.said("first\r\nfirst\r\n").await;
+    // Neither of the two alone.
+    guest
+        .client
+        .close_stdin(ctx(), &reference("c1", "e1"))
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    stdin.write_all(b"second\n").await.unwrap();
+    stdin.shutdown().await.unwrap();
+    let outcome = guest.outcome("c1", "e1", ends).await;
+    assert_eq!(outcome.stdout, "second\r\nsecond\r\n");
+    assert_eq!(outcome.status, 128 + 1);
+    let (stdio, mut ends) = guest.stdio(true, true).await;
+    guest.started_exec("c1", "e2", &process, stdio).await;
+    ends.stdin.take().unwrap().shutdown().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let size = ResizePtyRequest {
+        id: "c1".into(),
+        exec_id: "e2".into(),
+        rows: 50,
+        columns: 132,
+        ..Default::default()
+    };
+    guest.client.resize_pty(ctx(), &size).await.unwrap();
+    guest.kill("c1", "e2", libc::SIGTERM, false).await.unwrap();
+    assert_eq!(guest.exit_of("c1", "e2").await.status, 128 + 15);
     guest.stop().await;
 }
 

@@ -73,6 +73,26 @@ async fn containers_share_a_pid_namespace_when_the_spec_names_one() {
     guest.stop().await;
 }
 
+/// In a pid namespace of its own the kernel sees to that.
+#[tokio::test]
+async fn the_exit_of_init_is_the_last_one_in_a_shared_pid_namespace_too() {
+    let mut guest = Guest::start().await;
+    let mut shared = spec("sleep 1000");
+    shared["linux"]["namespaces"][0]["path"] = "/proc/123/ns/pid".into();
+    guest.started("c1", &shared, Stdio::default()).await;
+    for exec in ["e1", "e2", "e3"] {
+        guest
+            .started_exec("c1", exec, &shell("sleep 1000"), Stdio::default())
+            .await;
+    }
+    guest.kill("c1", "", libc::SIGKILL, false).await.unwrap();
+    assert_eq!(guest.exit_of("c1", "").await.status, 137);
+    let exits = guest.exits();
+    assert_eq!(exits.len(), 4, "{exits:?}");
+    assert_eq!(exits[3], ("c1".into(), String::new()));
+    guest.stop().await;
+}
+
 #[tokio::test]
 async fn a_container_may_join_the_pid_namespace_of_another_one() {
     let mut guest = Guest::start().await;

@@ -166,6 +166,12 @@ async fn user_groups_umask_home_and_working_directory() {
     })
     .await;
     assert_eq!(got, "0022\n/x b\n");
+    // A shell would keep one of them by itself.
+    let got = output(&mut guest, "cat /proc/1/environ | tr '\\0' '\\n'", |spec| {
+        spec["process"]["env"] = json!(["TWICE=first", "PATH=/bin", "HOME=/x", "TWICE=last"]);
+    })
+    .await;
+    assert_eq!(got, "PATH=/bin\nHOME=/x\nTWICE=last\n");
     guest.stop().await;
 }
 
@@ -479,6 +485,26 @@ async fn tmpfs_limits_and_unknown_options() {
 }
 
 #[tokio::test]
+async fn what_is_to_be_read_only_is_so_when_its_contents_are_there() {
+    let mut guest = Guest::start().await;
+    let script = "for d in /t /dev; do touch $d/x 2>/dev/null || echo $d read-only; done; touch /t/v/x && echo writable
+        test -c /dev/null && echo devices; pwd";
+    let got = output(&mut guest, script, |spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts[1]["options"].as_array_mut().unwrap().push("ro".into());
+        mounts.push(json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["ro"]}));
+        mounts.push(json!({"destination": "/t/v", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}));
+        spec["process"]["cwd"] = "/t/made".into();
+    })
+    .await;
+    assert_eq!(
+        got,
+        "/t read-only\n/dev read-only\nwritable\ndevices\n/t/made\n"
+    );
+    guest.stop().await;
+}
+
+#[tokio::test]
 async fn root_and_scheduling_fields() {
     let mut guest = Guest::start().await;
     let got = output(
@@ -490,14 +516,50 @@ async fn root_and_scheduling_fields() {
     )
     .await;
     assert_eq!(got, "root read-only\ntmpfs writable\n");
-    let got = output(&mut guest, "awk '{print $19}' /proc/self/stat; uname -m; grep Cpus_allowed_list /proc/self/status | cut -f2; ionice -p $$", |spec| {
-        spec["process"]["scheduler"] = json!({"policy": "SCHED_OTHER", "nice": 7});
-        spec["process"]["execCPUAffinity"] = json!({"initial": "0-1", "final": "0"});
-        spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
-        spec["linux"]["personality"] = json!({"domain": "LINUX32"});
-    })
+    let got = output(
+        &mut guest,
+        "awk '{print $19}' /proc/self/stat; uname -m; ionice -p $$",
+        |spec| {
+            spec["process"]["scheduler"] = json!({"policy": "SCHED_OTHER", "nice": 7});
+            spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+            spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+        },
+    )
     .await;
-    assert_eq!(got, "7\ni686\n0\nbest-effort: prio 6\n");
+    assert_eq!(got, "7\ni686\nbest-effort: prio 6\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn an_exec_has_from_its_container_what_it_does_not_say_itself() {
+    let mut guest = Guest::start().await;
+    let affinity = "grep Cpus_allowed_list /proc/self/status | cut -f2";
+    let mut init = spec(&format!("{affinity}; sleep 1000"));
+    init["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200}]);
+    init["process"]["oomScoreAdj"] = 500.into();
+    init["process"]["execCPUAffinity"] = json!({"initial": "0-1", "final": "0"});
+    init["linux"]["personality"] = json!({"domain": "LINUX32"});
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest.started("c1", &init, stdio).await;
+    // The affinity is for execs alone.
+    let own = fields(&fs::read_to_string("/proc/self/status").unwrap());
+    ends.said(&format!("{}\n", own["Cpus_allowed_list"])).await;
+    let script = format!(
+        "uname -m; ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj; {affinity}; grep CapBnd /proc/self/status | cut -f2"
+    );
+    let mut process = shell(&script);
+    process.as_object_mut().unwrap().remove("capabilities");
+    let outcome = guest.exec("c1", "e1", &process).await;
+    // containerd's default capabilities.
+    let expected = "i686\n100\n200\n500\n0\n00000000a80425fb\n";
+    assert_eq!(outcome.stdout, expected, "{}", outcome.stderr);
+    process["capabilities"] = json!({});
+    process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 50, "hard": 60}]);
+    process["oomScoreAdj"] = 600.into();
+    process["execCPUAffinity"] = json!({"final": "1"});
+    let outcome = guest.exec("c1", "e2", &process).await;
+    let expected = "i686\n50\n60\n600\n1\n0000000000000000\n";
+    assert_eq!(outcome.stdout, expected, "{}", outcome.stderr);
     guest.stop().await;
 }
 

@@ -140,7 +140,10 @@ pub fn plan(resources: &Resources) -> Result<Writes> {
         {
             return Err(unsupported("unified", file));
         }
-        put(&mut writes, file, value.clone());
+        // The kernel takes one line at a time of what is kept for each device.
+        for line in value.lines().filter(|line| !line.is_empty()) {
+            put(&mut writes, file, line.to_owned());
+        }
     }
     Ok(writes)
 }
@@ -174,6 +177,8 @@ fn plan_memory(memory: &Memory, writes: &mut Writes) -> Result<()> {
         // v1 counts memory and swap together, v2 apart.
         let value = match memory.limit {
             _ if swap < 0 => "max".to_owned(),
+            // Nothing to take off.
+            Some(limit) if limit < 0 => swap.to_string(),
             Some(limit) if limit > 0 && swap >= limit => (swap - limit).to_string(),
             _ => {
                 return Err(Error::InvalidArgument(format!(
@@ -233,9 +238,18 @@ fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
     Ok(())
 }
 
-/// cpu.weight of cgroup v1 shares: 2..=262144 onto 1..=10000, the mapping Kubernetes documents.
-fn weight_of_shares(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+/// The most that `cpu.weight` takes.
+const MAX_WEIGHT: u32 = 10_000;
+
+/// cpu.weight of cgroup v1 shares: 2..=262144 onto 1..=10000, so that the default of the one, 1024, is that of the
+/// other, 100. runc's formula from 1.3.2 on.
+fn weight_of_shares(shares: u64) -> u32 {
+    let shares = u32::try_from(shares).unwrap_or(u32::MAX);
+    let log = f64::from(shares.clamp(2, 262_144)).log2();
+    let weight = 10_f64.powf((log * log + 125.0 * log) / 612.0 - 7.0 / 34.0);
+    // Rounded up.
+    let reaches = |candidate: &u32| f64::from(*candidate) >= weight;
+    (1..MAX_WEIGHT).find(reaches).unwrap_or(MAX_WEIGHT)
 }
 
 fn plan_block_io(block_io: &BlockIo, writes: &mut Writes) -> Result<()> {
@@ -321,7 +335,7 @@ mod tests {
                 "memory.swap.max=33554432",
                 "memory.max=67108864",
                 "memory.low=1048576",
-                "cpu.weight=39",
+                "cpu.weight=100",
                 "cpu.max=50000 100000",
                 "cpuset.cpus=0-1",
                 "cpuset.mems=0",
@@ -369,9 +383,18 @@ mod tests {
 
     #[test]
     fn shares_cover_the_whole_range() {
-        assert_eq!(weight_of_shares(0), 1);
-        assert_eq!(weight_of_shares(2), 1);
-        assert_eq!(weight_of_shares(262_144), 10_000);
+        for (shares, weight) in [
+            (0, 1),
+            (2, 1),
+            (3, 2),
+            (102, 17),
+            (512, 59),
+            (1024, 100),
+            (2048, 174),
+            (262_144, 10_000),
+        ] {
+            assert_eq!(weight_of_shares(shares), weight, "{shares}");
+        }
         assert_eq!(weight_of_shares(u64::MAX), 10_000);
     }
 
@@ -389,6 +412,25 @@ mod tests {
                 "io.max=8:0 wiops=7"
             ]
         );
+    }
+
+    #[test]
+    fn a_value_of_several_lines_is_written_line_by_line() {
+        let got = planned(json!({"unified": {
+            "io.max": "8:0 rbps=1\n8:16 rbps=2\n", "memory.high": "7"}}));
+        assert_eq!(
+            got,
+            ["io.max=8:0 rbps=1", "io.max=8:16 rbps=2", "memory.high=7"]
+        );
+    }
+
+    #[test]
+    fn swap_beside_memory_without_a_limit_is_taken_as_it_is() {
+        assert_eq!(
+            planned(json!({"memory": {"limit": -1, "swap": 4096}})),
+            ["memory.swap.max=4096", "memory.max=max"]
+        );
+        assert!(refused(json!({"memory": {"swap": 4096}})).contains("swap"));
     }
 
     #[test]

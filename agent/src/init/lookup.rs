@@ -1,10 +1,11 @@
 //! Finding the program and the home directory, in the container, with the words users know from
 //! other runtimes.
 use std::{
+    collections::HashSet,
     ffi::{CString, OsString},
     fmt,
     fs::File,
-    io::{BufReader, Read as _},
+    io::Read as _,
     os::unix::{ffi::OsStringExt as _, fs::OpenOptionsExt as _},
 };
 
@@ -14,7 +15,6 @@ use nix::{
     unistd::{AccessFlags, access},
 };
 
-use super::failure::Failure;
 use crate::spec::Process;
 
 /// Longest /etc/passwd that is read.
@@ -32,24 +32,48 @@ impl fmt::Display for NotFound {
     }
 }
 
-/// The failure of execve itself.
-pub fn exec_failure(program: &str, reason: &str) -> Failure {
-    Failure::from(NotFound(format!("exec {program}: {reason}")))
+impl NotFound {
+    /// What is wrong, without whose start it is that fails.
+    pub fn reason(&self) -> &str {
+        &self.0
+    }
 }
 
-/// The environment, with HOME from the container's passwd file if there is none.
+/// The failure of execve itself.
+pub fn exec_failure(program: &str, reason: &str) -> NotFound {
+    NotFound(format!("exec {program}: {reason}"))
+}
+
+/// The environment: of several entries of one name the last, with HOME from the container's passwd file if there
+/// is none. containerd writes what the image has and what the pod has one after the other, and most programs that
+/// find both read the first.
 pub fn environment(process: &Process) -> Vec<String> {
-    let mut env: Vec<String> = process.env.clone();
+    let mut env = last_of_each(&process.env);
     if !env
         .iter()
         .any(|v| v.strip_prefix("HOME=").is_some_and(|home| !home.is_empty()))
     {
         env.retain(|v| !v.starts_with("HOME="));
-        let home = open_passwd("/etc/passwd")
-            .and_then(|f| home_of(BufReader::new(f.take(MAX_PASSWD)), process.user.uid));
+        let home = open_passwd("/etc/passwd").and_then(|f| {
+            let mut passwd = Vec::new();
+            f.take(MAX_PASSWD).read_to_end(&mut passwd).ok()?;
+            home_of(&passwd, process.user.uid)
+        });
         env.push(format!("HOME={}", home.unwrap_or_else(|| "/".into())));
     }
     env
+}
+
+fn last_of_each(env: &[String]) -> Vec<String> {
+    let mut seen = HashSet::new();
+    let mut kept: Vec<String> = env
+        .iter()
+        .rev()
+        .filter(|entry| seen.insert(entry.split('=').next()))
+        .cloned()
+        .collect();
+    kept.reverse();
+    kept
 }
 
 /// The image may have anything there: a FIFO would hold the helper up, and a device is better not opened.
@@ -69,13 +93,19 @@ fn file_type(found: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT
 }
 
-fn home_of(passwd: impl std::io::BufRead, uid: u32) -> Option<String> {
-    passwd.lines().map_while(Result::ok).find_map(|line| {
-        let mut fields = line.split(':');
-        let same = fields.nth(2)?.parse() == Ok(uid);
+/// The home of the first line of this user, as it is there. The file is the image's: its lines are bytes in no
+/// particular encoding.
+fn home_of(passwd: &[u8], uid: u32) -> Option<String> {
+    let mut lines = passwd.split(|byte| *byte == b'\n');
+    let home = lines.find_map(|line| {
+        let mut fields = line.trim_ascii().split(|byte| *byte == b':');
+        let same = str::from_utf8(fields.nth(2)?).ok()?.parse() == Ok(uid);
         let home = fields.nth(2)?;
-        (same && home.starts_with('/')).then(|| home.to_owned())
-    })
+        same.then_some(home)
+    })?;
+    // An empty one counts as none, as in the environment.
+    let home = str::from_utf8(home).ok()?;
+    (!home.is_empty()).then(|| home.to_owned())
 }
 
 /// The path of `args[0]`, searched in PATH of the process's own environment.
@@ -90,10 +120,8 @@ pub fn program(process: &Process, env: &[String]) -> Result<CString, NotFound> {
             Err(error) => Err(bad(&error.desc().to_lowercase())),
         };
     }
-    // The last PATH counts, as in execvpe of a duplicated environment.
     let path = env
         .iter()
-        .rev()
         .find_map(|v| v.strip_prefix("PATH="))
         .unwrap_or(DEFAULT_PATH);
     let mut denied = false;
@@ -171,11 +199,44 @@ mod tests {
 
     #[test]
     fn home_comes_from_passwd_by_uid() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbad\nweb:x:33:33::/var/www:/bin/false\nrel:x:7:7::rel:/\n";
-        assert_eq!(home_of(passwd.as_bytes(), 33).as_deref(), Some("/var/www"));
-        assert_eq!(home_of(passwd.as_bytes(), 0).as_deref(), Some("/root"));
-        assert_eq!(home_of(passwd.as_bytes(), 7), None);
-        assert_eq!(home_of(passwd.as_bytes(), 5), None);
+        let passwd = b"root:x:0:0:root:/root:/bin/sh\nbad\nweb:x:33:33::/var/www:/bin/false\n\
+            rel:x:7:7::rel:/\nnone:x:8:8:::/\n web:x:33:33::/second:\n";
+        assert_eq!(home_of(passwd, 33).as_deref(), Some("/var/www"));
+        assert_eq!(home_of(passwd, 0).as_deref(), Some("/root"));
+        assert_eq!(home_of(passwd, 7).as_deref(), Some("rel"));
+        assert_eq!(home_of(passwd, 8), None);
+        assert_eq!(home_of(passwd, 5), None);
+    }
+
+    #[test]
+    fn a_line_that_is_not_utf8_hides_no_user_behind_it() {
+        let passwd = b"x:x:5:5:Jos\xe9:/x:\nweb:x:33:33::/var/www:\n";
+        assert_eq!(home_of(passwd, 5).as_deref(), Some("/x"));
+        assert_eq!(home_of(passwd, 33).as_deref(), Some("/var/www"));
+    }
+
+    #[test]
+    fn of_several_entries_of_one_name_the_last_counts() {
+        let of = |env: &[&str]| {
+            environment(&Process {
+                env: env.iter().map(|entry| (*entry).to_owned()).collect(),
+                ..Process::default()
+            })
+        };
+        assert_eq!(
+            of(&["HOME=/h", "A=1", "B=2", "A=3"]),
+            ["HOME=/h", "B=2", "A=3"]
+        );
+        assert_eq!(of(&["A=1", "HOME=/h", "A="]), ["HOME=/h", "A="]);
+        // A name is not its beginning.
+        assert_eq!(of(&["HOME=/h", "A=1", "AB=2"]), ["HOME=/h", "A=1", "AB=2"]);
+        assert!(!of(&["HOME=/x", "HOME="]).contains(&"HOME=/x".to_owned()));
+        let process = Process {
+            args: vec!["sh".into()],
+            ..Process::default()
+        };
+        assert!(program(&process, &of(&["PATH=/bin", "PATH=/nope"])).is_err());
+        assert!(program(&process, &of(&["PATH=/nope", "PATH=/bin"])).is_ok());
     }
 
     #[test]

@@ -53,7 +53,6 @@ pub use idmap::check as check_user_namespace;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use lookup::environment;
 pub use mapped::check as check_mount_maps;
-#[cfg(any(test, feature = "fuzzing"))]
 pub use options::parse as read_options;
 pub use process::check as check_process;
 pub use process::is_resource;
@@ -134,7 +133,6 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     let default_process = crate::spec::Process::default();
     let process = spec.process.as_ref().unwrap_or(&default_process);
     process::set_oom_score_adj(process.oom_score_adj.unwrap_or(0))?;
-    sched::set_initial_affinity(process)?;
     let cgroups = namespaces::Cgroups::open(std::slice::from_ref(&create.cgroup))?;
     cgroups.join()?;
     namespaces::unshare_container(spec)?;
@@ -144,8 +142,8 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     // Before the mounts become private: a copy of a shared one hears of what is mounted below it.
     prepared.append(&mut mounts::clone_volumes(create)?);
     let container_root = root::Root::prepare(create, &ids, root_disks)?;
-    let needs_devices = mounts::mount_all(create, &container_root, prepared, (&ids, &maps))?;
-    if needs_devices {
+    let mounted = mounts::mount_all(create, &container_root, prepared, (&ids, &maps))?;
+    if mounted.needs_devices {
         devices::make(agent, &container_root, (&spec.linux, &create.given), &ids)?;
     }
     let terminal = match create.terminal {
@@ -158,6 +156,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     };
     sysctl::apply(&spec.linux.sysctl)?;
     process::make_cwd(&container_root, process)?;
+    mounted.finish()?;
     mounts::mask_paths(
         &container_root,
         &spec.linux.masked_paths,
@@ -194,7 +193,12 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     if let Some(entry) = user_namespace {
         entry.enter()?;
     }
-    process::become_program(agent, process, spec.linux.seccomp.as_ref())
+    process::become_program(
+        agent,
+        process,
+        spec.linux.seccomp.as_ref(),
+        process::Refused::ToldOutput,
+    )
 }
 
 fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
@@ -210,8 +214,14 @@ fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
     } else {
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
-    sched::apply(process, None, None)?;
+    sched::set_final_affinity(process)?;
+    sched::apply(process, exec.personality.as_ref(), None)?;
     process::set_rlimits(&exec.limits, process)?;
     namespaces::enter_user(user_namespace)?;
-    process::become_program(agent, process, exec.seccomp.as_ref())
+    process::become_program(
+        agent,
+        process,
+        exec.seccomp.as_ref(),
+        process::Refused::ToldAgent,
+    )
 }

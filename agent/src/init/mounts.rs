@@ -61,20 +61,45 @@ pub fn clone_volumes(create: &Create) -> Result<BTreeMap<u32, OwnedFd>> {
     Ok(volumes)
 }
 
+/// What is left to be done when every mount is there.
+pub struct Mounted {
+    /// The helper has to fill /dev: not when the container brings one of its own.
+    pub needs_devices: bool,
+    /// File systems in which something may be made until then: places of later mounts, devices, the working
+    /// directory.
+    readonly: Vec<OwnedFd>,
+}
+
+impl Mounted {
+    /// Makes those read-only that are to be, as runc does, when nothing of the container is made any more.
+    pub fn finish(self) -> Result<()> {
+        let change = Change {
+            set: libc::MOUNT_ATTR_RDONLY,
+            ..Change::default()
+        };
+        for tree in self.readonly {
+            mount_attr::apply(tree.as_fd(), &change, false).during("mount options")?;
+        }
+        Ok(())
+    }
+}
+
 /// Makes every mount of the specification, in order; `prepared` are those that were made before, detached, by index.
-/// The answer is whether the helper has to fill /dev: not when the container brings one of its own.
 pub fn mount_all(
     create: &Create,
     root: &Root,
     mut prepared: BTreeMap<u32, OwnedFd>,
     (ids, maps): (&Ids, &Maps),
-) -> Result<bool> {
-    let mut needs_devices = true;
+) -> Result<Mounted> {
+    let mut mounted = Mounted {
+        needs_devices: true,
+        readonly: Vec::new(),
+    };
     for (index, mount) in create.spec.mounts.iter().enumerate() {
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         let source = create.mount_sources.get(&index);
         let prepared = prepared.remove(&index);
-        let bind = mount_one(
+        let (bind, readonly_later) = mount_one(
             create,
             root,
             (index, mount),
@@ -87,20 +112,24 @@ pub fn mount_all(
                 mount.kind, mount.destination
             ))
         })?;
-        if bind && matches!(mount.destination.trim_end_matches('/'), "/dev") {
-            needs_devices = false;
-        }
+        mounted.needs_devices &= !(bind && is_dev(mount));
+        mounted.readonly.extend(readonly_later);
     }
-    Ok(needs_devices)
+    Ok(mounted)
 }
 
+fn is_dev(mount: &Mount) -> bool {
+    mount.destination.trim_end_matches('/') == "/dev"
+}
+
+/// The answer is whether it is a bind mount, and the tree if it has still to be made read-only.
 fn mount_one(
     create: &Create,
     root: &Root,
     (index, mount): (u32, &Mount),
     (source, prepared): (Option<&MountSource>, Option<OwnedFd>),
     (ids, maps): (&Ids, &Maps),
-) -> Result<bool> {
+) -> Result<(bool, Option<OwnedFd>)> {
     let mut options = options::parse(&mount.options);
     map_owner(&mount.kind, &mut options, ids)?;
     let bind = is_bind(mount, &options, source);
@@ -126,6 +155,10 @@ fn mount_one(
         ..
     }) = source
     {
+        options.own.set &= !libc::MOUNT_ATTR_RDONLY;
+    }
+    let later = !bind && options.readonly && (mount.kind == "tmpfs" || is_dev(mount));
+    if later {
         options.own.set &= !libc::MOUNT_ATTR_RDONLY;
     }
     mount_attr::apply(tree.as_fd(), &options.own, false).during("mount options")?;
@@ -155,7 +188,7 @@ fn mount_one(
         mount_attr::apply(tree.as_fd(), &change, propagation.recursive)
             .during("mount propagation")?;
     }
-    Ok(bind)
+    Ok((bind, later.then_some(tree)))
 }
 
 fn is_bind(mount: &Mount, options: &Options, source: Option<&MountSource>) -> bool {

@@ -92,6 +92,33 @@ fn apply(change: &mut Change, attr: &Attr) {
     }
 }
 
+/// What mount(8) says of a file system, and of a bind mount too, where it changes nothing.
+const OF_EVERY_MOUNT: [&str; 15] = [
+    "acl",
+    "async",
+    "dirsync",
+    "iversion",
+    "lazytime",
+    "loud",
+    "mand",
+    "noacl",
+    "noiversion",
+    "nolazytime",
+    "nomand",
+    "norelatime",
+    "remount",
+    "silent",
+    "sync",
+];
+
+impl Options {
+    /// The first option that only a new file system could be given.
+    pub fn of_file_system(&self) -> Option<&str> {
+        let mut names = self.data.iter().map(|(name, _)| name.as_str());
+        names.find(|name| !OF_EVERY_MOUNT.contains(name))
+    }
+}
+
 /// Sorts the options of a mount.
 pub fn parse(options: &[String]) -> Options {
     let mut parsed = Options::default();

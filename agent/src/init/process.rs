@@ -2,6 +2,7 @@
 use std::{
     ffi::{CString, OsStr},
     fs,
+    io::{self, Write as _},
     os::unix::ffi::OsStrExt as _,
 };
 
@@ -36,6 +37,10 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
     if !process.command_line.is_empty() || !process.user.username.is_empty() {
         return Err("process.commandLine and process.user.username are for Windows".into());
     }
+    if process.args.iter().any(|arg| arg.contains('\0')) {
+        return Err("process.args: an argument contains a NUL byte".into());
+    }
+    check_environment(&process.env)?;
     if let Some(limit) = process
         .rlimits
         .iter()
@@ -47,6 +52,20 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
         ));
     }
     super::sched::check(process)
+}
+
+/// Values may be secrets: an entry is told by its place and its name.
+fn check_environment(env: &[String]) -> std::result::Result<(), String> {
+    for (index, entry) in env.iter().enumerate() {
+        let why = match entry.split_once('=') {
+            None => "has no \"=\"".to_owned(),
+            Some(("", _)) => "has no name before its \"=\"".to_owned(),
+            Some((name, _)) if entry.contains('\0') => format!("({name:?}) contains a NUL byte"),
+            Some(_) => continue,
+        };
+        return Err(format!("process.env[{index}] {why}"));
+    }
+    Ok(())
 }
 
 /// A session and a keyring of its own.
@@ -83,9 +102,27 @@ pub fn make_cwd(root: &Root, process: &Process) -> Result<()> {
     made.map(drop).map_err(named)
 }
 
+/// Who hears of a program that the kernel refuses to execute.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// The agent: the start of an exec fails.
+    ToldAgent,
+    /// Whoever reads the output: an init process has been started by then, as with runc, and ends with this in
+    /// its log.
+    ToldOutput,
+}
+
+/// The exit status of an init process whose program cannot be executed, as with runc.
+const NOT_EXECUTED: i32 = 255;
+
 /// The last part, in the container: checks that the program can be found, waits for the word, and
 /// becomes the program. Returns only on failure (or, quietly, when the agent is gone).
-pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp>) -> Result<()> {
+pub fn become_program(
+    agent: &Agent,
+    process: &Process,
+    profile: Option<&Seccomp>,
+    refused: Refused,
+) -> Result<()> {
     let environment = lookup::environment(process);
     let sets = caps::Sets::resolve(agent, process.capabilities.as_ref());
     let filter = profile
@@ -123,7 +160,15 @@ pub fn become_program(agent: &Agent, process: &Process, profile: Option<&Seccomp
     }
     let Err(error) = nix::unistd::execve(&program, &args, &env);
     let shown = OsStr::from_bytes(program.to_bytes()).display().to_string();
-    Err(lookup::exec_failure(&shown, &error_text(&error.into())))
+    let failure = lookup::exec_failure(&shown, &error_text(&error.into()));
+    if refused == Refused::ToldAgent {
+        return Err(Failure::from(failure));
+    }
+    // The container's own standard error by now. Nothing is told to the agent, to which the end of its socket
+    // then means that the process was started.
+    let line = format!("{}\n", failure.reason());
+    let _ = io::stderr().write_all(line.as_bytes());
+    std::process::exit(NOT_EXECUTED);
 }
 
 fn c_strings<'a>(strings: impl Iterator<Item = &'a [u8]>) -> Result<Vec<CString>> {
@@ -257,6 +302,22 @@ mod tests {
             (
                 serde_json::json!({"args": ["x"], "cwd": "/", "user": {"username": "u"}}),
                 "username",
+            ),
+            (
+                serde_json::json!({"args": ["x", "a\u{0}b"], "cwd": "/"}),
+                "args",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "env": ["A=b", "FOO"]}),
+                "process.env[1] has no \"=\"",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "env": ["=b"]}),
+                "process.env[0] has no name",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "env": ["A=b\u{0}"]}),
+                "process.env[0] (\"A\") contains a NUL",
             ),
         ] {
             assert!(check(&process(value)).unwrap_err().contains(field));

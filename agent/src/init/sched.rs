@@ -24,10 +24,18 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// `execCPUAffinity.initial`: before the cgroup is joined.
+/// `execCPUAffinity.initial`: before the cgroup is joined. Of an exec: it is not for a container's init process.
 pub fn set_initial_affinity(process: &Process) -> Result<()> {
     match &process.exec_cpu_affinity {
         Some(affinity) => set_affinity(&affinity.initial),
+        None => Ok(()),
+    }
+}
+
+/// `execCPUAffinity.final`: in the container's cgroup.
+pub fn set_final_affinity(process: &Process) -> Result<()> {
+    match &process.exec_cpu_affinity {
+        Some(affinity) => set_affinity(&affinity.final_),
         None => Ok(()),
     }
 }
@@ -38,9 +46,6 @@ pub fn apply(
     personality: Option<&Personality>,
     memory_policy: Option<&Value>,
 ) -> Result<()> {
-    if let Some(affinity) = &process.exec_cpu_affinity {
-        set_affinity(&affinity.final_)?;
-    }
     if let Some(scheduler) = &process.scheduler {
         let attributes = attributes(scheduler).map_err(Failure::from)?;
         // SAFETY: the attributes are a live sched_attr that says its own size; 0 is this thread.

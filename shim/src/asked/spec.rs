@@ -283,12 +283,8 @@ impl Spec {
         }
     }
 
-    /// Refuses what a pod with a kernel of its own cannot share with the node, and what runc would refuse of
-    /// the pause container, which nobody runs here, by the sandbox container's spec.
-    ///
-    /// # Errors
-    /// `InvalidArgument` that names the field of the pod.
-    pub fn check_sandbox(&self) -> Result<()> {
+    /// Refuses what a pod with a kernel of its own cannot share with the node.
+    fn check_apart(&self) -> Result<()> {
         self.network()?;
         for (kind, field, what) in [
             ("pid", "hostPID", "see the node's processes"),
@@ -296,10 +292,40 @@ impl Spec {
         ] {
             if self.namespace(kind).is_none() {
                 return Err(Error::invalid(format!(
-                    "{field} is not supported: a pod in a VM cannot {what}; drop {field}"
+                    "{field} is not supported: a pod in a VM cannot {what}; drop {field} (nerdctl: --{kind}=host)"
                 )));
             }
         }
+        Ok(())
+    }
+
+    /// Refuses what a container that is a pod by itself cannot share with the node or with a container of another
+    /// VM. The node's uts namespace is no such thing: its name is the guest's, and a change of it stays in the guest.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the namespace.
+    pub fn check_alone(&self) -> Result<()> {
+        self.check_apart()?;
+        for kind in ["pid", "ipc", "uts"] {
+            let namespace = self.namespace(kind);
+            let path = namespace.and_then(|namespace| namespace.path.as_deref());
+            if let Some(path) = path.filter(|path| !path.is_empty()) {
+                return Err(Error::invalid(format!(
+                    "the {kind} namespace {path} cannot be joined: a container with a VM of its own is apart from \
+                     those of others; drop it (nerdctl: --{kind}=container:…, ctr: --with-ns {kind}:…)"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses what a pod cannot share with the node, and what runc would refuse of the pause container, which nobody
+    /// runs here, by the sandbox container's spec.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the field of the pod.
+    pub fn check_sandbox(&self) -> Result<()> {
+        self.check_apart()?;
         let linux = self.linux.as_ref();
         for (field, map) in [
             (

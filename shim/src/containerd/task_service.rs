@@ -70,7 +70,8 @@ fn prepare(request: CreateTaskRequest) -> Result<(Creation, Config)> {
     let role = spec.role()?;
     match role {
         Role::Sandbox => spec.check_sandbox()?,
-        Role::Single | Role::Member(_) => drop(spec.network()?),
+        Role::Single => spec.check_alone()?,
+        Role::Member(_) => drop(spec.network()?),
     }
     // The VM is made for the first container; the others find it as it is.
     if !matches!(role, Role::Member(_)) {

@@ -45,7 +45,12 @@ pub fn oci_spec(data: &[u8]) {
     let Ok(spec) = Spec::parse(data) else {
         return;
     };
-    let _ = (spec.role(), spec.network(), spec.check_sandbox());
+    let _ = (
+        spec.role(),
+        spec.network(),
+        spec.check_sandbox(),
+        spec.check_alone(),
+    );
     let _ = (spec.sandbox_shm(), spec.sysctls(), spec.hostname());
     let _ = (spec.sandbox_memory(), spec.sandbox_cpu_millis());
     let _ = (spec.limits(), spec.oom_score_adj());

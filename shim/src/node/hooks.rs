@@ -74,8 +74,8 @@ impl ContainerHooks {
     /// own. Blocking.
     ///
     /// # Errors
-    /// Of the first hook that cannot be run, fails or takes too long; later ones of a creation are not
-    /// run, those of the other stages are.
+    /// Of the first hook that cannot be run, fails or takes too long; later ones are not run, but for those of
+    /// the end.
     pub fn run(&self, stage: Stage, vmm: u32) -> Result<()> {
         let (hooks, status) = match stage {
             Stage::Create => (
@@ -101,7 +101,7 @@ impl ContainerHooks {
             if first.is_ok() {
                 first = ran;
             }
-            if stage == Stage::Create && first.is_err() {
+            if stage != Stage::Stopped && first.is_err() {
                 break;
             }
         }
@@ -224,14 +224,15 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_told_with_its_last_words_and_ends_a_creation() {
+    fn a_failure_is_told_with_its_last_words_and_ends_a_creation_or_a_start() {
         let dir = tempfile::tempdir().unwrap();
         let (fails, marks) = (
             shell("echo no address left >&2; exit 3"),
             shell("touch ran"),
         );
         let text = format!(
-            r#"{{"prestart":[{fails}],"createRuntime":[{marks}],"poststop":[{fails},{marks}]}}"#
+            r#"{{"prestart":[{fails}],"createRuntime":[{marks}],"poststart":[{fails},{marks}],
+            "poststop":[{fails},{marks}]}}"#
         );
         let hooks = hooks(dir.path(), &text);
         let error = hooks.run(Stage::Create, 1).unwrap_err();
@@ -239,10 +240,10 @@ mod tests {
             error.message.contains("/bin/sh") && error.message.contains("no address left"),
             "{error}"
         );
+        assert!(hooks.run(Stage::Started, 1).is_err());
         assert!(!dir.path().join("ran").exists());
         assert!(hooks.run(Stage::Stopped, 1).is_err());
         assert!(dir.path().join("ran").exists());
-        hooks.run(Stage::Started, 1).unwrap();
     }
 
     #[test]

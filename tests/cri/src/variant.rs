@@ -33,7 +33,7 @@ fn write(layout: &Path, blob: &Value, descriptor: &mut Value) -> Result<()> {
 ///
 /// # Errors
 /// If the archive is no OCI layout, or containerd refuses it.
-pub fn import(image: Image, name: &str, key: &str, value: &str) -> Result<()> {
+pub fn import(image: Image, name: &str, key: &str, value: impl Into<Value>) -> Result<()> {
     let work = Directory::new("variant")?;
     let layout = work.directory("layout")?;
     let at = layout.display().to_string();

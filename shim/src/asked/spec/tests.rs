@@ -142,6 +142,46 @@ fn a_pod_that_wants_the_nodes_namespaces_is_refused_by_the_fields_name() {
 }
 
 #[test]
+fn a_container_that_is_a_pod_by_itself_has_namespaces_of_its_own() {
+    let checked = |namespaces: &[(&str, &str)]| {
+        let list: Vec<_> = namespaces
+            .iter()
+            .map(|(kind, path)| format!(r#"{{"type":"{kind}","path":"{path}"}}"#))
+            .collect();
+        parse(&format!(
+            r#"{{"linux":{{"namespaces":[{}]}}}}"#,
+            list.join(",")
+        ))
+        .check_alone()
+    };
+    let net = ("network", "/run/netns/a");
+    checked(&[net, ("pid", ""), ("ipc", ""), ("uts", "")]).unwrap();
+    // The guest has the node's name.
+    checked(&[net, ("pid", ""), ("ipc", "")]).unwrap();
+    for (namespaces, words) in [
+        (vec![("pid", ""), ("ipc", "")], "host network"),
+        (vec![net, ("ipc", "")], "hostPID"),
+        (vec![net, ("pid", "")], "hostIPC"),
+        (
+            vec![net, ("pid", "/proc/1/ns/pid"), ("ipc", "")],
+            "pid namespace /proc/1/ns/pid",
+        ),
+        (
+            vec![net, ("pid", ""), ("ipc", "/proc/9/ns/ipc")],
+            "ipc namespace /proc/9/ns/ipc",
+        ),
+        (
+            vec![net, ("pid", ""), ("ipc", ""), ("uts", "/proc/9/ns/uts")],
+            "uts namespace /proc/9/ns/uts",
+        ),
+    ] {
+        let error = checked(&namespaces).unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        assert!(error.message.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn the_pods_shared_memory_is_not_taken_from_the_host() {
     let spec = |source: &str| {
         parse(&format!(

@@ -2,8 +2,8 @@
 
 use brig_hypervisor::control::exit as control_exit;
 use containerd_shim_protos::api::{
-    CloseIORequest, ExecProcessRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest,
-    ShutdownRequest, StatsRequest, Status, UpdateTaskRequest,
+    CloseIORequest, ExecProcessRequest, PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest,
+    StatsRequest, Status, UpdateTaskRequest,
 };
 use containerd_shim_protos::shim_async::Client;
 use protobuf::well_known_types::any::Any;
@@ -15,6 +15,7 @@ mod harness;
 mod hostile;
 mod operator;
 mod pod;
+mod processes;
 mod sandbox;
 mod size;
 mod streaming;
@@ -140,7 +141,6 @@ async fn requests_that_do_not_fit_get_their_code() {
     assert_eq!(code(harness.start("").await).0, Code::NOT_FOUND);
     harness.create().await.unwrap();
     assert_eq!(code(harness.create().await).0, Code::ALREADY_EXISTS);
-    assert_eq!(code(harness.exec("e").await).0, Code::FAILED_PRECONDITION);
     harness.start("").await.unwrap();
     assert_eq!(code(harness.start("").await).0, Code::FAILED_PRECONDITION);
     assert_eq!(code(harness.delete("").await).0, Code::FAILED_PRECONDITION);
@@ -154,15 +154,10 @@ async fn requests_that_do_not_fit_get_their_code() {
     );
     let checkpoint = harness.client.checkpoint(ctx(), &Default::default()).await;
     assert_eq!(code(checkpoint).0, Code::UNIMPLEMENTED);
-    let resize = ResizePtyRequest {
-        id: "c".into(),
-        ..ResizePtyRequest::default()
-    };
-    let resized = harness.client.resize_pty(ctx(), &resize).await;
-    assert_eq!(code(resized).0, Code::FAILED_PRECONDITION);
     harness.kill("", 9).await.unwrap();
     harness.wait("").await.unwrap();
     assert_eq!(code(harness.kill("", 9).await).0, Code::NOT_FOUND);
+    assert_eq!(code(harness.exec("f").await).0, Code::FAILED_PRECONDITION);
     let stats = StatsRequest {
         id: "c".into(),
         ..StatsRequest::default()
@@ -458,6 +453,14 @@ async fn wrong_specs_are_refused_before_anything_is_touched() {
             r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#,
             "host network",
         ),
+        (
+            r#"{"linux":{"namespaces":[{"type":"network"},{"type":"ipc"}]}}"#,
+            "hostPID",
+        ),
+        (
+            r#"{"linux":{"namespaces":[{"type":"network"},{"type":"ipc"},{"type":"pid","path":"/proc/7/ns/pid"}]}}"#,
+            "pid namespace /proc/7/ns/pid",
+        ),
     ] {
         let request = harness.creation(spec);
         let (got, message) = code(harness.client.create(ctx(), &request).await);
@@ -471,7 +474,7 @@ async fn wrong_specs_are_refused_before_anything_is_touched() {
 #[tokio::test]
 async fn a_missing_mount_source_or_root_is_named_and_undone() {
     let harness = Harness::new(Behaviour::default()).await;
-    let spec = r#"{"linux":{"namespaces":[{"type":"network"}]},"mounts":[
+    let spec = r#"{"linux":{"namespaces":[{"type":"network"},{"type":"pid"},{"type":"ipc"}]},"mounts":[
         {"destination":"/a","type":"bind","source":"/etc","options":["ro"]},
         {"destination":"/b","type":"bind","source":"/nonexistent/b"}]}"#;
     let request = harness.creation(spec);

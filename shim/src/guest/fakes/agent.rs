@@ -133,6 +133,10 @@ impl Agent for FakeAgent {
 
     async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> Answer<Empty> {
         self.record.add(format!("exec {}", request.exec_id));
+        if request.stdio.rows != 0 {
+            let (rows, columns) = (request.stdio.rows, request.stdio.columns);
+            self.record.add(format!("sized {rows}x{columns}"));
+        }
         self.keep(&request.exec_id, &request.stdio);
         Ok(Empty::new())
     }
@@ -169,7 +173,9 @@ impl Agent for FakeAgent {
         Ok(Empty::new())
     }
 
-    async fn close_stdin(&self, _: &TtrpcContext, _: ProcessRef) -> Answer<Empty> {
+    async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRef) -> Answer<Empty> {
+        self.record
+            .add(format!("close stdin of {}", request.exec_id));
         Ok(Empty::new())
     }
 

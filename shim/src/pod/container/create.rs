@@ -96,7 +96,7 @@ impl Progress {
             let _ = giving.await;
         }
         if self.hooked {
-            work::hooks(context, id, self.hooks, Stage::Stopped, vm.pid()).await;
+            work::poststop(context, id, self.hooks, vm.pid()).await;
         }
         work::take_devices(context, &vm, id).await;
         work::detach(context, &vm, id, &self.attached).await;

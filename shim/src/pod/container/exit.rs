@@ -4,9 +4,11 @@
 //! not with a FIFO. So the exit of an init process with streamed output is held until that is delivered.
 
 use slog::info;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::{Container, Message};
+use super::{Container, Message, Reply};
+use crate::error::Error;
 use crate::pod::events::TaskEvent;
 use crate::pod::process::{Exit, Phase};
 use crate::pod::stdio::Stdio;
@@ -57,6 +59,19 @@ impl Container {
         if let Some(exit) = held.and_then(|exit| self.init.process.exited(exit)) {
             self.tell_exit("", exit);
         }
+    }
+
+    /// Its process was killed at its start: the start has failed when the end has been told.
+    pub(super) fn fail_start(&mut self, error: Error, reply: Reply<u32>) {
+        if let Some(vm) = self.vm.clone() {
+            self.doom(&vm);
+        }
+        let (waiter, ended) = oneshot::channel();
+        self.init.process.wait(waiter);
+        tokio::spawn(async move {
+            let _ = ended.await;
+            let _ = reply.send(Err(error));
+        });
     }
 
     pub(super) fn tell_exit(&self, exec_id: &str, exit: Exit) {

@@ -13,6 +13,7 @@ mod messages;
 mod privileged;
 mod requests;
 pub mod sandbox;
+mod terminals;
 mod work;
 
 use std::collections::HashMap;
@@ -139,6 +140,8 @@ struct Member {
     spec: Vec<u8>,
     /// CloseIO came before the streams were there.
     stdin_closed: bool,
+    /// Rows and columns of its terminal, told before the agent knew it.
+    size: Option<(u32, u32)>,
     /// The agent knows it.
     in_guest: bool,
     /// Its pid in the guest once it was started, else 0.
@@ -153,6 +156,7 @@ impl Member {
             stdio: None,
             spec,
             stdin_closed: false,
+            size: None,
             in_guest: false,
             guest_pid: 0,
             deleting: false,
@@ -355,6 +359,7 @@ impl Container {
         self.attached = made.attached;
         self.leases = made.leases;
         self.vm = Some(Arc::clone(&made.vm));
+        self.let_hang_up("");
         self.mark("container.created");
         self.publish(TaskEvent::Create {
             id: self.id.clone(),
@@ -398,16 +403,31 @@ impl Container {
                     member.set_stdio(stdio);
                 }
                 member.in_guest = true;
+                let size = member.size.take();
                 let early = member.process.started();
                 if init {
                     self.context.doomed.lives(&id);
-                    self.mark(CONTAINER_STARTED);
-                    self.publish(TaskEvent::Start { id, pid });
-                } else {
-                    let exec_id = exec_id.to_owned();
-                    self.publish(TaskEvent::ExecStarted { id, exec_id, pid });
                 }
-                let _ = reply.send(Ok(pid));
+                if let Some(error) = begun.vetoed {
+                    self.fail_start(error, reply);
+                } else {
+                    if init {
+                        self.mark(CONTAINER_STARTED);
+                        self.publish(TaskEvent::Start { id, pid });
+                    } else {
+                        let exec_id = exec_id.to_owned();
+                        self.publish(TaskEvent::ExecStarted { id, exec_id, pid });
+                    }
+                    let _ = reply.send(Ok(pid));
+                }
+                // What came while the process was being started.
+                self.let_hang_up(exec_id);
+                if let (Some(size), Some(vm)) = (size, self.vm.clone()) {
+                    let sized = self.size_terminal(vm, exec_id.to_owned(), size);
+                    tokio::spawn(async move {
+                        let _ = sized.await;
+                    });
+                }
                 if let Some(exit) = early {
                     self.exited(exec_id, exit);
                 }

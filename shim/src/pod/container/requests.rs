@@ -1,16 +1,17 @@
 //! What each request of containerd does to a container: check the state, answer, or spawn the work.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use brig_agent_protocol::MAX_LISTED;
-use brig_agent_protocol::agent::{ContainerRef, ResizePtyRequest, SignalRequest, UpdateRequest};
+use brig_agent_protocol::agent::{ContainerRef, SignalRequest, UpdateRequest};
 use slog::warn;
 use tokio::sync::oneshot;
 use ttrpc::context;
 
 use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
 use crate::error::{Error, Kind, Result};
-use crate::node::hooks::Stage;
+use crate::guest::vm::Vm;
 use crate::pod::events::TaskEvent;
 use crate::pod::process::{Exit, Io, Phase};
 
@@ -90,20 +91,21 @@ impl Container {
             }
         };
         let (mailbox, context, id) = (self.mailbox.clone(), self.context.clone(), self.id.clone());
-        let exec = self
-            .execs
-            .get_mut(&exec_id)
-            .map(|member| (member.process.io.clone(), std::mem::take(&mut member.spec)));
+        let exec = self.execs.get_mut(&exec_id).map(|member| work::Asked {
+            io: member.process.io.clone(),
+            spec: std::mem::take(&mut member.spec),
+            size: member.size.take(),
+        });
         let (alone, hooks) = (self.alone, self.hooks.clone());
         tokio::spawn(async move {
             let init = exec.is_none();
-            let result = match exec {
+            let mut result = match exec {
                 None if alone => work::start_alone(&context, &vm, &id).await,
                 None => work::start_init(&context, &vm, &id).await,
-                Some((io, spec)) => work::start_exec(&context, &vm, &id, &exec_id, &io, spec).await,
+                Some(asked) => work::start_exec(&context, &vm, &id, &exec_id, asked).await,
             };
-            if init && result.is_ok() {
-                work::hooks(&context, &id, hooks, Stage::Started, vm.pid()).await;
+            if let (true, Ok(begun)) = (init, &mut result) {
+                begun.vetoed = work::poststart(&vm, &id, hooks).await;
             }
             let _ = mailbox
                 .send(Message::Started {
@@ -116,15 +118,10 @@ impl Container {
     }
 
     /// Begins the start of a process, if its state and the container's allow it.
-    fn startable(&mut self, exec_id: &str) -> Result<std::sync::Arc<crate::guest::vm::Vm>> {
+    fn startable(&mut self, exec_id: &str) -> Result<Arc<Vm>> {
         let vm = self.vm()?;
         if !exec_id.is_empty() {
-            if self.init.process.phase() != Phase::Running {
-                return Err(Error::state(format!(
-                    "container {} is not running",
-                    self.id
-                )));
-            }
+            self.takes_execs()?;
             if self.paused {
                 return Err(Error::state(format!("container {} is paused", self.id)));
             }
@@ -145,6 +142,17 @@ impl Container {
         Ok(vm)
     }
 
+    /// An exec may run in a container from its creation on, as with runc.
+    fn takes_execs(&self) -> Result<()> {
+        match self.init.process.phase() {
+            Phase::Created | Phase::Running => Ok(()),
+            _ => Err(Error::state(format!(
+                "container {} is not running",
+                self.id
+            ))),
+        }
+    }
+
     fn exec(&mut self, exec_id: String, io: Io, process: Vec<u8>) -> Result<()> {
         if exec_id.is_empty() {
             return Err(Error::invalid("an exec needs an id"));
@@ -154,12 +162,7 @@ impl Container {
                 "exec {exec_id} exists already"
             )));
         }
-        if self.init.process.phase() != Phase::Running {
-            return Err(Error::state(format!(
-                "container {} is not running",
-                self.id
-            )));
-        }
+        self.takes_execs()?;
         serde_json::from_slice::<serde::de::IgnoredAny>(&process).map_err(|error| {
             Error::invalid(format!(
                 "the process of exec {exec_id} is not JSON: {error}"
@@ -208,15 +211,15 @@ impl Container {
     }
 
     /// SIGKILL cannot be ignored: a guest that does not carry it out in time is ended itself, once nobody of the pod is to live on.
-    fn doom(&mut self, vm: &std::sync::Arc<crate::guest::vm::Vm>) {
+    pub(super) fn doom(&mut self, vm: &Arc<Vm>) {
         self.context.doomed.was_killed(&self.id);
         if !std::mem::replace(&mut self.doomed, true) {
             self.give_time(vm);
         }
     }
 
-    fn give_time(&self, vm: &std::sync::Arc<crate::guest::vm::Vm>) {
-        let (mailbox, vm) = (self.mailbox.clone(), std::sync::Arc::clone(vm));
+    fn give_time(&self, vm: &Arc<Vm>) {
+        let (mailbox, vm) = (self.mailbox.clone(), Arc::clone(vm));
         tokio::spawn(async move {
             // Of one that has ended meanwhile it is no news.
             let ended = vm.while_disks_get_on(vm.timeouts().ping, vm.ended());
@@ -249,11 +252,7 @@ impl Container {
     }
 
     /// The VM to ask, or none when there is nothing in the guest yet to be signalled.
-    fn killable(
-        &mut self,
-        exec_id: &str,
-        signal: u32,
-    ) -> Result<Option<std::sync::Arc<crate::guest::vm::Vm>>> {
+    fn killable(&mut self, exec_id: &str, signal: u32) -> Result<Option<Arc<Vm>>> {
         if !SIGNALS.contains(&signal) {
             return Err(Error::invalid(format!("{signal} is not a signal's number")));
         }
@@ -275,48 +274,6 @@ impl Container {
             }
             _ => Ok(Some(vm)),
         }
-    }
-
-    fn resize(&mut self, exec_id: String, rows: u32, columns: u32, reply: Reply<()>) {
-        let checked = self.vm().and_then(|vm| {
-            let member = self.member(&exec_id)?;
-            if !member.process.io.terminal {
-                return Err(Error::state("a process without a terminal has no size"));
-            }
-            match member.process.phase() {
-                Phase::Stopped(_) => Err(Error::not_found("the process already finished")),
-                // An exec is sized again by its client once it runs.
-                _ if !member.in_guest => Err(Error::state("the process was not started")),
-                _ => Ok(vm),
-            }
-        });
-        let vm = match checked {
-            Ok(vm) => vm,
-            Err(error) => {
-                let _ = reply.send(Err(error));
-                return;
-            }
-        };
-        let request = ResizePtyRequest {
-            id: self.id.clone(),
-            exec_id,
-            rows,
-            columns,
-            ..ResizePtyRequest::default()
-        };
-        tokio::spawn(async move {
-            let answer = vm.agent().resize_pty(context::Context::default(), &request);
-            let _ = reply.send(vm.call("ResizePty", answer).await.map(drop));
-        });
-    }
-
-    fn close_stdin(&mut self, exec_id: &str) -> Result<()> {
-        let member = self.member(exec_id)?;
-        member.stdin_closed = true;
-        if let Some(stdio) = &mut member.stdio {
-            stdio.close_stdin();
-        }
-        Ok(())
     }
 
     fn pause(&mut self, paused: bool, reply: Reply<()>) {
@@ -454,7 +411,7 @@ impl Container {
     }
 
     /// The VM of a container whose init process has not ended.
-    fn in_life(&self) -> Result<std::sync::Arc<crate::guest::vm::Vm>> {
+    fn in_life(&self) -> Result<Arc<Vm>> {
         let vm = self.vm()?;
         match self.init.process.phase() {
             Phase::Stopped(_) => Err(Error::not_found(format!("container {} has ended", self.id))),
@@ -560,7 +517,7 @@ impl Container {
             work::take_devices(&context, &vm, &id).await;
             work::detach(&context, &vm, &id, &attached).await;
             context.volumes.release(leases).await;
-            work::hooks(&context, &id, hooks, Stage::Stopped, vm.pid()).await;
+            work::poststop(&context, &id, hooks, vm.pid()).await;
             let _ = mailbox.send(Message::InitDeleted { reply }).await;
         });
     }

@@ -291,6 +291,7 @@ impl SandboxContainer {
             let result = ready.map(|_| super::work::Begun {
                 stdio: None,
                 guest_pid: 0,
+                vetoed: None,
             });
             let exec_id = String::new();
             let _ = mailbox

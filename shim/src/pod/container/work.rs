@@ -7,7 +7,7 @@ use slog::warn;
 use ttrpc::context;
 
 use super::context::Context;
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Vm;
 use crate::node::hooks::{ContainerHooks, Stage};
 use crate::pod::process::Io;
@@ -19,6 +19,17 @@ pub(super) struct Begun {
     pub(super) stdio: Option<Stdio>,
     /// Pid in the guest.
     pub(super) guest_pid: u32,
+    /// Why it must not go on: a poststart hook has failed, and it was killed.
+    pub(super) vetoed: Option<Error>,
+}
+
+/// An exec as containerd asked for it.
+pub(super) struct Asked {
+    pub(super) io: Io,
+    /// Its process as OCI JSON.
+    pub(super) spec: Vec<u8>,
+    /// Rows and columns of its terminal, if they were told before its start.
+    pub(super) size: Option<(u32, u32)>,
 }
 
 fn process(id: &str, exec_id: &str) -> ProcessRef {
@@ -44,6 +55,7 @@ pub(super) async fn start_init(context: &Context, vm: &Arc<Vm>, id: &str) -> Res
         Ok(started) => Ok(Begun {
             stdio: None,
             guest_pid: started.pid,
+            vetoed: None,
         }),
         Err(error) => {
             // A process that we report as stopped must not run on because its answer was late.
@@ -62,18 +74,32 @@ pub(super) async fn start_alone(context: &Context, vm: &Arc<Vm>, id: &str) -> Re
     start_init(context, vm, id).await
 }
 
-/// Runs the hooks of a container's start or end. As the runtime specification has it, a failure is logged
-/// and changes nothing.
-pub(super) async fn hooks(
+async fn run_hooks(hooks: Option<Arc<ContainerHooks>>, stage: Stage, vmm: u32) -> Result<()> {
+    let Some(hooks) = hooks else { return Ok(()) };
+    let ran = tokio::task::spawn_blocking(move || hooks.run(stage, vmm)).await;
+    ran.map_err(Error::from)?
+}
+
+/// Runs the hooks of a container whose init process has begun, and kills it when one fails, as the runtime
+/// specification has it (and runc always did). The answer is that failure.
+pub(super) async fn poststart(
+    vm: &Vm,
+    id: &str,
+    hooks: Option<Arc<ContainerHooks>>,
+) -> Option<Error> {
+    let failure = run_hooks(hooks, Stage::Started, vm.pid()).await.err()?;
+    kill(vm, id, "").await;
+    Some(failure)
+}
+
+/// Runs the hooks of a container that was deleted. A failure is logged and changes nothing.
+pub(super) async fn poststop(
     context: &Context,
     id: &str,
     hooks: Option<Arc<ContainerHooks>>,
-    stage: Stage,
     vmm: u32,
 ) {
-    let Some(hooks) = hooks else { return };
-    let ran = tokio::task::spawn_blocking(move || hooks.run(stage, vmm)).await;
-    if let Ok(Err(error)) = ran {
+    if let Err(error) = run_hooks(hooks, Stage::Stopped, vmm).await {
         warn!(context.logger, "a hook has failed"; "container" => id, "error" => error.message);
     }
 }
@@ -84,15 +110,22 @@ pub(super) async fn start_exec(
     vm: &Vm,
     id: &str,
     exec_id: &str,
-    io: &Io,
-    spec: Vec<u8>,
+    asked: Asked,
 ) -> Result<Begun> {
-    let ends = Ends::open(io, &context.streams, &context.namespace, id, context.drain).await?;
-    let stdio = ends.connect(vm).await?;
+    let ends = Ends::open(
+        &asked.io,
+        &context.streams,
+        &context.namespace,
+        id,
+        context.drain,
+    )
+    .await?;
+    let mut stdio = ends.connect(vm).await?;
+    (stdio.numbers.rows, stdio.numbers.columns) = asked.size.unwrap_or_default();
     let request = CreateExecRequest {
         id: id.to_owned(),
         exec_id: exec_id.to_owned(),
-        process: spec,
+        process: asked.spec,
         stdio: Some(stdio.numbers.clone()).into(),
         ..CreateExecRequest::default()
     };
@@ -120,6 +153,7 @@ pub(super) async fn start_exec(
         Ok(started) => Ok(Begun {
             stdio: Some(stdio),
             guest_pid: started.pid,
+            vetoed: None,
         }),
         Err(error) => {
             stdio.abandon(vm).await;

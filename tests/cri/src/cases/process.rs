@@ -1,5 +1,7 @@
 //! What a container's process is given, and how its end is told.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -9,7 +11,7 @@ use k8s_cri::v1::ContainerState;
 
 use crate::client::Cri;
 use crate::container::eventually;
-use crate::node::BUSYBOX;
+use crate::node::{BUSYBOX, Directory};
 use crate::suite::{Case, SLEEP, Suite, case, smoke};
 use crate::variant;
 
@@ -26,11 +28,21 @@ pub const CASES: &[Case] = &[
         "environment and working directory are as asked for",
         environment,
     ),
+    case(
+        "process",
+        "of several variables of one name the pod's last one counts",
+        repeated_variable,
+    ),
     case("process", "args replace the image's arguments", args),
     case(
         "process",
         "a missing program fails the start with its name",
         missing_program,
+    ),
+    case(
+        "process",
+        "a file that is no program is started and ends with its reason in the log",
+        no_program,
     ),
     smoke(
         "process",
@@ -128,6 +140,30 @@ fn environment(suite: &mut Suite) -> Result<()> {
     equal("of the main process", "GREETING=hello world", of_main)
 }
 
+/// containerd writes the image's and the pod's one after the other, and most programs read the first.
+fn repeated_variable(suite: &mut Suite) -> Result<()> {
+    const NAME: &str = "docker.io/brig/env:test";
+    let shared = suite.shared()?;
+    let env = ["PATH=/bin:/usr/bin", "OF_IMAGE=kept", "TWICE=image"];
+    variant::import(BUSYBOX, NAME, "Env", env.map(str::to_owned).to_vec())?;
+    let container = shared
+        .pod
+        .container("twice", SLEEP)
+        .image(NAME)
+        .env("TWICE", "first")
+        .env("TWICE", "last")
+        .start()?;
+    // Not by a shell's own view of it, which is of the last in any case.
+    let of_main = container.sh("tr '\\0' '\\n' < /proc/1/environ | grep -E 'TWICE|OF_IMAGE'")?;
+    equal(
+        "of the main process",
+        "OF_IMAGE=kept\nTWICE=last",
+        of_main.trim(),
+    )?;
+    let of_exec = container.exec(&["printenv", "TWICE"])?;
+    equal("of an exec", "last", of_exec.text().trim())
+}
+
 fn args(suite: &mut Suite) -> Result<()> {
     let shared = suite.shared()?;
     let container = shared
@@ -158,6 +194,36 @@ fn missing_program(suite: &mut Suite) -> Result<()> {
         &format!("{error:#}"),
     )?;
     that("the pod is still ready", shared.pod.is_ready()?)
+}
+
+fn no_program(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let directory = Directory::new("no-program")?;
+    for (name, text, reason) in [
+        ("junk", "not a program", "exec format error"),
+        (
+            "script",
+            "#!/no/such/interpreter\n",
+            "no such file or directory",
+        ),
+    ] {
+        let file = directory.path.join(name);
+        fs::write(&file, text)?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
+        let (container, status) = shared
+            .pod
+            .container(name, &["/no-program"])
+            .mount_readonly(&file, "/no-program")
+            .finish()?;
+        equal("reason", "Error", status.reason.as_str())?;
+        // 255, and 1 up to runc 1.1; 128 is that of a start that has failed.
+        that(
+            &format!("its own exit code: {}", status.exit_code),
+            [1, 255].contains(&status.exit_code),
+        )?;
+        container.wait_line(&format!("exec /no-program: {reason}"))?;
+    }
+    Ok(())
 }
 
 fn graceful(suite: &mut Suite) -> Result<()> {

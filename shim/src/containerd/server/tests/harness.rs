@@ -49,7 +49,7 @@ pub(super) struct Harness {
 }
 
 pub(super) const SPEC: &str = r#"{"hostname":"h","process":{"args":["true"]},
-    "linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/ns/c"}}"#;
+    "linux":{"namespaces":[{"type":"network"},{"type":"pid"},{"type":"ipc"}],"cgroupsPath":"/ns/c"}}"#;
 
 impl Harness {
     pub(super) async fn new(behaviour: Behaviour) -> Self {

@@ -122,7 +122,7 @@ async fn a_pod_is_told_with_where_its_configuration_is_from_and_without_what_is_
         "vcpus = 2\npod_annotations = [\"memory\"]\nlog_level = \"warning\"",
     );
     let spec = r#"{"process":{"args":["a-secret"],"env":["P=a-secret"]},"root":{"path":"rootfs"},"linux":
-        {"cgroupsPath":"/ns/c","namespaces":[{"type":"network"}]},"annotations":{"io.brig.memory":"300MiB","x":"a-secret",
+        {"cgroupsPath":"/ns/c","namespaces":[{"type":"network"},{"type":"pid"},{"type":"ipc"}]},"annotations":{"io.brig.memory":"300MiB","x":"a-secret",
         "io.kubernetes.cri.sandbox-name":"web-0","io.kubernetes.cri.sandbox-namespace":"shop"}}"#;
     harness.create_as("c", spec).await.unwrap();
     let told = ask_json(&harness, Method::Inspect, Value::Null).await;

@@ -91,6 +91,17 @@ pub const CASES: &[Case] = &[
             &["host network", "network namespace", "hostNetwork"],
         )
     }),
+    brig(
+        "errors",
+        "the pid namespace of a process of the node is asked for",
+        |suite| {
+            let run = suite
+                .probe("error", &["facts"])
+                .with("--with-ns", "pid:/proc/1/ns/pid");
+            fails(suite, &run, &["pid namespace /proc/1/ns/pid"])
+        },
+    ),
+    brig("errors", "the host's IPC objects are asked for", no_ipc),
 ];
 
 fn scratch(name: &str, data: &[u8]) -> Result<PathBuf> {
@@ -154,6 +165,25 @@ fn no_rootfs(suite: &mut Suite) -> Result<()> {
         .command(&["run", "--rm", "--runtime", &suite.ctr.runtime]);
     command.arg("--config").arg(file).arg(&run.id);
     judge(suite, &before, command, &run.id, &["no-such-rootfs"])
+}
+
+/// As `nerdctl run --ipc=host` has it: no entry.
+fn no_ipc(suite: &mut Suite) -> Result<()> {
+    let before = baseline(suite)?;
+    let text = suite.ctr.ok(&["oci", "spec"])?;
+    let mut spec: Value = serde_json::from_str(&text)?;
+    let namespaces = spec["linux"]["namespaces"].as_array_mut();
+    let namespaces = namespaces.context("the spec has no namespaces")?;
+    namespaces.retain(|namespace| namespace["type"] != "ipc");
+    spec["root"] = json!({"path": super::security::rootfs()?});
+    spec["linux"]["cgroupsPath"] = json!("/brig-e2e/no-ipc");
+    let file = scratch("no-ipc.json", spec.to_string().as_bytes())?;
+    let run = Run::new("error", PROBE_IMAGE, &[]);
+    let mut command = suite
+        .ctr
+        .command(&["run", "--rm", "--runtime", &suite.ctr.runtime]);
+    command.arg("--config").arg(file).arg(&run.id);
+    judge(suite, &before, command, &run.id, &["hostIPC"])
 }
 
 /// Moves a file away while it lives.
