@@ -56,7 +56,7 @@ const MAX_PAIRS_EACH: usize = 16;
 const LOOPBACK: &str = "lo";
 const LOOPBACK_INDEX: u32 = 1;
 /// How long a VM that is there may take to end: one that was killed just now.
-const ENDING: Duration = Duration::from_secs(1);
+const ENDING: Duration = Duration::from_secs(3);
 
 /// One interface of the pod, behind a tap.
 #[derive(Debug)]
