@@ -255,11 +255,12 @@ fn everything(from: u32, to: u32) -> Result<TcMessage, NetworkError> {
 fn dhcp_answers(from: u32, to: u32) -> Result<[TcMessage; 2], NetworkError> {
     let udp = libc::IPPROTO_UDP.cast_unsigned();
     let v4 = vec![
-        // No options, so that the port is where it is looked for; UDP, whole or the first fragment.
-        key(0, 0x0f00_0000, 0x0500_0000),
-        key(4, 0x0000_1fff, 0),
+        // What most packets are not comes first.
         key(8, 0x00ff_0000, udp << 16),
         key(20, 0x0000_ffff, 68),
+        // Without options, so that the port is there; whole, or the first fragment.
+        key(0, 0x0f00_0000, 0x0500_0000),
+        key(4, 0x0000_1fff, 0),
     ];
     let v6 = vec![key(4, 0x0000_ff00, udp << 8), key(40, 0x0000_ffff, 546)];
     let of_version = |priority, protocol, keys| {
