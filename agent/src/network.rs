@@ -1,17 +1,13 @@
 //! Links, addresses, routes and neighbours of the sandbox, as the host's network plug-in set them
 //! up for the pod. The network namespace is the guest's own: the VM is the boundary.
+mod addresses;
+mod routes;
+
 use std::{net::IpAddr, time::Duration};
 
-use brig_agent_protocol::agent::{Interface, Neighbour, Route, StartSandboxRequest};
+use brig_agent_protocol::agent::{Interface, Neighbour, StartSandboxRequest};
 use futures::TryStreamExt as _;
-use rtnetlink::{
-    Handle, LinkUnspec, RouteMessageBuilder,
-    packet_route::{
-        address::{AddressAttribute, AddressFlags, AddressHeaderFlags},
-        link::LinkAttribute,
-        route::{RouteAttribute, RouteMetric, RouteScope},
-    },
-};
+use rtnetlink::{Handle, LinkUnspec, packet_route::link::LinkAttribute};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -23,6 +19,9 @@ use crate::{
 
 /// How long a hot-plugged interface may take to appear after the bus was scanned.
 const APPEAR_TIME: Duration = Duration::from_secs(5);
+
+/// The interface that every network has.
+const LOOPBACK: &str = "lo";
 
 /// An address and its prefix length.
 type Prefix = (IpAddr, u8);
@@ -76,17 +75,12 @@ async fn apply_all(
         return Ok(loaded);
     }
     for (interface, index) in request.interfaces.iter().zip(indexes) {
-        add_interface(handle, interface, index).await?;
+        add_interface(handle, interface, index, logger).await?;
     }
     for neighbour in &request.neighbours {
         add_neighbour(handle, neighbour).await?;
     }
-    // Routes to a gateway need the route that reaches the gateway.
-    let (via, direct): (Vec<&Route>, Vec<&Route>) =
-        request.routes.iter().partition(|r| !r.gateway.is_empty());
-    for route in direct.into_iter().chain(via) {
-        add_route(handle, route).await?;
-    }
+    routes::add(handle, &request.routes, logger).await?;
     Ok(loaded)
 }
 
@@ -98,7 +92,7 @@ pub async fn loopback_up() -> Result<()> {
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
     let connection = tokio::spawn(connection);
-    let outcome = match index_of(&handle, "lo").await {
+    let outcome = match index_of(&handle, LOOPBACK).await {
         Ok(index) => {
             let up = handle
                 .link()
@@ -120,6 +114,9 @@ fn refused(what: impl std::fmt::Display, error: &rtnetlink::Error) -> Error {
 /// Gives an interface its name, and returns its number.
 async fn name_interface(handle: &Handle, interface: &Interface, rescan: bool) -> Result<u32> {
     let name = &interface.name;
+    if name == LOOPBACK && interface.mac.is_empty() {
+        return index_of(handle, name).await;
+    }
     let mac = parse_mac(&interface.mac)?;
     let (index, current) = find_by_mac(handle, &mac, rescan).await?;
     if !name.is_empty() && *name != current {
@@ -136,16 +133,19 @@ async fn name_interface(handle: &Handle, interface: &Interface, rescan: bool) ->
     Ok(index)
 }
 
-async fn add_interface(handle: &Handle, interface: &Interface, index: u32) -> Result<()> {
+async fn add_interface(
+    handle: &Handle,
+    interface: &Interface,
+    index: u32,
+    logger: &slog::Logger,
+) -> Result<()> {
     let name = &interface.name;
-    let addresses = interface
-        .addresses
-        .iter()
-        .map(|a| parse_prefix(a))
-        .collect::<Result<Vec<_>>>()?;
     let mut up = LinkUnspec::new_with_index(index).up();
     if interface.mtu != 0 {
         up = up.mtu(interface.mtu);
+    }
+    if interface.noarp {
+        up = up.arp(false);
     }
     handle
         .link()
@@ -153,21 +153,7 @@ async fn add_interface(handle: &Handle, interface: &Interface, index: u32) -> Re
         .execute()
         .await
         .map_err(|e| refused(format_args!("interface {name}"), &e))?;
-    for (address, length) in addresses {
-        let mut request = handle.address().add(index, address, length);
-        let message = request.message_mut();
-        // The routes of its network are among the requested ones, as far as the pod has them.
-        let mut flags = AddressFlags::Noprefixroute;
-        if address.is_ipv6() {
-            // The host's side holds the same address: detection would find a duplicate.
-            message.header.flags |= AddressHeaderFlags::Nodad;
-            flags |= AddressFlags::Nodad;
-        }
-        message.attributes.push(AddressAttribute::Flags(flags));
-        let added = request.replace().execute().await;
-        added.map_err(|e| refused(format_args!("address {address}/{length} of {name}"), &e))?;
-    }
-    Ok(())
+    addresses::add(handle, interface, index, logger).await
 }
 
 /// Gives another name to an interface that has this one by its place on the bus; its own turn comes.
@@ -235,78 +221,6 @@ async fn index_of(handle: &Handle, name: &str) -> Result<u32> {
     }
 }
 
-async fn add_route(handle: &Handle, route: &Route) -> Result<()> {
-    let what = format!("route {:?} via {:?}", route.destination, route.gateway);
-    let message = route_message(route, index_of(handle, &route.interface).await?)?;
-    handle
-        .route()
-        .add(message)
-        .replace()
-        .execute()
-        .await
-        .map_err(|e| refused(what, &e))
-}
-
-fn route_message(
-    route: &Route,
-    index: u32,
-) -> Result<rtnetlink::packet_route::route::RouteMessage> {
-    fn bad(error: impl std::fmt::Display) -> Error {
-        Error::InvalidArgument(format!("route: {error}"))
-    }
-    let gateway = parse_optional(&route.gateway)?;
-    let source = parse_optional(&route.source)?;
-    let destination = match route.destination.as_str() {
-        "" => match (gateway.or(source), route.family) {
-            (Some(IpAddr::V6(_)), _) | (None, 6) => (IpAddr::from([0_u16; 8]), 0),
-            _ => (IpAddr::from([0_u8; 4]), 0),
-        },
-        text => parse_prefix(text)?,
-    };
-    let scope = match u8::try_from(route.scope) {
-        Ok(0) => RouteScope::Universe,
-        Ok(200) => RouteScope::Site,
-        Ok(253) => RouteScope::Link,
-        Ok(254) => RouteScope::Host,
-        Ok(other) => RouteScope::Other(other),
-        Err(_) => {
-            return Err(Error::InvalidArgument(format!(
-                "route scope {} is out of range",
-                route.scope
-            )));
-        }
-    };
-    let mut builder = RouteMessageBuilder::<IpAddr>::new()
-        .output_interface(index)
-        .scope(scope)
-        .destination_prefix(destination.0, destination.1)
-        .map_err(bad)?;
-    if let Some(gateway) = gateway {
-        if gateway.is_ipv4() == destination.0.is_ipv4() {
-            builder = builder.gateway(gateway).map_err(bad)?;
-        } else {
-            // An IPv4 route by way of an IPv6 router.
-            let via = RouteAttribute::Via(gateway.into());
-            builder.get_mut().attributes.push(via);
-        }
-    }
-    if let Some(source) = source {
-        builder = builder.pref_source(source).map_err(bad)?;
-    }
-    if route.metric != 0 {
-        builder = builder.priority(route.metric);
-    }
-    if route.onlink {
-        builder = builder.onlink();
-    }
-    let mut message = builder.build();
-    if route.mtu != 0 {
-        let metrics = vec![RouteMetric::Mtu(route.mtu)];
-        message.attributes.push(RouteAttribute::Metrics(metrics));
-    }
-    Ok(message)
-}
-
 async fn add_neighbour(handle: &Handle, neighbour: &Neighbour) -> Result<()> {
     let address = parse_address(&neighbour.address)?;
     let mac = parse_mac(&neighbour.mac)?;
@@ -331,13 +245,13 @@ pub fn read_all(request: &StartSandboxRequest) {
             assert_eq!(parse_mac(&show_mac(&mac)).unwrap(), mac);
         }
         for address in &interface.addresses {
-            if let Ok((address, length)) = parse_prefix(address) {
+            if let Ok((address, length)) = parse_prefix(&address.prefix) {
                 assert!(length <= if address.is_ipv4() { 32 } else { 128 });
             }
         }
     }
     for route in &request.routes {
-        let _ = route_message(route, 1);
+        let _ = routes::message(route, 1);
     }
     for neighbour in &request.neighbours {
         let _ = (parse_address(&neighbour.address), parse_mac(&neighbour.mac));
@@ -397,7 +311,6 @@ fn show_mac(mac: &[u8; 6]) -> String {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rtnetlink::packet_route::AddressFamily;
 
     #[test]
     fn cidr_and_mac_are_checked() {
@@ -422,41 +335,6 @@ mod tests {
         ] {
             assert!(parse_mac(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_default_route_takes_its_family_from_the_gateway_or_the_field() {
-        let family = |route: Route| route_message(&route, 2).unwrap().header.address_family;
-        assert_eq!(
-            family(Route {
-                gateway: "fd00::1".into(),
-                ..Default::default()
-            }),
-            AddressFamily::Inet6
-        );
-        assert_eq!(
-            family(Route {
-                gateway: "10.0.0.1".into(),
-                ..Default::default()
-            }),
-            AddressFamily::Inet
-        );
-        assert_eq!(
-            family(Route {
-                family: 6,
-                ..Default::default()
-            }),
-            AddressFamily::Inet6
-        );
-        let link = Route {
-            destination: "169.254.1.1/32".into(),
-            scope: 253,
-            metric: 7,
-            ..Default::default()
-        };
-        let message = route_message(&link, 2).unwrap();
-        assert_eq!(message.header.scope, RouteScope::Link);
-        assert!(message.attributes.contains(&RouteAttribute::Priority(7)));
     }
 
     proptest! {

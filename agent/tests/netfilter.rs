@@ -96,7 +96,7 @@ fn request(netfilter: Netfilter) -> StartSandboxRequest {
         interfaces: vec![Interface {
             name: "eth0".into(),
             mac: MAC.into(),
-            addresses: vec!["10.88.0.7/24".into()],
+            addresses: vec![address("10.88.0.7/24")],
             sysctls: vec![sysctl("net/ipv4/conf/eth0/rp_filter", "2")],
             ..Default::default()
         }],

@@ -17,7 +17,7 @@ fn request() -> StartSandboxRequest {
             name: "eth0".into(),
             mac: MAC.into(),
             mtu: 1400,
-            addresses: vec!["10.88.0.7/24".into(), "fd00:88::7/64".into()],
+            addresses: vec![address("10.88.0.7/24"), address("fd00:88::7/64")],
             ..Default::default()
         }],
         routes: vec![

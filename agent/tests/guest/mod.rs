@@ -420,6 +420,14 @@ impl Ends {
     }
 }
 
+/// An address that is one like any other.
+pub fn address(prefix: &str) -> Address {
+    Address {
+        prefix: prefix.into(),
+        ..Default::default()
+    }
+}
+
 pub fn container(id: &str) -> ContainerRef {
     ContainerRef {
         id: id.into(),

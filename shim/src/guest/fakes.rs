@@ -213,6 +213,7 @@ impl Host for FakeHost {
             origin: GuestOrigin::Boot,
             machine: (machine, Vec::new()),
             network: crate::node::network::GuestNetwork::default(),
+            kept: crate::node::network::Kept::default(),
             netns: None,
             given: None,
         })

@@ -64,7 +64,7 @@ impl Host for Node {
         let _ = executed.send(());
         set_oom_score(&process, plan.oom_score_adj);
         // While the VMM builds its jail.
-        let network = match &plan.network {
+        let mut network = match &plan.network {
             Network::New => PodNetwork::default(),
             Network::Path(path) => network::set_up(path, Wanted::of(config))?,
         };
@@ -77,6 +77,7 @@ impl Host for Node {
             .take_control()
             .ok_or_else(|| Error::internal("the VMM has no control socket"))?;
         let guest_network = network.guest();
+        let kept = network.keep();
         let netns_path = match &plan.network {
             Network::Path(path) => path.clone(),
             Network::New => format!("/proc/{}/ns/net", process.pid()).into(),
@@ -131,6 +132,7 @@ impl Host for Node {
             origin,
             machine: (machine, fds),
             network: guest_network,
+            kept,
             netns: Some(netns_path),
             given,
         })

@@ -7,10 +7,25 @@ use std::sync::{Mutex, PoisonError};
 
 use brig_hypervisor::control::NetConfig;
 
+use super::Vm;
 use crate::error::Result;
 use crate::node::network::{
     self, GuestNetwork, Known, NetworkError, PodNetwork, Ruleset, UNTOUCHED_FILTER, Wanted,
 };
+
+impl Vm {
+    /// Keeps a descriptor open until the VM has ended, and no longer: it may hold the pod's namespace.
+    pub(super) fn keep_open(&self, descriptor: Option<OwnedFd>) {
+        let Some(descriptor) = descriptor else {
+            return;
+        };
+        let mut death = self.death.clone();
+        tokio::spawn(async move {
+            let _ = death.wait_for(Option::is_some).await;
+            drop(descriptor);
+        });
+    }
+}
 
 /// An interface that the guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +50,8 @@ impl Interface {
 #[derive(Debug)]
 struct Had {
     interfaces: Vec<Interface>,
+    /// Their numbers in the namespace, and their names in the guest.
+    numbered: Vec<(u32, String)>,
     /// The state of the packet filter that it was given.
     filter: Option<u32>,
 }
@@ -57,13 +74,17 @@ impl Late {
     pub(super) fn new(
         netns: PathBuf,
         wanted: Wanted,
-        interfaces: Vec<Interface>,
+        (interfaces, numbered): (Vec<Interface>, Vec<(u32, String)>),
         filter: Option<u32>,
     ) -> Self {
         Self {
             netns,
             wanted,
-            had: Mutex::new(Had { interfaces, filter }),
+            had: Mutex::new(Had {
+                interfaces,
+                numbered,
+                filter,
+            }),
             guest_filter: AtomicU32::new(UNTOUCHED_FILTER),
             followed: AtomicBool::new(false),
         }
@@ -72,6 +93,11 @@ impl Late {
     /// The guest has this interface now.
     pub(super) fn plugged(&self, interface: Interface) {
         self.had().interfaces.push(interface);
+    }
+
+    /// These are the numbers in the namespace of interfaces that the guest has now.
+    pub(super) fn numbered(&self, interfaces: Vec<(u32, String)>) {
+        self.had().numbered.extend(interfaces);
     }
 
     /// The interfaces that the guest has.
@@ -117,9 +143,13 @@ impl Late {
     /// As of [`network::changed_filter`].
     pub(super) async fn changed_filter(&self) -> Result<Option<(Ruleset, Vec<String>)>> {
         let (netns, policy) = (self.netns.clone(), self.wanted.netfilter);
-        let given = self.had().filter;
-        let looking =
-            tokio::task::spawn_blocking(move || network::changed_filter(&netns, policy, given));
+        let (given, interfaces) = {
+            let had = self.had();
+            (had.filter, had.numbered.clone())
+        };
+        let looking = tokio::task::spawn_blocking(move || {
+            network::changed_filter(&netns, &interfaces, policy, given)
+        });
         Ok(looking.await??)
     }
 

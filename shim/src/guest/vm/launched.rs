@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use super::{Given, Plan};
 use crate::error::Result;
 use crate::node::cgroup::Cgroup;
-use crate::node::network::GuestNetwork;
+use crate::node::network::{GuestNetwork, Kept};
 use crate::node::templates::Recipe;
 
 /// What the node does for a VM. Blocking: never called on the async thread.
@@ -130,6 +130,8 @@ pub struct Launched {
     pub machine: (VmConfig, Vec<OwnedFd>),
     /// What the guest is told about its network.
     pub network: GuestNetwork,
+    /// What of its network the shim keeps.
+    pub kept: Kept,
     /// Where more interfaces may appear before the container is started.
     pub netns: Option<PathBuf>,
     /// The devices of the node that the machine has.

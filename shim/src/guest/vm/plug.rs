@@ -95,11 +95,14 @@ impl Vm {
         let Some(late) = &self.late else {
             return Ok(());
         };
-        let (found, guest) = late.find().await?;
+        let (mut found, guest) = late.find().await?;
         guest.log(logger);
         if found.interfaces.is_empty() && guest.filter.objects.is_empty() {
             return Ok(());
         }
+        let count = found.interfaces.len();
+        let kept = found.keep();
+        self.keep_open(kept.multicast);
         for interface in found.interfaces {
             let mut fds = Vec::new();
             let device = interface.device(&mut fds);
@@ -107,7 +110,7 @@ impl Vm {
             self.plug(DeviceConfig::Net(device), fds).await?;
             late.plugged(plugged);
         }
-        let count = guest.interfaces.len();
+        late.numbered(kept.interfaces);
         let policy = late.wanted.netfilter;
         let request = AddNetworkRequest {
             interfaces: guest.interfaces,

@@ -37,6 +37,19 @@ pub enum NetworkError {
     /// More interfaces than the guest has interrupts for.
     #[error("the pod has {0} network interfaces; a VM takes at most {MAX_INTERFACES}")]
     TooMany(usize),
+    /// Another VM is there.
+    #[error(
+        "interface {interface} of network namespace {path} is another VM's already, by its tap {tap}: a VM has a namespace's \
+         network to itself; give this container a namespace of its own, or end the other first"
+    )]
+    InUse {
+        /// As it was given.
+        path: PathBuf,
+        /// The pod's interface.
+        interface: String,
+        /// What its packets are sent to.
+        tap: String,
+    },
     /// Something that a VM cannot have.
     #[error("the pod's network cannot be given to a VM: {0}")]
     Unsupported(String),
@@ -68,6 +81,7 @@ impl From<NetworkError> for Error {
             NetworkError::NotANamespace { .. } | NetworkError::HostNetwork { .. } => {
                 Kind::InvalidArgument
             }
+            NetworkError::InUse { .. } => Kind::FailedPrecondition,
             NetworkError::TooMany(_) => Kind::ResourceExhausted,
             NetworkError::Unsupported(_) => Kind::Unimplemented,
             NetworkError::NoTun(_) | NetworkError::NoRedirect(_) => Kind::Unavailable,

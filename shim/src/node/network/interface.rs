@@ -3,6 +3,8 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
+use brig_agent_protocol::agent;
+
 /// An address with the length of its prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prefix {
@@ -18,6 +20,29 @@ impl fmt::Display for Prefix {
     }
 }
 
+/// An address as an interface has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    /// With the length of its prefix.
+    pub prefix: Prefix,
+    /// How far it is known, `RT_SCOPE_*`.
+    pub scope: u8,
+    /// Nothing begins from there by itself.
+    pub deprecated: bool,
+}
+
+impl Address {
+    /// What the agent is told.
+    pub(super) fn message(&self) -> agent::Address {
+        agent::Address {
+            prefix: self.prefix.to_string(),
+            scope: self.scope.into(),
+            deprecated: self.deprecated,
+            ..agent::Address::default()
+        }
+    }
+}
+
 /// An interface that the guest is to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
@@ -29,8 +54,12 @@ pub struct Link {
     pub mac: [u8; 6],
     /// Its MTU in bytes.
     pub mtu: u16,
+    /// Nobody answers for addresses there (`IFF_NOARP`).
+    pub noarp: bool,
+    /// It receives the multicast groups alone that the namespace has joined.
+    pub filters_multicast: bool,
     /// Its addresses in the kernel's order.
-    pub addresses: Vec<Prefix>,
+    pub addresses: Vec<Address>,
 }
 
 /// An Ethernet address as the agent reads it.

@@ -11,6 +11,7 @@
 
 mod error;
 mod interface;
+mod multicast;
 mod namespace;
 mod netfilter;
 mod netlink;
@@ -24,6 +25,8 @@ mod vhost;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use brig_agent_protocol::agent;
 use brig_hypervisor::control::NetConfig;
@@ -32,7 +35,7 @@ use slog::{Logger, warn};
 use crate::asked::config::{Config, Netfilter};
 use error::failed;
 pub use error::{MAX_INTERFACES, NetworkError};
-pub use interface::Prefix;
+pub use interface::{Address, Prefix};
 pub use netfilter::{Ruleset, UNTOUCHED as UNTOUCHED_FILTER, heard as heard_of_filter};
 pub use sysctls::{Inherited, of_node as limits_of_node};
 pub use tap::is_our_name as is_our_tap;
@@ -49,9 +52,17 @@ const MAX_PAIRS: usize = 32;
 /// The most queue pairs of one interface, as the VMM takes them.
 const MAX_PAIRS_EACH: usize = 16;
 
+/// The name of the interface that every namespace has, and its number.
+const LOOPBACK: &str = "lo";
+const LOOPBACK_INDEX: u32 = 1;
+/// How long a VM that is there may take to end: one that was killed just now.
+const ENDING: Duration = Duration::from_secs(3);
+
 /// One interface of the pod, behind a tap.
 #[derive(Debug)]
 pub struct TapInterface {
+    /// Its number in the pod's namespace.
+    pub index: u32,
     /// Its name in the pod.
     pub name: String,
     /// Its Ethernet address, which is the guest's too.
@@ -62,8 +73,19 @@ pub struct TapInterface {
     pub taps: Vec<OwnedFd>,
     /// One descriptor of vhost-net for each of them, if it is to move the frames.
     pub vhosts: Vec<OwnedFd>,
+    /// Nobody answers for addresses there (`IFF_NOARP`).
+    pub noarp: bool,
     /// IPv4 and IPv6 addresses, the first one of a family being the preferred one.
-    pub addresses: Vec<Prefix>,
+    pub addresses: Vec<Address>,
+}
+
+/// What stays with the shim of interfaces that a VM has.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// Their numbers in the namespace, and their names in the guest.
+    pub interfaces: Vec<(u32, String)>,
+    /// Has those that filter receive every multicast group, as long as it is open.
+    pub multicast: Option<OwnedFd>,
 }
 
 impl TapInterface {
@@ -88,6 +110,10 @@ impl TapInterface {
 pub struct PodNetwork {
     /// In the order in which the guest shall number them.
     pub interfaces: Vec<TapInterface>,
+    /// Addresses that somebody has added to the loopback interface.
+    pub loopback: Vec<Address>,
+    /// To be kept as long as the VM lives, see [`Self::keep`].
+    pub multicast: Option<OwnedFd>,
     /// The main routing table; routes that others depend on come first.
     pub routes: Vec<agent::Route>,
     /// Permanent neighbours.
@@ -139,11 +165,11 @@ impl GuestNetwork {
         }
     }
 
-    /// The names of its interfaces.
+    /// The names of its interfaces, but for the one that every guest has.
     #[must_use]
     pub fn interface_names(&self) -> Vec<String> {
         let names = self.interfaces.iter().map(|interface| &interface.name);
-        names.cloned().collect()
+        names.filter(|name| *name != LOOPBACK).cloned().collect()
     }
 }
 
@@ -155,17 +181,34 @@ impl PodNetwork {
             name: interface.name.clone(),
             mac: mac_text(&interface.mac),
             mtu: interface.mtu.into(),
-            addresses: interface.addresses.iter().map(Prefix::to_string).collect(),
+            noarp: interface.noarp,
+            addresses: interface.addresses.iter().map(Address::message).collect(),
+            ..agent::Interface::default()
+        });
+        let loopback = (!self.loopback.is_empty()).then(|| agent::Interface {
+            name: LOOPBACK.to_owned(),
+            addresses: self.loopback.iter().map(Address::message).collect(),
             ..agent::Interface::default()
         });
         GuestNetwork {
-            interfaces: interfaces.collect(),
+            interfaces: interfaces.chain(loopback).collect(),
             routes: self.routes.clone(),
             neighbours: self.neighbours.clone(),
             filter: self.filter.clone(),
             sysctls: Vec::new(),
             left_out: self.left_out.clone(),
             without_vhost: self.without_vhost.clone(),
+        }
+    }
+
+    /// What the shim keeps of it.
+    pub fn keep(&mut self) -> Kept {
+        let interfaces = self.interfaces.iter();
+        Kept {
+            interfaces: interfaces
+                .map(|interface| (interface.index, interface.name.clone()))
+                .collect(),
+            multicast: self.multicast.take(),
         }
     }
 
@@ -202,8 +245,8 @@ impl Wanted {
 /// Takes over the interfaces of the namespace at `path`. What an earlier run left behind there is replaced.
 ///
 /// # Errors
-/// [`NetworkError`]; nothing is touched when the namespace is the host's or holds what a VM cannot have, and
-/// what was done is undone when it fails later.
+/// [`NetworkError`]; nothing is touched when the namespace is the host's or another VM's, or holds what a VM cannot have,
+/// and what was done is undone when it fails later.
 pub fn set_up(path: &Path, wanted: Wanted) -> Result<PodNetwork, NetworkError> {
     find_new(path, wanted, &Known::default())
 }
@@ -229,8 +272,9 @@ pub fn find_new(path: &Path, wanted: Wanted, known: &Known) -> Result<PodNetwork
             Netlink::open().map_err(|error| failed("open a netlink socket", error))?;
         let mut layout = Layout::read(&mut netlink)?;
         let mut left_out = std::mem::take(&mut layout.left_out);
-        let filter = filter(&layout, wanted.netfilter, known.filter, &mut left_out)?;
+        let filter = filter(&layout.links, wanted.netfilter, known.filter, &mut left_out)?;
         layout.leave_out_known(&known.interfaces);
+        claim(&mut netlink, &layout.links, path)?;
         let queues = queue_pairs(wanted.queues, layout.links.len());
         let result = take_over(&mut netlink, &layout.links, queues);
         let mut interfaces = result.inspect_err(|_| {
@@ -242,8 +286,16 @@ pub fn find_new(path: &Path, wanted: Wanted, known: &Known) -> Result<PodNetwork
             true => give_vhosts(&mut interfaces).err(),
             false => None,
         };
+        let multicast = multicast::receive_all(&layout.links).unwrap_or_else(|error| {
+            left_out.push(format!(
+                "multicast groups that its containers join: the node's kernel does not let a device receive all of them: {error}"
+            ));
+            None
+        });
         Ok(PodNetwork {
             interfaces,
+            loopback: layout.loopback,
+            multicast,
             without_vhost,
             routes: layout.routes,
             neighbours: layout.neighbours,
@@ -255,7 +307,7 @@ pub fn find_new(path: &Path, wanted: Wanted, known: &Known) -> Result<PodNetwork
 
 /// The namespace's packet filter, or none when the guest is to keep its own.
 fn filter(
-    layout: &Layout,
+    links: &[Link],
     policy: Netfilter,
     given: Option<u32>,
     left_out: &mut Vec<String>,
@@ -270,18 +322,17 @@ fn filter(
             ..Ruleset::default()
         });
     }
-    whole_filter(layout, policy, left_out)
+    let interfaces = links.iter().map(|link| (link.index, link.name.as_str()));
+    whole_filter(interfaces.collect(), policy, left_out)
 }
 
+/// The packet filter for a guest with these interfaces, by their numbers.
 fn whole_filter(
-    layout: &Layout,
+    mut interfaces: Vec<(u32, &str)>,
     policy: Netfilter,
     left_out: &mut Vec<String>,
 ) -> Result<Ruleset, NetworkError> {
-    let links = layout.links.iter();
-    let mut interfaces: Vec<_> = links.map(|link| (link.index, link.name.as_str())).collect();
-    // It is the first one of any namespace.
-    interfaces.push((1, "lo"));
+    interfaces.push((LOOPBACK_INDEX, LOOPBACK));
     let mut filter = netfilter::read(&interfaces)?;
     filter.decide(policy)?;
     left_out.append(&mut filter.refused);
@@ -304,13 +355,15 @@ pub fn watch_filter(
     })
 }
 
-/// The packet filter of the namespace at `path`, with one sentence for each thing of it that is left out, unless it is
-/// in the state that a guest has been `given`.
+/// The packet filter of the namespace at `path` for a guest with these `interfaces`, with one sentence for each thing of it
+/// that is left out, unless it is in the state that a guest has been `given`. Whatever else has come into the namespace
+/// since is not looked at.
 ///
 /// # Errors
 /// [`NetworkError`]; what cannot be taken, where the policy wants it.
 pub fn changed_filter(
     path: &Path,
+    interfaces: &[(u32, String)],
     policy: Netfilter,
     given: Option<u32>,
 ) -> Result<Option<(Ruleset, Vec<String>)>, NetworkError> {
@@ -318,11 +371,11 @@ pub fn changed_filter(
         if netfilter::is_as(given) {
             return Ok(None);
         }
-        let mut netlink =
-            Netlink::open().map_err(|error| failed("open a netlink socket", error))?;
-        let layout = Layout::read(&mut netlink)?;
+        let interfaces = interfaces
+            .iter()
+            .map(|(index, name)| (*index, name.as_str()));
         let mut left_out = Vec::new();
-        let filter = whole_filter(&layout, policy, &mut left_out)?;
+        let filter = whole_filter(interfaces.collect(), policy, &mut left_out)?;
         Ok(Some((filter, left_out)))
     })
 }
@@ -336,8 +389,9 @@ pub fn inherited(path: &Path, interfaces: &[String]) -> Result<Inherited, Networ
     Namespace::open(path)?.run(|| Ok(sysctls::of_namespace(&names)))
 }
 
-/// Takes the redirection off every interface of the namespace at `path`, so that it is as CNI made it. Nothing
-/// to undo, and a namespace that is gone, are no errors.
+/// Takes the redirection of a VM that has ended off the interfaces of the namespace at `path`, so that it is as CNI made it.
+/// One that leads to a tap is that of a VM which lives, because a tap ends with its VM, and stays. Nothing to undo, and a
+/// namespace that is gone, are no errors.
 ///
 /// # Errors
 /// [`NetworkError`].
@@ -352,13 +406,32 @@ pub fn undo(path: &Path) -> Result<(), NetworkError> {
             Netlink::open().map_err(|error| failed("open a netlink socket", error))?;
         let mut first = Ok(());
         for index in scan::indexes(&mut netlink)? {
-            let result = redirect::remove(&mut netlink, index);
+            let result = redirect::remove_dead(&mut netlink, index).map(drop);
             if first.is_ok() {
                 first = result;
             }
         }
         first
     })
+}
+
+/// Makes sure that no other VM has these interfaces.
+fn claim(netlink: &mut Netlink, links: &[Link], path: &Path) -> Result<(), NetworkError> {
+    let deadline = Instant::now() + ENDING;
+    for link in links {
+        while let Some(tap) = redirect::remove_dead(netlink, link.index)? {
+            if Instant::now() >= deadline {
+                return Err(NetworkError::InUse {
+                    path: path.to_owned(),
+                    interface: link.name.clone(),
+                    tap: scan::name_of_index(netlink, tap)?,
+                });
+            }
+            // Nobody announces a tap's end.
+            sleep(Duration::from_millis(20));
+        }
+    }
+    Ok(())
 }
 
 fn take_over(
@@ -371,14 +444,15 @@ fn take_over(
         let tap = tap::create(queues)?;
         let index = scan::index_of(netlink, &tap.name)?;
         tap::configure(netlink, index, link.mtu)?;
-        redirect::replace(netlink, link.index, index)?;
-        redirect::replace(netlink, index, link.index)?;
+        redirect::join(netlink, link.index, index)?;
         interfaces.push(TapInterface {
+            index: link.index,
             name: link.name.clone(),
             mac: link.mac,
             mtu: link.mtu,
             taps: tap.queues,
             vhosts: Vec::new(),
+            noarp: link.noarp,
             addresses: link.addresses.clone(),
         });
     }

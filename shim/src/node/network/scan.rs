@@ -7,15 +7,18 @@
 //!   derives the same. What router advertisements brought is left to the guest too: it hears them itself.
 //! - What a copy would falsify silently (several next hops, a blackhole, an interface stacked on another one) is
 //!   refused; what a pod hardly misses (other routing tables) is left out and said.
+//! - The guest has a loopback interface of its own, and gets what addresses were added to the namespace's.
 
 mod routes;
+mod stacked;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use brig_agent_protocol::agent;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    InfoData, InfoIpVlan, InfoKind, IpVlanMode, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
+    LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -24,7 +27,7 @@ use netlink_packet_route::route::{RouteMessage, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::error::{MAX_INTERFACES, NetworkError, failed};
-use super::interface::{Link, Prefix, link_local, mac_text};
+use super::interface::{Address, Link, Prefix, link_local, mac_text};
 use super::netlink::Netlink;
 use super::tap;
 
@@ -33,6 +36,8 @@ use super::tap;
 pub struct Layout {
     /// By name, so that `eth0` is the guest's first one.
     pub links: Vec<Link>,
+    /// Addresses of the loopback interface that no kernel gives it by itself.
+    pub loopback: Vec<Address>,
     /// Ordered by what they depend on.
     pub routes: Vec<agent::Route>,
     /// Permanent neighbours.
@@ -88,14 +93,18 @@ impl Layout {
         neighbours: &[NeighbourMessage],
     ) -> Result<Self, NetworkError> {
         let mut links = Vec::new();
+        let mut loopback = Vec::new();
         for message in all_links {
             let addresses = addresses
                 .iter()
                 .filter(|address| address.header.index == message.header.index);
-            if let Some(link) = link(message, addresses, all_links)? {
+            if message.header.flags.contains(LinkFlags::Loopback) {
+                loopback.extend(addresses.filter_map(of_loopback));
+            } else if let Some(link) = link(message, addresses)? {
                 links.push(link);
             }
         }
+        stacked::refuse(all_links, &links)?;
         if links.len() > MAX_INTERFACES {
             return Err(NetworkError::TooMany(links.len()));
         }
@@ -117,6 +126,7 @@ impl Layout {
             .collect();
         Ok(Self {
             links,
+            loopback,
             routes,
             neighbours,
             left_out,
@@ -149,6 +159,13 @@ pub fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32, NetworkError> 
     found
         .map(|link| link.header.index)
         .ok_or_else(|| failed(format!("find {name}"), std::io::ErrorKind::NotFound.into()))
+}
+
+/// The name of an interface; its number, if it is gone.
+pub fn name_of_index(netlink: &mut Netlink, index: u32) -> Result<String, NetworkError> {
+    let links = list_links(netlink)?;
+    let found = links.iter().find(|link| link.header.index == index);
+    Ok(found.map_or_else(|| index.to_string(), |link| name_of(link).to_owned()))
 }
 
 fn list_links(netlink: &mut Netlink) -> Result<Vec<LinkMessage>, NetworkError> {
@@ -191,26 +208,22 @@ fn kind_of(message: &LinkMessage) -> Option<&InfoKind> {
 fn link<'a>(
     message: &LinkMessage,
     addresses: impl Iterator<Item = &'a AddressMessage>,
-    all: &[LinkMessage],
 ) -> Result<Option<Link>, NetworkError> {
     let name = name_of(message).to_owned();
     let mut mac = None;
     let mut mtu = 0;
-    let mut below = None;
-    let mut elsewhere = false;
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
             LinkAttribute::Mtu(value) => mtu = *value,
             LinkAttribute::Controller(index) if *index != 0 => return Ok(None),
-            LinkAttribute::Link(index) => below = Some(*index),
-            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             _ => {}
         }
     }
     let flags = message.header.flags;
-    let ours = tap::is_our_name(&name) && matches!(kind_of(message), Some(InfoKind::Tun));
-    if ours || flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) {
+    let kind = kind_of(message);
+    let ours = tap::is_our_name(&name) && matches!(kind, Some(InfoKind::Tun));
+    if ours || !flags.contains(LinkFlags::Up) {
         return Ok(None);
     }
     let unsupported = |what: &str| {
@@ -218,25 +231,20 @@ fn link<'a>(
             "interface {name} {what}"
         )))
     };
+    if matches!(kind, Some(InfoKind::Vrf)) {
+        return unsupported("is a VRF: a VM gets the main routing table only");
+    }
+    if is_l3s(message) {
+        return unsupported(
+            "is an ipvlan of mode l3s, whose packets never pass by the interface itself; use mode l2 or l3",
+        );
+    }
     if message.header.link_layer_type != LinkLayerType::Ether {
         return unsupported("is no Ethernet interface");
     }
     let Some(mac) = mac.filter(|mac| *mac != [0; 6] && mac[0] & 1 == 0) else {
         return unsupported("has no Ethernet address");
     };
-    let stacked = matches!(
-        kind_of(message),
-        Some(
-            InfoKind::Vlan
-                | InfoKind::MacVlan
-                | InfoKind::MacVtap
-                | InfoKind::IpVlan
-                | InfoKind::IpVtap
-        )
-    );
-    if stacked && !elsewhere && all.iter().any(|other| Some(other.header.index) == below) {
-        return unsupported("is stacked on another interface of the pod");
-    }
     let Ok(mtu) = u16::try_from(mtu) else {
         return unsupported("has an MTU over 65535");
     };
@@ -245,14 +253,42 @@ fn link<'a>(
         name,
         mac,
         mtu,
+        noarp: flags.contains(LinkFlags::Noarp),
+        // A pair of ends has no hardware in between that could.
+        filters_multicast: !matches!(kind, Some(InfoKind::Veth | InfoKind::Netkit)),
         addresses: addresses
             .filter_map(|message| address(message, mac))
             .collect(),
     }))
 }
 
+/// Such an ipvlan's packets come by its master, and are the namespace's before any ingress is asked.
+fn is_l3s(message: &LinkMessage) -> bool {
+    message.attributes.iter().any(|attribute| {
+        let LinkAttribute::LinkInfo(infos) = attribute else {
+            return false;
+        };
+        infos.iter().any(|info| {
+            let LinkInfo::Data(InfoData::IpVlan(data)) = info else {
+                return false;
+            };
+            data.contains(&InfoIpVlan::Mode(IpVlanMode::L3S))
+        })
+    })
+}
+
+/// An address of the loopback interface that somebody has added.
+fn of_loopback(message: &AddressMessage) -> Option<Address> {
+    let found = address(message, [0; 6])?;
+    let own = match found.prefix.address {
+        IpAddr::V4(address) => address.is_loopback(),
+        IpAddr::V6(address) => address == Ipv6Addr::LOCALHOST,
+    };
+    (!own).then_some(found)
+}
+
 /// An address that the guest does not find by itself.
-fn address(message: &AddressMessage, mac: [u8; 6]) -> Option<Prefix> {
+fn address(message: &AddressMessage, mac: [u8; 6]) -> Option<Address> {
     let mut local = None;
     let mut peer = None;
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
@@ -270,9 +306,13 @@ fn address(message: &AddressMessage, mac: [u8; 6]) -> Option<Prefix> {
     {
         return None;
     }
-    Some(Prefix {
-        address,
-        length: message.header.prefix_len,
+    Some(Address {
+        prefix: Prefix {
+            address,
+            length: message.header.prefix_len,
+        },
+        scope: message.header.scope.into(),
+        deprecated: flags.contains(AddressFlags::Deprecated),
     })
 }
 

@@ -1,5 +1,6 @@
 //! The whole module against real namespaces, as root: the tests play the guest on the taps.
 
+mod beside;
 mod guest;
 pub(crate) mod node;
 
@@ -38,11 +39,13 @@ fn queue_pairs_stay_within_the_budget() {
 fn descriptors_are_numbered_behind_those_that_are_there() {
     let fd = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     let interface = |name: &str, taps, vhosts| TapInterface {
+        index: 2,
         name: name.to_owned(),
         mac: [2, 0, 0, 0, 0, 1],
         mtu: 1400,
         taps,
         vhosts,
+        noarp: false,
         addresses: vec![],
     };
     let network = PodNetwork {
@@ -164,6 +167,17 @@ fn interfaces_addresses_routes_and_neighbours_are_as_cni_made_them() {
         "nud",
         "permanent",
     ]);
+    for arguments in [
+        "address add fd77:0::9/64 dev eth0 nodad preferred_lft 0",
+        "address add 10.77.1.3/32 dev net1 scope link",
+        "address add 192.0.2.7/32 dev lo",
+        "address add 2001:db8::7/128 dev lo",
+        "link set net1 arp off",
+    ] {
+        let mut command = vec!["ip"];
+        command.extend(arguments.split(' '));
+        node.in_pod(&command);
+    }
     let network = set_up(&node.pod, wanted(2)).unwrap();
     let names: Vec<_> = network.interfaces.iter().map(|i| i.name.as_str()).collect();
     assert_eq!(names, ["eth0", "net1"]);
@@ -171,31 +185,60 @@ fn interfaces_addresses_routes_and_neighbours_are_as_cni_made_them() {
         assert_eq!((interface.mtu, interface.taps.len()), (1400, 2));
     }
     let guest = network.guest();
+    assert_eq!(guest.interface_names(), names);
+    let addresses = |number: usize| -> Vec<String> {
+        let addresses = guest.interfaces[number].addresses.iter();
+        addresses
+            .map(|one| format!("{} {} {}", one.prefix, one.scope, one.deprecated))
+            .collect()
+    };
     assert_eq!(
-        guest.interfaces[0].addresses,
-        ["10.77.0.2/24", "fd77::2/64"]
+        addresses(0),
+        [
+            "10.77.0.2/24 0 false",
+            "fd77::9/64 0 true",
+            "fd77::2/64 0 false"
+        ]
     );
     assert_eq!(
-        guest.interfaces[1].addresses,
-        ["10.77.1.2/24", "fd77:1::2/64"]
+        addresses(1),
+        [
+            "10.77.1.3/32 253 false",
+            "10.77.1.2/24 0 false",
+            "fd77:1::2/64 0 false"
+        ]
     );
+    assert_eq!(guest.interfaces[2].name, "lo");
+    assert_eq!(
+        addresses(2),
+        ["192.0.2.7/32 0 false", "2001:db8::7/128 0 false"]
+    );
+    let noarp: Vec<_> = guest.interfaces.iter().map(|one| one.noarp).collect();
+    assert_eq!(noarp, [false, true, false]);
     let routes: Vec<_> = guest
         .routes
         .iter()
         .map(|r| {
             format!(
-                "{} via {} dev {} metric {} mtu {} onlink {} scope {}",
-                r.destination, r.gateway, r.interface, r.metric, r.mtu, r.onlink, r.scope
+                "{} via {} dev {} metric {} metrics {:?} onlink {} scope {} proto {}",
+                r.destination,
+                r.gateway,
+                r.interface,
+                r.metric,
+                r.metrics,
+                r.onlink,
+                r.scope,
+                r.protocol
             )
         })
         .collect();
     for expected in [
-        "10.77.0.0/24 via  dev eth0 metric 0 mtu 0 onlink false scope 253",
-        "192.0.2.1/32 via  dev net1 metric 0 mtu 0 onlink false scope 253",
-        " via 10.77.0.1 dev eth0 metric 0 mtu 0 onlink false scope 0",
-        "198.51.100.0/24 via 192.0.2.1 dev net1 metric 9 mtu 1300 onlink true scope 0",
-        "fd77::/64 via  dev eth0 metric 256 mtu 0 onlink false scope 0",
-        " via fd77::1 dev eth0 metric 1024 mtu 0 onlink false scope 0",
+        "10.77.0.0/24 via  dev eth0 metric 0 metrics [] onlink false scope 253 proto 2",
+        "192.0.2.1/32 via  dev net1 metric 0 metrics [] onlink false scope 253 proto 3",
+        " via 10.77.0.1 dev eth0 metric 0 metrics [] onlink false scope 0 proto 3",
+        "198.51.100.0/24 via 192.0.2.1 dev net1 metric 9 metrics [8, 0, 2, 0, 20, 5, 0, 0] onlink true scope 0 proto 3",
+        "fd77::/64 via  dev eth0 metric 256 metrics [] onlink false scope 0 proto 2",
+        " via fd77::1 dev eth0 metric 1024 metrics [] onlink false scope 0 proto 3",
     ] {
         assert!(
             routes.iter().any(|r| r == expected),
@@ -249,11 +292,13 @@ fn what_a_killed_run_left_behind_is_replaced() {
     let node = Node::new("again");
     node.add_interface("eth0", 0);
     drop(set_up(&node.pod, ONE).unwrap());
+    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("brig0"));
     let network = set_up(&node.pod, ONE).unwrap();
     let interface = &network.interfaces[0];
     Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
     let filters = node.in_pod(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
-    assert_eq!(filters.matches("mirred").count(), 1, "{filters}");
+    assert_eq!(filters.matches("Redirect").count(), 1, "{filters}");
+    assert_eq!(filters.matches("Mirror").count(), 2, "{filters}");
 }
 
 #[test]
@@ -290,10 +335,12 @@ fn filters_of_the_node_survive_ours() {
     let network = set_up(&node.pod, ONE).unwrap();
     let interface = &network.interfaces[0];
     Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
+    drop(network);
+    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("brig0"));
     undo(&node.pod).unwrap();
     let filters = node.in_pod(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
     assert!(
-        filters.contains("pref 5") && !filters.contains("Redirect"),
+        filters.contains("pref 5") && !filters.contains("pref 46"),
         "{filters}"
     );
 }

@@ -39,6 +39,7 @@ mod resize;
 mod resources;
 mod rules;
 mod sandbox;
+mod second_networks;
 mod security;
 mod shutdown;
 mod stats;
@@ -61,6 +62,7 @@ pub fn all() -> Vec<Case> {
         process::CASES,
         network::CASES,
         networks::CASES,
+        second_networks::CASES,
         transfer_cost::CASES,
         vhost::CASES,
         queue_pairs::CASES,

@@ -48,13 +48,13 @@ const PLUGIN: &str = "/usr/lib/cni/brig-cri-last";
 const CONFIGURATION: &str = "/etc/cni/net.d/10-brig-node.conflist";
 
 /// A chain of plug-ins whose last one runs a script in the namespace, until the end of its scope.
-struct Chain {
+pub(super) struct Chain {
     _configured: Configured,
     _networks: Directory,
 }
 
 impl Chain {
-    fn with(cri: &Rc<Cri>, script: &str) -> Result<Self> {
+    pub(super) fn with(cri: &Rc<Cri>, script: &str) -> Result<Self> {
         let networks = Directory::new("chain")?;
         let script = networks.file("script", script)?;
         let plugin = format!(
@@ -136,7 +136,7 @@ fn until_port_is(open: bool, address: &str, port: u16) -> Result<()> {
 }
 
 /// The network namespace of the pod with this address, as `nsenter` wants it.
-fn namespace_of(address: &str) -> Result<String> {
+pub(super) fn namespace_of(address: &str) -> Result<String> {
     let look = format!(
         "for n in /run/netns/*; do nsenter --net=$n ip -o address | grep -q ' {address}/' && echo $n; done; true"
     );
@@ -158,6 +158,8 @@ fn later(suite: &mut Suite) -> Result<()> {
     let within = |command: &str| run(&format!("nsenter --net={namespace} {command}"));
     fetch(&address, 8080)?;
     that("port 81 is closed", !is_open(&address, 81)?)?;
+    // A pod that starts with it is refused; rules are not its business.
+    within("ip route add blackhole 203.0.113.0/24")?;
     within(REDIRECT)?;
     until_port_is(true, &address, 81).context("a rule that has come")?;
     equal("page", "later-rules", fetch(&address, 81)?)?;

@@ -90,7 +90,8 @@ pub(super) fn adopt(
     tokio::spawn(watch.run());
     let late = launched.netns.map(|netns| {
         let nets = launched.machine.0.nets.iter();
-        Late::new(netns, wanted, nets.map(Interface::of).collect(), filter)
+        let nets = nets.map(Interface::of).collect();
+        Late::new(netns, wanted, (nets, launched.kept.interfaces), filter)
     });
     let vm = Arc::new(Vm {
         pid,
@@ -120,6 +121,7 @@ pub(super) fn adopt(
         template: OnceLock::new(),
         debugged: debug_session::Session::default(),
     });
+    vm.keep_open(launched.kept.multicast);
     tokio::spawn(living::watch_connection(
         Arc::downgrade(&vm),
         connection,

@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 
 use brig_agent_protocol::agent;
+use netlink_packet_core::Emitable as _;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-    RouteProtocol, RouteScope, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
+    RouteType, RouteVia,
 };
 
 use crate::node::network::error::NetworkError;
@@ -52,7 +53,7 @@ struct Parts {
     source: Option<IpAddr>,
     interface: Option<u32>,
     metric: u32,
-    mtu: u32,
+    metrics: Vec<u8>,
     table: Option<u32>,
     several_hops: bool,
     encapsulated: bool,
@@ -78,11 +79,9 @@ impl Parts {
                 RouteAttribute::MultiPath(_) => parts.several_hops = true,
                 RouteAttribute::Encap(_) => parts.encapsulated = true,
                 RouteAttribute::Metrics(metrics) => {
-                    for metric in metrics {
-                        if let RouteMetric::Mtu(mtu) = metric {
-                            parts.mtu = *mtu;
-                        }
-                    }
+                    let metrics = metrics.as_slice();
+                    parts.metrics = vec![0; metrics.buffer_len()];
+                    metrics.emit(&mut parts.metrics);
                 }
                 _ => {}
             }
@@ -170,7 +169,8 @@ fn judge(message: &RouteMessage, links: &[Link]) -> Judgement {
         } else {
             4
         },
-        mtu: parts.mtu,
+        metrics: parts.metrics,
+        protocol: u8::from(header.protocol).into(),
         ..agent::Route::default()
     }))
 }

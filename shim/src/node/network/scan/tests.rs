@@ -1,8 +1,8 @@
 use std::net::Ipv4Addr;
 
-use netlink_packet_route::address::AddressHeaderFlags;
+use netlink_packet_route::address::{AddressHeaderFlags, AddressScope};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteNextHop, RouteProtocol, RouteScope,
+    RouteAddress, RouteAttribute, RouteMetric, RouteNextHop, RouteProtocol, RouteScope,
 };
 
 use super::*;
@@ -114,7 +114,7 @@ fn the_link_local_address_of_the_mac_and_what_routers_advertised_are_the_guests_
     let found: Vec<_> = layout.links[0]
         .addresses
         .iter()
-        .map(Prefix::to_string)
+        .map(|address| address.prefix.to_string())
         .collect();
     assert_eq!(found, ["10.1.0.2/16", "fe80::1234/64", "fd00::2/64"]);
 }
@@ -125,7 +125,8 @@ fn a_point_to_point_address_is_the_local_one() {
     message
         .attributes
         .push(AddressAttribute::Local("10.0.0.2".parse().unwrap()));
-    assert_eq!(address(&message, MAC).unwrap().to_string(), "10.0.0.2/32");
+    let found = address(&message, MAC).unwrap();
+    assert_eq!(found.prefix.to_string(), "10.0.0.2/32");
 }
 
 #[test]
@@ -165,8 +166,12 @@ fn routes_that_others_need_come_first_and_keep_their_fields() {
             Ipv4Addr::new(10, 1, 0, 2),
         )));
     via.attributes.push(RouteAttribute::Metrics(vec![
-        netlink_packet_route::route::RouteMetric::Mtu(1400),
+        RouteMetric::Lock(4),
+        RouteMetric::Mtu(1400),
+        RouteMetric::Advmss(1200),
+        RouteMetric::CcAlgo("reno".to_owned()),
     ]));
+    via.header.protocol = RouteProtocol::Dhcp;
     let mut connected = route(Some((gateway, 32)), None);
     connected.header.protocol = RouteProtocol::Kernel;
     let routes = layout(&[interface(2, "eth0", MAC)], &[via, connected])
@@ -182,7 +187,15 @@ fn routes_that_others_need_come_first_and_keep_their_fields() {
         (default.destination.as_str(), default.gateway.as_str()),
         ("", "10.1.0.1")
     );
-    assert_eq!((default.metric, default.mtu, default.family), (7, 1400, 4));
+    assert_eq!((default.metric, default.family), (7, 4));
+    assert_eq!((routes[0].protocol, default.protocol), (2, 16));
+    let mut metrics = Vec::new();
+    for (kind, value) in [(1, 4), (2, 1400), (8, 1200_u32)] {
+        metrics.extend([8, 0, kind, 0]);
+        metrics.extend(value.to_ne_bytes());
+    }
+    metrics.extend(b"\x09\0\x10\0reno\0\0\0\0");
+    assert_eq!(default.metrics, metrics);
     assert!(default.onlink);
     assert_eq!(default.source, "10.1.0.2");
 }
@@ -203,4 +216,107 @@ fn routes_that_a_copy_would_falsify_are_refused_or_told() {
     let layout = layout(&links, &[other_table]).unwrap();
     assert!(layout.routes.is_empty());
     assert!(layout.left_out[0].contains("table 100"));
+}
+
+/// An interface of a kind, that stands on another one.
+fn on(index: u32, name: &str, kind: InfoKind, below: Option<u32>) -> LinkMessage {
+    let mut message = interface(index, name, mac(u8::try_from(index).unwrap()));
+    message
+        .attributes
+        .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]));
+    message.attributes.extend(below.map(LinkAttribute::Link));
+    message
+}
+
+#[test]
+fn whatever_stands_on_an_interface_of_the_pod_is_refused() {
+    let eth0 = || on(2, "eth0", InfoKind::Veth, Some(7));
+    for kind in [
+        InfoKind::Vxlan,
+        InfoKind::MacSec,
+        InfoKind::MacVlan,
+        InfoKind::Other("new".into()),
+    ] {
+        let stacked = [eth0(), on(3, "upper0", kind, Some(2))];
+        let why = refusal(layout(&stacked, &[]));
+        assert!(
+            why.contains("upper0 is stacked") && why.contains("eth0"),
+            "{why}"
+        );
+    }
+    for kind in [InfoKind::Geneve, InfoKind::GreTap, InfoKind::Vxlan] {
+        let mut tunnel = on(3, "upper0", kind, None);
+        let why = refusal(layout(&[eth0(), tunnel.clone()], &[]));
+        assert!(why.contains("upper0 is a tunnel"), "{why}");
+        // The node's, that a plug-in has moved into the pod.
+        tunnel.attributes.push(LinkAttribute::LinkNetNsId(0));
+        assert!(layout(&[eth0(), tunnel], &[]).is_ok());
+    }
+    // A part of a bridge of the pod that stands on another interface of it.
+    let mut vlan = on(3, "eth0.5", InfoKind::Vlan, Some(2));
+    vlan.attributes.push(LinkAttribute::Controller(4));
+    let bridge = on(4, "br0", InfoKind::Bridge, None);
+    let why = refusal(layout(&[eth0(), vlan, bridge.clone()], &[]));
+    assert!(why.contains("eth0.5 is stacked"), "{why}");
+    // A part whose packets the bridge has is nobody's loss.
+    let mut part = eth0();
+    part.attributes.push(LinkAttribute::Controller(4));
+    assert_eq!(layout(&[part, bridge], &[]).unwrap().links.len(), 1);
+    // Both ends of a pair stand on nothing.
+    let ends = [eth0(), on(7, "eth1", InfoKind::Veth, Some(2))];
+    assert_eq!(layout(&ends, &[]).unwrap().links.len(), 2);
+}
+
+#[test]
+fn a_vrf_and_an_ipvlan_whose_packets_pass_by_elsewhere_are_refused_by_name() {
+    let vrf = on(3, "red", InfoKind::Vrf, None);
+    let why = refusal(layout(&[interface(2, "eth0", MAC), vrf], &[]));
+    assert!(why.contains("red is a VRF"), "{why}");
+    let ipvlan = |mode| {
+        let mut message = interface(2, "net1", MAC);
+        message.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::IpVlan),
+            LinkInfo::Data(InfoData::IpVlan(vec![InfoIpVlan::Mode(mode)])),
+        ]));
+        message.header.flags |= LinkFlags::Noarp;
+        layout(&[message], &[])
+    };
+    assert!(refusal(ipvlan(IpVlanMode::L3S)).contains("l3s"));
+    let links = ipvlan(IpVlanMode::L3).unwrap().links;
+    assert!(links[0].noarp && links[0].filters_multicast);
+    let veth = [on(2, "eth0", InfoKind::Veth, Some(7))];
+    let links = layout(&veth, &[]).unwrap().links;
+    assert!(!links[0].noarp && !links[0].filters_multicast);
+}
+
+#[test]
+fn addresses_keep_scope_and_age_and_those_added_to_the_loopback_interface_are_taken() {
+    let mut lo = interface(1, "lo", [0; 6]);
+    lo.header.flags |= LinkFlags::Loopback;
+    let permanent = AddressFlags::Permanent;
+    let mut scoped = inet(2, "10.1.0.2", 16, permanent);
+    scoped.header.scope = AddressScope::Link;
+    let addresses = [
+        inet(1, "127.0.0.1", 8, permanent),
+        inet(1, "127.0.0.53", 32, permanent),
+        inet(1, "192.0.2.7", 32, permanent),
+        inet(1, "::1", 128, permanent),
+        inet(1, "2001:db8::7", 128, permanent),
+        scoped,
+        inet(2, "fd00::9", 64, permanent | AddressFlags::Deprecated),
+    ];
+    let links = [lo, interface(2, "eth0", MAC)];
+    let layout = Layout::of(&links, &addresses, &[], &[]).unwrap();
+    let loopback: Vec<_> = layout
+        .loopback
+        .iter()
+        .map(|address| address.prefix.to_string())
+        .collect();
+    assert_eq!(loopback, ["192.0.2.7/32", "2001:db8::7/128"]);
+    let found: Vec<_> = layout.links[0]
+        .addresses
+        .iter()
+        .map(|address| (address.scope, address.deprecated))
+        .collect();
+    assert_eq!(found, [(253, false), (0, true)]);
 }

@@ -38,6 +38,21 @@ impl<'a> Guest<'a> {
         });
     }
 
+    /// Whether a frame to this Ethernet address comes within a moment; others before it are forgotten.
+    pub fn hears(&self, address: [u8; 6]) -> bool {
+        let mut buffer = [0; 2048];
+        loop {
+            let mut fds = [PollFd::new(self.tap.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::from(2000_u16)).unwrap() == 0 {
+                return false;
+            }
+            match nix::unistd::read(self.tap, &mut buffer) {
+                Ok(length) if buffer[HEADER..length].starts_with(&address) => return true,
+                _ => {}
+            }
+        }
+    }
+
     fn answer(&self) -> io::Result<()> {
         let mut buffer = [0; 2048];
         let length = match nix::unistd::read(self.tap, &mut buffer) {

@@ -1,6 +1,6 @@
 //! A node and a pod's namespace with veth pairs between them, as CNI makes them.
 
-use std::net::{Ipv6Addr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -72,6 +72,59 @@ impl Node {
         }
     }
 
+    /// A macvlan on a wire of the node's: 10.78.0.2 in the pod, 10.78.0.1 on another macvlan of the node's. False: the kernel
+    /// has none.
+    pub fn add_macvlan(&self, interface: &str) -> bool {
+        let (node, pod) = (format!("{}-node", self.name), format!("{}-pod", self.name));
+        let wire = [
+            "ip", "-n", &node, "link", "add", "wire0", "type", "veth", "peer", "name", "wire1",
+        ];
+        run(&wire);
+        for end in ["wire0", "wire1"] {
+            run(&["ip", "-n", &node, "link", "set", end, "up"]);
+        }
+        for (namespace, name, host) in [(&node, "beside", 1), (&pod, interface, 2)] {
+            let add = [
+                "-n", &node, "link", "add", "link", "wire0", "name", name, "netns", namespace,
+                "type", "macvlan", "mode", "bridge",
+            ];
+            if !Command::new("ip").args(add).status().unwrap().success() {
+                return false;
+            }
+            let address = format!("10.78.0.{host}/24");
+            run(&[
+                "ip", "-n", namespace, "address", "add", &address, "dev", name,
+            ]);
+            run(&["ip", "-n", namespace, "link", "set", name, "up"]);
+        }
+        true
+    }
+
+    /// Sends a datagram to a multicast group from 10.78.0.1.
+    pub fn send_to_group(&self, group: Ipv4Addr) {
+        let path = Path::new("/run/netns").join(format!("{}-node", self.name));
+        let send = || {
+            let socket = UdpSocket::bind("10.78.0.1:0").unwrap();
+            let interface = libc::in_addr {
+                s_addr: u32::from(Ipv4Addr::new(10, 78, 0, 1)).to_be(),
+            };
+            // SAFETY: the option is an in_addr, which lives during the call.
+            let set = unsafe {
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::IPPROTO_IP,
+                    libc::IP_MULTICAST_IF,
+                    (&raw const interface).cast(),
+                    4,
+                )
+            };
+            assert_eq!(set, 0);
+            socket.send_to(b"to all", (group, PORT)).unwrap();
+            Ok(())
+        };
+        Namespace::open(&path).unwrap().run(send).unwrap();
+    }
+
     pub fn in_pod(&self, command: &[&str]) -> String {
         let namespace = format!("{}-pod", self.name);
         let mut full = vec!["ip", "netns", "exec", &namespace];
@@ -86,6 +139,11 @@ impl Node {
 
     /// As [`Self::ping`], with this many bytes of payload in one datagram that must not be fragmented.
     pub fn ping_size(&self, address: &str, size: usize) -> bool {
+        self.ping_port((address, PORT), size)
+    }
+
+    /// As [`Self::ping`], from another port.
+    pub fn ping_port(&self, (address, port): (&str, u16), size: usize) -> bool {
         let path = Path::new("/run/netns").join(format!("{}-node", self.name));
         let v4 = !address.contains(':');
         let echo = || {
@@ -107,7 +165,7 @@ impl Node {
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
             let payload = vec![7; size];
             let mut answer = vec![0; 2048];
-            let there = socket.send_to(&payload, (address, PORT)).is_ok();
+            let there = socket.send_to(&payload, (address, port)).is_ok();
             Ok(there && matches!(socket.recv(&mut answer), Ok(n) if answer[..n] == payload))
         };
         Namespace::open(&path).unwrap().run(echo).unwrap()

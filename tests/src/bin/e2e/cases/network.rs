@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::{clock, process};
 
-use crate::suite::{Case, PROBE, Suite, case, patience};
+use crate::suite::{Case, PROBE, Suite, brig, case, patience};
 
 const NAMESPACE: &str = "brig-e2e-net";
 const NODE_LINK: &str = "brige2e0";
@@ -29,6 +29,11 @@ pub const CASES: &[Case] = &[
         "network",
         "a network that CNI makes between create and start is the pod's",
         after_create,
+    ),
+    brig(
+        "network",
+        "a second VM in a network namespace is refused by name, and leaves the first one its network",
+        second_vm,
     ),
 ];
 
@@ -127,19 +132,7 @@ fn both_ways(suite: &mut Suite) -> Result<()> {
         .map_err(|_| anyhow::anyhow!("the listener panicked"))??;
     contains("the pod's request", "GET /", &request)?;
 
-    let end = Instant::now() + patience();
-    let mut answer = String::new();
-    // The server may not listen yet: a refused connection is tried again.
-    while let Err(error) = TcpStream::connect((POD, 8080))
-        .and_then(|mut stream| stream.read_to_string(&mut answer).map(|_| ()))
-    {
-        that(
-            &format!("the pod's server answers, not: {error}"),
-            Instant::now() < end,
-        )?;
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    equal("the pod's answer", "from the pod", answer)?;
+    equal("the pod's answer", "from the pod", ask()?)?;
 
     drop(container);
     let mut after = Namespace::state()?;
@@ -151,6 +144,52 @@ fn both_ways(suite: &mut Suite) -> Result<()> {
     }
     equal("interfaces and queueing of the namespace", before, after)?;
     drop(namespace);
+    Ok(())
+}
+
+/// Reads what the pod's server says to whoever connects; it may not listen yet.
+fn ask() -> Result<String> {
+    let end = Instant::now() + patience();
+    loop {
+        let mut answer = String::new();
+        let asked = TcpStream::connect((POD, 8080))
+            .and_then(|mut stream| stream.read_to_string(&mut answer).map(|_| ()));
+        match asked {
+            Ok(()) => return Ok(answer),
+            Err(error) => that(
+                &format!("the pod's server answers, not: {error}"),
+                Instant::now() < end,
+            )?,
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn second_vm(suite: &mut Suite) -> Result<()> {
+    let _namespace = Namespace::make()?;
+    let within = format!("network:/run/netns/{NAMESPACE}");
+    let first = suite
+        .probe("first", &["serve", "8080", "from the first"])
+        .with("--with-ns", &within);
+    let first = suite.ctr.start(&first)?;
+    equal("the answer", "from the first", ask()?)?;
+    let second = suite.probe("second", &["facts"]).with("--with-ns", &within);
+    let outcome = suite.ctr.run(&second)?;
+    that("a second one is refused", outcome.code != 0)?;
+    for part in ["eth0", NAMESPACE, "brig0"] {
+        contains("the error", part, &outcome.stderr)?;
+    }
+    // Its end has taken nothing away.
+    equal("the answer", "from the first", ask()?)?;
+    drop(first);
+    // And once the first has gone, whose end nobody announces here, the namespace is anybody's.
+    let end = Instant::now() + patience();
+    while let Err(error) = suite.ctr.run(&second)?.success() {
+        that(
+            &format!("the namespace is free, not: {error}"),
+            Instant::now() < end,
+        )?;
+    }
     Ok(())
 }
 
