@@ -87,6 +87,7 @@ impl Wanted {
             sysctls: self.sysctls,
             shm_size: self.shm_size,
             return_files: config.idle_files == IdleFiles::Return,
+            max_pids: pids_of_pod(self.cgroup_path.as_deref()),
             ..Sandbox::default()
         };
         let plan = Plan {
@@ -132,6 +133,11 @@ pub(super) fn huge_pages_of_pod(cgroups_path: Option<&str>) -> u64 {
     cgroups_path
         .and_then(cgroup::huge_pages_of_parent)
         .unwrap_or(0)
+}
+
+/// Processes that kubelet lets a pod have (`podPidsLimit`), by its cgroup as well; 0 without a limit.
+fn pids_of_pod(cgroups_path: Option<&str>) -> u64 {
+    cgroups_path.and_then(cgroup::pids_of_parent).unwrap_or(0)
 }
 
 /// The size of the file system here in bytes; 0 when that cannot be known.
