@@ -100,6 +100,10 @@ pub(crate) struct Behaviour {
     pub(crate) left_behind: bool,
     /// Processes take all of the grace of a Shutdown, and more.
     pub(crate) stubborn: bool,
+    /// UpdateContainer is answered after this time.
+    pub(crate) slow_update: Duration,
+    /// UpdateContainer refuses what has this in it.
+    pub(crate) refuse_update: Option<&'static str>,
     /// Bytes that the guest could do without.
     pub(crate) spare: Option<u64>,
     /// The most bytes beyond those of its start that it takes.

@@ -69,7 +69,12 @@ impl Wanted {
     /// The VM of the pod `id`, what its agent is told, and what it should grow by.
     pub(super) fn plan(self, id: &str) -> (Plan, Sandbox, PodSize) {
         let mut config = self.config;
-        let size = PodSize::new(config.memory, config.vcpus, self.limits);
+        let size = PodSize::new(
+            config.memory,
+            config.vcpus,
+            self.limits,
+            self.cgroup_path.clone(),
+        );
         let memory = guest_memory(&self.limits, config.memory, node_memory());
         let vcpus = guest_cpus(&self.limits, config.vcpus, node_cpus());
         let template = template(&config, memory, vcpus);
