@@ -2,7 +2,9 @@
 //! this says where it goes and when it is there. Nothing tells of that, so it is looked at; only while somebody waits.
 //!
 //! Trusts the host, and the guest's kernel.
-use std::{fs, time::Duration};
+mod sockets;
+
+use std::{fs, sync::Mutex, time::Duration};
 
 use brig_agent_protocol::agent::MemoryFigures;
 use tokio::time::{Instant, sleep};
@@ -10,7 +12,9 @@ use tokio::time::{Instant, sleep};
 use crate::{
     error::{Error, Result},
     pci,
+    sync::lock,
 };
+use sockets::Sockets;
 
 /// New memory is used without being asked for...
 const ONLINE: (&str, &str) = ("/sys/devices/system/memory/auto_online_blocks", "online");
@@ -25,21 +29,28 @@ const RESERVE: (&str, &str) = ("/proc/sys/vm/lowmem_reserve_ratio", "256 0 0 0 0
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(10);
 /// The longest wait.
-const MAX_WAIT: Duration = Duration::from_secs(600);
+const MAX_WAIT: Duration = Duration::from_secs(3600);
 /// Memory that has not changed for this long while it should shrink does not change any more: the driver gives up
 /// what it can at once, and tries again after the better part of a minute.
 const STUCK: Duration = Duration::from_secs(3);
+/// While it should grow: the driver tries again by itself, after longer and longer times, and a slow machine takes some to
+/// begin.
+const STUCK_GROWING: Duration = Duration::from_secs(30);
 
 /// What the guest was started with.
 pub struct Memory {
     built: u64,
+    sockets: Mutex<[Sockets; 2]>,
 }
 
 impl Memory {
     /// To be made before any comes.
     #[must_use]
     pub fn new() -> Self {
-        Self { built: total() }
+        Self {
+            built: total(),
+            sockets: Mutex::new(Sockets::all()),
+        }
     }
 
     /// What there is now.
@@ -56,8 +67,9 @@ impl Memory {
         })
     }
 
-    /// Waits until the guest has `added` bytes beyond what it was started with, at most for `wait`; what it has then.
-    /// `function` is where the device is.
+    /// Waits until the guest has `added` bytes beyond what it was started with, as long as it gets nearer to that and at most
+    /// for `wait`; what it has then. An answer before that with less means that nothing moves any more. `function` is where
+    /// the device is.
     ///
     /// # Errors
     /// That of a device that is not there or has no driver.
@@ -70,14 +82,17 @@ impl Memory {
             }
         }
         pci::find(function, wait).await?;
+        let stuck = if added > now { STUCK_GROWING } else { STUCK };
         let mut moved = Instant::now();
-        while now != added && Instant::now() < deadline && (added > now || moved.elapsed() < STUCK)
-        {
+        while now != added && Instant::now() < deadline && moved.elapsed() < stuck {
             sleep(LOOK).await;
             let before = std::mem::replace(&mut now, total().saturating_sub(self.built));
             if now != before {
                 moved = Instant::now();
             }
+        }
+        for sockets in lock(&self.sockets).iter_mut() {
+            sockets.follow(self.built, total());
         }
         self.figures()
     }

@@ -6,7 +6,7 @@ use brig_agent_protocol::{OWN_DIRECTORY, OWN_TAG};
 use nix::mount::{MsFlags, mount};
 
 use crate::{
-    clock,
+    cgroup, clock,
     context::Context,
     error::{Error, Result},
     init, network, write_back,
@@ -27,6 +27,9 @@ pub async fn sandbox(
         context.page_reporting.return_files();
     }
     init::check_sysctl(request.sysctls.keys()).map_err(Error::InvalidArgument)?;
+    if request.max_pids > 0 {
+        cgroup::limit_processes(&context.places.cgroup_base, request.max_pids)?;
+    }
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname).map_err(|e| Error::io("hostname", e))?;
     }

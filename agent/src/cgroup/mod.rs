@@ -4,12 +4,14 @@
 pub mod device;
 pub mod resources;
 pub mod stats;
+mod undo;
 pub mod watch;
 
 use std::{
     fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -17,7 +19,9 @@ use crate::{
     error::{Error, Result},
     process::Reply,
     spec::{DeviceRule, Resources},
+    sync::lock,
 };
+use undo::Undo;
 
 /// Deepest cgroup below a container that is listed.
 const MAX_DEPTH: usize = 32;
@@ -29,10 +33,18 @@ const KILL_TIME: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
-    device_program: Option<OwnedFd>,
+    devices: Arc<Mutex<Devices>>,
+    logger: slog::Logger,
+}
+
+/// Who may use which devices.
+#[derive(Debug, Default)]
+struct Devices {
+    program: Option<OwnedFd>,
     /// The rules in force, of a container whose rules may have to change by themselves.
     kept_rules: Option<Vec<DeviceRule>>,
-    logger: slog::Logger,
+    /// What was revoked of them, in its order.
+    revoked: Vec<DeviceRule>,
 }
 
 /// Makes `base` a place for container cgroups: delegates every controller down to its children.
@@ -50,6 +62,14 @@ pub fn prepare(root: &Path, base: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// All containers in `base` may have so many processes and threads together.
+///
+/// # Errors
+/// `Internal` when the kernel refuses.
+pub fn limit_processes(base: &Path, most: u64) -> Result<()> {
+    write(base, "pids.max", &most.to_string())
+}
+
 impl Cgroup {
     /// Creates the cgroup and applies its limits.
     ///
@@ -62,16 +82,17 @@ impl Cgroup {
     ) -> Result<Self> {
         fs::create_dir(&path)
             .map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))?;
-        let mut cgroup = Self {
+        let cgroup = Self {
             path,
-            device_program: None,
-            kept_rules: None,
+            devices: Arc::default(),
             logger: logger.clone(),
         };
         let default = Resources::default();
         let resources = resources.unwrap_or(&default);
-        let outcome =
-            apply(&cgroup.path, resources, logger).and_then(|()| cgroup.limit_devices(resources));
+        let outcome = resources::apply(&cgroup.path, resources).and_then(|notes| {
+            log(&notes, &cgroup.path, logger);
+            lock(&cgroup.devices).limit(&cgroup.path, &resources.devices, 0)
+        });
         if let Err(error) = outcome {
             let _ = fs::remove_dir(&cgroup.path);
             return Err(error);
@@ -82,7 +103,7 @@ impl Cgroup {
     /// Keeps the rules that it was made with, for [`Self::revoke`].
     pub fn keep_rules(&mut self, resources: Option<&Resources>) {
         let rules = resources.map(|resources| resources.devices.clone());
-        self.kept_rules = Some(rules.unwrap_or_default());
+        lock(&self.devices).kept_rules = Some(rules.unwrap_or_default());
     }
 
     /// Allows nothing any more of what has these kinds and numbers.
@@ -90,16 +111,7 @@ impl Cgroup {
     /// # Errors
     /// As of [`Self::create`]; the old rules hold then.
     pub fn revoke(&mut self, nodes: &[(String, (i64, i64))]) -> Result<()> {
-        let Some(rules) = &mut self.kept_rules else {
-            return Ok(());
-        };
-        rules.extend(nodes.iter().map(DeviceRule::none_of));
-        self.device_program = Some(device::attach(
-            &self.path,
-            rules,
-            self.device_program.as_ref(),
-        )?);
-        Ok(())
+        lock(&self.devices).revoke(&self.path, nodes)
     }
 
     /// Its directory.
@@ -108,25 +120,28 @@ impl Cgroup {
     }
 
     /// Changes the limits that `resources` names and answers `done`, on a thread of its own: the kernel
-    /// makes who lowers a memory limit wait until the memory is found.
+    /// makes who lowers a memory limit wait until the memory is found. When one of them is refused all are the old ones.
     pub fn update(&mut self, resources: Resources, done: Reply<()>) {
-        let devices = match resources.devices.as_slice() {
-            [] => Ok(()),
-            _ => self.limit_devices(&resources),
-        };
         let (path, logger) = (self.path.clone(), self.logger.clone());
+        let devices = Arc::clone(&self.devices);
+        // The rules are those of now, whatever is revoked until they hold.
+        let revoked = lock(&devices).revoked.len();
         tokio::task::spawn_blocking(move || {
-            let _ = done.send(devices.and_then(|()| apply(&path, &resources, &logger)));
+            let mut undo = Undo::default();
+            let outcome = resources::change(&path, &resources, &mut undo).and_then(|notes| {
+                log(&notes, &path, &logger);
+                match resources.devices.as_slice() {
+                    [] => Ok(()),
+                    rules => lock(&devices).limit(&path, rules, revoked),
+                }
+            });
+            if outcome.is_err() {
+                for kept in undo.all(&path) {
+                    slog::warn!(logger, "a limit could not be set back"; "cgroup" => %path.display(), "limit" => kept);
+                }
+            }
+            let _ = done.send(outcome);
         });
-    }
-
-    fn limit_devices(&mut self, resources: &Resources) -> Result<()> {
-        let program = device::attach(&self.path, &resources.devices, self.device_program.as_ref())?;
-        self.device_program = Some(program);
-        if let Some(kept) = &mut self.kept_rules {
-            kept.clone_from(&resources.devices);
-        }
-        Ok(())
     }
 
     /// Kills every process with SIGKILL, at once.
@@ -138,11 +153,39 @@ impl Cgroup {
     }
 }
 
-fn apply(path: &Path, resources: &Resources, logger: &slog::Logger) -> Result<()> {
-    for note in resources::apply(path, resources)? {
+impl Devices {
+    /// Has these rules hold, but for what was revoked after the first `known`.
+    fn limit(&mut self, path: &Path, rules: &[DeviceRule], known: usize) -> Result<()> {
+        let rules = without(rules, &self.revoked, known);
+        self.program = Some(device::attach(path, &rules, self.program.as_ref())?);
+        if let Some(kept) = &mut self.kept_rules {
+            *kept = rules;
+        }
+        Ok(())
+    }
+
+    fn revoke(&mut self, path: &Path, nodes: &[(String, (i64, i64))]) -> Result<()> {
+        let Some(rules) = &mut self.kept_rules else {
+            return Ok(());
+        };
+        let revoked = nodes.iter().map(DeviceRule::none_of);
+        self.revoked.extend(revoked.clone());
+        rules.extend(revoked);
+        self.program = Some(device::attach(path, rules, self.program.as_ref())?);
+        Ok(())
+    }
+}
+
+/// The rules, and what was revoked after the first `known`: a later rule counts.
+fn without(rules: &[DeviceRule], revoked: &[DeviceRule], known: usize) -> Vec<DeviceRule> {
+    let since = revoked.get(known..).unwrap_or_default();
+    rules.iter().chain(since).cloned().collect()
+}
+
+fn log(notes: &[String], path: &Path, logger: &slog::Logger) {
+    for note in notes {
         slog::warn!(logger, "a limit is left out"; "cgroup" => %path.display(), "note" => note);
     }
-    Ok(())
 }
 
 /// Freezes or thaws every process of the cgroup `path` and waits for the kernel to say so.
@@ -242,4 +285,26 @@ fn child_dirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
         }
     }
     Ok(dirs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_revoked_while_rules_change_is_not_brought_back() {
+        let revoke = |minor| DeviceRule::none_of(&("b".to_owned(), (254, minor)));
+        let allow = DeviceRule {
+            allow: true,
+            ..revoke(2)
+        };
+        let revoked = [revoke(1), revoke(2)];
+        let minors = |known| -> Vec<_> {
+            let rules = without(std::slice::from_ref(&allow), &revoked, known);
+            rules.iter().map(|rule| (rule.allow, rule.minor)).collect()
+        };
+        assert_eq!(minors(2), [(true, Some(2))]);
+        assert_eq!(minors(1), [(true, Some(2)), (false, Some(2))]);
+        assert_eq!(minors(5), [(true, Some(2))]);
+    }
 }

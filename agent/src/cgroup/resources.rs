@@ -2,12 +2,9 @@
 //!
 //! The mapping is a pure function from the resources to (file, value) pairs, so that it can be tested
 //! without controllers; names and numbers that reach a path are checked here.
-use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write as _},
-    path::Path,
-};
+use std::{fs, io, path::Path};
 
+use super::undo::{Undo, set};
 use crate::{
     error::{Error, Result},
     spec::{BlockIo, Cpu, Memory, Resources, ThrottleDevice},
@@ -17,8 +14,24 @@ use crate::{
 /// out because it is about the host's processors, in sentences.
 ///
 /// # Errors
-/// `InvalidArgument` naming the field that is unsupported or was refused by the kernel.
+/// `InvalidArgument` naming the field that is unsupported or was refused by the kernel; others may have been set.
 pub fn apply(path: &Path, resources: &Resources) -> Result<Vec<String>> {
+    write(path, resources, |_, _| {})
+}
+
+/// As [`apply`], of a cgroup that is in use: `undo` is what brings back what it had.
+///
+/// # Errors
+/// As of [`apply`].
+pub fn change(path: &Path, resources: &Resources, undo: &mut Undo) -> Result<Vec<String>> {
+    write(path, resources, |file, value| undo.note(path, file, value))
+}
+
+fn write(
+    path: &Path,
+    resources: &Resources,
+    mut before: impl FnMut(&str, &str),
+) -> Result<Vec<String>> {
     let mut notes = Vec::new();
     if let Some(memory) = resources
         .memory
@@ -26,9 +39,19 @@ pub fn apply(path: &Path, resources: &Resources) -> Result<Vec<String>> {
     {
         check_usage(path, &memory)?;
     }
-    for (file, value) in plan(resources)? {
-        match set(&path.join(&file), &value) {
+    let writes = plan(resources)?;
+    for (index, (file, value)) in writes.iter().enumerate() {
+        before(file, value);
+        match set(&path.join(file), value) {
             Ok(()) => {}
+            // It must fit the quota, and the new quota must fit it: the next try has the new one.
+            Err(error)
+                if file == "cpu.max.burst"
+                    && error.raw_os_error() == Some(libc::EINVAL)
+                    && writes
+                        .iter()
+                        .skip(index + 1)
+                        .any(|(later, _)| later == file) => {}
             // The weight has two homes, after the I/O scheduler in use.
             Err(_) if file == "io.bfq.weight" => {}
             // Without swap there is nothing to limit; CRI always sends this with a memory limit.
@@ -40,7 +63,7 @@ pub fn apply(path: &Path, resources: &Resources) -> Result<Vec<String>> {
                     && error.kind() == io::ErrorKind::NotFound => {}
             // The node's numbers (kubelet's CPU manager): the guest has not as many. All it has, then.
             Err(error) if file == "cpuset.cpus" || file == "cpuset.mems" => {
-                set(&path.join(&file), "\n").map_err(|e| Error::io(&file, e))?;
+                set(&path.join(file), "\n").map_err(|e| Error::io(file, e))?;
                 notes.push(format!("{file} = {value} is not in the guest: {error}"));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -57,14 +80,6 @@ pub fn apply(path: &Path, resources: &Resources) -> Result<Vec<String>> {
         }
     }
     Ok(notes)
-}
-
-/// Writes to a file that exists: cgroupfs answers an attempt to make one with "permission denied".
-fn set(file: &Path, value: &str) -> io::Result<()> {
-    OpenOptions::new()
-        .write(true)
-        .open(file)?
-        .write_all(value.as_bytes())
 }
 
 fn check_usage(path: &Path, memory: &Memory) -> Result<()> {
@@ -211,6 +226,10 @@ fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
     {
         put(writes, "cpu.weight", weight_of_shares(shares).to_string());
     }
+    let burst = cpu.burst.map(|burst| burst.to_string());
+    if let Some(burst) = burst.clone() {
+        put(writes, "cpu.max.burst", burst);
+    }
     // 0 is "not set" to runc, which kubelet counts on.
     let (quota, period) = (
         cpu.quota.filter(|q| *q != 0),
@@ -222,9 +241,10 @@ fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
             .map_or("max".into(), |q| q.to_string());
         let period = period.unwrap_or(100_000);
         put(writes, "cpu.max", format!("{quota} {period}"));
-    }
-    if let Some(burst) = cpu.burst {
-        put(writes, "cpu.max.burst", burst.to_string());
+        // Again, as runc does it: one of the two orders is refused where both go up, or both down.
+        if let Some(burst) = burst {
+            put(writes, "cpu.max.burst", burst);
+        }
     }
     for (file, list) in [("cpuset.cpus", &cpu.cpus), ("cpuset.mems", &cpu.mems)] {
         let wrong = |b: u8| !b.is_ascii_digit() && !b",-:/ ".contains(&b);
@@ -364,6 +384,42 @@ mod tests {
             assert!(applied(asked).unwrap_err().to_string().contains(file));
         }
         assert!(fs::read_dir(dir.path()).unwrap().next().is_none());
+    }
+
+    #[test]
+    fn what_was_set_before_one_is_refused_is_set_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
+        let text = |file: &str| fs::read_to_string(dir.path().join(file)).unwrap();
+        put("memory.max", "100000000\n");
+        put("cpu.weight", "39\n");
+        put("cpu.idle", "0\n");
+        // It takes nothing.
+        fs::create_dir(dir.path().join("cpu.max")).unwrap();
+        let wanted = json!({"memory": {"limit": 400_000_000},
+            "cpu": {"idle": 0, "shares": 512, "quota": 500}});
+        let wanted = serde_json::from_value(wanted).unwrap();
+        let mut undo = Undo::default();
+        let error = change(dir.path(), &wanted, &mut undo).unwrap_err();
+        assert!(error.to_string().contains("cpu.max"), "{error}");
+        assert_eq!(text("memory.max"), "400000000\n");
+        assert!(undo.all(dir.path()).is_empty());
+        // A plain file is not cut to what is written.
+        for (file, value) in [
+            ("memory.max", "100000000"),
+            ("cpu.weight", "39"),
+            ("cpu.idle", "0"),
+        ] {
+            assert!(text(file).starts_with(value), "{file}");
+        }
+    }
+
+    #[test]
+    fn a_burst_is_tried_before_the_quota_and_after_it() {
+        let both = json!({"cpu": {"quota": 50_000, "period": 100_000, "burst": 9}});
+        let order = ["cpu.max.burst=9", "cpu.max=50000 100000", "cpu.max.burst=9"];
+        assert_eq!(planned(both), order);
+        assert_eq!(planned(json!({"cpu": {"burst": 9}})), ["cpu.max.burst=9"]);
     }
 
     #[test]

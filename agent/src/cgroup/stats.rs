@@ -19,6 +19,7 @@ pub fn read(path: &Path) -> StatsResponse {
             nr_periods: get(&cpu, "nr_periods"),
             nr_throttled: get(&cpu, "nr_throttled"),
             throttled_usec: get(&cpu, "throttled_usec"),
+            pressure: pressure(&text("cpu.pressure")).into(),
             ..Default::default()
         })
         .into(),
@@ -36,6 +37,7 @@ pub fn read(path: &Path) -> StatsResponse {
             events_max: get(&events, "max"),
             events_oom: get(&events, "oom"),
             events_oom_kill: get(&events, "oom_kill"),
+            pressure: pressure(&text("memory.pressure")).into(),
             ..Default::default()
         })
         .into(),
@@ -47,8 +49,40 @@ pub fn read(path: &Path) -> StatsResponse {
             .take(MAX_DEVICES)
             .collect(),
         hugetlb: hugetlb(path),
+        io_pressure: pressure(&text("io.pressure")).into(),
         ..Default::default()
     }
+}
+
+/// A file of pressure; none of a kernel that does not measure it.
+fn pressure(text: &str) -> Option<stats_response::Pressure> {
+    let line = |kind: &str| text.lines().find_map(|line| pressure_line(line, kind));
+    Some(stats_response::Pressure {
+        some: Some(line("some")?).into(),
+        // A kernel before 5.13 has none for processors.
+        full: line("full").into(),
+        ..Default::default()
+    })
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`.
+fn pressure_line(line: &str, kind: &str) -> Option<stats_response::pressure::Line> {
+    let mut words = line.split_whitespace();
+    if words.next() != Some(kind) {
+        return None;
+    }
+    let mut read = stats_response::pressure::Line::default();
+    for (key, value) in words.filter_map(|word| word.split_once('=')) {
+        let share = || value.parse().unwrap_or_default();
+        match key {
+            "avg10" => read.avg10 = share(),
+            "avg60" => read.avg60 = share(),
+            "avg300" => read.avg300 = share(),
+            "total" => read.total = value.parse().unwrap_or_default(),
+            _ => {}
+        }
+    }
+    Some(read)
 }
 
 /// One entry for each size of huge page that the kernel knows.
@@ -149,6 +183,14 @@ mod tests {
             "io.stat",
             "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n7:0 \n",
         );
+        put(
+            "memory.pressure",
+            "some avg10=1.50 avg60=0.25 avg300=0.10 total=123\nfull avg10=0.50 avg60=0.00 avg300=0.00 total=45\n",
+        );
+        put(
+            "cpu.pressure",
+            "some avg10=2.00 avg60=0.00 avg300=0.00 total=7\n",
+        );
         put("hugetlb.2MB.current", "2097152\n");
         put("hugetlb.2MB.rsvd.current", "7\n");
         put("hugetlb.2MB.max", "max\n");
@@ -179,5 +221,11 @@ mod tests {
             (254, 4, 2)
         );
         assert_eq!(oom_kills(dir.path()), 4);
+        let pressure = &stats.memory.pressure;
+        assert_eq!((pressure.some.avg10, pressure.some.total), (1.5, 123));
+        assert_eq!((pressure.full.avg10, pressure.full.total), (0.5, 45));
+        assert_eq!(stats.cpu.pressure.some.total, 7);
+        assert!(stats.cpu.pressure.full.is_none());
+        assert!(stats.io_pressure.is_none());
     }
 }

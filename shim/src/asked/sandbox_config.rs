@@ -14,8 +14,8 @@ use std::path::{Component, Path, PathBuf};
 use protobuf::well_known_types::any::Any;
 
 use crate::asked::pod_name::PodName;
+use crate::asked::spec::CpuMillis;
 use crate::asked::spec::check_hostname;
-use crate::asked::spec::cpu_millis;
 use crate::asked::wire::{Value, each_field, insert, positive, text};
 use crate::error::{Error, Result};
 use security::Security;
@@ -42,8 +42,8 @@ pub struct PodConfig {
     pub sysctls: BTreeMap<String, String>,
     /// Sum of the containers' memory limits in bytes, if they have any.
     pub memory: Option<u64>,
-    /// The thousandths of CPUs that their limits amount to.
-    pub cpu_millis: Option<u64>,
+    /// The CPUs that their limits and requests amount to.
+    pub cpu_millis: CpuMillis,
     /// Of the pod.
     pub annotations: BTreeMap<String, String>,
     security: Security,
@@ -115,7 +115,7 @@ impl PodConfig {
 
     fn read(bytes: &[u8]) -> protobuf::Result<Self> {
         let mut config = Self::default();
-        let (mut quota, mut period, mut memory) = (0, 0, 0);
+        let (mut quota, mut period, mut shares, mut memory) = (0, 0, 0, 0);
         each_field(bytes, |number, value| {
             match (number, value) {
                 (1, Value::Bytes(metadata)) => config.name = name(metadata)?,
@@ -131,6 +131,7 @@ impl PodConfig {
                             match (number, value) {
                                 (1, Value::Number(value)) => period = positive(value),
                                 (2, Value::Number(value)) => quota = positive(value),
+                                (3, Value::Number(value)) => shares = positive(value),
                                 (4, Value::Number(value)) => memory = positive(value),
                                 _ => {}
                             }
@@ -146,7 +147,7 @@ impl PodConfig {
         })?;
         config.memory = (memory > 0).then_some(memory);
         let quota = i64::try_from(quota).unwrap_or(i64::MAX);
-        config.cpu_millis = cpu_millis(quota, period);
+        config.cpu_millis = CpuMillis::new(quota, period, shares);
         Ok(config)
     }
 }
@@ -272,7 +273,7 @@ pub(crate) mod tests {
             ("shop/name", "u")
         );
         assert_eq!(
-            (config.cpu_millis, config.memory),
+            (config.cpu_millis.limit, config.memory),
             (Some(2500), Some(1 << 30))
         );
         assert_eq!(config.sysctls["kernel.shm_rmid_forced"], "1");
@@ -358,7 +359,11 @@ pub(crate) mod tests {
         );
         let unlimited = [varint(1, 100_000), varint(2, -1), varint(4, -1)].concat();
         let config = parse(&[bytes(8, &bytes(5, &unlimited))]).unwrap();
-        assert_eq!((config.cpu_millis, config.memory), (None, None));
+        assert_eq!((config.cpu_millis.wanted(), config.memory), (None, None));
+        // As of a pod with CPUs of its own.
+        let exclusive = [varint(1, 100_000), varint(2, -1), varint(3, 4096)].concat();
+        let config = parse(&[bytes(8, &bytes(5, &exclusive))]).unwrap();
+        assert_eq!(config.cpu_millis.wanted(), Some(4000));
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub use env::with_env;
 use hooks::Hooks;
 pub use resources::Access;
 use resources::Resources;
-pub use resources::{Limits, changed_throttles, cpu_millis};
+pub use resources::{CpuMillis, Limits, changed_throttles};
 pub use throttles::{Throttled, Throttles};
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
@@ -35,6 +35,8 @@ const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 /// In microseconds.
 const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// The pod's share of CPU time.
+const SANDBOX_CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 
 /// The longest host name that Linux takes, in bytes (uname(2)).
 const MAX_HOSTNAME: usize = 64;
@@ -390,12 +392,16 @@ impl Spec {
         limit.filter(|&limit| limit > 0)
     }
 
-    /// The thousandths of CPUs that a pod's limits amount to; `None` without limits.
+    /// The CPUs that a pod's limits and requests amount to.
     #[must_use]
-    pub fn sandbox_cpu_millis(&self) -> Option<u64> {
+    pub fn sandbox_cpu_millis(&self) -> CpuMillis {
         let figure = |key| self.annotation(key)?.parse::<i64>().ok();
-        let period = u64::try_from(figure(SANDBOX_CPU_PERIOD)?).ok()?;
-        cpu_millis(figure(SANDBOX_CPU_QUOTA)?, period)
+        let positive = |key| u64::try_from(figure(key)?).ok();
+        CpuMillis::new(
+            figure(SANDBOX_CPU_QUOTA).unwrap_or(0),
+            positive(SANDBOX_CPU_PERIOD).unwrap_or(0),
+            positive(SANDBOX_CPU_SHARES).unwrap_or(0),
+        )
     }
 
     /// The network namespace.

@@ -5,8 +5,10 @@ mod bounded;
 mod v1;
 
 use brig_agent_protocol::agent::StatsResponse;
+use brig_agent_protocol::agent::stats_response::{Pressure, pressure::Line};
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats,
+    PidsStat,
 };
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -51,6 +53,7 @@ fn metrics(stats: StatsResponse) -> Metrics {
     });
     let io = IOStat {
         usage: usage.collect(),
+        psi: pressure(stats.io_pressure),
         ..IOStat::default()
     };
     let hugetlb = page_sizes(stats.hugetlb).map(|page| HugeTlbStat {
@@ -73,6 +76,7 @@ fn metrics(stats: StatsResponse) -> Metrics {
             nr_periods: cpu.nr_periods,
             nr_throttled: cpu.nr_throttled,
             throttled_usec: cpu.throttled_usec,
+            psi: pressure(cpu.pressure),
             ..CPUStat::default()
         }),
         memory: MessageField::some(MemoryStat {
@@ -114,6 +118,7 @@ fn metrics(stats: StatsResponse) -> Metrics {
             swap_usage: memory.swap_usage,
             swap_limit: memory.swap_limit,
             max_usage: memory.max_usage,
+            psi: pressure(memory.pressure),
             ..MemoryStat::default()
         }),
         memory_events: MessageField::some(MemoryEvents {
@@ -130,6 +135,35 @@ fn metrics(stats: StatsResponse) -> Metrics {
     }
 }
 
+/// None of a guest that says nothing of it, as of a kernel that does not measure it.
+fn pressure(told: MessageField<Pressure>) -> MessageField<PSIStats> {
+    let line = |line: MessageField<Line>| {
+        let line = line.into_option()?;
+        Some(PSIData {
+            avg10: percent(line.avg10),
+            avg60: percent(line.avg60),
+            avg300: percent(line.avg300),
+            total: line.total,
+            ..PSIData::default()
+        })
+    };
+    let told = told.into_option().map(|told| PSIStats {
+        some: line(told.some).into(),
+        full: line(told.full).into(),
+        ..PSIStats::default()
+    });
+    told.into()
+}
+
+/// What is no number cannot be written as JSON, which kubelet does with it.
+fn percent(told: f64) -> f64 {
+    if told.is_finite() {
+        told.clamp(0.0, 100.0)
+    } else {
+        0.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +177,17 @@ mod tests {
             ..Memory::default()
         };
         memory.stat.insert("inactive_file".into(), 5);
+        let waited = Line {
+            avg10: 1.5,
+            avg60: f64::NAN,
+            avg300: 1e300,
+            total: 123,
+            ..Line::default()
+        };
+        memory.pressure = MessageField::some(Pressure {
+            some: MessageField::some(waited),
+            ..Pressure::default()
+        });
         memory
             .stat
             .insert("workingset_refault_anon".into(), u64::MAX);
@@ -173,6 +218,10 @@ mod tests {
         assert_eq!((metrics.memory.usage, metrics.memory.inactive_file), (7, 5));
         assert_eq!(metrics.memory.workingset_refault, u64::MAX);
         assert_eq!(metrics.memory_events.oom_kill, 2);
+        let some = &metrics.memory.psi.some;
+        assert_eq!((some.avg10, some.avg60, some.avg300), (1.5, 0.0, 100.0));
+        assert_eq!(some.total, 123);
+        assert!(metrics.memory.psi.full.is_none() && metrics.cpu.psi.is_none());
         assert_eq!((metrics.hugetlb.len(), metrics.hugetlb[0].current), (1, 9));
     }
 

@@ -102,6 +102,10 @@ pub(crate) struct Behaviour {
     pub(crate) stubborn: bool,
     /// These containers wait for what never comes, and cannot be killed.
     pub(crate) unkillable: &'static [&'static str],
+    /// UpdateContainer is answered after this time.
+    pub(crate) slow_update: Duration,
+    /// UpdateContainer refuses what has this in it.
+    pub(crate) refuse_update: Option<&'static str>,
     /// Bytes that the guest could do without.
     pub(crate) spare: Option<u64>,
     /// The most bytes beyond those of its start that it takes.

@@ -6,6 +6,8 @@
 //! Pods share parents, and the last to leave takes away the ones Brig made: each carries a mark, so
 //! that what kubelet or systemd made is never removed, whoever of us ends last.
 
+mod parent;
+
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -17,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ignore_missing;
 use crate::error::{Error, Result};
+pub use parent::{Bounds, bounds_of_parent, huge_pages_of_parent, pids_of_parent};
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Directories of one creation that a concurrent removal may take away before we try again.
@@ -252,19 +255,6 @@ fn own_cgroup(root: &Path) -> Option<PathBuf> {
         .then(|| root.join(path))
 }
 
-/// Bytes of 2 MiB huge pages that the parent of this `cgroupsPath` may use: kubelet's cgroup of the pod.
-/// None without a limit, and on v1. Blocking.
-#[must_use]
-pub fn huge_pages_of_parent(cgroups_path: &str) -> Option<u64> {
-    huge_pages_below(Path::new(ROOT), cgroups_path)
-}
-
-fn huge_pages_below(root: &Path, cgroups_path: &str) -> Option<u64> {
-    let path = relative_path(cgroups_path).ok()?;
-    let limit = fs::read_to_string(root.join(path.parent()?).join("hugetlb.2MB.max")).ok()?;
-    limit.trim().parse().ok()
-}
-
 /// Turns `cgroupsPath` into a path below the hierarchy's root.
 fn relative_path(cgroups_path: &str) -> Result<PathBuf> {
     let invalid = || Error::invalid(format!("cgroupsPath {cgroups_path:?} is not a cgroup path"));
@@ -429,20 +419,6 @@ fn wait_empty(dir: &Path, deadline: Instant) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_pods_huge_pages_are_those_of_kubelets_cgroup() {
-        let root = tempfile::tempdir().unwrap();
-        let pod = root.path().join("kubepods/pod1");
-        fs::create_dir_all(&pod).unwrap();
-        let told = || huge_pages_below(root.path(), "/kubepods/pod1/sandbox");
-        assert_eq!(told(), None);
-        for (text, expected) in [("4194304\n", Some(4 << 20)), ("max\n", None)] {
-            fs::write(pod.join("hugetlb.2MB.max"), text).unwrap();
-            assert_eq!(told(), expected);
-        }
-        assert_eq!(huge_pages_below(root.path(), "/../etc"), None);
-    }
 
     #[test]
     fn the_lowest_limit_above_a_pod_holds_for_it() {

@@ -81,13 +81,14 @@ impl NodeIo {
     }
 
     /// Changes the limits of a container: `resources` is OCI's `LinuxResources` as JSON, in which what is not named stays.
+    /// What else the change is of may still be refused: then it is to be [undone](Changed::undo).
     ///
     /// # Errors
     /// As of [`admit`](Self::admit); the limits are the old ones then.
-    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<Changed> {
         let changed = changed_throttles(resources)?;
         if changed.is_empty() {
-            return Ok(());
+            return Ok(Changed(None));
         }
         let old = {
             let mut containers = self.containers();
@@ -96,13 +97,14 @@ impl NodeIo {
             container.throttles.extend(changed);
             old
         };
-        let applied = self.apply().await;
-        if applied.is_err() {
-            self.containers().insert(id.to_owned(), old);
-            // What was possible before is so now.
-            let _ = self.apply().await;
+        let undo = Changed(Some((self.clone(), id.to_owned(), old)));
+        match self.apply().await {
+            Ok(()) => Ok(undo),
+            Err(error) => {
+                undo.undo().await;
+                Err(error)
+            }
         }
-        applied
     }
 
     /// The container has gone, or was not made.
@@ -157,6 +159,24 @@ impl NodeIo {
             };
         }
         Ok(())
+    }
+}
+
+/// A change that was made.
+#[derive(Debug)]
+#[must_use = "the rest of the change may fail"]
+pub struct Changed(Option<(NodeIo, String, Container)>);
+
+impl Changed {
+    /// What was possible before is so again. A container that has gone meanwhile stays away.
+    pub async fn undo(self) {
+        let Some((limits, id, old)) = self.0 else {
+            return;
+        };
+        if let Some(container) = limits.containers().get_mut(&id) {
+            *container = old;
+        }
+        let _ = limits.apply().await;
     }
 }
 
@@ -302,7 +322,7 @@ mod tests {
         limits.admit("a", one, none.clone(), None).await.unwrap();
         assert_eq!(text(dir.path(), "io.max"), "8:0 riops=7");
         let change = br#"{"blockIO":{"throttleReadIOPSDevice":[{"major":8,"minor":0,"rate":9}]}}"#;
-        limits.update("a", change).await.unwrap();
+        let _ = limits.update("a", change).await.unwrap();
         // The file keeps what was there beyond what is written, as this one is no cgroup's.
         assert_eq!(text(dir.path(), "io.max"), "8:0 riops=9");
         fs::remove_file(&file).unwrap();
@@ -310,8 +330,15 @@ mod tests {
         limits.update("a", change).await.unwrap_err();
         assert_eq!(limits.wanted(), throttles(&[((8, 0), Throttled::Reads, 9)]));
         fs::write(&file, "").unwrap();
-        limits.update("a", b"{}").await.unwrap();
+        let _ = limits.update("a", b"{}").await.unwrap();
         assert_eq!(text(dir.path(), "io.max"), "");
+        // The guest refuses the rest of a change.
+        let change = br#"{"blockIO":{"throttleReadIOPSDevice":[{"major":8,"minor":0,"rate":5}]}}"#;
+        let changed = limits.update("a", change).await.unwrap();
+        assert_eq!(text(dir.path(), "io.max"), "8:0 riops=5");
+        changed.undo().await;
+        assert_eq!(text(dir.path(), "io.max"), "8:0 riops=9");
+        assert_eq!(limits.wanted(), throttles(&[((8, 0), Throttled::Reads, 9)]));
         let logger = Logger::root(slog::Discard, slog::o!());
         limits.gone("a", &logger);
         while !text(dir.path(), "io.max").contains("riops=max") {

@@ -36,8 +36,8 @@ pub fn profile(kind: ProfileType) -> SecurityProfile {
 pub struct PodSpec {
     handler: String,
     config: PodSandboxConfig,
-    /// In bytes, of the pod's cgroup.
-    memory: Option<&'static str>,
+    /// Files of the pod's cgroup, and what kubelet writes to them.
+    limits: Vec<(&'static str, &'static str)>,
 }
 
 impl PodSpec {
@@ -75,13 +75,19 @@ impl PodSpec {
         Self {
             handler: handler.to_owned(),
             config,
-            memory: None,
+            limits: Vec::new(),
         }
     }
 
     /// Limits the pod's cgroup, as kubelet does for all of the pod's limits and its overhead.
     pub fn memory_limit(mut self, bytes: &'static str) -> Self {
-        self.memory = Some(bytes);
+        self.limits.push(("memory.max", bytes));
+        self
+    }
+
+    /// Limits its processes, as kubelet does by `podPidsLimit`.
+    pub fn pids_limit(mut self, processes: &'static str) -> Self {
+        self.limits.push(("pids.max", processes));
         self
     }
 
@@ -139,8 +145,8 @@ impl PodSpec {
         fs::create_dir_all(&self.config.log_directory)?;
         let cgroup = cgroup_path(&self.config);
         make_cgroup(&cgroup)?;
-        if let Some(bytes) = self.memory {
-            fs::write(cgroup.join("memory.max"), bytes)?;
+        for (file, value) in &self.limits {
+            fs::write(cgroup.join(file), value)?;
         }
         let request = RunPodSandboxRequest {
             config: Some(self.config.clone()),

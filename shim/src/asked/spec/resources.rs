@@ -12,6 +12,10 @@ use crate::error::{Error, Result};
 const UNLIMITED: u64 = 1 << 62;
 /// Of a quota of CPU time that comes without one, in microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
+/// Shares of one CPU, as Kubernetes reckons.
+const CPU_SHARES: u64 = 1024;
+/// The kernel's least, which kubelet sends for a container that asks for nothing.
+const LEAST_SHARES: u64 = 2;
 
 /// What somebody may use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -20,8 +24,47 @@ pub struct Limits {
     pub memory: Option<u64>,
     /// Of 2 MiB huge pages beside it, in bytes.
     pub huge_pages: u64,
-    /// Thousandths of CPUs, if they are limited.
-    pub cpu_millis: Option<u64>,
+    /// Of CPUs.
+    pub cpu_millis: CpuMillis,
+}
+
+/// Thousandths of CPUs. A limit holds. A request is a weight, which counts for the CPUs that there are: kubelet limits
+/// nobody who has CPUs for himself, and most who ask for some have no limit either.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CpuMillis {
+    /// Time that may be used, as CPUs, if it is limited.
+    pub limit: Option<u64>,
+    /// What was asked for, if it was.
+    pub request: Option<u64>,
+}
+
+impl CpuMillis {
+    /// Of CFS's quota and period in microseconds, and shares. A quota that is not positive is no limit, and without a
+    /// period there is none either.
+    #[must_use]
+    pub fn new(quota: i64, period: u64, shares: u64) -> Self {
+        Self {
+            limit: of_quota(quota, period),
+            request: of_shares(shares),
+        }
+    }
+
+    /// CPUs that there should be.
+    #[must_use]
+    pub fn wanted(self) -> Option<u64> {
+        self.limit.or(self.request)
+    }
+}
+
+/// Rounded up.
+fn of_quota(quota: i64, period: u64) -> Option<u64> {
+    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
+    (period > 0).then(|| quota.saturating_mul(1000).div_ceil(period))
+}
+
+/// Rounded up, as kubelet rounds the shares down.
+fn of_shares(shares: u64) -> Option<u64> {
+    (shares > LEAST_SHARES).then(|| shares.saturating_mul(1000).div_ceil(CPU_SHARES))
 }
 
 impl Limits {
@@ -45,7 +88,11 @@ impl Limits {
         Self {
             memory: either(self.memory, other.memory),
             huge_pages: with(self.huge_pages, other.huge_pages),
-            cpu_millis: either(self.cpu_millis, other.cpu_millis),
+            // Of one that is limited and one that is not there is no other sum.
+            cpu_millis: CpuMillis {
+                limit: either(self.cpu_millis.wanted(), other.cpu_millis.wanted()),
+                request: None,
+            },
         }
     }
 
@@ -78,13 +125,6 @@ fn parsed(resources: &[u8]) -> Result<Resources> {
 /// `InvalidArgument`.
 pub fn changed_throttles(resources: &[u8]) -> Result<Throttles> {
     parsed(resources)?.throttles()
-}
-
-/// Thousandths of CPUs, rounded up; `None` for a quota that is no limit. Both in microseconds.
-#[must_use]
-pub fn cpu_millis(quota: i64, period: u64) -> Option<u64> {
-    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
-    (period > 0).then(|| quota.saturating_mul(1000).div_ceil(period))
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -129,6 +169,7 @@ struct Memory {
 struct Cpu {
     quota: Option<i64>,
     period: Option<u64>,
+    shares: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -202,14 +243,20 @@ impl Resources {
     }
 
     /// As [`Self::memory_limit`].
-    fn cpu_millis(&self, old: Option<u64>) -> Option<u64> {
-        let cpu = self.cpu.as_ref();
-        match cpu.and_then(|cpu| cpu.quota) {
-            None | Some(0) => old,
-            Some(quota) => {
-                let period = cpu.and_then(|cpu| cpu.period).filter(|period| *period > 0);
-                cpu_millis(quota, period.unwrap_or(DEFAULT_PERIOD))
-            }
+    fn cpu_millis(&self, old: CpuMillis) -> CpuMillis {
+        let Some(cpu) = &self.cpu else {
+            return old;
+        };
+        let period = cpu.period.filter(|period| *period > 0);
+        CpuMillis {
+            limit: match cpu.quota {
+                None | Some(0) => old.limit,
+                Some(quota) => of_quota(quota, period.unwrap_or(DEFAULT_PERIOD)),
+            },
+            request: match cpu.shares {
+                None | Some(0) => old.request,
+                Some(shares) => of_shares(shares),
+            },
         }
     }
 
@@ -306,17 +353,25 @@ mod tests {
         let before = Limits {
             memory: Some(5),
             huge_pages: 7,
-            cpu_millis: Some(250),
+            cpu_millis: CpuMillis {
+                limit: Some(250),
+                request: Some(100),
+            },
         };
         let after = |text: &str| before.changed_by(text.as_bytes()).unwrap();
         assert_eq!(after("{}"), before);
-        assert_eq!(after(r#"{"memory":{"swap":9},"cpu":{"shares":2}}"#), before);
+        assert_eq!(after(r#"{"memory":{"swap":9},"cpu":{"shares":0}}"#), before);
         assert_eq!(after(r#"{"memory":{"limit":0},"cpu":{"quota":0}}"#), before);
         let more = after(r#"{"memory":{"limit":6},"cpu":{"quota":150000,"period":100000}}"#);
-        assert_eq!((more.memory, more.cpu_millis), (Some(6), Some(1500)));
+        assert_eq!((more.memory, more.cpu_millis.limit), (Some(6), Some(1500)));
         let none = after(r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#);
-        assert_eq!((none.memory, none.cpu_millis), (None, None));
-        assert_eq!(after(r#"{"cpu":{"quota":1}}"#).cpu_millis, Some(1));
+        assert_eq!((none.memory, none.cpu_millis.limit), (None, None));
+        assert_eq!(none.cpu_millis.wanted(), Some(100));
+        assert_eq!(after(r#"{"cpu":{"quota":1}}"#).cpu_millis.limit, Some(1));
+        let asks = after(r#"{"cpu":{"quota":-1,"shares":4096}}"#).cpu_millis;
+        assert_eq!((asks.limit, asks.wanted()), (None, Some(4000)));
+        let least = after(r#"{"cpu":{"quota":-1,"shares":2}}"#).cpu_millis;
+        assert_eq!(least.wanted(), None);
         assert!(before.changed_by(b"{").is_err());
         assert!(before.changed_by(br#"{"memory":{"limit":"x"}}"#).is_err());
     }
@@ -326,15 +381,39 @@ mod tests {
         let some = Limits {
             memory: Some(u64::MAX),
             huge_pages: 1,
-            cpu_millis: None,
+            cpu_millis: CpuMillis::default(),
         };
         let sum = some.and(&some).and(&Limits::default());
         assert_eq!(
-            (sum.memory, sum.huge_pages, sum.cpu_millis),
+            (sum.memory, sum.huge_pages, sum.cpu_millis.wanted()),
             (Some(u64::MAX), 2, None)
         );
-        assert_eq!(cpu_millis(150_000, 100_000), Some(1500));
-        assert_eq!(cpu_millis(1, 100_000), Some(1));
-        assert_eq!((cpu_millis(-1, 1), cpu_millis(1, 0)), (None, None));
+        let limit = |quota, period| CpuMillis::new(quota, period, 0).wanted();
+        assert_eq!(limit(150_000, 100_000), Some(1500));
+        assert_eq!(limit(1, 100_000), Some(1));
+        assert_eq!((limit(-1, 1), limit(1, 0)), (None, None));
+    }
+
+    #[test]
+    fn what_is_asked_for_counts_where_nothing_limits() {
+        let wanted = |quota, shares| CpuMillis::new(quota, 100_000, shares).wanted();
+        // Kubelet's shares of 1, 250, 999, 1001 and 4000 thousandths.
+        for (shares, millis) in [
+            (2, None),
+            (256, Some(250)),
+            (1022, Some(999)),
+            (1025, Some(1001)),
+            (4096, Some(4000)),
+        ] {
+            assert_eq!(wanted(-1, shares), millis, "{shares}");
+            assert_eq!(wanted(0, shares), millis, "{shares}");
+        }
+        assert_eq!(wanted(50_000, 4096), Some(500));
+        let limits = |quota, shares| Limits {
+            cpu_millis: CpuMillis::new(quota, 100_000, shares),
+            ..Limits::default()
+        };
+        let sum = limits(400_000, 102).and(&limits(-1, 2048));
+        assert_eq!(sum.cpu_millis.wanted(), Some(6000));
     }
 }

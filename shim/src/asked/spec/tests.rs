@@ -207,15 +207,20 @@ fn the_pods_size_is_read_from_the_sandbox_container() {
     };
     let whole = spec("150000", "100000", "134217728");
     assert_eq!(
-        (whole.sandbox_cpu_millis(), whole.sandbox_memory()),
+        (whole.sandbox_cpu_millis().limit, whole.sandbox_memory()),
         (Some(1500), Some(128 << 20))
     );
+    let exclusive = parse(&format!(
+        r#"{{"annotations":{{"{SANDBOX_CPU_QUOTA}":"-1","{SANDBOX_CPU_PERIOD}":"100000",
+        "{SANDBOX_CPU_SHARES}":"4096"}}}}"#
+    ));
+    assert_eq!(exclusive.sandbox_cpu_millis().wanted(), Some(4000));
     for none in [
         spec("0", "100000", "0"),
         spec("-1", "100000", "-5"),
         spec("5", "0", "x"),
     ] {
-        let found = (none.sandbox_cpu_millis(), none.sandbox_memory());
+        let found = (none.sandbox_cpu_millis().wanted(), none.sandbox_memory());
         assert_eq!(found, (None, None));
     }
 }

@@ -206,7 +206,11 @@ impl Agent for FakeAgent {
     async fn update_container(&self, _: &TtrpcContext, request: UpdateRequest) -> Answer<Empty> {
         let text = String::from_utf8_lossy(&request.resources).into_owned();
         self.record.add(format!("update {text}"));
-        Ok(Empty::new())
+        tokio::time::sleep(self.behaviour.slow_update).await;
+        match self.behaviour.refuse_update {
+            Some(part) if text.contains(part) => Err(Error::invalid("no such limit").into()),
+            _ => Ok(Empty::new()),
+        }
     }
 
     async fn stats(&self, _: &TtrpcContext, _: ContainerRef) -> Answer<StatsResponse> {

@@ -4,6 +4,7 @@
 //! What the guest says of its memory decides nothing but how long it is waited for: the VMM counts what it has.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use brig_agent_protocol::agent::{Empty, MemoryFigures, ResizeMemoryRequest};
 use slog::{Logger, info, warn};
@@ -16,6 +17,25 @@ use crate::error::{Error, Kind, Result};
 
 /// What is left to the guest as free or easy to free, in bytes, when memory is taken.
 const LEFT: u64 = 32 * MIB;
+/// In bytes.
+const GIB: u64 = 1024 * MIB;
+
+/// What becomes of a growth that the guest does not take all of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// The guest has what it had: somebody is told that there is no more.
+    Undone,
+    /// The guest keeps what it has taken: somebody goes on with what there is.
+    Kept,
+}
+
+/// What a guest has that was asked to have something else.
+struct Settled {
+    bytes: u64,
+    /// It was still getting nearer when its time was over.
+    unfinished: bool,
+}
+
 impl Vm {
     /// Bytes of memory that it has.
     #[must_use]
@@ -41,7 +61,19 @@ impl Vm {
     /// With the numbers: `ResourceExhausted` beyond what it may have, `FailedPrecondition` while a device of the node
     /// holds its memory, and when the guest does not take it. Its memory is as before then.
     pub async fn grow(&self, bytes: u64, logger: &Logger) -> Result<()> {
-        let bytes = bytes.next_multiple_of(BLOCK);
+        self.grow_by(bytes, Part::Undone, logger).await
+    }
+
+    /// As [`Self::grow`], and what the guest has taken of it stays.
+    ///
+    /// # Errors
+    /// As of [`Self::grow`].
+    pub async fn grow_as_far_as_it_takes(&self, bytes: u64, logger: &Logger) -> Result<()> {
+        self.grow_by(bytes, Part::Kept, logger).await
+    }
+
+    async fn grow_by(&self, bytes: u64, part: Part, logger: &Logger) -> Result<()> {
+        let bytes = whole(bytes);
         let _changing = self.memory.changing.lock().await;
         let had = self.memory();
         if bytes <= had {
@@ -60,33 +92,43 @@ impl Vm {
                 ),
             ));
         }
-        let has = match self.ask(bytes).await {
-            Ok(has) if has >= bytes => {
-                self.memory.now.store(bytes, Ordering::Relaxed);
-                info!(logger, "the VM has more memory"; "memory_mib" => bytes / MIB, "before_mib" => had / MIB);
-                return Ok(());
-            }
-            Ok(has) => Ok(has),
-            Err(error) => Err(error),
+        let asked = self.ask(had, bytes).await;
+        let has = match (&asked, part) {
+            (Ok(settled), _) if settled.bytes >= bytes => bytes,
+            (Ok(settled), Part::Kept) => (settled.bytes / BLOCK * BLOCK).max(had),
+            _ => had,
         };
-        // Back to what it was: half of it helps nobody, and what was never given needs no taking.
-        let _ = self.ask(had).await;
-        Err(match has {
-            Err(error) => error,
-            Ok(has) => Error::state(format!(
-                "the guest has taken {} MiB of the {} MiB of memory that it was given; it has {} MiB as before",
-                has.saturating_sub(had) / MIB,
-                (bytes - had) / MIB,
-                had / MIB
-            )),
-        })
+        if has < bytes {
+            // Else its driver would go on trying. What was never given needs no taking.
+            let _ = self.ask(bytes, has).await;
+        }
+        if has > had {
+            self.memory.now.store(has, Ordering::Relaxed);
+            info!(logger, "the VM has more memory"; "memory_mib" => has / MIB, "before_mib" => had / MIB);
+        }
+        let settled = asked?;
+        if has >= bytes {
+            return Ok(());
+        }
+        Err(Error::state(format!(
+            "the guest has taken {} MiB of the {} MiB of memory that it was given{}; it has {} MiB{}",
+            settled.bytes.saturating_sub(had) / MIB,
+            (bytes - had) / MIB,
+            if settled.unfinished {
+                ", and its time was over"
+            } else {
+                ""
+            },
+            has / MIB,
+            if has == had { " as before" } else { "" },
+        )))
     }
 
     /// Takes memory from the guest, down to `bytes` if it can do without the rest; what cannot be had is logged.
     pub async fn shrink(&self, bytes: impl FnOnce() -> u64, logger: &Logger) {
         let _changing = self.memory.changing.lock().await;
         let had = self.memory();
-        let wanted = bytes().next_multiple_of(BLOCK).max(self.memory.built);
+        let wanted = whole(bytes()).max(self.memory.built);
         if wanted >= had {
             return;
         }
@@ -116,35 +158,103 @@ impl Vm {
         if possible >= had {
             return Ok((had, "the guest uses it"));
         }
-        let has = self.ask(possible).await?.clamp(possible, had);
+        let settled = match self.ask(had, possible).await {
+            Ok(settled) => settled,
+            Err(error) => {
+                // Else its driver would give back what is not known to be gone.
+                let _ = self.ask(possible, had).await;
+                return Err(error);
+            }
+        };
+        let has = settled.bytes.clamp(possible, had);
         if has > possible {
             // Else its driver would try again every minute, for ever.
-            self.ask(has).await?;
-            return Ok((has, "the guest's kernel cannot free it"));
+            self.ask(possible, has).await?;
         }
-        Ok((has, "the guest uses it"))
+        Ok((has, settled.why_more_than(possible)))
     }
 
-    /// Has the guest asked to have `bytes`, and waits; what it has then.
-    async fn ask(&self, bytes: u64) -> Result<u64> {
+    /// Has the guest, of which `from` was wanted, asked to have `bytes`, and waits; what it has then.
+    async fn ask(&self, from: u64, bytes: u64) -> Result<Settled> {
         let (function, has) = match self.control.memory(bytes).await {
             Ok(answer) => answer,
             Err(error) => return Err(self.explain(error).await),
         };
         let Some(function) = function.filter(|_| has != bytes) else {
-            return Ok(has);
+            return Ok(Settled {
+                bytes: has,
+                unfinished: false,
+            });
         };
-        let wait = self.timeouts.stop;
+        let more = time_for(from.abs_diff(bytes), self.timeouts.stop);
+        let wait = self.timeouts.stop.saturating_add(more);
         let request = ResizeMemoryRequest {
             function: function.into(),
             added: bytes.saturating_sub(self.memory.built),
             wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
             ..ResizeMemoryRequest::default()
         };
+        let begun = Instant::now();
         let answer = self
             .agent
             .resize_memory(context::Context::default(), &request);
-        let MemoryFigures { added, .. } = self.call("ResizeMemory", answer).await?;
-        Ok(self.memory.built.saturating_add(added))
+        let limit = self.timeouts.call.saturating_add(more);
+        let answer = self.call_within(limit, "ResizeMemory", answer);
+        let MemoryFigures { added, .. } = answer.await?;
+        Ok(Settled {
+            bytes: self.memory.built.saturating_add(added),
+            // One that gets no nearer answers before.
+            unfinished: begun.elapsed() >= wait,
+        })
+    }
+}
+
+impl Settled {
+    /// Of a guest that was asked to have as little as this.
+    fn why_more_than(&self, wanted: u64) -> &'static str {
+        if self.bytes <= wanted {
+            "the guest uses it"
+        } else if self.unfinished {
+            "the guest was still freeing it when its time was over; the next change of a limit goes on"
+        } else {
+            "the guest's kernel cannot free it"
+        }
+    }
+}
+
+/// In whole blocks, as far as the number goes.
+fn whole(bytes: u64) -> u64 {
+    let up = bytes.checked_next_multiple_of(BLOCK);
+    up.unwrap_or(u64::MAX / BLOCK * BLOCK)
+}
+
+/// What a guest may take for so many bytes beyond `least`, which it has for any: a tenth of that for each GiB, a second for
+/// ten.
+fn time_for(bytes: u64, least: Duration) -> Duration {
+    let gib = u32::try_from(bytes.div_ceil(GIB)).unwrap_or(u32::MAX);
+    (least / 10).saturating_mul(gib)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_size_has_whole_blocks() {
+        assert_eq!(whole(1), BLOCK);
+        assert_eq!(whole(BLOCK), BLOCK);
+        assert_eq!(whole(u64::MAX) % BLOCK, 0);
+        assert!(whole(u64::MAX) > u64::MAX - BLOCK);
+    }
+
+    #[test]
+    fn much_memory_has_more_time_and_what_was_still_coming_is_not_called_impossible() {
+        let least = Duration::from_secs(10);
+        assert_eq!(time_for(100 * MIB, least), Duration::from_secs(1));
+        assert_eq!(time_for(64 * GIB, least), Duration::from_secs(64));
+        let why = |bytes, unfinished| Settled { bytes, unfinished }.why_more_than(GIB);
+        assert_eq!(why(GIB, true), "the guest uses it");
+        assert!(why(2 * GIB, true).contains("still freeing it"));
+        assert!(why(2 * GIB, false).contains("cannot free it"));
     }
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64};
 
 use tokio::sync::Mutex;
 
+use super::Vm;
 use crate::asked::config::MIB;
 
 /// Memory comes and goes in blocks of this many bytes, as the VMM gives it.
@@ -14,7 +15,7 @@ pub(super) const BLOCK: u64 = 2 * MIB;
 pub(super) struct Memory {
     /// Bytes it was started with.
     pub(super) built: u64,
-    /// Bytes it may have.
+    /// Bytes it may have, in whole blocks.
     pub(super) most: u64,
     /// Bytes it is to have.
     pub(super) now: AtomicU64,
@@ -26,9 +27,11 @@ impl Memory {
     /// That of a VM that is about to start.
     pub(super) fn new(built: u64, most: u64) -> Self {
         let built = built.next_multiple_of(BLOCK);
+        // A node's memory is seldom a multiple: the last part of a block is had by nobody.
+        let whole = most / BLOCK * BLOCK;
         Self {
             built,
-            most: most.max(built),
+            most: whole.max(built),
             now: AtomicU64::new(built),
             changing: Mutex::default(),
         }
@@ -55,5 +58,28 @@ impl Cpus {
             now: AtomicU8::new(built),
             changing: Mutex::default(),
         }
+    }
+}
+
+impl Vm {
+    /// Whether it has as much as this, once nobody changes its size any more.
+    pub async fn has(&self, memory: u64, cpus: u8) -> bool {
+        let _memory = self.memory.changing.lock().await;
+        let _cpus = self.cpus.changing.lock().await;
+        memory <= self.memory() && cpus <= self.cpus()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_may_have_whole_blocks() {
+        let most = |built, most| Memory::new(built, most).most;
+        assert_eq!(most(256 * MIB, 7885 * MIB + 4096), 7884 * MIB);
+        assert_eq!(most(255 * MIB, 255 * MIB), 256 * MIB);
+        assert_eq!(most(256 * MIB, 0), 256 * MIB);
+        assert_eq!(most(256 * MIB, u64::MAX) % BLOCK, 0);
     }
 }

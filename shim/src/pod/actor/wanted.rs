@@ -69,7 +69,12 @@ impl Wanted {
     /// The VM of the pod `id`, what its agent is told, and what it should grow by.
     pub(super) fn plan(self, id: &str) -> (Plan, Sandbox, PodSize) {
         let mut config = self.config;
-        let size = PodSize::new(config.memory, config.vcpus, self.limits);
+        let size = PodSize::new(
+            config.memory,
+            config.vcpus,
+            self.limits,
+            self.cgroup_path.clone(),
+        );
         let memory = guest_memory(&self.limits, config.memory, node_memory());
         let vcpus = guest_cpus(&self.limits, config.vcpus, node_cpus());
         let template = template(&config, memory, vcpus);
@@ -87,6 +92,7 @@ impl Wanted {
             sysctls: self.sysctls,
             shm_size: self.shm_size,
             return_files: config.idle_files == IdleFiles::Return,
+            max_pids: pids_of_pod(self.cgroup_path.as_deref()),
             ..Sandbox::default()
         };
         let plan = Plan {
@@ -132,6 +138,11 @@ pub(super) fn huge_pages_of_pod(cgroups_path: Option<&str>) -> u64 {
     cgroups_path
         .and_then(cgroup::huge_pages_of_parent)
         .unwrap_or(0)
+}
+
+/// Processes that kubelet lets a pod have (`podPidsLimit`), by its cgroup as well; 0 without a limit.
+fn pids_of_pod(cgroups_path: Option<&str>) -> u64 {
+    cgroups_path.and_then(cgroup::pids_of_parent).unwrap_or(0)
 }
 
 /// The size of the file system here in bytes; 0 when that cannot be known.

@@ -340,14 +340,16 @@ impl Container {
         let context = self.context.clone();
         tokio::spawn(async move {
             let apply = async {
-                context
-                    .node_io
-                    .update(&request.id, &request.resources)
-                    .await?;
+                let on_node = context.node_io.update(&request.id, &request.resources);
+                let on_node = on_node.await?;
                 let answer = vm
                     .agent()
                     .update_container(context::Context::default(), &request);
-                vm.call("UpdateContainer", answer).await.map(drop)
+                let applied = vm.call("UpdateContainer", answer).await.map(drop);
+                if applied.is_err() {
+                    on_node.undo().await;
+                }
+                applied
             };
             let (id, resources) = (&request.id, &request.resources);
             let size = &context.size;

@@ -33,6 +33,7 @@ mod passthrough_checked;
 mod passthrough_hostile;
 mod passthrough_list;
 mod passthrough_peers;
+mod pod_limits;
 mod process;
 mod queue_pairs;
 mod resize;
@@ -93,6 +94,7 @@ pub fn all() -> Vec<Case> {
         user_namespace::CASES,
         resources::CASES,
         resize::CASES,
+        pod_limits::CASES,
         idle::CASES,
         cgroups::CASES,
         huge_pages::CASES,

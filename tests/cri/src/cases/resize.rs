@@ -31,6 +31,16 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "resources",
+        "resize: beside a limit that no node has",
+        beside_too_much,
+    ),
+    case(
+        "resources",
+        "resize: a limit that is taken away takes nothing",
+        taken_away,
+    ),
+    case(
+        "resources",
         "resize: beyond its new memory a container is OOMKilled, its neighbour lives",
         oom,
     ),
@@ -72,6 +82,13 @@ fn total(container: &Container) -> Result<i64> {
         .sh("awk '/^MemTotal:/ { print $2 }' /proc/meminfo")?
         .parse()?;
     Ok(kib / 1024)
+}
+
+/// The end of what all TCP sockets may have.
+fn socket_pages(container: &Container) -> Result<i64> {
+    Ok(container
+        .sh("awk '{ print $3 }' /proc/sys/net/ipv4/tcp_mem")?
+        .parse()?)
 }
 
 /// The process whose mappings are the guest's memory.
@@ -127,6 +144,12 @@ fn up_and_down(suite: &mut Suite) -> Result<()> {
         &format!("its kernel had {before} MiB and has {grown}: at least as much as the limit"),
         before < 400 && grown >= 640,
     )?;
+    let buffers = socket_pages(&container)?;
+    that(
+        &format!("TCP's buffers may be {buffers} pages: those of a kernel with {grown} MiB"),
+        // 9.37 % of them, less a tenth and what the kernel keeps.
+        buffers >= grown * 256 * 8 / 100,
+    )?;
     let full = most_resident(&pod)?;
     that(
         &format!("{full} KiB were resident: what was used"),
@@ -181,6 +204,38 @@ fn too_much(suite: &mut Suite) -> Result<()> {
     has(&container, 64 * MIB)?;
     container.update(limit(96 * MIB))?;
     has(&container, 96 * MIB)
+}
+
+fn beside_too_much(suite: &mut Suite) -> Result<()> {
+    let pod = suite.run("resize-beside")?;
+    let _large = pod
+        .container("large", SLEEP)
+        .resources(|wanted| *wanted = limit(1 << 42))
+        .start()?;
+    let small = pod
+        .container("small", SLEEP)
+        .resources(|wanted| *wanted = limit(64 * MIB))
+        .start()?;
+    small.update(limit(96 * MIB))?;
+    has(&small, 96 * MIB)
+}
+
+fn taken_away(suite: &mut Suite) -> Result<()> {
+    let pod = suite.run("resize-unlimited")?;
+    let container = pod
+        .container("main", SLEEP)
+        .resources(|wanted| *wanted = limit(64 * MIB))
+        .start()?;
+    container.update(limit(512 * MIB))?;
+    container.update(limit(-1))?;
+    equal(
+        "memory.max",
+        "max",
+        container.sh("cat /sys/fs/cgroup/memory.max")?,
+    )?;
+    // By then the VM would have shrunk.
+    std::thread::sleep(Duration::from_secs(3));
+    use_memory(&container, 480).context("480 MiB of what it could use before")
 }
 
 fn oom(suite: &mut Suite) -> Result<()> {

@@ -15,6 +15,11 @@ pub const CASES: &[Case] = &[
         limits,
     ),
     smoke("resources", "limits change while it runs", update),
+    case(
+        "resources",
+        "a change of limits of which one is refused changes none",
+        refused_update,
+    ),
     smoke(
         "resources",
         "beyond its memory: OOMKilled, its neighbour lives",
@@ -113,6 +118,38 @@ fn update(suite: &mut Suite) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+fn refused_update(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let container = shared
+        .pod
+        .container("refused-update", SLEEP)
+        .resources(|wanted| *wanted = resources())
+        .start()?;
+    // The kernel's least quota is 1,000.
+    let asked = container.update(LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 500,
+        memory_limit_in_bytes: 96 * MIB,
+        ..LinuxContainerResources::default()
+    });
+    that("a quota of 500 is refused", asked.is_err())?;
+    equal(
+        "memory.max and cpu.max",
+        format!("{}\n25000 100000", 48 * MIB),
+        container.sh("cd /sys/fs/cgroup && cat memory.max cpu.max")?,
+    )?;
+    // The next one is taken.
+    container.update(LinuxContainerResources {
+        memory_limit_in_bytes: 64 * MIB,
+        ..LinuxContainerResources::default()
+    })?;
+    equal(
+        "memory.max",
+        (64 * MIB).to_string(),
+        container.sh("cat /sys/fs/cgroup/memory.max")?,
+    )
 }
 
 fn oom(suite: &mut Suite) -> Result<()> {

@@ -1,5 +1,7 @@
 //! The VM's size follows the limits of the pod's containers.
 
+use std::time::Duration;
+
 use containerd_shim_protos::api::UpdateTaskRequest;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -158,6 +160,124 @@ async fn a_container_that_comes_later_has_the_vm_grow_and_one_that_is_too_large_
     assert!(record.in_order(&grown, "create b"));
     harness.create_as("huge", &member(1 << 50)).await.unwrap();
     assert!(record.has("create huge"));
+    // In all that it may have: the node's memory is seldom a multiple of the VM's blocks.
+    let sizes = sizes(&harness);
+    let [.., first, most] = sizes.as_slice() else {
+        panic!("{sizes:?}");
+    };
+    assert_eq!(*first, needed(500 * MIB));
+    assert!(most > first && most % (2 * MIB) == 0, "{sizes:?}");
+}
+
+/// What the VMM was asked to give, in its order.
+fn sizes(harness: &Harness) -> Vec<u64> {
+    let all = harness.record.all();
+    let sizes = all.iter().filter_map(|entry| entry.strip_prefix("size "));
+    sizes.map(|bytes| bytes.parse().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn a_container_that_comes_later_has_what_the_guest_takes_and_its_cpus_all_the_same() {
+    let behaviour = Behaviour {
+        takes: Some(64 * MIB),
+        ..Behaviour::default()
+    };
+    let mut harness = Harness::new(behaviour).await;
+    harness.settings = "max_vcpus = 3";
+    harness.create_as("c", &sandbox(MIB)).await.unwrap();
+    harness.start("").await.unwrap();
+    let both = member(512 * MIB).replace(
+        r#""memory":"#,
+        r#""cpu":{"quota":200000,"period":100000},"memory":"#,
+    );
+    harness.create_as("a", &both).await.unwrap();
+    assert_eq!(sizes(&harness), [needed(512 * MIB), BUILT + 64 * MIB]);
+    assert!(harness.record.in_order("online 2", "create a"));
+}
+
+#[tokio::test]
+async fn a_neighbours_limit_that_was_too_large_is_nobody_elses() {
+    let harness = running(Behaviour::default(), &[("a", 1 << 50), ("b", 100 * MIB)]).await;
+    let before = sizes(&harness);
+    update(&harness, "b", &limit(200 * MIB)).await.unwrap();
+    assert!(harness.record.has(&format!("update {}", limit(200 * MIB))));
+    assert_eq!(sizes(&harness), before);
+    // Its own is.
+    let (kind, _) = code(update(&harness, "b", &limit(1 << 51)).await);
+    assert_eq!(kind, Code::RESOURCE_EXHAUSTED);
+    assert!(!harness.record.has(&format!("update {}", limit(1 << 51))));
+}
+
+#[tokio::test]
+async fn a_container_that_comes_while_a_limit_changes_reckons_with_the_new_one() {
+    let behaviour = Behaviour {
+        slow_update: Duration::from_millis(300),
+        ..Behaviour::default()
+    };
+    let harness = running(behaviour, &[("a", 100 * MIB)]).await;
+    let record = harness.record.clone();
+    let larger = limit(700 * MIB);
+    let (updated, ()) = tokio::join!(update(&harness, "a", &larger), async {
+        record.until(&format!("update {larger}")).await;
+        harness.create_as("b", &member(500 * MIB)).await.unwrap();
+    });
+    updated.unwrap();
+    assert_eq!(sizes(&harness), [needed(700 * MIB), needed(1200 * MIB)]);
+}
+
+#[tokio::test]
+async fn a_change_that_the_guest_refuses_leaves_the_old_limit_and_the_old_size() {
+    let behaviour = Behaviour {
+        refuse_update: Some("\"quota\":500"),
+        ..Behaviour::default()
+    };
+    let harness = running(behaviour, &[("a", 100 * MIB)]).await;
+    let both = r#"{"memory":{"limit":943718400},"cpu":{"quota":500,"period":100000}}"#;
+    let (kind, _) = code(update(&harness, "a", both).await);
+    assert_eq!(kind, Code::INVALID_ARGUMENT);
+    harness.record.until(&format!("size {BUILT}")).await;
+    assert_eq!(sizes(&harness), [needed(900 * MIB), BUILT]);
+    // The next one counts from the old limit.
+    harness.create_as("b", &member(400 * MIB)).await.unwrap();
+    assert_eq!(sizes(&harness).last(), Some(&needed(500 * MIB)));
+}
+
+#[tokio::test]
+async fn a_limit_that_is_taken_away_takes_nothing() {
+    let harness = running(Behaviour::default(), &[("a", 100 * MIB)]).await;
+    update(&harness, "a", &limit(900 * MIB)).await.unwrap();
+    let unlimited = r#"{"memory":{"limit":-1}}"#;
+    update(&harness, "a", unlimited).await.unwrap();
+    assert!(harness.record.has(&format!("update {unlimited}")));
+    harness.create_as("b", &member(300 * MIB)).await.unwrap();
+    let large = [needed(900 * MIB), needed(1200 * MIB)];
+    assert_eq!(sizes(&harness), large);
+    // Until it has another.
+    update(&harness, "a", &limit(100 * MIB)).await.unwrap();
+    harness
+        .record
+        .until(&format!("size {}", needed(400 * MIB)))
+        .await;
+}
+
+#[tokio::test]
+async fn who_asks_for_cpus_and_is_not_limited_has_them() {
+    let mut harness = Harness::new(Behaviour::default()).await;
+    harness.settings = "max_vcpus = 3";
+    harness.create_as("c", &sandbox(MIB)).await.unwrap();
+    harness.start("").await.unwrap();
+    // As kubelet's static CPU manager has it.
+    let exclusive = member(MIB).replace(
+        r#""memory":"#,
+        r#""cpu":{"quota":-1,"period":100000,"shares":2048},"memory":"#,
+    );
+    harness.create_as("a", &exclusive).await.unwrap();
+    let record = harness.record.clone();
+    assert!(record.in_order("online 2", "create a"));
+    // A weight is never too much.
+    let resources = r#"{"cpu":{"shares":65536}}"#;
+    update(&harness, "a", resources).await.unwrap();
+    assert!(record.in_order("online 3", &format!("update {resources}")));
 }
 
 #[tokio::test]
@@ -189,7 +309,7 @@ async fn cpus_come_with_a_limit_that_needs_them_and_go_with_it() {
     assert!(!record.has(&format!("update {}", cpus(400_000))));
     update(&harness, "a", &cpus(150_000)).await.unwrap();
     record.until("online 2").await;
-    update(&harness, "a", &cpus(-1)).await.unwrap();
+    update(&harness, "a", &cpus(50_000)).await.unwrap();
     record.until("online 1").await;
     assert!(!record.all().iter().any(|entry| entry.starts_with("size")));
 }

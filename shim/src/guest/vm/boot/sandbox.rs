@@ -33,6 +33,8 @@ pub struct Sandbox {
     pub shm_size: u64,
     /// What it keeps of files that nobody uses goes back to the node while it is idle.
     pub return_files: bool,
+    /// As many processes and threads as its containers may have together; 0: no limit.
+    pub max_pids: u64,
     /// Its network, once the VM is launched.
     pub network: GuestNetwork,
 }
@@ -97,6 +99,7 @@ pub(super) async fn start_sandbox(vm: &Vm, wanted: Wanted, logger: &Logger) -> R
         shm_size: sandbox.shm_size,
         return_files: sandbox.return_files,
         limits: limits::own(),
+        max_pids: sandbox.max_pids,
         unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         share_tag: SHARE_TAG.to_owned(),
         interfaces: network.interfaces,

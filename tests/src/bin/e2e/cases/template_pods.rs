@@ -524,6 +524,25 @@ fn larger(suite: &mut Suite) -> Result<()> {
     let kib: u64 = words.nth(1).context("no memory")?.parse()?;
     ensure!(kib > 260_000, "the guest has {kib} KiB");
     that("it is a clone", text.contains("brig_capture"))?;
+    went_on_from(&container, &key)?;
+    // One whose limit is beyond the node has all that there is.
+    let run = handler
+        .run("sleep 1000")
+        .with("--memory-limit", "35184372088832");
+    let container = suite.ctr.start(&run)?;
+    let script = "awk '/^MemTotal:/ { print $2 }' /proc/meminfo";
+    let text = container.exec(&["sh", "-c", script])?.success()?.text();
+    let kib: u64 = text.trim().parse()?;
+    let node = fs::read_to_string("/proc/meminfo")?;
+    let node: u64 = node
+        .split_whitespace()
+        .nth(1)
+        .context("no memory")?
+        .parse()?;
+    ensure!(
+        kib > node / 2,
+        "the guest has {kib} KiB, and the node {node} KiB"
+    );
     went_on_from(&container, &key)
 }
 
