@@ -40,9 +40,6 @@ fn lent(suite: &mut Suite) -> Result<()> {
     let pod = PodSpec::new(Own::HANDLER, "queue-pairs").run(&suite.cri)?;
     let container = pod.container("main", SLEEP).start()?;
     let vmm = u32::try_from(sandbox_pid(&pod)?)?;
-    // One at a time, which is what most pods do.
-    send(&container)?;
-    receive(&container)?;
     equal("threads for pairs at first", 0, lent_of(vmm)?)?;
     let before = anonymous(vmm)?;
 
