@@ -6,21 +6,16 @@ use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use brig_hypervisor::control::Counters;
-use brig_tests::node::check::{contains, contains_one, equal, that};
+use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::clock;
 use k8s_cri::v1::{ContainerConfig, Device, Int64Value};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
 
-use super::handlers::Own;
 use super::life::{sandbox_pid, shim_of};
 use crate::container::{Container, eventually};
 use crate::loops::Loop;
-use crate::mounted::Mounted;
 use crate::node::{self, Directory};
-use crate::pod::{Pod, PodSpec};
 use crate::suite::{Case, SLEEP, Suite, case, not_here, smoke};
 
 pub const CASES: &[Case] = &[
@@ -64,32 +59,16 @@ pub const CASES: &[Case] = &[
         "raw block volume: a partition that has grown, when the next container takes it",
         partition,
     ),
-    case(
-        "volumes",
-        "raw block volume: a queue for each CPU, each used, a limit holds for all of them together",
-        queues,
-    ),
-    case(
-        "volumes",
-        "raw block volume: in a guest that goes on from a template a queue for each CPU that the pod has, each used",
-        queues_of_a_clone,
-    ),
-    case(
-        "volumes",
-        "raw block volume: a disk that is full is an error to its writer alone",
-        full,
-    ),
-    case(
-        "volumes",
-        "raw block volume: a disk that fails, and one that is gone, are errors to who asks, and nothing is left",
-        failing,
-    ),
 ];
 
 const MIB: u64 = 1 << 20;
 
 /// As kubelet asks for a volume of `volumeDevices`.
-fn volume(disk: &Loop, path: &str, permissions: &str) -> impl FnOnce(&mut ContainerConfig) {
+pub(super) fn volume(
+    disk: &Loop,
+    path: &str,
+    permissions: &str,
+) -> impl FnOnce(&mut ContainerConfig) {
     let device = Device {
         container_path: path.to_owned(),
         host_path: disk.node(),
@@ -99,13 +78,18 @@ fn volume(disk: &Loop, path: &str, permissions: &str) -> impl FnOnce(&mut Contai
 }
 
 /// What is at a sector.
-fn at(container: &Container, path: &str, sector: u32) -> Result<String> {
+pub(super) fn at(container: &Container, path: &str, sector: u32) -> Result<String> {
     container.sh(&format!(
         "dd if={path} bs=512 skip={sector} count=1 2>/dev/null | head -n 1"
     ))
 }
 
-fn write(path: &str, sector: u32, text: &str) -> String {
+/// Of `/dev/data`.
+pub(super) fn number(container: &Container) -> Result<String> {
+    container.sh("set -- $(stat -c '%t %T' /dev/data); echo $((0x$1)):$((0x$2))")
+}
+
+pub(super) fn write(path: &str, sector: u32, text: &str) -> String {
     format!("echo {text} | dd of={path} bs=512 seek={sector} conv=notrunc,sync,fsync 2>&1")
 }
 
@@ -459,247 +443,4 @@ fn partition(suite: &mut Suite) -> Result<()> {
         container.remove()?;
     }
     Ok(())
-}
-
-/// Has both CPUs write to `/dev/data` at once, each its own half, by the script that is returned.
-fn both_write(pod: &Pod, container: &Container, disk: &Loop) -> Result<(String, f64)> {
-    let number = number(container)?;
-    let count = format!("ls -d /sys/dev/block/{number}/mq/* | wc -l");
-    equal("queues", "2", container.sh(&count)?)?;
-    let half = |cpu: u32| {
-        format!(
-            "yes cpu-{cpu} | taskset {mask:x} dd of=/dev/data bs=64k count=32 seek={seek} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null",
-            mask = 1 << cpu,
-            seek = 32 * cpu
-        )
-    };
-    let both = format!("{} & {}; wait", half(0), half(1));
-    let taken = seconds(container, &both)?;
-    for (cpu, offset) in [(0, 0), (1, 2 * MIB)] {
-        let there = disk.read(offset, 6)?;
-        equal(
-            "on the node",
-            format!("cpu-{cpu}\n"),
-            String::from_utf8_lossy(&there),
-        )?;
-    }
-    let counted = served(pod)?;
-    that(
-        &format!("both queues have served requests and interrupted: {counted:?}"),
-        counted.len() == 2
-            && counted
-                .iter()
-                .all(|(chains, interrupts)| *chains > 16 && *interrupts > 0),
-    )?;
-    Ok((both, taken))
-}
-
-/// Of `/dev/data`.
-fn number(container: &Container) -> Result<String> {
-    container.sh("set -- $(stat -c '%t %T' /dev/data); echo $((0x$1)):$((0x$2))")
-}
-
-/// The template of a handler's file, made now and dropped at the end.
-struct Template(String);
-
-impl Template {
-    fn of(file: &Path) -> Result<Self> {
-        let file = file.display().to_string();
-        let built = node::run("brig", &["template", "build", "--json", "--config", &file])?;
-        let built: Value = serde_json::from_str(&built)?;
-        let key = built["template"].as_str().context("a template's key")?;
-        Ok(Self(key.to_owned()))
-    }
-}
-
-impl Drop for Template {
-    fn drop(&mut self) {
-        let _ = node::run("brig", &["template", "drop", &self.0]);
-    }
-}
-
-fn queues_of_a_clone(suite: &mut Suite) -> Result<()> {
-    // A guest is captured with one CPU; the other comes to it when it goes on.
-    let own = Own::new(suite, "vcpus = 2\nmax_vcpus = 2\ntemplate = true\n", &[])?;
-    let template = Template::of(own.file())?;
-    let directory = Directory::new("block-queues")?;
-    let disk = Loop::new(&directory.path.join("disk"), 8 * MIB)?;
-    let pod = PodSpec::new(Own::HANDLER, "block-clone").run(&suite.cri)?;
-    let container = pod
-        .container("main", SLEEP)
-        .edit(volume(&disk, "/dev/data", "mrw"))
-        .start()?;
-    let told = node::run("brig", &["inspect", "--json", &pod.id])?;
-    let told: Value = serde_json::from_str(&told)?;
-    equal(
-        "what it goes on from",
-        template.0.as_str(),
-        told["shim"]["template"].as_str().unwrap_or("-"),
-    )?;
-    equal("its CPUs", "2", container.sh("nproc")?)?;
-    both_write(&pod, &container, &disk)?;
-    container.remove()?;
-    drop(pod);
-    disk.freed()
-}
-
-fn queues(suite: &mut Suite) -> Result<()> {
-    let _own = Own::new(suite, "vcpus = 2\n", &[])?;
-    let directory = Directory::new("block-queues")?;
-    let disk = Loop::new(&directory.path.join("disk"), 8 * MIB)?;
-    let pod = PodSpec::new(Own::HANDLER, "block-queues")
-        .security(|security| security.privileged = true)
-        .run(&suite.cri)?;
-    let container = pod
-        .container("main", SLEEP)
-        .security(|security| security.privileged = true)
-        .edit(volume(&disk, "/dev/data", "mrw"))
-        .start()?;
-    let (both, unlimited) = both_write(&pod, &container, &disk)?;
-    let number = number(&container)?;
-
-    // 4 MiB at half of one a second, in a group below the container's own, which has no processes then.
-    let limited = container.sh(&format!(
-        "cd /sys/fs/cgroup; mkdir rest limited
-        for pid in $(cat cgroup.procs); do echo $pid > rest/cgroup.procs 2>/dev/null; done
-        echo +io > cgroup.subtree_control && echo '{number} wbps={limit}' > limited/io.max || exit 1
-        echo $$ > limited/cgroup.procs; before=$(cut -d. -f1 /proc/uptime)
-        {both}
-        echo $(($(cut -d. -f1 /proc/uptime) - before))",
-        limit = MIB / 2
-    ))?;
-    let limited: f64 = limited.parse()?;
-    that(
-        &format!("{limited} s with the limit are six at least, where {unlimited} s are without"),
-        limited >= 6.0,
-    )?;
-    container.remove()?;
-    disk.freed()
-}
-
-/// What a script takes by the clock of its guest.
-fn seconds(container: &Container, script: &str) -> Result<f64> {
-    let uptime = || -> Result<f64> { Ok(container.sh("cut -d' ' -f1 /proc/uptime")?.parse()?) };
-    let before = uptime()?;
-    container.sh(script)?;
-    Ok(uptime()? - before)
-}
-
-/// Requests and interrupts of each queue of the pod's only disk.
-fn served(pod: &Pod) -> Result<Vec<(u64, u64)>> {
-    let counters: Counters = serde_json::from_str(&node::run("brig", &["counters", &pod.id])?)?;
-    let mut disks = counters
-        .devices
-        .into_iter()
-        .filter(|one| one.device == "block");
-    let disk = disks.next().context("no disk")?;
-    that("one disk", disks.next().is_none())?;
-    Ok(disk.queues)
-}
-
-fn full(suite: &mut Suite) -> Result<()> {
-    let directory = Directory::new("block-full")?;
-    let small = directory.directory("small")?;
-    let tmpfs = Mounted::tmpfs(&small, "size=2m")?;
-    let disk = Loop::new(&small.join("disk"), 8 * MIB)?;
-    let pod = &suite.shared()?.pod;
-    let container = pod
-        .container("block-full", SLEEP)
-        .edit(volume(&disk, "/dev/data", "mrw"))
-        .start()?;
-    let fill = "dd if=/dev/urandom of=/dev/data bs=1M count=6 conv=notrunc,fsync 2>&1";
-    let said = container.exec(&["sh", "-c", fill])?;
-    that("the writer is told", said.code != 0)?;
-    contains_one(
-        "what it is told",
-        &["Input/output error", "No space"],
-        &said.text(),
-    )?;
-    container.sh("dd if=/dev/data bs=512 count=1 of=/dev/null 2>/dev/null")?;
-    let other = pod.container("block-beside", SLEEP).start()?;
-    other.sh("true").context("a container beside it")?;
-    container.remove()?;
-    disk.freed()?;
-    tmpfs.unmount()
-}
-
-/// A device-mapper device of one loop device, removed at the end of its scope.
-struct Mapped(&'static str);
-
-impl Mapped {
-    fn new(name: &'static str, below: &Loop, bytes: u64) -> Result<Self> {
-        let table = format!("0 {} linear {} 0", bytes / 512, below.node());
-        node::run("dmsetup", &["create", name, "--table", &table])?;
-        Ok(Self(name))
-    }
-
-    fn node(&self) -> String {
-        format!("/dev/mapper/{}", self.0)
-    }
-
-    /// From now on it answers every request with EIO.
-    fn fail(&self, bytes: u64) -> Result<()> {
-        let table = format!("0 {} error", bytes / 512);
-        node::run("dmsetup", &["suspend", "--noflush", "--nolockfs", self.0])?;
-        node::run("dmsetup", &["reload", self.0, "--table", &table])?;
-        node::run("dmsetup", &["resume", self.0]).map(drop)
-    }
-
-    /// It has no content any more, as a disk that was pulled out.
-    fn vanish(&self) -> Result<()> {
-        node::run("dmsetup", &["wipe_table", "--noflush", self.0]).map(drop)
-    }
-
-    /// Nobody has it.
-    fn remove(self) -> Result<()> {
-        node::run("dmsetup", &["remove", self.0])?;
-        std::mem::forget(self);
-        Ok(())
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        let _ = node::run("dmsetup", &["remove", "--force", self.0]);
-    }
-}
-
-fn failing(suite: &mut Suite) -> Result<()> {
-    let directory = Directory::new("block-failing")?;
-    let pod = &suite.shared()?.pod;
-    let healthy = Loop::new(&directory.path.join("healthy"), 8 * MIB)?;
-    for (name, vanishes) in [("brig-cri-eio", false), ("brig-cri-gone", true)] {
-        let below = Loop::new(&directory.path.join(name), 8 * MIB)?;
-        let disk = Mapped::new(name, &below, 8 * MIB)?;
-        let device = Device {
-            container_path: "/dev/data".to_owned(),
-            host_path: disk.node(),
-            permissions: "mrw".to_owned(),
-        };
-        let container = pod
-            .container(name, SLEEP)
-            .edit(|config| config.devices.push(device))
-            .edit(volume(&healthy, "/dev/healthy", "mrw"))
-            .start()?;
-        container.sh(&write("/dev/data", 1, "before"))?;
-        if vanishes {
-            disk.vanish()?;
-        } else {
-            disk.fail(8 * MIB)?;
-        }
-        for ask in [
-            write("/dev/data", 9, "lost"),
-            "dd if=/dev/data bs=4096 skip=100 count=1 iflag=direct 2>&1".to_owned(),
-        ] {
-            let said = container.exec(&["sh", "-c", &ask])?;
-            that(&format!("{name}: {ask} fails"), said.code != 0)?;
-            contains_one(&ask, &["Input/output error", "I/O error"], &said.text())?;
-        }
-        container.sh(&write("/dev/healthy", 1, name))?;
-        equal(name, name, at(&container, "/dev/healthy", 1)?)?;
-        container.remove()?;
-        disk.remove()?;
-        below.freed()?;
-    }
-    healthy.freed()
 }

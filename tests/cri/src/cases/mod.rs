@@ -3,6 +3,8 @@
 mod apps;
 mod attach;
 mod block;
+mod block_errors;
+mod block_queues;
 mod cgroups;
 mod checked;
 mod clock;
@@ -78,6 +80,8 @@ pub fn all() -> Vec<Case> {
         passthrough_hostile::CASES,
         passthrough_peers::CASES,
         block::CASES,
+        block_queues::CASES,
+        block_errors::CASES,
         file_systems::CASES,
         security::CASES,
         user_namespace::CASES,
