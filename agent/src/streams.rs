@@ -228,10 +228,15 @@ mod tests {
             streams.spawn_place(Stream::Unix(guest), &log, &logger);
             hosts.push(host);
         }
-        for _ in 0..20 {
-            tokio::task::yield_now().await;
+        let mut ends = tokio::task::JoinSet::new();
+        for mut host in hosts {
+            ends.spawn(async move { host.read(&mut [0]).await });
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        for _ in 0..5 {
+            assert_eq!(ends.join_next().await.unwrap().unwrap().unwrap(), 0);
+        }
+        // The others wait to be claimed.
         assert_eq!(streams.slots().len(), MAX_UNCLAIMED);
+        assert_eq!(ends.len(), MAX_UNCLAIMED);
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod cpio;
 pub mod pattern;
+pub mod sequence;
 
 #[cfg(feature = "node")]
 pub mod node;

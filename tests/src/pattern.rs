@@ -6,18 +6,20 @@ use std::io::{self, Write};
 
 use sha2::{Digest, Sha256};
 
+use crate::sequence::Sequence;
+
 /// Bytes produced at a time.
 const BLOCK: usize = 64 * 1024;
 
-/// An endless deterministic stream of bytes (xorshift64*), the same for every reader.
+/// An endless deterministic stream of bytes, the same for every reader.
 pub struct Pattern {
-    state: u64,
+    words: Sequence,
 }
 
 impl Default for Pattern {
     fn default() -> Self {
         Self {
-            state: 0x9E37_79B9_7F4A_7C15,
+            words: Sequence::new(1),
         }
     }
 }
@@ -26,10 +28,7 @@ impl Pattern {
     /// Fills `buffer` with the next bytes.
     pub fn fill(&mut self, buffer: &mut [u8]) {
         for chunk in buffer.chunks_mut(8) {
-            self.state ^= self.state >> 12;
-            self.state ^= self.state << 25;
-            self.state ^= self.state >> 27;
-            let word = self.state.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes();
+            let word = self.words.draw().to_le_bytes();
             chunk.copy_from_slice(&word[..chunk.len()]);
         }
     }

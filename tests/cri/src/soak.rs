@@ -5,7 +5,6 @@
 //! The order of kills comes from a seed, which is told, so that a run can be repeated.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU64;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -13,6 +12,7 @@ use brig_suite::results::Place;
 use brig_suite::run::Totals;
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::clock;
+use brig_tests::sequence::Sequence;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -27,7 +27,7 @@ use crate::stream::Forwarded;
 use crate::suite::{SLEEP, Suite};
 
 /// The first order of kills; any other number is another, so that nodes side by side do not all do the same.
-pub const SEED: NonZeroU64 = NonZeroU64::new(0x5eed_0fb1_661e_5afe).unwrap();
+pub const SEED: u64 = 0x5eed_0fb1_661e_5afe;
 
 /// Who dies in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,14 +64,6 @@ impl Victim {
             ],
         }
     }
-}
-
-/// xorshift64: the next number of an order that looks like chance.
-fn next(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
 }
 
 /// The pod that stays.
@@ -131,7 +123,7 @@ fn config(round: u32) -> Result<Atomic> {
 pub fn run(
     handler: &str,
     (pods, hours): (u32, f64),
-    seed: NonZeroU64,
+    seed: u64,
     results: &Place,
     totals: &mut Totals,
 ) -> Result<()> {
@@ -139,7 +131,7 @@ pub fn run(
     let suite = Suite::new(handler)?;
     let title = format!("{handler} on {}: soak of {pods} pods", suite.containerd);
     println!("{title}, seed {seed}");
-    let mut order = seed.get();
+    let mut order = Sequence::new(seed);
     let mut kills: BTreeMap<&str, u32> = BTreeMap::new();
     let mut growth = Growth::default();
     let mut resident = Some(Resident::start(&suite)?);
@@ -150,8 +142,7 @@ pub fn run(
         }
         rounds += 1;
         let victims = Victim::of(handler);
-        let place = next(&mut order) % u64::try_from(victims.len())?;
-        let victim = victims[usize::try_from(place)?];
+        let victim = victims[order.below(victims.len())];
         let outcome = round(&suite, number, victim).and_then(|()| {
             let resident = resident.as_mut().context("no resident")?;
             resident.check(number)
@@ -261,12 +252,11 @@ mod tests {
 
     #[test]
     fn every_victim_of_a_handler_has_its_turn() {
-        let mut order = SEED.get();
+        let mut order = Sequence::new(SEED);
         let victims = Victim::of("brig");
         let mut killed = BTreeMap::new();
         for _ in 0..100 {
-            let place = usize::try_from(next(&mut order) % 5).unwrap();
-            *killed.entry(victims[place]).or_insert(0) += 1;
+            *killed.entry(victims[order.below(5)]).or_insert(0) += 1;
         }
         assert_eq!(killed.len(), 5);
         assert!(killed.values().all(|count| *count > 8), "{killed:?}");

@@ -5,17 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
-use super::header::feature;
+use super::control::{open_control, serve_control};
+use super::offer::{MIN_MTU, configuration, offered, pairs_set_up, queue_sizes, set_up};
 use super::pair::{Pair, Rules, Stop};
 use super::pair_thread::{Lent, PairThread, REST};
 use super::tap::{NetError, Tap};
-use crate::virtio::chain::Chain;
 use crate::virtio::ring::{Ring, take_queue};
 use crate::virtio::{
     Activation, ActiveQueue, ConfigSpace, DeviceError, GuestMemory, Interrupt, Sources,
@@ -26,24 +23,11 @@ use crate::virtio::{
 pub(super) const NAME: &str = "net";
 /// Device id (§5.1.1).
 const DEVICE_TYPE: u16 = 1;
-const QUEUE_SIZE: u16 = 256;
-const CONTROL_SIZE: u16 = 64;
-/// The most queue pairs; a tap allows 256, the interrupt budget far fewer.
-pub const MAX_PAIRS: usize = 16;
-/// The smallest maximum transmission unit, §5.1.4.1.
-const MIN_MTU: u16 = 68;
 
 const CONTROL: u32 = 0x100;
 const TAP: u32 = 0x200;
 /// The thread of a pair is at its end.
 const ENDED: u32 = 0x300;
-/// Control commands per event.
-const CONTROL_BUDGET: usize = 16;
-
-/// `VIRTIO_NET_CTRL_MQ`, `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET` (§5.1.6.5.5).
-const SET_PAIRS: [u8; 2] = [4, 0];
-const ACK: u8 = 0;
-const REFUSED: u8 = 1;
 
 struct Active {
     memory: GuestMemory,
@@ -349,127 +333,6 @@ fn failed(source: std::io::Error) -> DeviceError {
 /// A thread broke that had a tap. None does in a release, where the VMM would have ended.
 fn lost() -> DeviceError {
     failed(std::io::Error::other("the thread of a queue pair is gone"))
-}
-
-/// The taps of an interface, one for each queue pair.
-///
-/// # Errors
-/// If there are none or too many, or one refuses to be set up.
-pub(super) fn set_up(taps: Vec<OwnedFd>) -> Result<Vec<Tap>, NetError> {
-    if taps.is_empty() || taps.len() > MAX_PAIRS {
-        return Err(NetError::Taps(taps.len(), MAX_PAIRS));
-    }
-    taps.into_iter().map(Tap::new).collect()
-}
-
-/// `struct virtio_net_config` up to `mtu`, which is in bytes.
-pub(super) fn configuration(mac: [u8; 6], pairs: usize, mtu: u16) -> Vec<u8> {
-    let mut config = mac.to_vec();
-    // `status` is not offered, so it stays zero.
-    config.extend([0, 0]);
-    // At most MAX_PAIRS.
-    config.extend(u16::try_from(pairs).unwrap_or(1).to_le_bytes());
-    config.extend(mtu.max(MIN_MTU).to_le_bytes());
-    config
-}
-
-/// What an interface with a queue pair for each of these taps offers.
-pub(super) fn offered<'t>(mut taps: impl ExactSizeIterator<Item = &'t Tap>) -> u64 {
-    let multiple = if taps.len() > 1 {
-        feature::CTRL_VQ | feature::MQ
-    } else {
-        0
-    };
-    let datagrams = if taps.all(Tap::cuts_datagrams) {
-        feature::GUEST_USO4 | feature::GUEST_USO6 | feature::HOST_USO
-    } else {
-        0
-    };
-    feature::CSUM
-        | feature::GUEST_CSUM
-        | feature::MTU
-        | feature::MAC
-        | feature::GUEST_TSO4
-        | feature::GUEST_TSO6
-        | feature::GUEST_ECN
-        | feature::HOST_TSO4
-        | feature::HOST_TSO6
-        | feature::HOST_ECN
-        | feature::MRG_RXBUF
-        | multiple
-        | datagrams
-        | 1 << VIRTIO_RING_F_EVENT_IDX
-        | 1 << VIRTIO_RING_F_INDIRECT_DESC
-}
-
-/// The queues of an interface with so many pairs.
-pub(super) fn queue_sizes(pairs: usize) -> Vec<u16> {
-    let mut sizes = vec![QUEUE_SIZE; 2 * pairs];
-    if pairs > 1 {
-        sizes.push(CONTROL_SIZE);
-    }
-    sizes
-}
-
-/// How many of the pairs that there are a driver with these features sets up.
-pub(super) fn pairs_set_up(features: u64, pairs: usize) -> usize {
-    if features & feature::MQ == 0 {
-        1
-    } else {
-        pairs
-    }
-}
-
-/// The control queue, which comes after those of so many pairs, if the driver knows of it.
-///
-/// # Errors
-/// If it has not enabled it, or its kicks cannot be waited for.
-pub(super) fn open_control(
-    device: &'static str,
-    queues: &mut Vec<ActiveQueue>,
-    pairs: usize,
-    features: u64,
-    token: u32,
-    sources: &mut Sources<'_>,
-) -> Result<Option<Ring>, DeviceError> {
-    if features & feature::CTRL_VQ == 0 {
-        return Ok(None);
-    }
-    let index = u16::try_from(2 * pairs).unwrap_or(u16::MAX);
-    let queue = take_queue(queues, device, index)?;
-    Ring::new(queue, device, features, token, sources).map(Some)
-}
-
-/// Serves the control queue, with so many pairs to be had; what the driver has asked for last, if anything, and whether
-/// nothing is left in the queue.
-pub(super) fn serve_control(
-    ring: &mut Ring,
-    memory: &GuestMemoryMmap,
-    interrupt: &dyn Interrupt,
-    pairs: usize,
-) -> Result<(Option<usize>, bool), DeviceError> {
-    let mut asked = None;
-    let done = ring.drain(memory, interrupt, CONTROL_BUDGET, |mut chain| {
-        let answer = match asked_pairs(&mut chain) {
-            Some(count) if (1..=pairs).contains(&count) => {
-                asked = Some(count);
-                ACK
-            }
-            _ => REFUSED,
-        };
-        let written = chain.writable.copy_from(&[answer]);
-        Ok((chain.head, u32::from(written > 0)))
-    })?;
-    Ok((asked, done))
-}
-
-/// The number of pairs a control command asks for, if that is what it asks.
-fn asked_pairs(chain: &mut Chain<'_>) -> Option<usize> {
-    if chain.readable.copy_array::<2>()? != SET_PAIRS {
-        return None;
-    }
-    let count = chain.readable.copy_array::<2>()?;
-    Some(usize::from(u16::from_le_bytes(count)))
 }
 
 /// A pair's number, of which there are at most [`MAX_PAIRS`].

@@ -5,8 +5,10 @@
 //! that the host's segmentation code sees only what was negotiated. CNI's rules apply to the tap. [`VhostNet`] leaves the
 //! frames to the node's kernel, where the operator allows that.
 
+mod control;
 mod device;
 mod header;
+mod offer;
 mod pair;
 mod pair_thread;
 mod tap;

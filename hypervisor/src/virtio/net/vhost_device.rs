@@ -10,9 +10,8 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{
-    configuration, offered, open_control, pairs_set_up, queue_sizes, serve_control, set_up,
-};
+use super::control::{open_control, serve_control};
+use super::offer::{configuration, offered, pairs_set_up, queue_sizes, set_up};
 use super::tap::{NetError, Tap};
 use super::vhost::Vhost;
 use crate::event::borrow_event;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use brig_tests::node::check::equal;
+use brig_tests::sequence::Sequence;
 use k8s_cri::v1::Device;
 
 use super::config_volumes::Atomic;
@@ -229,20 +230,6 @@ fn use_all(container: &Container, volumes: &[(usize, &Volume)]) -> Result<()> {
     container.sh(&script).map(drop)
 }
 
-/// Numbers in an order that a seed gives (xorshift).
-fn shuffled(count: usize, mut seed: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..count).collect();
-    for last in (1..count).rev() {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        // Less than `count`.
-        let other = usize::try_from(seed % (last as u64 + 1)).unwrap_or(0);
-        order.swap(last, other);
-    }
-    order
-}
-
 fn any_order(suite: &mut Suite) -> Result<()> {
     let seed: u64 = match std::env::var(SEED) {
         Ok(text) => text.parse().with_context(|| format!("{SEED}={text}"))?,
@@ -252,8 +239,10 @@ fn any_order(suite: &mut Suite) -> Result<()> {
     let _allowed = DropIn::new("direct_volumes = true\n")?;
     let node = Node::new(suite)?;
     let all: Vec<(usize, &Volume)> = node.volumes.iter().enumerate().collect();
+    let mut sequence = Sequence::new(seed);
     let pod = suite.run("many-volumes")?;
-    let order = shuffled(all.len(), seed);
+    let mut order: Vec<usize> = (0..all.len()).collect();
+    sequence.shuffle(&mut order);
     // Everything at once, and each part again by another container.
     let mut parts: Vec<Vec<(usize, &Volume)>> = vec![all.clone()];
     parts.extend(
@@ -268,7 +257,8 @@ fn any_order(suite: &mut Suite) -> Result<()> {
         use_all(&container, part).with_context(|| format!("container {number}"))?;
         containers.push(Some(container));
     }
-    let order = shuffled(containers.len(), seed.rotate_left(32) | 1);
+    let mut order: Vec<usize> = (0..containers.len()).collect();
+    sequence.shuffle(&mut order);
     for (gone, number) in order.iter().enumerate() {
         let container = containers[*number].take().context("gone twice")?;
         container.remove()?;

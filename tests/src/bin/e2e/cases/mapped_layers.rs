@@ -16,6 +16,7 @@ use brig_tests::node::daemon::generation::Generation;
 use brig_tests::node::daemon::pod::{Container, Pod};
 use brig_tests::node::daemon::snapshot::mount;
 use brig_tests::node::kvm::Counts;
+use brig_tests::pattern::Pattern;
 use containerd_shim_protos::api::Mount;
 use protobuf::well_known_types::any::Any;
 use serde_json::Value;
@@ -250,14 +251,8 @@ fn cost(suite: &Suite, layers: &Layers, kind: &str, pods: usize, sum: &str) -> R
 /// A layer with a file of bytes that no two pages have in common.
 fn big(layers: &Layers, length: usize) -> Result<String> {
     let image = layers.make("big", |tree| {
-        let mut state = 0x9e37_79b9_7f4a_7c15u64;
-        let mut bytes = Vec::with_capacity(length);
-        while bytes.len() < length {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            bytes.extend(state.to_le_bytes());
-        }
+        let mut bytes = vec![0; length];
+        Pattern::default().fill(&mut bytes);
         Ok(fs::write(tree.join("big"), bytes)?)
     })?;
     let file = layers.directory.join("big.tree/big");

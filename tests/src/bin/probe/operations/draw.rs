@@ -1,7 +1,9 @@
 //! What is drawn for an operation: a small world, so that operations meet.
 
-/// Deterministic numbers (xorshift64*).
-pub struct Draw(u64);
+use brig_tests::sequence::Sequence;
+
+/// Draws by a seed.
+pub struct Draw(Sequence);
 
 const PATHS: [&str; 12] = [
     "a", "b", "c", "d", "d", "d/a", "d/b", "d/e", "d/e/a", "d/e/b", "l", "none/a",
@@ -15,25 +17,16 @@ const IDS: [u32; 4] = [0, 1000, 1001, 2000];
 
 impl Draw {
     pub fn new(seed: u64) -> Self {
-        // Zero would stay zero.
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+        Self(Sequence::new(seed))
     }
 
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
+    pub fn below(&mut self, bound: usize) -> usize {
+        self.0.below(bound)
     }
 
     /// One of them; they must not be none.
     pub fn of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
-        let index = usize::try_from(self.below(all.len() as u64)).unwrap_or(0);
-        &all[index]
+        &all[self.below(all.len())]
     }
 
     pub fn byte(&mut self) -> u8 {
@@ -97,21 +90,5 @@ impl Draw {
             text.push_str(&format!("{tag}.{}.{permissions},", id.cast_signed()));
         }
         (value, text)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_seed_is_a_sequence() {
-        let draw = |seed| {
-            let mut draw = Draw::new(seed);
-            (0..50).map(|_| draw.below(1000)).collect::<Vec<_>>()
-        };
-        assert_eq!(draw(7), draw(7));
-        assert_ne!(draw(7), draw(8));
-        assert!(draw(0).iter().any(|number| *number > 500));
     }
 }
