@@ -81,7 +81,8 @@ pub fn lines(socket: &Path, from: u64) -> Result<Vec<Line>> {
 /// # Errors
 /// The shim's; `FailedPrecondition` for the console of a pod whose handler has no `debug`.
 pub fn logs(base: &Path, pod: &cli::Pod, how: &cli::Lines, console: bool) -> Result<()> {
-    let socket = socket(base, pod)?;
+    let row = pods::find(base, pod)?;
+    let socket = socket_of(&row)?;
     if console {
         let told = shims::ask_json(&socket, Method::Inspect, &Value::Null)?;
         if told["config"]["debug"]["value"] != true {
@@ -95,7 +96,11 @@ pub fn logs(base: &Path, pod: &cli::Pod, how: &cli::Lines, console: bool) -> Res
     loop {
         let lines = match lines(&socket, from) {
             // It has ended, and all that it had to say was seen.
-            Err(_) if from > 0 => return Ok(()),
+            Err(_) if from > 0 && !row.lives_on(base) => return Ok(()),
+            Err(error) if from > 0 => {
+                terminal::complain(&format!("{error}; asking again"));
+                Vec::new()
+            }
             lines => lines?,
         };
         let mut text = String::new();

@@ -19,6 +19,8 @@ use crate::terminal::{self, printable_line};
 
 /// How long one pod may keep a search waiting.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// So many letters of an id are not another's by chance.
+const TELLING: usize = 12;
 
 /// What a pod can be: `abandoned` by a shim that died, `damaged` if its journal cannot be read.
 pub const STATES: [&str; 5] = ["starting", "running", "ended", "abandoned", "damaged"];
@@ -92,6 +94,12 @@ impl Row {
 
     fn living(&self) -> bool {
         self.processes().any(|(name, _)| name == "shim")
+    }
+
+    /// Whether its shim lives now, and is not only late with an answer.
+    #[must_use]
+    pub fn lives_on(&self, base: &Path) -> bool {
+        Self::read(base, self.namespace.clone(), self.id.clone()).is_some_and(|row| row.living())
     }
 
     /// Proportional set size of both processes in KiB, the guest's memory included.
@@ -182,8 +190,8 @@ pub fn list(base: &Path, as_json: bool) -> String {
     terminal::table(&head, &rows)
 }
 
-/// The pod that is meant: the one with this id, else the only one whose id begins so; else the one that has this
-/// name in Kubernetes (`web-0`, `shop/web-0`); else the one with a container whose id begins so.
+/// The pod that is meant: the one with this id; else the only one whose id begins so or that has this name in Kubernetes (`web-0`,
+/// `shop/web-0`); else the one with a container whose id begins so. A short beginning may be a container's as well.
 ///
 /// # Errors
 /// `NotFound`, which says where to look for one that failed and is gone; `InvalidArgument` that lists them when
@@ -210,28 +218,40 @@ pub fn find_here(base: &Path, pod: &cli::Pod) -> Result<Row> {
     let of_namespace = |row: &Row| wanted.is_none_or(|wanted| *wanted == row.namespace);
     let all: Vec<Row> = rows(base).into_iter().filter(of_namespace).collect();
     let word = pod.id.as_str();
-    let by_id = |row: &Row| row.id.starts_with(word);
-    let by_name = |row: &Row| {
-        let name = row.pod.as_ref();
-        name.is_some_and(|name| name.name == word || name.full() == word)
-    };
-    if all.iter().any(by_id) {
-        let exact = all.iter().any(|row| row.id == word);
-        let meant = all.into_iter().filter(by_id);
-        return only(meant.filter(|row| !exact || row.id == word).collect(), word);
-    }
-    if all.iter().any(by_name) {
-        return only(all.into_iter().filter(by_name).collect(), word);
-    }
-    let sockets = all.iter().map(Row::to_ask).collect();
-    let told = shims::ask_all_json(sockets, Method::Inspect, PATIENCE)?;
-    let having = all.into_iter().zip(told).filter(|(_, told)| {
-        let told = told.as_ref().and_then(|told| told["containers"].as_array());
-        let ids = told.into_iter().flatten();
-        let mut ids = ids.filter_map(|container| container["id"].as_str());
-        ids.any(|id| id.starts_with(word))
+    let mut meant = named(all.iter().collect(), word, |row| {
+        (row.id.clone(), row.pod.clone())
     });
-    only(having.map(|(row, _)| row).collect(), word)
+    let begin = |row: &Row| row.id != word && row.id.starts_with(word);
+    if meant.is_empty() || (word.len() < TELLING && meant.iter().all(|row| begin(row))) {
+        let sockets = all.iter().map(Row::to_ask).collect();
+        let told = shims::ask_all_json(sockets, Method::Inspect, PATIENCE)?;
+        let having = all.iter().zip(told).filter(|(_, told)| {
+            let told = told.as_ref().and_then(|told| told["containers"].as_array());
+            let ids = told.into_iter().flatten();
+            let mut ids = ids.filter_map(|container| container["id"].as_str());
+            ids.any(|id| id.starts_with(word))
+        });
+        for (row, _) in having {
+            if !meant.iter().any(|known| std::ptr::eq(*known, row)) {
+                meant.push(row);
+            }
+        }
+    }
+    only(meant.into_iter().cloned().collect(), word)
+}
+
+/// Of `all`, what a word means by an id and a name in Kubernetes: those with exactly this id, else those whose id begins so and those
+/// that have this name. A tenant gives names: one that is the beginning of another pod's id does not stand for that pod.
+fn named<T>(all: Vec<T>, word: &str, of: impl Fn(&T) -> (String, Option<PodName>)) -> Vec<T> {
+    let exact = all.iter().any(|one| of(one).0 == word);
+    let meant = |one: &T| {
+        let (id, pod) = of(one);
+        if exact {
+            return id == word;
+        }
+        id.starts_with(word) || pod.is_some_and(|pod| pod.name == word || pod.full() == word)
+    };
+    all.into_iter().filter(meant).collect()
 }
 
 /// The account of a pod that has failed and gone: by the beginning of its id, or by its name.
@@ -243,14 +263,12 @@ pub fn remembered(base: &Path, pod: &cli::Pod) -> Result<Option<Value>> {
         let text = account.pointer(pointer).and_then(Value::as_str);
         text.unwrap_or_default().to_owned()
     };
-    let mut meant: Vec<Value> = Remains::beside(base).all();
-    meant.retain(|account| {
-        let namespace = text(account, "/namespace");
-        let name = text(account, "/pod/name");
-        let full = format!("{}/{name}", text(account, "/pod/namespace"));
-        let wanted = pod.namespace.as_ref();
-        wanted.is_none_or(|wanted| *wanted == namespace)
-            && (text(account, "/id").starts_with(&pod.id) || pod.id == name || pod.id == full)
+    let wanted = pod.namespace.as_ref();
+    let mut all = Remains::beside(base).all();
+    all.retain(|account| wanted.is_none_or(|wanted| *wanted == text(account, "/namespace")));
+    let meant = named(all, &pod.id, |account| {
+        let name = serde_json::from_value(account["pod"].clone()).ok();
+        (text(account, "/id"), name)
     });
     // The newest of one pod is its last.
     let first = meant.first().cloned();
@@ -321,6 +339,16 @@ mod tests {
         find(base, &cli::Pod { namespace, id })
     }
 
+    fn named_pod(base: &Path, id: &str, namespace: &str, name: &str) {
+        let dir = StateDir::new(base, "k8s.io", id).unwrap();
+        dir.create().unwrap();
+        let journal = journal::Journal {
+            pod: PodName::of_metadata(namespace, name, "u"),
+            ..journal::Journal::new(Identity::of(std::process::id()).unwrap())
+        };
+        dir.write(&journal).unwrap();
+    }
+
     #[test]
     fn a_pod_is_found_by_the_beginning_of_its_id_if_that_is_its_alone() {
         let base = tempfile::tempdir().unwrap();
@@ -372,13 +400,7 @@ mod tests {
             ("abd2", "test", "web-0"),
             ("web", "x", "y"),
         ] {
-            let dir = StateDir::new(base.path(), "k8s.io", id).unwrap();
-            dir.create().unwrap();
-            let journal = journal::Journal {
-                pod: PodName::of_metadata(namespace, name, "u"),
-                ..journal::Journal::new(Identity::of(std::process::id()).unwrap())
-            };
-            dir.write(&journal).unwrap();
+            named_pod(base.path(), id, namespace, name);
         }
         assert_eq!(meant(base.path(), None, "test/web-0").unwrap().id, "abd2");
         assert_eq!(meant(base.path(), None, "web").unwrap().id, "web");
@@ -387,6 +409,21 @@ mod tests {
             error.message.contains("k8s.io abc1 (shop/web-0)"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_name_that_is_the_beginning_of_an_id_stands_for_neither() {
+        let base = tempfile::tempdir().unwrap();
+        named_pod(base.path(), "abc1", "shop", "db");
+        named_pod(base.path(), "db12", "test", "web-0");
+        let error = meant(base.path(), None, "db").err().unwrap();
+        assert!(error.message.contains("k8s.io abc1 (shop/db)"), "{error}");
+        assert!(
+            error.message.contains("k8s.io db12 (test/web-0)"),
+            "{error}"
+        );
+        assert_eq!(meant(base.path(), None, "shop/db").unwrap().id, "abc1");
+        assert_eq!(meant(base.path(), None, "db1").unwrap().id, "db12");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What is printed for people. Much of it comes from guests or is named by users, and a terminal obeys what it is
 //! sent: nothing reaches it that is no text.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal as _};
 
@@ -15,16 +16,22 @@ pub fn printable(bytes: &[u8]) -> String {
     for letter in text.chars() {
         match letter {
             '\n' | '\t' => safe.push(letter),
-            // Cc, and the marks and overrides of bidirectional text.
-            _ if letter.is_control()
-                || matches!(letter, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
-            {
+            _ if letter.is_ascii_control() || is_obeyed(letter) => {
                 let _ = write!(safe, "\\u{{{:x}}}", u32::from(letter));
             }
             _ => safe.push(letter),
         }
     }
     safe
+}
+
+/// Whether a terminal may obey the letter although JSON does not escape it: DEL, C1, and the marks and overrides of
+/// bidirectional text.
+fn is_obeyed(letter: char) -> bool {
+    matches!(
+        letter,
+        '\u{7f}'..='\u{9f}' | '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    )
 }
 
 /// The same in one line.
@@ -51,12 +58,28 @@ pub fn size() -> (usize, usize) {
     })
 }
 
-/// Writes to standard output. Nobody who reads it any more is no error.
+/// Writes to standard output what is printable, or JSON, whose strings have anything. Nobody who reads it any more is no error.
 ///
 /// # Errors
 /// What the system says.
 pub fn print(text: &str) -> Result<()> {
-    send(text.as_bytes())
+    send(escaped(text).as_bytes())
+}
+
+/// The same JSON without a letter that a terminal may obey: all are letters of the basic plane, for which JSON has an escape.
+fn escaped(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let mut safe = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if is_obeyed(letter) {
+            let _ = write!(safe, "\\u{:04x}", u32::from(letter));
+        } else {
+            safe.push(letter);
+        }
+    }
+    Cow::Owned(safe)
 }
 
 /// As [`print`], of what is no text.
@@ -136,6 +159,17 @@ mod tests {
         fn no_bytes_pass_as_anything_but_text(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let text = printable(&bytes);
             prop_assert!(!text.chars().any(|letter| letter.is_control() && letter != '\n' && letter != '\t'));
+        }
+
+        #[test]
+        fn json_is_printed_as_text_that_means_the_same(
+            letters in proptest::collection::vec(prop_oneof![any::<char>(), proptest::char::range('\0', '\u{9f}'), Just('\u{202e}')], 0..50),
+        ) {
+            let told = serde_json::Value::from(letters.into_iter().collect::<String>());
+            let text = escaped(&told.to_string()).into_owned();
+            let obeyed = text.contains(is_obeyed) || text.contains(char::is_control);
+            prop_assert!(!obeyed);
+            prop_assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), told);
         }
     }
 }
