@@ -314,7 +314,8 @@ impl Container {
             // Without a pid namespace of its own, what it left behind still runs.
             let _ = self.parts.cgroup.kill();
         }
-        slog::info!(context.logger, "process exited"; "container" => &id, "exec" => exec_id, "pid" => pid, "status" => exit.status);
+        // The shim tells of the end too, at the level of what it is of.
+        slog::debug!(context.logger, "process exited"; "container" => &id, "exec" => exec_id, "pid" => pid, "status" => exit.status);
         if !is_init {
             if let Ok(process) = self.process(exec_id) {
                 process.tell(&id, exec_id, exit);

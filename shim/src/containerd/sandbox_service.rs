@@ -112,13 +112,14 @@ impl Sandbox for SandboxService {
             self.pod.part_of(trace).await;
         }
         let config = self.config.clone();
+        let id = request.sandbox_id.clone();
         let prepared = tokio::task::spawn_blocking(move || prepare(&request, config)).await;
         let created = match prepared.map_err(Error::from)? {
             Ok(creation) => self.pod.create_sandbox(creation).await,
             Err(error) => Err(error),
         };
         if let Err(error) = &created {
-            self.pod.refused(error.clone()).await;
+            self.pod.refused(id, error.clone()).await;
         }
         created?;
         Ok(CreateSandboxResponse::default())

@@ -24,7 +24,7 @@ use ttrpc::asynchronous::{Server, Service};
 
 use crate::asked::config::Config;
 use crate::containerd::bootstrap::args::Args;
-use crate::containerd::bootstrap::start::{CONFIG_PATH, STARTED_AT, TTRPC_ADDRESS};
+use crate::containerd::bootstrap::start::{CONFIG_PATH, STARTED_AT, STATE_FILE, TTRPC_ADDRESS};
 use crate::containerd::debug_service;
 use crate::containerd::events::Publisher;
 use crate::containerd::sandbox_service::SandboxService;
@@ -72,9 +72,11 @@ fn set_up_and_run(
     let _ = rustix::process::setsid();
     let listener = take_listener().map_err(failed)?;
     adjust_oom_score();
-    let base = Config::load(None).map_or_else(|_| PathBuf::from("/run/brig"), |c| c.state_dir);
+    let base = Config::state_dir();
     let state = StateDir::new(&base, &args.namespace, &args.id)?;
     state.create()?;
+    // Whatever the configuration says by then: `delete` looks where the pod is. It comes without, if it must.
+    let _ = std::fs::write(STATE_FILE, base.as_os_str().as_encoded_bytes());
     let socket = (!args.socket.is_empty()).then(|| PathBuf::from(&args.socket));
     let shim = Identity::of(std::process::id());
     let shim = shim.ok_or_else(|| Error::internal("/proc is not mounted"))?;

@@ -55,15 +55,15 @@ impl TaskService {
     }
 }
 
-/// Reads everything a creation needs from the bundle and the configuration. Blocking.
-fn prepare(request: CreateTaskRequest) -> Result<(Creation, Config)> {
+/// Reads everything a creation needs from the bundle, and from the configuration what a VM is made by: for a pod that has one it
+/// does not matter what the files say by now. Blocking.
+fn prepare(request: CreateTaskRequest) -> Result<(Creation, Option<Config>)> {
     if !request.checkpoint.is_empty() {
         return Err(Error::unimplemented(
             "a VM's container cannot be restored from a checkpoint",
         ));
     }
     let path = options::config_path(request.options.as_ref())?;
-    let mut config = Config::load(path.as_deref())?;
     let bundle = PathBuf::from(&request.bundle);
     let spec_bytes = spec::read(&bundle.join("config.json"))?;
     let spec = Spec::parse(&spec_bytes)?;
@@ -73,10 +73,14 @@ fn prepare(request: CreateTaskRequest) -> Result<(Creation, Config)> {
         Role::Single => spec.check_alone()?,
         Role::Member(_) => drop(spec.network()?),
     }
-    // The VM is made for the first container; the others find it as it is.
-    if !matches!(role, Role::Member(_)) {
-        config.annotate(spec.annotations())?;
-    }
+    let config = match role {
+        Role::Member(_) => None,
+        Role::Sandbox | Role::Single => {
+            let mut config = Config::load(path.as_deref())?;
+            config.annotate(spec.annotations())?;
+            Some(config)
+        }
+    };
     let creation = Creation {
         id: request.id,
         bundle,
@@ -165,13 +169,14 @@ impl Task for TaskService {
         if let Some(trace) = TraceParent::of(&context.metadata) {
             self.pod.part_of(trace).await;
         }
+        let id = request.id.clone();
         let prepared = tokio::task::spawn_blocking(move || prepare(request)).await;
         let created = match prepared.map_err(Error::from)? {
             Ok((creation, config)) => self.pod.create(creation, config).await,
             Err(error) => Err(error),
         };
         if let Err(error) = &created {
-            self.pod.refused(error.clone()).await;
+            self.pod.refused(id, error.clone()).await;
         }
         Ok(CreateTaskResponse {
             pid: created?,

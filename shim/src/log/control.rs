@@ -10,9 +10,12 @@ use slog::Level;
 
 use super::journald::Journald;
 
-/// The most lines kept, and the most bytes of them. A pod that has started and idles has about a dozen.
+/// The most of the last lines that are kept, and the most bytes of them. A pod that has started and idles has about a dozen.
 const MAX_LINES: usize = 400;
-const MAX_BYTES: usize = 64 << 10;
+const MAX_BYTES: usize = 48 << 10;
+/// The same of the first lines, which stay: what a pod was started with, whatever it says later.
+const FIRST_LINES: usize = 100;
+const FIRST_BYTES: usize = 16 << 10;
 
 /// A line of the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,8 +42,24 @@ pub struct Control {
 #[derive(Debug, Default)]
 struct Kept {
     next: u64,
-    bytes: usize,
+    /// The first line that did not fit among the first has come.
+    begun: bool,
+    first: Lines,
+    last: Lines,
+}
+
+/// Lines and their bytes.
+#[derive(Debug, Default)]
+struct Lines {
     lines: VecDeque<Line>,
+    bytes: usize,
+}
+
+impl Lines {
+    fn push(&mut self, line: Line) {
+        self.bytes += line.text.len();
+        self.lines.push_back(line);
+    }
 }
 
 impl Control {
@@ -94,8 +113,11 @@ impl Control {
     #[must_use]
     pub fn from(&self, number: u64) -> Vec<Line> {
         let kept = self.kept();
-        let wanted = kept.lines.iter().filter(|line| line.number >= number);
-        wanted.cloned().collect()
+        let lines = kept.first.lines.iter().chain(&kept.last.lines);
+        lines
+            .filter(|line| line.number >= number)
+            .cloned()
+            .collect()
     }
 
     pub(super) fn keep(&self, console: bool, text: &str) {
@@ -106,11 +128,16 @@ impl Control {
             text: text.to_owned(),
         };
         kept.next += 1;
-        kept.bytes += text.len();
-        kept.lines.push_back(line);
-        while kept.lines.len() > MAX_LINES || kept.bytes > MAX_BYTES {
-            let dropped = kept.lines.pop_front().map_or(0, |line| line.text.len());
-            kept.bytes -= dropped;
+        let first = &kept.first;
+        kept.begun |= first.lines.len() == FIRST_LINES || first.bytes + text.len() > FIRST_BYTES;
+        if !kept.begun {
+            return kept.first.push(line);
+        }
+        let last = &mut kept.last;
+        last.push(line);
+        while last.lines.len() > MAX_LINES || last.bytes > MAX_BYTES {
+            let dropped = last.lines.pop_front().map_or(0, |line| line.text.len());
+            last.bytes -= dropped;
         }
     }
 
@@ -126,12 +153,22 @@ mod tests {
     #[test]
     fn the_last_lines_are_kept_within_bounds_and_their_numbers_tell_of_the_others() {
         let control = Control::new(false);
-        for number in 0..2 * MAX_LINES {
+        for number in 0..FIRST_LINES + 2 * MAX_LINES {
             control.keep(number % 2 == 0, "x");
         }
         let lines = control.from(0);
+        let (first, lines) = lines.split_at(FIRST_LINES);
+        assert!(
+            first
+                .iter()
+                .map(|line| line.number)
+                .eq(0..first.len() as u64)
+        );
         assert_eq!(lines.len(), MAX_LINES);
-        assert_eq!(lines[0].number, u64::try_from(MAX_LINES).unwrap());
+        assert_eq!(
+            lines[0].number,
+            u64::try_from(FIRST_LINES + MAX_LINES).unwrap()
+        );
         assert!(lines[0].console && !lines[1].console);
         let last = lines[MAX_LINES - 1].number;
         assert_eq!(control.from(last).len(), 1);
@@ -139,9 +176,16 @@ mod tests {
         for _ in 0..100 {
             control.keep(false, &"y".repeat(4000));
         }
-        let bytes: usize = control.from(0).iter().map(|line| line.text.len()).sum();
+        let bytes: usize = control.from(last).iter().map(|line| line.text.len()).sum();
         assert!(bytes <= MAX_BYTES, "{bytes}");
         assert!(bytes > MAX_BYTES - 4001, "{bytes}");
+        let few = Control::new(false);
+        for _ in 0..100 {
+            few.keep(false, &"y".repeat(4000));
+        }
+        let bytes: usize = few.from(0).iter().map(|line| line.text.len()).sum();
+        assert!(bytes <= FIRST_BYTES + MAX_BYTES, "{bytes}");
+        assert_eq!(few.from(0)[0].number, 0);
     }
 
     #[test]

@@ -18,8 +18,32 @@ impl Config {
     /// `InvalidArgument` that names the file and the key.
     pub fn load(path: Option<&Path>) -> Result<Self> {
         let mut config = Self::installed();
-        config.apply_all(&files(path)?)?;
+        let files = files(path)?;
+        config.apply_all(&files)?;
+        if path.is_some_and(|path| path != Path::new(DEFAULT_PATH)) {
+            config.take_of_node(&files)?;
+        }
         Ok(config)
+    }
+
+    /// Where the node's pods have their directories. A configuration that cannot be read must not keep a dead pod's remains in
+    /// place, so it counts as one that does not say.
+    #[must_use]
+    pub fn state_dir() -> PathBuf {
+        Self::load(None).map_or_else(|_| Self::installed().state_dir, |config| config.state_dir)
+    }
+
+    /// What is one for all pods of the node, whose handlers' files do not have a say in it.
+    fn take_of_node(&mut self, files: &[(PathBuf, String)]) -> Result<()> {
+        let says = |text: &str| keys_of(text).iter().any(|key| key == "state_dir");
+        if let Some((path, _)) = files.iter().find(|(_, text)| says(text)) {
+            return Err(Error::invalid(format!(
+                "configuration {}: state_dir is one for all pods of the node and belongs into {DEFAULT_PATH} or its drop-ins",
+                path.display()
+            )));
+        }
+        self.state_dir = Self::state_dir();
+        Ok(())
     }
 
     /// Applies the text of a file, of which nothing counts if a part is refused.

@@ -1,9 +1,11 @@
 //! `delete`: what containerd runs when the server is gone. Undoes what the journal tells of and prints
 //! a DeleteResponse. Repeatable, and correct when there never was a server.
 
+use std::ffi::OsString;
 use std::fs;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
@@ -11,7 +13,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 
 use super::args::Args;
-use super::start::ADDRESS_FILE;
+use super::start::{ADDRESS_FILE, STATE_FILE};
 use crate::asked::config::Config;
 use crate::asked::spec::{self, Spec};
 use crate::error::{Error, Result};
@@ -30,20 +32,27 @@ const TIMEOUT: Duration = Duration::from_secs(4);
 /// # Errors
 /// When something of the pod cannot be removed; calling again is safe.
 pub fn delete(args: &Args) -> Result<Vec<u8>> {
-    // An unreadable configuration must not keep a dead pod's remains in place.
-    let base = Config::load(None).map_or_else(|_| "/run/brig".into(), |config| config.state_dir);
-    let names = (args.namespace.as_str(), args.id.as_str());
-    let (pid, was_left) = clean(&StateDir::new(&base, names.0, names.1)?, names)?;
     let bundle = if args.bundle.as_os_str().is_empty() {
         Path::new(".")
     } else {
         &args.bundle
     };
+    let names = (args.namespace.as_str(), args.id.as_str());
+    let (pid, was_left) = clean(&StateDir::new(&base(bundle), names.0, names.1)?, names)?;
     remove_socket(bundle);
     if was_left {
         stopped_hooks(&args.id, bundle);
     }
     respond(pid, SystemTime::now())
+}
+
+/// Where the server of this bundle's pod had its directory; of a container in a pod, and of a server that died before it said so,
+/// where those of the configuration have theirs.
+fn base(bundle: &Path) -> PathBuf {
+    match fs::read(bundle.join(STATE_FILE)) {
+        Ok(path) if path.starts_with(b"/") => OsString::from_vec(path).into(),
+        _ => Config::state_dir(),
+    }
 }
 
 /// The server did not live to run them. Last, because containerd does not wait for long.
@@ -140,6 +149,18 @@ mod tests {
             (&"c1".into(), &"killed".into())
         );
         assert_eq!(remains.counts()["killed"], 1);
+    }
+
+    #[test]
+    fn a_pod_is_looked_for_where_its_server_had_it() {
+        let bundle = tempfile::tempdir().unwrap();
+        let usual = base(bundle.path());
+        assert_eq!(usual, Config::state_dir());
+        fs::write(bundle.path().join(STATE_FILE), "/run/elsewhere").unwrap();
+        assert_eq!(base(bundle.path()), Path::new("/run/elsewhere"));
+        // Cut off by a full disk.
+        fs::write(bundle.path().join(STATE_FILE), "").unwrap();
+        assert_eq!(base(bundle.path()), usual);
     }
 
     #[test]

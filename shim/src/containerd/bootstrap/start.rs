@@ -37,6 +37,8 @@ pub const STARTED_AT: &str = "BRIG_STARTED_AT";
 pub const CONFIG_PATH: &str = "BRIG_CONFIG_PATH";
 /// In the bundle: the server's address, for containerd's reload and for `delete`.
 pub const ADDRESS_FILE: &str = "address";
+/// In the bundle: the directory of all pods that the server's is in, for `delete`.
+pub const STATE_FILE: &str = "brig-state";
 
 /// Runs `start` with what came on standard input; returns what to print.
 ///
@@ -44,8 +46,6 @@ pub const ADDRESS_FILE: &str = "address";
 /// A sentence for containerd's log; nothing is left behind.
 pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
     let began = SystemTime::now();
-    // A configuration nobody can use should fail here, where containerd shows the sentence.
-    Config::load(None)?;
     let input = reply::classify(stdin, &args.namespace, &args.id);
     let config = options::of_start(stdin, &input)?;
     let dir = std::env::var_os(SOCKET_DIR_VARIABLE).filter(|dir| !dir.is_empty());
@@ -71,8 +71,11 @@ pub fn start(args: &Args, stdin: &[u8]) -> Result<Vec<u8>> {
                 args.id
             )));
         }
-        write_address(&address)?;
-    } else if let Some(listener) = listen(&socket)? {
+        return write_address(&address).map(|()| encoded);
+    }
+    // A configuration nobody can use should fail here, where containerd shows the sentence.
+    Config::load(None)?;
+    if let Some(listener) = listen(&socket)? {
         let environment = [
             (TTRPC_ADDRESS, ttrpc.map(OsString::from)),
             (CONFIG_PATH, config.map(OsString::from)),

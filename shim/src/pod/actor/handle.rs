@@ -88,7 +88,7 @@ pub(super) enum Ask {
 pub(super) enum Message {
     Create {
         creation: Box<Creation>,
-        config: Box<Config>,
+        config: Option<Box<Config>>,
         reply: Reply<u32>,
     },
     Find {
@@ -104,8 +104,8 @@ pub(super) enum Message {
     },
     /// A request of the start is part of this trace.
     PartOf(TraceParent),
-    /// The pod could not be made as it was asked for.
-    Refused(Error),
+    /// The container of this id could not be made as it was asked for.
+    Refused(String, Error),
     Sandbox(Ask),
     Shutdown {
         even_if_busy: bool,
@@ -123,15 +123,15 @@ pub struct PodHandle {
 }
 
 impl PodHandle {
-    /// Creates a container; the first one starts the VM. Returns the VMM's pid.
+    /// Creates a container; the first one starts the VM, by the configuration, which the others do without. Returns the VMM's pid.
     ///
     /// # Errors
     /// `AlreadyExists`, and whatever goes wrong.
-    pub async fn create(&self, creation: Creation, config: Config) -> Result<u32> {
+    pub async fn create(&self, creation: Creation, config: Option<Config>) -> Result<u32> {
         let (reply, answer) = oneshot::channel();
         let message = Message::Create {
             creation: Box::new(creation),
-            config: Box::new(config),
+            config: config.map(Box::new),
             reply,
         };
         self.mailbox.send(message).await.map_err(|_| gone())?;
@@ -173,9 +173,9 @@ impl PodHandle {
         let _ = self.mailbox.send(Message::PartOf(trace)).await;
     }
 
-    /// Remembers why something of the pod could not be made. The first reason stays.
-    pub async fn refused(&self, error: Error) {
-        let _ = self.mailbox.send(Message::Refused(error)).await;
+    /// Remembers why a container could not be made, if the pod is of no use without it. The first reason stays.
+    pub async fn refused(&self, id: String, error: Error) {
+        let _ = self.mailbox.send(Message::Refused(id, error)).await;
     }
 
     /// Ends the pod when no container remains (or regardless): the VM is stopped and reaped, and

@@ -207,7 +207,7 @@ impl Pod {
                 let mut creation = *creation;
                 let named = self.name_pids(&mut creation).await;
                 match named.and_then(|()| self.add_files(&mut creation)) {
-                    Ok(()) => self.create(creation, *config, reply),
+                    Ok(()) => self.create(creation, config, reply),
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }
@@ -228,8 +228,14 @@ impl Pod {
             Message::Inspect { reply } => drop(reply.send(self.inspection())),
             // What is asked for twice is there.
             Message::PartOf(trace) => self.tracing.part_of(trace),
-            Message::Refused(error) if error.kind == Kind::AlreadyExists => {}
-            Message::Refused(error) => drop(self.failure.get_or_insert(error)),
+            Message::Refused(id, error) => {
+                // A pod that has others goes on, and what was refused may be asked for again.
+                let others = self.containers.keys().any(|one| *one != id);
+                let of_sandbox = self.sandbox.is_some() && self.setup.id != id;
+                if !others && !of_sandbox && error.kind != Kind::AlreadyExists {
+                    self.failure.get_or_insert(error);
+                }
+            }
             Message::VmEnded(death) => {
                 if matches!(self.stage, Stage::Up(_)) {
                     self.enter("ended");
@@ -294,7 +300,7 @@ impl Pod {
         Ok(())
     }
 
-    fn create(&mut self, creation: Creation, config: Config, reply: Reply<u32>) {
+    fn create(&mut self, creation: Creation, config: Option<Box<Config>>, reply: Reply<u32>) {
         let refused = match self.stage {
             Stage::Stopping | Stage::Stopped => Some(Error::state("the pod has ended")),
             _ if self.containers.contains_key(&creation.id) => Some(Error::already_exists(
@@ -306,14 +312,18 @@ impl Pod {
             let _ = reply.send(Err(error));
             return;
         }
-        let boot = match (&self.stage, &creation.role) {
+        let boot = match (&self.stage, config) {
             (Stage::Up(boot), _) => boot.clone(),
-            (_, Role::Member(sandbox)) => {
+            (_, None) => {
+                let sandbox = match &creation.role {
+                    Role::Member(sandbox) => sandbox,
+                    Role::Single | Role::Sandbox => &creation.id,
+                };
                 let error = format!("the sandbox {sandbox} has no VM; create the pod again");
                 let _ = reply.send(Err(Error::state(error)));
                 return;
             }
-            _ => match Wanted::of(&creation.spec, &creation.role, config) {
+            (_, Some(config)) => match Wanted::of(&creation.spec, &creation.role, *config) {
                 Ok(wanted) => {
                     self.setup.journal.pod = PodName::of_annotations(creation.spec.annotations());
                     self.boot(wanted)

@@ -3,7 +3,7 @@
 //! containerd stops reading a streamed output as soon as it hears that the container has ended, which it does
 //! not with a FIFO. So the exit of an init process with streamed output is held until that is delivered.
 
-use slog::info;
+use slog::{debug, info};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -75,11 +75,13 @@ impl Container {
     }
 
     pub(super) fn tell_exit(&self, exec_id: &str, exit: Exit) {
-        info!(self.context.logger, "a process has ended";
-            "container" => &self.id, "exec" => exec_id, "status" => exit.status);
         let process = if exec_id.is_empty() {
+            info!(self.context.logger, "a container has ended"; "container" => &self.id, "status" => exit.status);
             &self.id
         } else {
+            // A probe is an exec every few seconds for as long as the pod lives.
+            debug!(self.context.logger, "an exec has ended";
+                "container" => &self.id, "exec" => exec_id, "status" => exit.status);
             exec_id
         };
         self.publish(TaskEvent::Exit {

@@ -19,6 +19,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
+use super::percent::decode;
 use crate::error::{Error, Kind, Result};
 use crate::node::watched::watched;
 
@@ -188,26 +189,6 @@ fn parse(uri: &str) -> Result<Logger> {
         arguments,
         strict: scheme == STRICT,
     })
-}
-
-/// Percent-decoding (RFC 3986 section 2.1); `+` is a blank in a query.
-fn decode(text: &str, query: bool) -> Option<String> {
-    let mut bytes = Vec::new();
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'%' => {
-                let high = char::from(rest.next()?).to_digit(16)?;
-                let low = char::from(rest.next()?).to_digit(16)?;
-                u8::try_from(high * 16 + low).ok()?
-            }
-            b'+' if query => b' ',
-            byte => byte,
-        });
-    }
-    String::from_utf8(bytes)
-        .ok()
-        .filter(|text| !text.contains('\0'))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 
 mod copied;
 mod logger;
+mod percent;
 pub mod streaming;
 
 use std::fs::{self, File, OpenOptions};
@@ -106,16 +107,10 @@ impl Ends {
                 ends.stderr = if io.terminal { None } else { given(stderr) };
                 ends.logger = Some(process);
             }
-            Some("file") => {
-                let file = open_file(&io.stdout["file://".len()..])?;
-                let (given, written) = copied::start(file).map_err(no_pipe)?;
-                if !io.terminal {
-                    let given = given.try_clone().map_err(no_pipe)?;
-                    let kept = Kept::Nothing;
-                    ends.stderr = Some(End { given, kept });
-                }
-                let kept = Kept::Copied(written);
-                ends.stdout = Some(End { given, kept });
+            // Both outputs, wherever stderr is said to go.
+            Some("file") => ends.share(open_file(&io.stdout)?)?,
+            _ if io.stdout == io.stderr && names_a_file(&io.stdout)? => {
+                ends.share(open_to_append(&io.stdout)?)?;
             }
             _ => {
                 ends.stdout = open_output(&io.stdout, streams)?;
@@ -125,6 +120,19 @@ impl Ends {
             }
         }
         Ok(ends)
+    }
+
+    /// Has both outputs written to a file.
+    fn share(&mut self, file: File) -> Result<()> {
+        let (given, written) = copied::start(file).map_err(no_pipe)?;
+        if !self.terminal {
+            let given = given.try_clone().map_err(no_pipe)?;
+            let kept = Kept::Nothing;
+            self.stderr = Some(End { given, kept });
+        }
+        let kept = Kept::Copied(written);
+        self.stdout = Some(End { given, kept });
+        Ok(())
     }
 
     /// Opens a stream of the VM for each end.
@@ -364,7 +372,7 @@ fn open_output(uri: &str, streams: &Streams) -> Result<Option<End>> {
         return Ok(None);
     };
     if file_type(path)?.is_file() {
-        let (given, written) = copied::start(open(path, false)?).map_err(no_pipe)?;
+        let (given, written) = copied::start(open_to_append(uri)?).map_err(no_pipe)?;
         let kept = Kept::Copied(written);
         return Ok(Some(End { given, kept }));
     }
@@ -373,8 +381,32 @@ fn open_output(uri: &str, streams: &Streams) -> Result<Option<End>> {
     Ok(Some(End { given, kept }))
 }
 
-fn open_file(path: &str) -> Result<File> {
-    let path = Path::new(path);
+/// Whether a regular file is named by its path alone.
+fn names_a_file(uri: &str) -> Result<bool> {
+    match path_of(uri) {
+        Ok(Some(path)) => Ok(file_type(path)?.is_file()),
+        _ => Ok(false),
+    }
+}
+
+/// A file that is there; what it has stays.
+fn open_to_append(uri: &str) -> Result<File> {
+    let path = path_of(uri)?.unwrap_or(Path::new(uri));
+    let opened = OpenOptions::new().append(true).open(path);
+    opened.map_err(|error| failed(path, &error))
+}
+
+/// The file of a `file://` URI, which is made if it is not there.
+fn open_file(uri: &str) -> Result<File> {
+    let rest = uri.strip_prefix("file://").unwrap_or(uri);
+    let path = rest.split(['?', '#']).next().unwrap_or(rest);
+    let path = percent::decode(path, false).filter(|path| path.starts_with('/'));
+    let path = path.ok_or_else(|| {
+        Error::invalid(format!(
+            "stdio {uri:?} names no file by its full path; expected file:///PATH, percent-encoded"
+        ))
+    })?;
+    let path = Path::new(&path);
     let failed = |error| Error::io(format_args!("log file {}", path.display()), &error);
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).map_err(failed)?;
@@ -537,22 +569,26 @@ mod tests {
     #[tokio::test]
     async fn a_log_file_is_appended_to_by_both_outputs() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("deep/log");
-        let io = Io {
-            stdout: format!("file://{}", uri(&path)),
-            stderr: format!("file://{}", uri(&path)),
-            ..Io::default()
-        };
-        let ends = Ends::open(&io, &none(), "ns", "c", Duration::from_secs(1))
-            .await
-            .unwrap();
-        let (stdout, stderr) = (ends.stdout.unwrap(), ends.stderr.unwrap());
-        File::from(stdout.given).write_all(b"out\n").unwrap();
-        File::from(stderr.given).write_all(b"err\n").unwrap();
-        let Kept::Copied(written) = stdout.kept else {
-            panic!("the VMM has the file");
-        };
-        written.await.unwrap();
-        assert_eq!(fs::read_to_string(path).unwrap(), "out\nerr\n");
+        let path = dir.path().join("deep/a log");
+        let encoded = format!("file://{}?x=1", uri(&path).replace(' ', "%20"));
+        // A file that is named by its path alone has to be there.
+        for named in [encoded.as_str(), uri(&path)] {
+            let io = Io {
+                stdout: named.to_owned(),
+                stderr: named.to_owned(),
+                ..Io::default()
+            };
+            let ends = Ends::open(&io, &none(), "ns", "c", Duration::from_secs(1))
+                .await
+                .unwrap();
+            let (stdout, stderr) = (ends.stdout.unwrap(), ends.stderr.unwrap());
+            File::from(stdout.given).write_all(b"out\n").unwrap();
+            File::from(stderr.given).write_all(b"err\n").unwrap();
+            let Kept::Copied(written) = stdout.kept else {
+                panic!("the VMM has the file");
+            };
+            written.await.unwrap();
+        }
+        assert_eq!(fs::read_to_string(path).unwrap(), "out\nerr\nout\nerr\n");
     }
 }

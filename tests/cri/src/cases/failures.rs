@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use brig_tests::cpio;
 use brig_tests::node::check::contains;
 use k8s_cri::v1::{LinuxContainerSecurityContext, NamespaceMode, security_profile::ProfileType};
 
@@ -163,8 +164,19 @@ fn sentences(suite: &mut Suite) -> Result<()> {
     let files = Directory::new("failures")?;
     let junk = files.file("junk", &"junk".repeat(4096))?;
     let empty = files.path.join("empty.cpio");
-    // A cpio archive without an /init: its trailer alone.
-    fs::write(&empty, cpio_trailer())?;
+    // Without an /init.
+    let mut archive = Vec::new();
+    cpio::write(&mut archive, &[])?;
+    fs::write(&empty, archive)?;
+    // An /init that is no agent and stays.
+    let busybox = fs::read("/bin/busybox")?;
+    let further = [
+        cpio::Entry::Directory("bin"),
+        cpio::Entry::Program("bin/busybox", &busybox),
+    ];
+    let idle = files.path.join("idle.cpio");
+    let program = b"#!/bin/busybox sh\nwhile :; do busybox sleep 60; done\n";
+    fs::write(&idle, cpio::init_with(program, &further)?)?;
     let mut table = Table {
         rows: Vec::new(),
         files: files.path.clone(),
@@ -230,8 +242,8 @@ fn sentences(suite: &mut Suite) -> Result<()> {
             "panic",
         ),
         (
-            "a guest that is too slow",
-            "time_scale = 0.1".into(),
+            "a guest whose agent does not begin",
+            format!("time_scale = 0.1\ninitramfs = \"{}\"", idle.display()),
             "never answered",
         ),
     ];
@@ -396,15 +408,4 @@ fn containers(table: &mut Table, pod: &Pod, files: &Directory) -> Result<()> {
         "profile.json",
     );
     Ok(())
-}
-
-/// An empty archive in the format "newc".
-fn cpio_trailer() -> Vec<u8> {
-    let mut bytes = b"070701".to_vec();
-    for field in [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 11, 0] {
-        bytes.extend(format!("{field:08x}").into_bytes());
-    }
-    bytes.extend(b"TRAILER!!!\0");
-    bytes.resize(512, 0);
-    bytes
 }

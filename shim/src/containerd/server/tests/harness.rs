@@ -13,6 +13,7 @@ use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_even
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::empty::Empty;
+use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -22,6 +23,7 @@ use ttrpc::{Code, context};
 use super::super::*;
 use super::LONG;
 use crate::guest::fakes::{Behaviour, FakeHost, Record};
+use crate::node::remains::Remains;
 
 struct Containerd {
     topics: mpsc::UnboundedSender<String>,
@@ -126,6 +128,20 @@ impl Harness {
     /// The pod's directory on the node.
     pub(super) fn state(&self) -> PathBuf {
         self.dir.path().join("state/ns/c")
+    }
+
+    /// Has the node's operator add this to the handler's configuration.
+    pub(super) fn configured(&self, text: &str) {
+        let drop_ins = self.dir.path().join("config.d");
+        fs::create_dir_all(&drop_ins).unwrap();
+        fs::write(drop_ins.join("test.toml"), text).unwrap();
+    }
+
+    /// What is kept when the pod has been shut down.
+    pub(super) async fn remembered(&self) -> Vec<Value> {
+        let request = ShutdownRequest::default();
+        self.client.shutdown(super::ctx(), &request).await.unwrap();
+        Remains::beside(&self.dir.path().join("state")).all()
     }
 
     fn bundle(&self, spec: &str) -> PathBuf {

@@ -6,7 +6,6 @@ use ttrpc::asynchronous::Client;
 
 use super::*;
 use crate::containerd::debug_service::{Method, NAME};
-use crate::node::remains::Remains;
 
 async fn ask(harness: &Harness, method: Method, request: Value) -> ttrpc::Result<Vec<u8>> {
     let address = format!("unix://{}", harness.dir.path().join("shim").display());
@@ -21,19 +20,6 @@ async fn ask(harness: &Harness, method: Method, request: Value) -> ttrpc::Result
 
 async fn ask_json(harness: &Harness, method: Method, request: Value) -> Value {
     serde_json::from_slice(&ask(harness, method, request).await.unwrap()).unwrap()
-}
-
-/// What is kept when the pod has been shut down.
-async fn remembered(harness: &Harness) -> Vec<Value> {
-    let request = ShutdownRequest::default();
-    harness.client.shutdown(ctx(), &request).await.unwrap();
-    Remains::beside(&harness.dir.path().join("state")).all()
-}
-
-fn configured(harness: &Harness, text: &str) {
-    let drop_ins = harness.dir.path().join("config.d");
-    fs::create_dir_all(&drop_ins).unwrap();
-    fs::write(drop_ins.join("test.toml"), text).unwrap();
 }
 
 #[tokio::test]
@@ -78,7 +64,7 @@ async fn a_guest_is_debugged_only_where_its_handler_allows_it_and_goes_on_when_n
     harness.end().await;
 
     let harness = Harness::new(Behaviour::default()).await;
-    configured(&harness, "debug = true");
+    harness.configured("debug = true");
     harness.create().await.unwrap();
     for wrong in [json!("Stand"), json!({}), Value::Null] {
         let error = ask(&harness, Method::Debug, wrong).await;
@@ -97,7 +83,7 @@ async fn a_guest_is_debugged_only_where_its_handler_allows_it_and_goes_on_when_n
 #[tokio::test]
 async fn an_answer_of_the_guest_without_end_is_cut_off() {
     let harness = Harness::new(Behaviour::default()).await;
-    configured(&harness, "debug = true");
+    harness.configured("debug = true");
     harness.create().await.unwrap();
     let request = json!({ "words": ["ps"] });
     assert!(
@@ -117,10 +103,7 @@ async fn an_answer_of_the_guest_without_end_is_cut_off() {
 #[tokio::test]
 async fn a_pod_is_told_with_where_its_configuration_is_from_and_without_what_is_secret() {
     let harness = Harness::new(Behaviour::default()).await;
-    configured(
-        &harness,
-        "vcpus = 2\npod_annotations = [\"memory\"]\nlog_level = \"warning\"",
-    );
+    harness.configured("vcpus = 2\npod_annotations = [\"memory\"]\nlog_level = \"warning\"");
     let spec = r#"{"process":{"args":["a-secret"],"env":["P=a-secret"]},"root":{"path":"rootfs"},"linux":
         {"cgroupsPath":"/ns/c","namespaces":[{"type":"network"},{"type":"pid"},{"type":"ipc"}]},"annotations":{"io.brig.memory":"300MiB","x":"a-secret",
         "io.kubernetes.cri.sandbox-name":"web-0","io.kubernetes.cri.sandbox-namespace":"shop"}}"#;
@@ -157,7 +140,7 @@ async fn a_pod_is_told_with_where_its_configuration_is_from_and_without_what_is_
     );
     harness.kill("", 9).await.unwrap();
     harness.delete("").await.unwrap();
-    assert!(remembered(&harness).await.is_empty());
+    assert!(harness.remembered().await.is_empty());
     harness.end().await;
 }
 
@@ -169,7 +152,7 @@ async fn of_a_pod_whose_vm_ended_by_itself_an_account_is_kept() {
     harness.host.crash("");
     harness.wait("").await.unwrap();
     harness.delete("").await.unwrap();
-    let accounts = remembered(&harness).await;
+    let accounts = harness.remembered().await;
     assert_eq!(accounts.len(), 1);
     let account = &accounts[0];
     assert_eq!(

@@ -54,6 +54,40 @@ async fn a_sandbox_whose_vm_is_being_launched_is_not_there_yet_and_what_else_is_
 }
 
 #[tokio::test]
+async fn what_a_file_says_by_now_does_not_matter_to_a_pod_that_runs() {
+    let harness = running(Behaviour::default()).await;
+    harness.configured("memroy = 1");
+    harness.create_as("later", MEMBER).await.unwrap();
+    harness.start_of("later", "").await.unwrap();
+    harness.kill("", 9).await.unwrap();
+    for id in ["app", "later", "c"] {
+        harness.wait_of(id, "").await.unwrap();
+        harness.delete_of(id, "").await.unwrap();
+    }
+    harness.end().await;
+    let next = Harness::new(Behaviour::default()).await;
+    next.configured("memroy = 1");
+    let refused = next.create_as("c", SANDBOX).await.unwrap_err();
+    assert!(refused.to_string().contains("memroy"), "{refused}");
+    next.end().await;
+}
+
+#[tokio::test]
+async fn a_pod_that_goes_on_without_a_container_that_was_refused_has_not_failed() {
+    let harness = running(Behaviour::default()).await;
+    let mounts = r#"{"mounts":[{"destination":"/x","type":"bind","source":"/nowhere","options":["rbind"]}],"#;
+    let wrong = MEMBER.replacen('{', mounts, 1);
+    assert!(harness.create_as("wrong", &wrong).await.is_err());
+    harness.kill("", 9).await.unwrap();
+    for id in ["app", "c"] {
+        harness.wait_of(id, "").await.unwrap();
+        harness.delete_of(id, "").await.unwrap();
+    }
+    assert!(harness.remembered().await.is_empty());
+    harness.end().await;
+}
+
+#[tokio::test]
 async fn a_pod_is_one_vm_that_outlives_its_containers_and_ends_with_its_sandbox() {
     let harness = running(Behaviour::default()).await;
     let record = harness.record.clone();

@@ -1,6 +1,7 @@
 //! The URI by which containerd names a stream of its `io_type = "streaming"`:
 //! `ttrpc+unix:///run/containerd/s/HASH?streaming_id=ID`. Pure; what it reads is containerd's, and checked.
 
+use super::super::percent::decode;
 use crate::error::{Error, Result};
 
 /// The scheme of these URIs.
@@ -34,28 +35,13 @@ pub fn stream_id(uri: &str) -> Result<String> {
         .split('&')
         .find_map(|pair| pair.strip_prefix("streaming_id="))
         .ok_or_else(|| wrong("has no streaming_id"))?;
-    let id = decoded(value).ok_or_else(|| wrong("has a streaming_id that is not encoded right"))?;
+    // As containerd decodes it before it sends it as the stream's id.
+    let id =
+        decode(value, true).ok_or_else(|| wrong("has a streaming_id that is not encoded right"))?;
     if id.is_empty() || id.len() > MAX_ID {
         return Err(wrong("has a streaming_id that is empty or too long"));
     }
     Ok(id)
-}
-
-/// As containerd decodes the value of a query before it sends it as the stream's id.
-fn decoded(value: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(value.len());
-    let mut rest = value.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'+' => b' ',
-            b'%' => {
-                let mut digit = || rest.next().and_then(|byte| char::from(byte).to_digit(16));
-                u8::try_from(digit()? * 16 + digit()?).ok()?
-            }
-            other => other,
-        });
-    }
-    String::from_utf8(bytes).ok()
 }
 
 #[cfg(test)]
