@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use fuse_backend_rs::abi::fuse_abi::stat64;
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, makedev, statx};
 
-use super::nodes::Identity;
+use super::identity::Identity;
 
 /// Asks the host; one system call.
 pub(super) fn look(file: impl AsFd, more: StatxFlags) -> io::Result<Statx> {
@@ -18,12 +18,13 @@ pub(super) fn kind(seen: &Statx) -> FileType {
     FileType::from_raw_mode(u32::from(seen.stx_mode))
 }
 
-/// Needs `StatxFlags::MNT_ID` to have been asked for.
+/// By numbers alone. Needs `StatxFlags::MNT_ID` to have been asked for.
 pub(super) fn identity(seen: &Statx) -> Identity {
     Identity {
         device: makedev(seen.stx_dev_major, seen.stx_dev_minor),
         inode: seen.stx_ino,
         mount: seen.stx_mnt_id,
+        beyond: None,
     }
 }
 
