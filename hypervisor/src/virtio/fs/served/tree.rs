@@ -250,7 +250,15 @@ impl Tree {
     }
 
     fn find(&self, parent: &Node, name: &CStr) -> io::Result<(Arc<Node>, Statx)> {
-        self.known(Self::look_up(parent, name)?)
+        match self.known(Self::look_up(parent, name)?) {
+            // Another client of a server has put another file there. Asked by name, the host's kernel looks again at the
+            // server; asked by descriptor, it cannot.
+            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {
+                stat::look_at(&parent.file, name)?;
+                self.known(Self::look_up(parent, name)?)
+            }
+            found => found,
+        }
     }
 
     /// Opens a file anew. Never a device, pipe or socket of the host: those are the guest's own.
@@ -404,7 +412,11 @@ impl Tree {
     }
 
     pub(super) fn release(&self, number: u64, handle: u64) -> io::Result<()> {
-        self.opens.release(handle, number)
+        self.opens.release(handle, number)?;
+        if self.is_remote() {
+            self.nodes.closed(number, |number| self.opens.has(number));
+        }
+        Ok(())
     }
 
     /// A file to be read.

@@ -29,6 +29,11 @@ fn look(client: &mut Client, node: u64) -> Result<u64, i32> {
     Ok(u64_at(&reply, 16))
 }
 
+fn close(client: &mut Client, node: u64, handle: u64) {
+    let body = [handle.to_le_bytes().as_slice(), &[0; 16]].concat();
+    client.call(RELEASE, node, &body).unwrap();
+}
+
 /// How often a file or one that has been removed is open here.
 fn held(share: &Path, name: &str) -> usize {
     open_below(&share.join(name)).len() + open_below(&share.join(format!("{name} (deleted)"))).len()
@@ -68,7 +73,7 @@ fn a_link_and_a_pipe_are_let_go_as_a_file_is() {
 }
 
 #[test]
-fn a_file_that_is_open_stays_held_when_it_is_removed() {
+fn a_file_that_is_open_when_it_is_removed_stays_held_until_it_is_closed() {
     let share = share();
     let path = share.path();
     let mut client = remote(path);
@@ -79,10 +84,28 @@ fn a_file_that_is_open_stays_held_when_it_is_removed() {
     client.write(file.node, handle, b"CON").unwrap();
     let read = client.read(READ, file.node, handle, 0, 4096).unwrap();
     assert_eq!(read, b"CONtent");
+    let again = client.open(OPEN, file.node, libc::O_RDONLY).unwrap();
+    close(&mut client, file.node, handle);
+    assert_eq!(look(&mut client, file.node).unwrap(), file.ino);
+    assert!(held(path, "file") > 0);
+    close(&mut client, file.node, again);
+    assert_eq!(held(path, "file"), 0);
+    assert_eq!(look(&mut client, file.node).unwrap_err(), libc::ESTALE);
     // One that is made is open as well.
     let made = client.create(ROOT, "made", 0o600).unwrap();
     named(&mut client, UNLINK, ROOT, "made").unwrap();
     assert_eq!(look(&mut client, made.node).unwrap(), made.ino);
+}
+
+#[test]
+fn a_file_that_keeps_its_name_is_held_when_it_is_closed() {
+    let share = share();
+    let mut client = remote(share.path());
+    let file = client.walk("file");
+    let handle = client.open(OPEN, file.node, libc::O_RDWR).unwrap();
+    close(&mut client, file.node, handle);
+    assert_eq!(held(share.path(), "file"), 1);
+    assert_eq!(look(&mut client, file.node).unwrap(), file.ino);
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub(super) struct Node {
     pub(super) identity: Identity,
     /// It had set-id bits when it was looked at last.
     pub(super) set_id: AtomicBool,
+    /// A name of it went while it was open.
+    name_went: AtomicBool,
     /// Odd: it has no `security.capability`, and nobody but the guest could give it one. Each time that it is given one
     /// makes the number larger, so that who has asked before does not say what is no longer so.
     pub(super) incapable: AtomicU32,
@@ -141,31 +143,32 @@ impl Nodes {
         Ok(())
     }
 
-    /// Holds nothing of a file any more, if it is known and no directory; whether that is so. Not if it `is_open`, which is
-    /// asked with the table locked: who opens it at the same time calls [`Self::hold_again`] afterwards. Requests that are
-    /// under way still use what they have.
+    /// Holds nothing of a file any more, if it is known and no directory; whether that is so. If it `is_open`, that is put
+    /// off to [`Self::closed`]. It is asked with the table locked: who opens the file at the same time calls
+    /// [`Self::hold_again`] afterwards. Requests that are under way still use what they have.
     pub(super) fn let_go(&self, identity: &Identity, is_open: impl FnOnce(u64) -> bool) -> bool {
-        let mut table = self.lock();
+        let table = self.lock();
         let Some(number) = table.numbers.get(identity).copied() else {
             return false;
         };
-        let of_no_directory =
-            |known: &&Known| number != ROOT_ID && known.node.kind != FileType::Directory;
-        if table.known.get(&number).filter(of_no_directory).is_none()
-            || table.let_go.len() >= MOST_LET_GO
-            || is_open(number)
-        {
+        if is_open(number) {
+            if let Some(known) = table.known.get(&number) {
+                known.node.name_went.store(true, Ordering::Relaxed);
+            }
             return false;
         }
-        let Some(gone) = table.known.remove(&number) else {
-            return false;
-        };
-        let (identity, lookups) = (identity.clone(), gone.lookups);
-        table.let_go.insert(number, LetGo { identity, lookups });
-        drop(table);
-        // Its descriptor is closed without the lock, and before this returns unless somebody uses it.
-        drop(gone);
-        true
+        Table::let_go(table, number)
+    }
+
+    /// Something of a file was closed: it is let go if that was put off, and nothing else of it `is_open`.
+    pub(super) fn closed(&self, number: u64, is_open: impl FnOnce(u64) -> bool) {
+        let table = self.lock();
+        let known = table.known.get(&number);
+        if known.is_some_and(|known| known.node.name_went.load(Ordering::Relaxed))
+            && !is_open(number)
+        {
+            Table::let_go(table, number);
+        }
     }
 
     /// If the file was let go meanwhile, it is held again.
@@ -248,6 +251,7 @@ impl Table {
             kind,
             identity,
             set_id: AtomicBool::new(false),
+            name_went: AtomicBool::new(false),
             incapable: AtomicU32::new(0),
         });
         let known = Arc::clone(&node);
@@ -259,6 +263,25 @@ impl Table {
             },
         );
         node
+    }
+
+    fn let_go(mut table: MutexGuard<'_, Self>, number: u64) -> bool {
+        let of_no_directory =
+            |known: &&Known| number != ROOT_ID && known.node.kind != FileType::Directory;
+        if table.known.get(&number).filter(of_no_directory).is_none()
+            || table.let_go.len() >= MOST_LET_GO
+        {
+            return false;
+        }
+        let Some(gone) = table.known.remove(&number) else {
+            return false;
+        };
+        let (identity, lookups) = (gone.node.identity.clone(), gone.lookups);
+        table.let_go.insert(number, LetGo { identity, lookups });
+        drop(table);
+        // Its descriptor is closed without the lock, and before this returns unless somebody uses it.
+        drop(gone);
+        true
     }
 
     fn lookups(&mut self, number: u64) -> Option<&mut u64> {

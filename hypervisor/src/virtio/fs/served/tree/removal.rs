@@ -3,8 +3,8 @@
 //! NFS's client (and AFS's) does not remove a file that somebody on this node holds: it renames it to `.nfs…`, and removes
 //! that once nobody does. An `O_PATH` descriptor counts as much as an open file, and the server has one of each file that
 //! the guest knows, which knows a file that it removes. So of what is not open in the guest the server holds nothing while
-//! a name of it goes: else the directory would not be empty that is removed next. What is open stays held, as it would
-//! be under runc. Nor has a directory ever to be let go: those are not renamed.
+//! a name of it goes: else the directory would not be empty that is removed next. What is open stays held until it is
+//! closed, as it would be under runc. A directory need not be let go: those are not renamed.
 //!
 //! If the file has other names, or the removal fails, it has its number still, and is found again by the next look-up,
 //! which the guest's kernel makes when it hears `ESTALE`.

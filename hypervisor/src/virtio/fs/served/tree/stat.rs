@@ -1,5 +1,6 @@
 //! What the host says of a file, in the shapes that the protocol's library wants.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -12,6 +13,12 @@ use super::identity::Identity;
 pub(super) fn look(file: impl AsFd, more: StatxFlags) -> io::Result<Statx> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
     Ok(statx(file, "", flags, StatxFlags::BASIC_STATS | more)?)
+}
+
+/// Asks the host about a name in a directory.
+pub(super) fn look_at(directory: impl AsFd, name: &CStr) -> io::Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    Ok(statx(directory, name, flags, StatxFlags::BASIC_STATS)?)
 }
 
 pub(super) fn kind(seen: &Statx) -> FileType {
