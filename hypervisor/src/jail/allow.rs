@@ -371,6 +371,7 @@ const FS: &[Allowed] = allow![
     SYS_newfstatat,
     SYS_fstat,
     SYS_statx,
+    SYS_name_to_handle_at one_of(4, &HANDLE_OF_DESCRIPTOR),
     SYS_fstatfs,
     SYS_getdents64,
     SYS_lseek,
@@ -411,6 +412,9 @@ const FS: &[Allowed] = allow![
     // Interrupts, and the flags of files.
     SYS_ioctl one_of(1, &FS_IOCTL),
 ];
+
+/// Tells a server's files apart: `AT_EMPTY_PATH` with `AT_HANDLE_FID`, and without it before Linux 6.5.
+const HANDLE_OF_DESCRIPTOR: [u32; 2] = [0x1200, 0x1000];
 
 const OWN_UMASK: [u32; 1] = [libc::CLONE_FS.cast_unsigned()];
 

@@ -291,6 +291,19 @@ mod tests {
     }
 
     #[test]
+    fn a_handle_is_made_of_a_descriptor_alone() {
+        fn handle(flags: usize) {
+            let call = libc::SYS_name_to_handle_at;
+            // SAFETY: null pointers, which the kernel refuses.
+            unsafe { libc::syscall(call, usize::MAX, 0usize, 0usize, 0usize, flags) };
+        }
+        assert!(survives(ThreadKind::Fs, || handle(0x1000)));
+        assert!(survives(ThreadKind::Fs, || handle(0x1200)));
+        assert!(!survives(ThreadKind::Fs, || handle(0)));
+        assert!(!survives(ThreadKind::Disk, || handle(0x1000)));
+    }
+
+    #[test]
     fn a_call_of_another_kind_of_thread_kills_the_process() {
         assert!(!survives(ThreadKind::Vcpu, || bare(
             libc::SYS_openat,

@@ -165,7 +165,7 @@ impl Served {
     #[cfg(test)]
     pub(super) fn pretend_remote(&self, node: u64) {
         let export = self.exports.get(Self::mount_of(node)).unwrap();
-        export.tree.is_taken_for_remote();
+        export.tree.pretend_remote();
     }
 
     /// Called before a mount is first looked at.

@@ -3,6 +3,7 @@
 mod acl;
 mod churn;
 mod client;
+mod held;
 mod mounts;
 mod own;
 mod requests;

@@ -142,20 +142,88 @@ fn on_nfs(suite: &mut Suite) -> Result<()> {
     let volume = Directory::new("nfs")?;
     let (from, to) = (volume.directory("export")?, volume.directory("mount")?);
     let nfs = Nfs::new(&from, &to)?;
-    works(suite, "nfs", &from, &to)?;
+    works(suite, "nfs", &from, &to, |root| {
+        made_again(root, &from.join("again"))
+    })?;
     nfs.unmount()
+}
+
+/// Another client of the server, as which the node is one here, puts another file in the place of one that the pod knows.
+fn made_again(root: &Container, file: &Path) -> Result<()> {
+    fs::write(file, "old\n")?;
+    let before = fs::metadata(file)?.ino();
+    eventually("the first file", clock::seconds(10), || {
+        Ok((root.exec(&["cat", "/v/again"])?.text() == "old").then_some(()))
+    })?;
+    root.sh("stat /v/again")?;
+    // The server's disk mostly gives the new one the number of the old one, but need not.
+    for _ in 0..50 {
+        fs::remove_file(file)?;
+        fs::write(file, "new\n")?;
+        if fs::metadata(file)?.ino() == before {
+            break;
+        }
+    }
+    eventually("the second file", clock::seconds(10), || {
+        Ok((root.exec(&["cat", "/v/again"])?.text() == "new").then_some(()))
+    })?;
+    root.sh("chmod 604 /v/again")?;
+    equal(
+        "its mode",
+        0o604,
+        fs::metadata(file)?.permissions().mode() & 0o7777,
+    )
 }
 
 fn on_fuse(suite: &mut Suite) -> Result<()> {
     let volume = Directory::new("fuse")?;
     let (from, to) = (volume.directory("source")?, volume.directory("mount")?);
     let mounted = fuse(&from, &to)?;
-    works(suite, "fuse", &from, &to)?;
+    works(suite, "fuse", &from, &to, |_| Ok(()))?;
     mounted.unmount()
 }
 
-/// A pod uses `volume`, whose files are in `behind` on the node. The pod is gone when this returns.
-fn works(suite: &mut Suite, name: &str, behind: &Path, volume: &Path) -> Result<()> {
+/// Trees are removed at once, and nothing is left of what is in them.
+fn removes(root: &Container, behind: &Path) -> Result<()> {
+    let removed = behind.join("removed");
+    for files in [3, 100] {
+        root.sh(&format!(
+            "mkdir -p /v/removed/in && cd /v/removed/in && for i in $(seq {files}); do echo $i > $i; done \
+             && ln -s 1 link && ls -l >/dev/null && cd / && rm -r /v/removed"
+        ))?;
+        that("the tree has gone", !removed.exists())?;
+    }
+    // What is left when the last file has gone, seen by whoever looks at the server.
+    root.sh("mkdir /v/removed && cd /v/removed && touch a b && ls -l >/dev/null && rm a b")?;
+    equal("what is left", Vec::<String>::new(), names(&removed)?)?;
+    // Another file in its place, and one that has a second name elsewhere.
+    equal(
+        "the file, by its name, its other name, and that when the first has gone",
+        "new\nnew\nnew",
+        root.sh(
+            "cd /v/removed && echo old > f && echo new > /v/moved && cat f /v/moved >/dev/null \
+             && mv /v/moved f && cat f && ln f /v/linked && cat /v/linked && cd / && rm -r /v/removed \
+             && cat /v/linked",
+        )?,
+    )?;
+    // Removed while it is open, and closed.
+    root.sh(
+        "mkdir /v/removed && echo kept > /v/removed/open && exec 3</v/removed/open && rm /v/removed/open \
+         && test \"$(cat <&3)\" = kept",
+    )?;
+    eventually("the tree has gone", clock::seconds(5), || {
+        Ok((root.exec(&["rm", "-r", "/v/removed"])?.code == 0).then_some(()))
+    })
+}
+
+/// A pod uses `volume`, whose files are in `behind` on the node, and does `more`. The pod is gone when this returns.
+fn works(
+    suite: &mut Suite,
+    name: &str,
+    behind: &Path,
+    volume: &Path,
+    more: impl FnOnce(&Container) -> Result<()>,
+) -> Result<()> {
     fs::write(behind.join("from-node"), "node\n")?;
     let group = behind.join("group");
     fs::create_dir(&group)?;
@@ -215,6 +283,8 @@ fn works(suite: &mut Suite, name: &str, behind: &Path, volume: &Path) -> Result<
     eventually("a later file is seen", clock::seconds(10), || {
         Ok((root.exec(&["cat", "/v/later"])?.text() == "later").then_some(()))
     })?;
+    removes(&root, behind)?;
+    more(&root)?;
     let user = pod
         .container("user", SLEEP)
         .mount(volume, "/v")

@@ -10,12 +10,14 @@
 mod attributes;
 mod contents;
 mod files;
+mod identity;
 mod nodes;
 mod open;
 mod opening;
+mod removal;
 mod stat;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
@@ -28,9 +30,8 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::stat64;
 use fuse_backend_rs::api::filesystem::{Context, Entry};
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Statx, StatxFlags,
-    chmodat, fstatfs, linkat, mkdirat, mknodat, openat, readlinkat, renameat_with, seek, symlinkat,
-    unlinkat,
+    AtFlags, CWD, Dev, FileType, Mode, OFlags, RawDir, SeekFrom, Statx, StatxFlags, chmodat,
+    fstatfs, linkat, mkdirat, mknodat, openat, readlinkat, seek, symlinkat,
 };
 
 use super::caller;
@@ -38,6 +39,7 @@ use super::{errno, umask};
 use crate::share::is_remote_number;
 pub(super) use contents::Writing;
 use files::Files;
+use identity::{Beyond, Identity};
 pub(super) use nodes::NUMBER_BITS;
 use nodes::{Node, Nodes};
 pub(super) use open::Open;
@@ -91,8 +93,10 @@ pub(super) struct Tree {
     mixed: AtomicBool,
     /// Its file system, or that of a mount in it, asks a server or a process, which may never answer.
     remote: AtomicBool,
-    /// Mounts in it that were looked at for that.
-    others: Mutex<BTreeSet<u64>>,
+    /// The mount's own file system does.
+    itself_remote: AtomicBool,
+    /// Mounts in it that were looked at for that, and whether they do.
+    others: Mutex<BTreeMap<u64, bool>>,
     /// What is in the node's memory can be read without waiting for the rest, as far as is known.
     pub(super) reads_at_once: AtomicBool,
 }
@@ -126,7 +130,12 @@ impl Tree {
         let file = openat(CWD, top, flags, Mode::empty())?;
         let seen = stat::look(&file, StatxFlags::MNT_ID)?;
         let file_system = fstatfs(&file)?.f_type.cast_unsigned();
-        let identity = stat::identity(&seen);
+        let is_remote = is_remote_number(file_system);
+        let mut identity = stat::identity(&seen);
+        let mount = identity.mount;
+        if is_remote {
+            identity.beyond = Some(Arc::new(Beyond::of(&file, &seen)?));
+        }
         Ok(Self {
             descriptors,
             nodes: Nodes::new(file, stat::kind(&seen), identity),
@@ -134,10 +143,11 @@ impl Tree {
             files: own.then(Files::default),
             exclusive,
             timeout,
-            mount: identity.mount,
+            mount,
             flushes: !SILENT.contains(&file_system),
             mixed: AtomicBool::new(false),
-            remote: AtomicBool::new(is_remote_number(file_system)),
+            remote: AtomicBool::new(is_remote),
+            itself_remote: AtomicBool::new(is_remote),
             others: Mutex::default(),
             reads_at_once: AtomicBool::new(true),
         })
@@ -197,34 +207,58 @@ impl Tree {
     }
 
     fn known(&self, file: OwnedFd) -> io::Result<(Arc<Node>, Statx)> {
-        let seen = stat::look(&file, StatxFlags::MNT_ID)?;
-        let identity = stat::identity(&seen);
-        if identity.mount != self.mount {
-            self.mixed.store(true, Ordering::Relaxed);
-            self.look_at_other(&file, identity.mount)?;
-        }
+        let (identity, seen) = self.identify(&file)?;
         let node = self.nodes.found(file, stat::kind(&seen), identity)?;
         Ok((node, seen))
     }
 
-    /// A file of another mount was found here.
-    fn look_at_other(&self, file: &OwnedFd, mount: u64) -> io::Result<()> {
-        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
-        // The guest makes no mounts; the node's are few.
-        if others.contains(&mount) {
-            return Ok(());
+    /// What tells a file of this tree from all others.
+    fn identify(&self, file: &OwnedFd) -> io::Result<(Identity, Statx)> {
+        let seen = stat::look(file, StatxFlags::MNT_ID)?;
+        let mut identity = stat::identity(&seen);
+        let is_remote = if identity.mount == self.mount {
+            self.itself_remote.load(Ordering::Relaxed)
+        } else {
+            self.mixed.store(true, Ordering::Relaxed);
+            self.look_at_other(file, identity.mount)?
+        };
+        if is_remote {
+            identity.beyond = Some(Arc::new(Beyond::of(file, &seen)?));
         }
-        others.insert(mount);
-        drop(others);
-        if is_remote_number(fstatfs(file)?.f_type.cast_unsigned()) {
+        Ok((identity, seen))
+    }
+
+    /// A file of another mount was found here; whether that is a remote one.
+    fn look_at_other(&self, file: &OwnedFd, mount: u64) -> io::Result<bool> {
+        let others = || self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        // The guest makes no mounts; the node's are few.
+        if let Some(is_remote) = others().get(&mount) {
+            return Ok(*is_remote);
+        }
+        // Without the lock: it may take long.
+        let is_remote = is_remote_number(fstatfs(file)?.f_type.cast_unsigned());
+        if is_remote {
             self.remote.store(true, Ordering::Relaxed);
         }
-        Ok(())
+        others().insert(mount, is_remote);
+        Ok(is_remote)
+    }
+
+    fn look_up(parent: &Node, name: &CStr) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(openat(&parent.file, name, flags, Mode::empty())?)
     }
 
     fn find(&self, parent: &Node, name: &CStr) -> io::Result<(Arc<Node>, Statx)> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        self.known(openat(&parent.file, name, flags, Mode::empty())?)
+        match self.known(Self::look_up(parent, name)?) {
+            // Another client of a server has put another file there. Asked by name, the host's kernel looks again at the
+            // server; asked by descriptor, it cannot.
+            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {
+                stat::look_at(&parent.file, name)?;
+                self.known(Self::look_up(parent, name)?)
+            }
+            found => found,
+        }
     }
 
     /// Opens a file anew. Never a device, pipe or socket of the host: those are the guest's own.
@@ -377,33 +411,12 @@ impl Tree {
         Ok(self.entry(&node, &seen))
     }
 
-    pub(super) fn unlink(&self, parent: u64, name: &CStr) -> io::Result<()> {
-        let parent = self.nodes.get(parent)?;
-        Ok(unlinkat(&parent.file, name, AtFlags::empty())?)
-    }
-
-    pub(super) fn rmdir(&self, parent: u64, name: &CStr) -> io::Result<()> {
-        let parent = self.nodes.get(parent)?;
-        Ok(unlinkat(&parent.file, name, AtFlags::REMOVEDIR)?)
-    }
-
-    pub(super) fn rename(
-        &self,
-        old_parent: u64,
-        old_name: &CStr,
-        new_parent: u64,
-        new_name: &CStr,
-        flags: u32,
-    ) -> io::Result<()> {
-        let (old, new) = (self.nodes.get(old_parent)?, self.nodes.get(new_parent)?);
-        let flags = RenameFlags::from_bits_retain(flags);
-        Ok(renameat_with(
-            &old.file, old_name, &new.file, new_name, flags,
-        )?)
-    }
-
     pub(super) fn release(&self, number: u64, handle: u64) -> io::Result<()> {
-        self.opens.release(handle, number)
+        self.opens.release(handle, number)?;
+        if self.is_remote() {
+            self.nodes.closed(number, |number| self.opens.has(number));
+        }
+        Ok(())
     }
 
     /// A file to be read.
@@ -414,6 +427,13 @@ impl Tree {
     /// Answers are taken to come from elsewhere from now on.
     pub(super) fn is_taken_for_remote(&self) {
         self.remote.store(true, Ordering::Relaxed);
+    }
+
+    /// The mount itself is taken for a remote one.
+    #[cfg(test)]
+    pub(super) fn pretend_remote(&self) {
+        self.itself_remote.store(true, Ordering::Relaxed);
+        self.is_taken_for_remote();
     }
 
     /// Whether answers come from elsewhere.

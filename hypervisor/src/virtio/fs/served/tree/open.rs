@@ -81,6 +81,11 @@ impl Opens {
         open.cloned().ok_or_else(|| errno(libc::EBADF))
     }
 
+    /// Whether the guest has anything open of a file.
+    pub(super) fn has(&self, node: u64) -> bool {
+        lock(&self.0).open.values().any(|open| open.node == node)
+    }
+
     /// # Errors
     /// As [`Self::get`].
     pub(super) fn release(&self, handle: u64, node: u64) -> io::Result<()> {
@@ -111,9 +116,11 @@ mod tests {
         let handle = opens.insert(open("/dev/null", OFlags::RDONLY));
         assert!(opens.get(handle, 7).is_ok());
         assert!(opens.get(handle, 8).is_err());
+        assert!(opens.has(7) && !opens.has(8));
         assert!(opens.release(handle, 8).is_err());
         opens.release(handle, 7).unwrap();
         assert!(opens.get(handle, 7).is_err());
+        assert!(!opens.has(7));
         assert!(opens.insert(open("/dev/null", OFlags::RDONLY)) > handle);
     }
 

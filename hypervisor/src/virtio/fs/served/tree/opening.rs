@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID};
@@ -48,7 +49,7 @@ impl Tree {
         let node = self.nodes.get(number)?;
         let flags = passed_on(flags);
         let file = self.reopen_keeping(&node, flags, kill)?;
-        let handle = self.opens.insert(Open::new(file, node.number, flags));
+        let handle = self.hold_open(&node, Open::new(file, node.number, flags));
         Ok((handle, self.answer_flags(&node, flags)))
     }
 
@@ -56,7 +57,7 @@ impl Tree {
         let node = self.nodes.get(number)?;
         let file = self.reopen(&node, OFlags::DIRECTORY)?;
         let open = Open::new(file, node.number, OFlags::empty());
-        let handle = self.opens.insert(open);
+        let handle = self.hold_open(&node, open);
         Ok((handle, self.answer_flags(&node, OFlags::empty())))
     }
 
@@ -127,11 +128,21 @@ impl Tree {
         self.exclusive && node.identity.mount == self.mount
     }
 
-    fn opened(&self, node: &Node, seen: &Statx, file: File, flags: OFlags) -> Opened {
+    /// The guest has it open from now on; the handle for the answer.
+    pub(super) fn hold_open(&self, node: &Arc<Node>, open: Open) -> u64 {
+        let handle = self.opens.insert(open);
+        // Its name may have gone while it was being opened.
+        if self.is_remote() {
+            self.nodes.hold_again(node);
+        }
+        handle
+    }
+
+    fn opened(&self, node: &Arc<Node>, seen: &Statx, file: File, flags: OFlags) -> Opened {
         let open = Open::new(file, node.number, flags);
         let handle = match &self.files {
             Some(files) => files.put(node.number, open),
-            None => self.opens.insert(open),
+            None => self.hold_open(node, open),
         };
         Opened {
             entry: self.entry(node, seen),

@@ -1,12 +1,13 @@
 //! What the host says of a file, in the shapes that the protocol's library wants.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsFd;
 
 use fuse_backend_rs::abi::fuse_abi::stat64;
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, makedev, statx};
 
-use super::nodes::Identity;
+use super::identity::Identity;
 
 /// Asks the host; one system call.
 pub(super) fn look(file: impl AsFd, more: StatxFlags) -> io::Result<Statx> {
@@ -14,16 +15,23 @@ pub(super) fn look(file: impl AsFd, more: StatxFlags) -> io::Result<Statx> {
     Ok(statx(file, "", flags, StatxFlags::BASIC_STATS | more)?)
 }
 
+/// Asks the host about a name in a directory.
+pub(super) fn look_at(directory: impl AsFd, name: &CStr) -> io::Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    Ok(statx(directory, name, flags, StatxFlags::BASIC_STATS)?)
+}
+
 pub(super) fn kind(seen: &Statx) -> FileType {
     FileType::from_raw_mode(u32::from(seen.stx_mode))
 }
 
-/// Needs `StatxFlags::MNT_ID` to have been asked for.
+/// By numbers alone. Needs `StatxFlags::MNT_ID` to have been asked for.
 pub(super) fn identity(seen: &Statx) -> Identity {
     Identity {
         device: makedev(seen.stx_dev_major, seen.stx_dev_minor),
         inode: seen.stx_ino,
         mount: seen.stx_mnt_id,
+        beyond: None,
     }
 }
 
