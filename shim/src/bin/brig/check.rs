@@ -20,7 +20,7 @@ use brig_shim::node::{cgroup, network};
 use containerd::Containerd;
 use drivers::Drivers;
 
-pub use containerd::files as containerd_files;
+pub use containerd::{files as containerd_files, merges as containerd_merges};
 pub use finding::Finding;
 
 /// Checks this node with the configuration of a handler, or the default one.

@@ -178,31 +178,51 @@ fn config(command: &ConfigCommand) -> Result<String> {
     }
 }
 
+/// Handlers in a file of containerd's configuration.
+fn handlers_in(file: &Path) -> Containerd {
+    Containerd::new(file, check::containerd_merges(file))
+}
+
+/// That others import files by what was ours.
+fn kept(done: &handlers::Done) -> String {
+    let said = done.kept.as_ref().map(|dir| {
+        format!(
+            "left: the line that imports {}, as others have files there\n",
+            dir.display()
+        )
+    });
+    said.unwrap_or_default()
+}
+
 fn containerd(command: &ContainerdCommand) -> Result<String> {
     let (done, what, output) = match command {
         ContainerdCommand::Print { place, output } => {
-            let (tables, as_json) = Containerd::new(&place.config).print()?;
+            let (tables, as_json) = handlers_in(&place.config).print()?;
             return Ok(output.tell(&as_json, tables));
         }
         ContainerdCommand::Add { place, output } => {
-            (Containerd::new(&place.config).add()?, "there", output)
+            (handlers_in(&place.config).add()?, "there", output)
         }
         ContainerdCommand::Remove { place, output } => {
-            (Containerd::new(&place.config).remove()?, "gone", output)
+            (handlers_in(&place.config).remove()?, "gone", output)
         }
     };
     if output.json {
-        let done = json!({ "changed": done.changed, "handlers": done.handlers });
-        return Ok(format!("{done}\n"));
+        let mut said = json!({ "changed": done.changed, "handlers": done.handlers });
+        if let Some(dir) = done.kept {
+            said["kept"] = json!(dir);
+        }
+        return Ok(format!("{said}\n"));
     }
     let files = done.changed.iter().chain(&done.handlers);
     let files = files.map(|file| format!("changed {}\n", file.display()));
+    let kept = kept(&done);
     let then = match done.changed.is_empty() {
         true => "already",
         false => "once containerd is restarted: systemctl restart containerd",
     };
     Ok(format!(
-        "{}the handlers are {what} {then}\n",
+        "{}{kept}the handlers are {what} {then}\n",
         files.collect::<String>()
     ))
 }
@@ -225,11 +245,14 @@ fn uninstall(purge: bool, links: &Path, output: &cli::Output) -> Result<String> 
     installation.refuse_pods()?;
     // While there is a program to say it again with, if a file cannot be changed.
     let mut is_to_restart = false;
+    let mut text = String::new();
     for file in check::containerd_files() {
-        is_to_restart |= !Containerd::new(&file).remove()?.changed.is_empty();
+        let done = handlers_in(&file).remove()?;
+        is_to_restart |= !done.changed.is_empty();
+        text.push_str(&kept(&done));
     }
     let removed = installation.uninstall(links, configuration)?;
-    let mut text = format!("removed {}\n", removed.display());
+    text.push_str(&format!("removed {}\n", removed.display()));
     if is_to_restart {
         text.push_str(
             "its handlers are gone from containerd's configuration: systemctl restart containerd\n",
