@@ -83,6 +83,20 @@ pub struct Done {
     pub kept: Option<PathBuf>,
 }
 
+impl Done {
+    /// A sentence about what stays; nothing if nothing does.
+    #[must_use]
+    pub fn left(&self) -> String {
+        let said = self.kept.as_ref().map(|dir| {
+            format!(
+                "left: the line that imports {}, as others have files there\n",
+                dir.display()
+            )
+        });
+        said.unwrap_or_default()
+    }
+}
+
 impl Containerd {
     /// That in `file`; `merges` says whether all containerds that read it merge the files that it imports.
     #[must_use]

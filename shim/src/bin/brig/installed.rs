@@ -212,12 +212,17 @@ impl Installation {
         })
     }
 
-    /// Removes all versions and the links to them in `links`, what is kept of pods that failed, the templates, and the
-    /// operator's `configuration` if given; says where the versions were.
+    /// Removes all versions and the links to them in `links`, and the operator's `configuration` if given; as the last
+    /// installation what is kept of pods that failed and all templates too. Says where the versions were.
     ///
     /// # Errors
     /// `FailedPrecondition` that says which pods run; `Internal` with what could not be removed.
-    pub fn uninstall(&self, links: &Path, configuration: Option<&Path>) -> Result<PathBuf> {
+    pub fn uninstall(
+        &self,
+        links: &Path,
+        configuration: Option<&Path>,
+        is_last: bool,
+    ) -> Result<PathBuf> {
         self.refuse_pods()?;
         for dir in LINKED {
             let dir = links.join(dir);
@@ -245,13 +250,16 @@ impl Installation {
         if let Some(dir) = configuration {
             ignore_absent(fs::remove_dir_all(dir)).map_err(|error| failed(dir, &error))?;
         }
-        // No maker runs: it would be a user.
-        maker::remove_cgroup();
-        let remains = Remains::beside(&self.state);
-        remains
-            .remove()
-            .and_then(|()| Templates::beside(&self.state).remove())
-            .map_err(|error| failed(&self.state, &error))?;
+        let templates = Templates::beside(&self.state);
+        let forgotten = if is_last {
+            // No maker runs: it would be a user.
+            maker::remove_cgroup();
+            let remains = Remains::beside(&self.state);
+            remains.remove().and_then(|()| templates.remove())
+        } else {
+            templates.drop_useless()
+        };
+        forgotten.map_err(|error| failed(&self.state, &error))?;
         // What somebody else keeps in these stays.
         let _ = fs::remove_dir(&self.prefix);
         let _ = fs::remove_dir(&self.state);
@@ -268,6 +276,24 @@ fn marked(dir: &Path) -> Option<String> {
 /// Whether a directory is a whole version: one that is not yet has another name.
 fn is_version(dir: &Path) -> bool {
     marked(dir).is_some_and(|mark| dir.file_name().and_then(|name| name.to_str()) == Some(&mark))
+}
+
+/// The directory of the installation that a program is of; its own, for one that is of none.
+#[must_use]
+pub fn place(program: &Path) -> PathBuf {
+    if program.starts_with(PACKAGED) {
+        return PathBuf::from(PACKAGED);
+    }
+    let version = program.ancestors().nth(2).filter(|dir| is_version(dir));
+    let place = version.or(Some(program)).and_then(Path::parent);
+    place.unwrap_or(program).to_owned()
+}
+
+/// Marks a directory as the version of its name.
+#[cfg(test)]
+pub fn mark(dir: &Path) {
+    let name = dir.file_name().unwrap().to_str().unwrap();
+    fs::write(dir.join(MARK), format!("{name}\n")).unwrap();
 }
 
 /// Why a program at this place knows of no versions.
@@ -423,9 +449,19 @@ mod tests {
         fs::remove_file(other.join(MARK)).unwrap();
         assert_eq!(installation.versions().unwrap(), ["1.0-a", "1.1-b"]);
         let links = installation.prefix.join("no-links");
-        installation.uninstall(&links, None).unwrap();
+        installation.uninstall(&links, None, true).unwrap();
         let left: Vec<_> = fs::read_dir(&installation.prefix).unwrap().collect();
         assert!(left.len() == 1 && other.join(PARTS[1]).exists(), "{left:?}");
+    }
+
+    #[test]
+    fn what_is_kept_of_pods_stays_for_another_installation() {
+        let (installation, dir) = two();
+        let kept = dir.path().join("run.ended");
+        fs::create_dir(&kept).unwrap();
+        let links = dir.path().join("local");
+        installation.uninstall(&links, None, false).unwrap();
+        assert!(!installation.prefix.exists() && kept.exists());
     }
 
     #[test]
@@ -448,16 +484,18 @@ mod tests {
         let templates = dir.path().join("run.templates");
         fs::create_dir(&templates).unwrap();
         fs::write(templates.join("key"), "30 MiB").unwrap();
+        let kept = dir.path().join("run.ended");
+        fs::create_dir(&kept).unwrap();
         symlink("/bin/true", links.join("bin/other")).unwrap();
         let configuration = dir.path().join("etc");
         fs::create_dir(&configuration).unwrap();
         let running = pod(&installation, "1.1-b");
-        let error = installation.uninstall(&links, None).unwrap_err();
+        let error = installation.uninstall(&links, None, true).unwrap_err();
         assert!(error.message.contains("k8s.io/web"), "{error}");
         assert!(links.join("bin/brig").is_symlink());
         drop(running);
-        installation.uninstall(&links, None).unwrap();
-        assert!(!installation.prefix.exists() && !templates.exists());
+        installation.uninstall(&links, None, true).unwrap();
+        assert!(!installation.prefix.exists() && !templates.exists() && !kept.exists());
         for link in ["bin/brig", "bin/brig-vmm"] {
             assert!(!links.join(link).is_symlink(), "{link}");
         }

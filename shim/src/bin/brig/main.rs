@@ -17,6 +17,7 @@ mod installed;
 mod look;
 mod metrics;
 mod next_start;
+mod others;
 mod pods;
 mod processes;
 mod seen;
@@ -25,6 +26,7 @@ mod templates;
 mod terminal;
 mod timelines;
 mod top;
+mod uninstall;
 
 use std::fs;
 use std::io;
@@ -41,9 +43,6 @@ use serde_json::{Value, json};
 
 use cli::{Cli, Command, ConfigCommand, ContainerdCommand};
 use handlers::Containerd;
-
-/// The exporter's unit, which an installation from source does not bring by itself.
-const EXPORTER: &str = "/etc/systemd/system/brig-metrics.socket";
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -148,7 +147,7 @@ fn run(command: Command) -> Result<bool> {
             purge,
             links,
             output,
-        } => uninstall(purge, &links, &output)?,
+        } => uninstall::uninstall(&installation()?, purge, &links, &output)?,
         Command::Completion { shell } => completion(shell),
         Command::Man { into } => {
             man(&into)?;
@@ -183,17 +182,6 @@ fn handlers_in(file: &Path) -> Containerd {
     Containerd::new(file, check::containerd_merges(file))
 }
 
-/// That others import files by what was ours.
-fn kept(done: &handlers::Done) -> String {
-    let said = done.kept.as_ref().map(|dir| {
-        format!(
-            "left: the line that imports {}, as others have files there\n",
-            dir.display()
-        )
-    });
-    said.unwrap_or_default()
-}
-
 fn containerd(command: &ContainerdCommand) -> Result<String> {
     let (done, what, output) = match command {
         ContainerdCommand::Print { place, output } => {
@@ -203,7 +191,16 @@ fn containerd(command: &ContainerdCommand) -> Result<String> {
         ContainerdCommand::Add { place, output } => {
             (handlers_in(&place.config).add()?, "there", output)
         }
-        ContainerdCommand::Remove { place, output } => {
+        ContainerdCommand::Remove {
+            place,
+            unless_others,
+            output,
+        } => {
+            let others = others::others();
+            if *unless_others && !others.is_empty() {
+                let text = uninstall::shared(&others);
+                return Ok(output.tell(&json!({ "others": others }), text));
+            }
             (handlers_in(&place.config).remove()?, "gone", output)
         }
     };
@@ -216,13 +213,13 @@ fn containerd(command: &ContainerdCommand) -> Result<String> {
     }
     let files = done.changed.iter().chain(&done.handlers);
     let files = files.map(|file| format!("changed {}\n", file.display()));
-    let kept = kept(&done);
+    let left = done.left();
     let then = match done.changed.is_empty() {
         true => "already",
         false => "once containerd is restarted: systemctl restart containerd",
     };
     Ok(format!(
-        "{}{kept}the handlers are {what} {then}\n",
+        "{}{left}the handlers are {what} {then}\n",
         files.collect::<String>()
     ))
 }
@@ -237,37 +234,6 @@ fn man(into: &Path) -> Result<()> {
     let failed = |error| Error::io(format_args!("cannot write to {}", into.display()), &error);
     fs::create_dir_all(into).map_err(failed)?;
     clap_mangen::generate_to(Cli::command(), into).map_err(failed)
-}
-
-fn uninstall(purge: bool, links: &Path, output: &cli::Output) -> Result<String> {
-    let configuration = purge.then_some(Path::new("/etc/brig"));
-    let installation = installation()?;
-    installation.refuse_pods()?;
-    // While there is a program to say it again with, if a file cannot be changed.
-    let mut is_to_restart = false;
-    let mut text = String::new();
-    for file in check::containerd_files() {
-        let done = handlers_in(&file).remove()?;
-        is_to_restart |= !done.changed.is_empty();
-        text.push_str(&kept(&done));
-    }
-    let removed = installation.uninstall(links, configuration)?;
-    text.push_str(&format!("removed {}\n", removed.display()));
-    if is_to_restart {
-        text.push_str(
-            "its handlers are gone from containerd's configuration: systemctl restart containerd\n",
-        );
-    }
-    if Path::new(EXPORTER).exists() {
-        text.push_str(&format!(
-            "left: {EXPORTER}, which was copied by hand: systemctl disable --now brig-metrics.socket brig-metrics.service, \
-             and remove it\n"
-        ));
-    }
-    Ok(output.tell(
-        &json!({ "removed": removed, "restartContainerd": is_to_restart }),
-        text,
-    ))
 }
 
 fn installation() -> Result<installed::Installation> {
