@@ -227,6 +227,10 @@ fn an_installation_that_did_not_end_leaves_nothing_to_the_next() {
 fn everybody_may_read_what_root_installs() {
     let node = Node::new();
     let prefix = node.installed();
+    // With the exporter's units, for those who want it.
+    for unit in ["brig-metrics.socket", "brig-metrics.service"] {
+        assert!(prefix.join("share/brig/systemd").join(unit).is_file());
+    }
     let mut pending = vec![prefix, node.path("links")];
     while let Some(path) = pending.pop() {
         let mode = fs::metadata(&path).unwrap().permissions().mode();

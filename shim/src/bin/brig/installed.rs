@@ -205,7 +205,8 @@ impl Installation {
     }
 
     /// Whether this is a link into the prefix, by whatever path to it.
-    fn is_ours(&self, link: &Path) -> bool {
+    #[must_use]
+    pub fn is_ours(&self, link: &Path) -> bool {
         fs::read_link(link).is_ok_and(|to| {
             let leads = fs::canonicalize(link).unwrap_or_default();
             to.starts_with(&self.prefix) || leads.starts_with(&self.prefix)

@@ -27,6 +27,7 @@ mod terminal;
 mod timelines;
 mod top;
 mod uninstall;
+mod units;
 
 use std::fs;
 use std::io;
@@ -135,6 +136,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Versions { output } => installation()?.list(output.json)?,
         Command::Use { version, output } => {
             installation()?.switch(&version)?;
+            units::restart();
             let text = format!("pods that start now get {version}\n");
             output.tell(&json!({ "current": version }), text)
         }

@@ -8,10 +8,7 @@ use serde_json::json;
 use crate::cli::Output;
 use crate::handlers::{Containerd, HANDLERS};
 use crate::installed::Installation;
-use crate::{check, others};
-
-/// The exporter's unit, if somebody has copied it.
-const EXPORTER: &str = "/etc/systemd/system/brig-metrics.socket";
+use crate::{check, others, units};
 
 /// Removes `installation` with its links in `links`; with `purge` and no other installation, `/etc/brig` too. Says what is
 /// gone, and what is left to the operator.
@@ -36,6 +33,7 @@ pub fn uninstall(
         is_to_restart |= !done.changed.is_empty();
         text.push_str(&done.left());
     }
+    units::remove(|link| installation.is_ours(link));
     let configuration = (purge && is_last).then_some(Path::new(HANDLERS));
     let removed = installation.uninstall(links, configuration, is_last)?;
     text.push_str(&format!("removed {}\n", removed.display()));
@@ -47,10 +45,11 @@ pub fn uninstall(
     if !is_last {
         text.push_str(&shared(&others));
     }
-    if is_last && Path::new(EXPORTER).exists() {
+    if let Some(unit) = units::left().filter(|_| is_last) {
         text.push_str(&format!(
-            "left: {EXPORTER}, which was put there by hand: systemctl disable --now brig-metrics.socket brig-metrics.service, \
-             and remove it\n"
+            "left: {}, which was copied by hand: systemctl disable --now brig-metrics.socket brig-metrics.service, and \
+             remove it\n",
+            unit.display()
         ));
     }
     Ok(output.tell(
