@@ -38,7 +38,7 @@ install: ## install the binaries and the guest under $(PREFIX), default /opt/bri
 deb: ## a Debian package in target/deb
 	deploy/debian/build
 
-installer: ## the image of deploy/daemonset.yaml, which installs Brig on the nodes of a cluster
+installer: ## an image and its DaemonSet in target/installer, which install Brig on the nodes of a cluster
 	deploy/installer/build
 
 uninstall: ## remove what install put there

@@ -1,5 +1,5 @@
 //! Scripts whose work is long: they find out at once when its results could not be kept, and what they are to break is
-//! there to be broken.
+//! there to be broken. And what an operator applies as it stands runs nobody else's image.
 
 use std::fs;
 use std::path::Path;
@@ -58,5 +58,39 @@ fn each_mutation_finds_its_place_in_the_sources_once() {
         let source = fs::read_to_string(root.join(file));
         let source = source.unwrap_or_else(|error| panic!("{description}: {file}: {error}"));
         assert_eq!(source.matches(text).count(), 1, "{description}: {file}");
+    }
+}
+
+#[test]
+fn no_manifest_runs_an_image_that_a_stranger_could_have_pushed() {
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+    let mut images = Vec::new();
+    let mut pending = vec![deploy.clone()];
+    while let Some(dir) = pending.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                pending.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            let names = text
+                .lines()
+                .filter_map(|line| line.trim().strip_prefix("image:"));
+            images.extend(names.map(|name| name.trim().to_owned()));
+        }
+    }
+    // What deploy/installer/build puts the image's name in place of.
+    assert_eq!(images, ["localhost/brig-installer:VERSION"]);
+    for name in [
+        "example/brig",
+        "example/brig:latest",
+        "host:5000/brig",
+        "a:b c",
+    ] {
+        let mut build = Command::new(deploy.join("installer/build"));
+        let output = build.args(["--name", name]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(name), "{said}");
     }
 }

@@ -8,7 +8,7 @@ mod handler;
 mod linux;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use brig_shim::asked::config::{Config, Netfilter};
 use brig_shim::error::Error;
@@ -20,7 +20,9 @@ use brig_shim::node::{cgroup, network};
 use containerd::Containerd;
 use drivers::Drivers;
 
-pub use containerd::files as containerd_files;
+use crate::others;
+
+pub use containerd::{files as containerd_files, merges as containerd_merges};
 pub use finding::Finding;
 
 /// Checks this node with the configuration of a handler, or the default one.
@@ -68,6 +70,7 @@ pub fn node(checked: Option<&Path>) -> Vec<Finding> {
     ]);
     findings.splice(1..1, user);
     findings.extend(config.vhost_net.then(vhost_net));
+    findings.extend(installations(&others::all()));
     let containerd = Containerd::find(Path::new("/proc"));
     findings.extend(containerd.findings());
     let node = Node::new();
@@ -87,6 +90,21 @@ pub fn node(checked: Option<&Path>) -> Vec<Finding> {
         &config, &node, &survey, &drivers, process,
     ));
     findings
+}
+
+/// Several installations: pods get what containerd finds first, whichever is upgraded.
+fn installations(all: &[PathBuf]) -> Option<Finding> {
+    let [_, _, ..] = all else { return None };
+    let places: Vec<_> = all
+        .iter()
+        .map(|place| place.display().to_string())
+        .collect();
+    let said = format!(
+        "Brig is in {}: pods get the one that containerd finds first, whichever is upgraded",
+        places.join(" and in ")
+    );
+    let fix = "remove all but one: PREFIX/current/bin/brig uninstall, or apt remove brig; what they share stays until the last";
+    Some(Finding::of("installation", Err(said)).or(fix).noted())
 }
 
 /// What becomes of rules in a pod's network namespace that its guest cannot have.
@@ -182,6 +200,18 @@ fn port_forward() -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_second_installation_is_told() {
+        let places = ["/opt/brig", "/usr/lib/brig"].map(PathBuf::from);
+        assert!(installations(&places[..1]).is_none());
+        let told = installations(&places).map(|finding| (finding.is_fatal(), finding.to_string()));
+        let (is_fatal, told) = told.unwrap();
+        assert!(
+            !is_fatal && told.contains("/opt/brig and in /usr/lib/brig"),
+            "{told}"
+        );
+    }
 
     #[test]
     fn what_is_missing_is_fatal_and_named() {

@@ -305,6 +305,9 @@ pub enum ContainerdCommand {
     Remove {
         #[command(flatten)]
         place: Place,
+        /// Not while another installation of Brig is on this node, whose handlers they are too
+        #[arg(long)]
+        unless_others: bool,
         #[command(flatten)]
         output: Output,
     },

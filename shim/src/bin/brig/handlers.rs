@@ -13,7 +13,6 @@ use std::fs::{self, Metadata, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use brig_shim::error::{Error, Result};
 use toml::{Table, Value};
@@ -79,17 +78,34 @@ pub struct Done {
     pub changed: Vec<PathBuf>,
     /// Those of handlers, which containerd does not read.
     pub handlers: Vec<PathBuf>,
+    /// What of ours stays, as the operator's: a directory whose files are imported by the line that `add` has written, and
+    /// that others have come to rely on.
+    pub kept: Option<PathBuf>,
+}
+
+impl Done {
+    /// A sentence about what stays; nothing if nothing does.
+    #[must_use]
+    pub fn left(&self) -> String {
+        let said = self.kept.as_ref().map(|dir| {
+            format!(
+                "left: the line that imports {}, as others have files there\n",
+                dir.display()
+            )
+        });
+        said.unwrap_or_default()
+    }
 }
 
 impl Containerd {
-    /// That in `file`, of the containerd that this node has.
+    /// That in `file`; `merges` says whether all containerds that read it merge the files that it imports.
     #[must_use]
-    pub fn new(file: &Path) -> Self {
+    pub fn new(file: &Path, merges: bool) -> Self {
         Self {
             file: file.to_owned(),
             handlers: PathBuf::from(HANDLERS),
             is_usual: file == Path::new(CONTAINERD),
-            merges: installed_major().is_some_and(|major| major >= 2),
+            merges,
         }
     }
 
@@ -140,7 +156,7 @@ impl Containerd {
         let (new, drop_in) = match imported {
             Some(dir) => {
                 let text = format!("{OURS}version = {version}\n\n{tables}");
-                let line = format!("imports = [\"{}/*.toml\"]\n", dir.display());
+                let line = imports(&dir);
                 // Before the first table, where keys of the whole belong.
                 let new = match covered {
                     true => without.clone(),
@@ -235,7 +251,12 @@ impl Containerd {
             }
         }
         let _ = fs::remove_dir(&self.handlers);
-        let without = stripped(&whole);
+        let mut without = stripped(&whole);
+        let conf_d = self.own_directory();
+        if let Some(unmarked) = unmarked_imports(&whole, &conf_d).filter(|_| has_files(&conf_d)) {
+            without = unmarked;
+            done.kept = Some(conf_d);
+        }
         if without != whole {
             let backup = fs::read_to_string(self.backup()).ok();
             if backup.is_none() && without.is_empty() {
@@ -288,7 +309,7 @@ impl Containerd {
             let plugins = imported.get("plugins");
             if !merges && plugins.is_some_and(|plugins| plugins.get(section(version)).is_some()) {
                 return Err(Error::state(format!(
-                    "{} has plugins.\"{}\", and containerd 1 does not look into that of {} then: put there what                      'brig containerd print' says",
+                    "{} has plugins.\"{}\", and containerd 1 does not look into that of {} then: put there what 'brig containerd print' says",
                     file.display(),
                     section(version),
                     self.file.display()
@@ -403,16 +424,23 @@ fn stripped(text: &str) -> String {
     kept
 }
 
-/// The first number of what `containerd --version` says.
-fn installed_major() -> Option<u32> {
-    let output = Command::new("containerd").arg("--version").output().ok()?;
-    major(&String::from_utf8_lossy(&output.stdout))
+/// With the block that imports this directory, but without its marks, if there is one.
+fn unmarked_imports(text: &str, dir: &Path) -> Option<String> {
+    let (before, rest) = text.split_once(BEGIN)?;
+    let (block, after) = rest.split_once(END)?;
+    let line = imports(dir);
+    let imports = block.lines().any(|said| said == line.trim_end());
+    imports.then(|| format!("{before}{block}{after}"))
 }
 
-fn major(said: &str) -> Option<u32> {
-    let words = said.split_whitespace();
-    let mut versions = words.map(|word| word.trim_start_matches('v'));
-    versions.find_map(|word| word.split_once('.')?.0.parse().ok())
+fn imports(dir: &Path) -> String {
+    format!("imports = [\"{}/*.toml\"]\n", dir.display())
+}
+
+/// Whether a directory has files that a containerd imports from there.
+fn has_files(dir: &Path) -> bool {
+    let mut entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.any(|entry| entry.path().extension().is_some_and(|end| end == "toml"))
 }
 
 /// Whether a file is what `add` has made.

@@ -20,6 +20,8 @@ use crate::terminal;
 
 /// The link to the version that new pods get.
 const CURRENT: &str = "current";
+/// In a version's directory, with the version's name in it. `./install` puts it there, and no directory is removed without.
+const MARK: &str = ".brig-version";
 /// What a version must have to be used.
 const PARTS: [&str; 5] = [
     "bin/containerd-shim-brig-v2",
@@ -49,7 +51,8 @@ impl Installation {
     pub fn own(state: PathBuf) -> Result<Self> {
         let binary = std::env::current_exe().and_then(fs::canonicalize);
         let binary = binary.unwrap_or_default();
-        let prefix = binary.ancestors().nth(3).map(Path::to_owned);
+        let version = binary.ancestors().nth(2).filter(|dir| is_version(dir));
+        let prefix = version.and_then(Path::parent).map(Path::to_owned);
         let prefix = prefix.filter(|prefix| prefix.join(CURRENT).is_symlink());
         let prefix = prefix.ok_or_else(|| Error::state(without_versions(&binary)))?;
         Ok(Self { prefix, state })
@@ -60,11 +63,23 @@ impl Installation {
         let mut versions: Vec<String> = entries
             .flatten()
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-            .filter(|entry| entry.path().join(PARTS[0]).exists())
+            .filter(|entry| is_version(&entry.path()))
             .filter_map(|entry| entry.file_name().into_string().ok())
             .collect();
         versions.sort_unstable();
         Ok(versions)
+    }
+
+    /// What an installation that did not end has left.
+    fn unfinished(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.prefix).into_iter().flatten().flatten();
+        let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        dirs.filter(|entry| {
+            let hidden = format!(".{}.new", marked(&entry.path()).unwrap_or_default());
+            entry.file_name().to_str() == Some(&hidden)
+        })
+        .map(|entry| entry.path())
+        .collect()
     }
 
     fn current(&self) -> Option<String> {
@@ -190,19 +205,25 @@ impl Installation {
     }
 
     /// Whether this is a link into the prefix, by whatever path to it.
-    fn is_ours(&self, link: &Path) -> bool {
+    #[must_use]
+    pub fn is_ours(&self, link: &Path) -> bool {
         fs::read_link(link).is_ok_and(|to| {
             let leads = fs::canonicalize(link).unwrap_or_default();
             to.starts_with(&self.prefix) || leads.starts_with(&self.prefix)
         })
     }
 
-    /// Removes all versions and the links to them in `links`, what is kept of pods that failed, the templates, and the
-    /// operator's `configuration` if given; says where the versions were.
+    /// Removes all versions and the links to them in `links`, and the operator's `configuration` if given; as the last
+    /// installation what is kept of pods that failed and all templates too. Says where the versions were.
     ///
     /// # Errors
     /// `FailedPrecondition` that says which pods run; `Internal` with what could not be removed.
-    pub fn uninstall(&self, links: &Path, configuration: Option<&Path>) -> Result<PathBuf> {
+    pub fn uninstall(
+        &self,
+        links: &Path,
+        configuration: Option<&Path>,
+        is_last: bool,
+    ) -> Result<PathBuf> {
         self.refuse_pods()?;
         for dir in LINKED {
             let dir = links.join(dir);
@@ -217,8 +238,9 @@ impl Installation {
         for dir in [LINKED[1], LINKED[2], "share/bash-completion"] {
             let _ = fs::remove_dir(links.join(dir));
         }
-        for version in self.versions()? {
-            let dir = self.prefix.join(version);
+        let versions = self.versions()?.into_iter();
+        let versions = versions.map(|version| self.prefix.join(version));
+        for dir in versions.chain(self.unfinished()) {
             fs::remove_dir_all(&dir).map_err(|error| failed(&dir, &error))?;
         }
         for link in [CURRENT, "bin", "share"].map(|name| self.prefix.join(name)) {
@@ -229,18 +251,50 @@ impl Installation {
         if let Some(dir) = configuration {
             ignore_absent(fs::remove_dir_all(dir)).map_err(|error| failed(dir, &error))?;
         }
-        // No maker runs: it would be a user.
-        maker::remove_cgroup();
-        let remains = Remains::beside(&self.state);
-        remains
-            .remove()
-            .and_then(|()| Templates::beside(&self.state).remove())
-            .map_err(|error| failed(&self.state, &error))?;
+        let templates = Templates::beside(&self.state);
+        let forgotten = if is_last {
+            // No maker runs: it would be a user.
+            maker::remove_cgroup();
+            let remains = Remains::beside(&self.state);
+            remains.remove().and_then(|()| templates.remove())
+        } else {
+            templates.drop_useless()
+        };
+        forgotten.map_err(|error| failed(&self.state, &error))?;
         // What somebody else keeps in these stays.
         let _ = fs::remove_dir(&self.prefix);
         let _ = fs::remove_dir(&self.state);
         Ok(self.prefix.clone())
     }
+}
+
+/// The version that a directory is marked as.
+fn marked(dir: &Path) -> Option<String> {
+    let mark = fs::read_to_string(dir.join(MARK)).ok()?;
+    Some(mark.trim_end().to_owned())
+}
+
+/// Whether a directory is a whole version: one that is not yet has another name.
+fn is_version(dir: &Path) -> bool {
+    marked(dir).is_some_and(|mark| dir.file_name().and_then(|name| name.to_str()) == Some(&mark))
+}
+
+/// The directory of the installation that a program is of; its own, for one that is of none.
+#[must_use]
+pub fn place(program: &Path) -> PathBuf {
+    if program.starts_with(PACKAGED) {
+        return PathBuf::from(PACKAGED);
+    }
+    let version = program.ancestors().nth(2).filter(|dir| is_version(dir));
+    let place = version.or(Some(program)).and_then(Path::parent);
+    place.unwrap_or(program).to_owned()
+}
+
+/// Marks a directory as the version of its name.
+#[cfg(test)]
+pub fn mark(dir: &Path) {
+    let name = dir.file_name().unwrap().to_str().unwrap();
+    fs::write(dir.join(MARK), format!("{name}\n")).unwrap();
 }
 
 /// Why a program at this place knows of no versions.
@@ -283,17 +337,24 @@ mod tests {
     use brig_shim::node::journal::Journal;
     use std::process::{Child, Command};
 
-    /// Two versions, of which the second is current.
+    /// All of a version in a directory.
+    fn put(dir: &Path, version: &str) {
+        for part in PARTS {
+            let part = dir.join(part);
+            fs::create_dir_all(part.parent().unwrap()).unwrap();
+            fs::write(part, version).unwrap();
+        }
+        fs::write(dir.join(MARK), format!("{version}\n")).unwrap();
+    }
+
+    /// Two versions, of which the second is current, and one that is being installed.
     fn two() -> (Installation, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let prefix = dir.path().join("opt");
         for version in ["1.0-a", "1.1-b"] {
-            for part in PARTS {
-                let part = prefix.join(version).join(part);
-                fs::create_dir_all(part.parent().unwrap()).unwrap();
-                fs::write(part, version).unwrap();
-            }
+            put(&prefix.join(version), version);
         }
+        put(&prefix.join(".1.2-c.new"), "1.2-c");
         symlink("1.1-b", prefix.join(CURRENT)).unwrap();
         symlink("current/bin", prefix.join("bin")).unwrap();
         let state = dir.path().join("run");
@@ -379,6 +440,32 @@ mod tests {
     }
 
     #[test]
+    fn what_only_looks_like_a_version_is_none() {
+        let (installation, _dir) = two();
+        // Another installation in this one's directory, without a mark or with that of another name.
+        let other = installation.prefix.join("brig");
+        put(&other, "1.1-b");
+        let error = installation.switch(".1.2-c.new").unwrap_err();
+        assert!(error.message.contains("there are: 1.0-a, 1.1-b"), "{error}");
+        fs::remove_file(other.join(MARK)).unwrap();
+        assert_eq!(installation.versions().unwrap(), ["1.0-a", "1.1-b"]);
+        let links = installation.prefix.join("no-links");
+        installation.uninstall(&links, None, true).unwrap();
+        let left: Vec<_> = fs::read_dir(&installation.prefix).unwrap().collect();
+        assert!(left.len() == 1 && other.join(PARTS[1]).exists(), "{left:?}");
+    }
+
+    #[test]
+    fn what_is_kept_of_pods_stays_for_another_installation() {
+        let (installation, dir) = two();
+        let kept = dir.path().join("run.ended");
+        fs::create_dir(&kept).unwrap();
+        let links = dir.path().join("local");
+        installation.uninstall(&links, None, false).unwrap();
+        assert!(!installation.prefix.exists() && kept.exists());
+    }
+
+    #[test]
     fn uninstalling_leaves_only_what_is_not_ours() {
         let (installation, dir) = two();
         let links = dir.path().join("local");
@@ -398,16 +485,18 @@ mod tests {
         let templates = dir.path().join("run.templates");
         fs::create_dir(&templates).unwrap();
         fs::write(templates.join("key"), "30 MiB").unwrap();
+        let kept = dir.path().join("run.ended");
+        fs::create_dir(&kept).unwrap();
         symlink("/bin/true", links.join("bin/other")).unwrap();
         let configuration = dir.path().join("etc");
         fs::create_dir(&configuration).unwrap();
         let running = pod(&installation, "1.1-b");
-        let error = installation.uninstall(&links, None).unwrap_err();
+        let error = installation.uninstall(&links, None, true).unwrap_err();
         assert!(error.message.contains("k8s.io/web"), "{error}");
         assert!(links.join("bin/brig").is_symlink());
         drop(running);
-        installation.uninstall(&links, None).unwrap();
-        assert!(!installation.prefix.exists() && !templates.exists());
+        installation.uninstall(&links, None, true).unwrap();
+        assert!(!installation.prefix.exists() && !templates.exists() && !kept.exists());
         for link in ["bin/brig", "bin/brig-vmm"] {
             assert!(!links.join(link).is_symlink(), "{link}");
         }

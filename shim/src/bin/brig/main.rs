@@ -17,6 +17,7 @@ mod installed;
 mod look;
 mod metrics;
 mod next_start;
+mod others;
 mod pods;
 mod processes;
 mod seen;
@@ -25,6 +26,8 @@ mod templates;
 mod terminal;
 mod timelines;
 mod top;
+mod uninstall;
+mod units;
 
 use std::fs;
 use std::io;
@@ -41,9 +44,6 @@ use serde_json::{Value, json};
 
 use cli::{Cli, Command, ConfigCommand, ContainerdCommand};
 use handlers::Containerd;
-
-/// The exporter's unit, which an installation from source does not bring by itself.
-const EXPORTER: &str = "/etc/systemd/system/brig-metrics.socket";
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -136,6 +136,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Versions { output } => installation()?.list(output.json)?,
         Command::Use { version, output } => {
             installation()?.switch(&version)?;
+            units::restart();
             let text = format!("pods that start now get {version}\n");
             output.tell(&json!({ "current": version }), text)
         }
@@ -148,7 +149,7 @@ fn run(command: Command) -> Result<bool> {
             purge,
             links,
             output,
-        } => uninstall(purge, &links, &output)?,
+        } => uninstall::uninstall(&installation()?, purge, &links, &output)?,
         Command::Completion { shell } => completion(shell),
         Command::Man { into } => {
             man(&into)?;
@@ -178,31 +179,49 @@ fn config(command: &ConfigCommand) -> Result<String> {
     }
 }
 
+/// Handlers in a file of containerd's configuration.
+fn handlers_in(file: &Path) -> Containerd {
+    Containerd::new(file, check::containerd_merges(file))
+}
+
 fn containerd(command: &ContainerdCommand) -> Result<String> {
     let (done, what, output) = match command {
         ContainerdCommand::Print { place, output } => {
-            let (tables, as_json) = Containerd::new(&place.config).print()?;
+            let (tables, as_json) = handlers_in(&place.config).print()?;
             return Ok(output.tell(&as_json, tables));
         }
         ContainerdCommand::Add { place, output } => {
-            (Containerd::new(&place.config).add()?, "there", output)
+            (handlers_in(&place.config).add()?, "there", output)
         }
-        ContainerdCommand::Remove { place, output } => {
-            (Containerd::new(&place.config).remove()?, "gone", output)
+        ContainerdCommand::Remove {
+            place,
+            unless_others,
+            output,
+        } => {
+            let others = others::others();
+            if *unless_others && !others.is_empty() {
+                let text = uninstall::shared(&others);
+                return Ok(output.tell(&json!({ "others": others }), text));
+            }
+            (handlers_in(&place.config).remove()?, "gone", output)
         }
     };
     if output.json {
-        let done = json!({ "changed": done.changed, "handlers": done.handlers });
-        return Ok(format!("{done}\n"));
+        let mut said = json!({ "changed": done.changed, "handlers": done.handlers });
+        if let Some(dir) = done.kept {
+            said["kept"] = json!(dir);
+        }
+        return Ok(format!("{said}\n"));
     }
     let files = done.changed.iter().chain(&done.handlers);
     let files = files.map(|file| format!("changed {}\n", file.display()));
+    let left = done.left();
     let then = match done.changed.is_empty() {
         true => "already",
         false => "once containerd is restarted: systemctl restart containerd",
     };
     Ok(format!(
-        "{}the handlers are {what} {then}\n",
+        "{}{left}the handlers are {what} {then}\n",
         files.collect::<String>()
     ))
 }
@@ -217,34 +236,6 @@ fn man(into: &Path) -> Result<()> {
     let failed = |error| Error::io(format_args!("cannot write to {}", into.display()), &error);
     fs::create_dir_all(into).map_err(failed)?;
     clap_mangen::generate_to(Cli::command(), into).map_err(failed)
-}
-
-fn uninstall(purge: bool, links: &Path, output: &cli::Output) -> Result<String> {
-    let configuration = purge.then_some(Path::new("/etc/brig"));
-    let installation = installation()?;
-    installation.refuse_pods()?;
-    // While there is a program to say it again with, if a file cannot be changed.
-    let mut is_to_restart = false;
-    for file in check::containerd_files() {
-        is_to_restart |= !Containerd::new(&file).remove()?.changed.is_empty();
-    }
-    let removed = installation.uninstall(links, configuration)?;
-    let mut text = format!("removed {}\n", removed.display());
-    if is_to_restart {
-        text.push_str(
-            "its handlers are gone from containerd's configuration: systemctl restart containerd\n",
-        );
-    }
-    if Path::new(EXPORTER).exists() {
-        text.push_str(&format!(
-            "left: {EXPORTER}, which was copied by hand: systemctl disable --now brig-metrics.socket brig-metrics.service, \
-             and remove it\n"
-        ));
-    }
-    Ok(output.tell(
-        &json!({ "removed": removed, "restartContainerd": is_to_restart }),
-        text,
-    ))
 }
 
 fn installation() -> Result<installed::Installation> {

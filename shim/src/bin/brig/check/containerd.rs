@@ -7,6 +7,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use brig_shim::error::Error;
@@ -61,9 +62,7 @@ impl Containerd {
                 file,
             };
         };
-        let command = process.command();
-        let told = configured::option(&command, ["-a", "--address"]).map(PathBuf::from);
-        let release = asked(&told.unwrap_or(configuration.socket));
+        let release = asked(&socket_of(&process, configuration.socket));
         let major = release.as_ref().ok().map(|release| release.number.0);
         Self {
             process: Some(process),
@@ -203,6 +202,52 @@ pub fn files() -> Vec<PathBuf> {
     files
 }
 
+/// Whether every containerd that reads this file merges the files that it imports, as they do from 2.0 on. Those are the ones
+/// that run with it, as they are and as their programs will be after the next start; where none runs, all that are installed.
+#[must_use]
+pub fn merges(file: &Path) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let installed = std::env::split_paths(&path).map(|dir| dir.join(NAME));
+    merging(Path::new("/proc"), file, installed)
+}
+
+fn merging(proc: &Path, file: &Path, installed: impl Iterator<Item = PathBuf>) -> bool {
+    let place = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let running: Vec<_> = Daemon::named(proc, NAME)
+        .into_iter()
+        .filter(|process| place(&file_of(process)) == place(file))
+        .collect();
+    let mut majors = Vec::new();
+    if running.is_empty() {
+        majors.extend(installed.filter_map(|program| installed_major(&program)));
+    }
+    for process in running {
+        let release = asked(&socket_of(&process, configured::read(file, None).socket));
+        majors.extend(release.ok().map(|release| release.number.0));
+        majors.extend(process.program().as_deref().and_then(installed_major));
+    }
+    !majors.is_empty() && majors.iter().all(|major| *major >= 2)
+}
+
+/// The first number of what `containerd --version` says.
+fn installed_major(program: &Path) -> Option<u32> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    major(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn major(said: &str) -> Option<u32> {
+    let words = said.split_whitespace();
+    let mut versions = words.map(|word| word.trim_start_matches('v'));
+    versions.find_map(|word| word.split_once('.')?.0.parse().ok())
+}
+
+/// Where it listens: what its command line says comes before its `configured` place.
+fn socket_of(process: &Daemon, configured: PathBuf) -> PathBuf {
+    let command = process.command();
+    let told = configured::option(&command, ["-a", "--address"]).map(PathBuf::from);
+    told.unwrap_or(configured)
+}
+
 /// The file that it was started with, from its own directory.
 fn file_of(process: &Daemon) -> PathBuf {
     match configured::file_of(&process.command()) {
@@ -221,6 +266,7 @@ fn asked(socket: &Path) -> Result<Release, String> {
 mod tests {
     use super::super::finding::said;
     use super::*;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
 
     /// One that runs with this file and says that it is this release.
     fn running(proc: &Path, pid: u32, file: &Path, release: &str) -> Containerd {
@@ -237,6 +283,60 @@ mod tests {
             number: (number[0], number[1]),
         });
         found
+    }
+
+    /// A containerd that says on its command line that it is this one.
+    fn program(dir: &Path, version: &str) -> PathBuf {
+        let program = dir.join(format!("containerd-{version}"));
+        let said = format!(
+            "#!/bin/sh\necho containerd github.com/containerd/containerd v{version} 75cb2b7\n"
+        );
+        fs::write(&program, said).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        program
+    }
+
+    #[test]
+    fn whether_files_are_merged_is_said_by_the_containerd_whose_file_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (program(dir.path(), "1.7.24"), program(dir.path(), "2.1.4"));
+        let (one, other) = (dir.path().join("one.toml"), dir.path().join("two.toml"));
+        let proc = dir.path().join("proc");
+        let starts = |pid: &str, file: &Path, program: &Path| {
+            let place = proc.join(pid);
+            fs::create_dir_all(&place).unwrap();
+            fs::write(place.join("comm"), "containerd\n").unwrap();
+            let command = format!("containerd\0-a\0/nonexistent\0-c\0{}\0", file.display());
+            fs::write(place.join("cmdline"), command).unwrap();
+            symlink(program, place.join("exe")).unwrap();
+        };
+        let merges = |file: &Path, installed: &[&PathBuf]| {
+            merging(&proc, file, installed.iter().map(|path| (*path).clone()))
+        };
+        let nowhere = dir.path().join("nowhere");
+        // None runs: what is installed, all of it.
+        assert!(merges(&one, &[&nowhere, &new]));
+        assert!(!merges(&one, &[&new, &old]) && !merges(&one, &[&nowhere]));
+        starts("7", &one, &old);
+        assert!(!merges(&one, &[&new]) && merges(&other, &[&new]));
+        starts("8", &other, &new);
+        assert!(merges(&other, &[&old]));
+        // Two that do not agree.
+        starts("9", &other, &old);
+        assert!(!merges(&other, &[&new]));
+    }
+
+    #[test]
+    fn a_version_is_read_as_containerd_says_it() {
+        assert_eq!(
+            major("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+b4"),
+            Some(1)
+        );
+        assert_eq!(
+            major("containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7"),
+            Some(2)
+        );
+        assert_eq!(major(""), None);
     }
 
     const HANDLER: &str = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.brig]\n\

@@ -175,6 +175,30 @@ fn what_the_operator_changes_meanwhile_stays() {
 }
 
 #[test]
+fn what_others_import_by_the_line_of_ours_is_still_imported_without_us() {
+    for text in [Some(V3), Some(V4_BARE), Some(COMMENTS), None] {
+        let (node, _dir) = node(text, true);
+        node.add().unwrap();
+        let theirs = node.own_directory().join("99-nvidia.toml");
+        fs::write(&theirs, "# theirs\n").unwrap();
+        let done = node.remove().unwrap();
+        assert_eq!(done.kept, Some(node.own_directory()), "{text:?}");
+        let files = configured::read(&node.file, None).files;
+        assert_eq!(files, [node.file.clone(), theirs.clone()], "{text:?}");
+        let kept = node.text().unwrap();
+        assert!(!kept.contains("brig"), "{kept}");
+        assert!(kept.ends_with(text.unwrap_or_default()), "{kept}");
+        // It is the operator's now.
+        assert_eq!(node.remove().unwrap(), Done::default());
+        node.add().unwrap();
+        assert_eq!(node.text().unwrap(), kept);
+        fs::remove_file(&theirs).unwrap();
+        assert_eq!(node.remove().unwrap().kept, None);
+        assert_eq!(node.text().unwrap(), kept);
+    }
+}
+
+#[test]
 fn a_file_that_cannot_have_them_is_left_alone_and_told() {
     for (text, expected) in [
         ("[plugins.cri]\nx = 1\n", "version 1"),
@@ -303,19 +327,6 @@ fn a_file_that_containerd_was_not_started_with_is_not_made() {
     assert!(error.message.contains("is not there"), "{error}");
     assert_eq!(names(dir.path()), Vec::<String>::new());
     assert!(node.print().is_ok() && node.remove().unwrap().changed.is_empty());
-}
-
-#[test]
-fn a_version_is_read_as_containerd_says_it() {
-    assert_eq!(
-        major("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+b4"),
-        Some(1)
-    );
-    assert_eq!(
-        major("containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7"),
-        Some(2)
-    );
-    assert_eq!(major(""), None);
 }
 
 #[test]
