@@ -2,7 +2,8 @@
 //! a command's output or a file (node_exporter's textfile collector), or for each scrape of the exporter.
 //!
 //! Figures are read from /proc and from the pods' shims, which are asked side by side and have a second; what one
-//! does not tell is left out. Names in labels come from containerd and from guests' boot marks.
+//! does not tell is left out. What is counted beyond a pod's end is in files beside the state directory, which the shims write.
+//! Nothing is kept from one scrape to the next. Names in labels come from containerd and from guests' boot marks.
 
 mod family;
 mod queues;
@@ -17,26 +18,27 @@ use brig_shim::containerd::debug_service::Method;
 use brig_shim::error::Result;
 use brig_shim::node::remains::Remains;
 use brig_shim::pod::account;
+use brig_shim::pod::starts::Starts;
 use serde_json::Value;
 
 use crate::pods::{self, Row};
 use crate::processes::{
-    Usage, cpu_wait, disk_bytes, guest_memory_size, interfaces, open_files_limit, pss as pss_of,
+    Usage, disk_bytes, guest_memory_size, interfaces, open_files_limit, pss as pss_of, vcpu_wait,
 };
 use crate::shims;
 use crate::timelines;
+use family::exact;
 pub use family::{Family, json, text};
 use queues::Queues;
-pub use starts::Starts;
 
 /// How long a shim may take.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// All families, of all pods below `base`; `starts` are those that have been counted already, and these are added.
+/// All families, of all pods below `base`.
 ///
 /// # Errors
 /// If no runtime is to be had to ask the shims with.
-pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
+pub fn scrape(base: &Path) -> Result<Vec<Family>> {
     let rows = pods::rows(base);
     let sockets = rows.iter().map(Row::to_ask).collect();
     let counters = shims::ask_all_json(sockets, Method::Counters, PATIENCE)?;
@@ -100,7 +102,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
         "brig_pod_cpu_wait_seconds",
         "counter",
         "seconds",
-        "Time that threads of a process were ready and had no CPU of the node: what the guest sees as steal.",
+        "Time that a CPU of the guest was ready and had none of the node: what the guest sees as steal.",
     );
     let mut disk = Family::new(
         "brig_pod_disk_bytes",
@@ -148,9 +150,6 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
                 cpu.add(&labels, usage.cpu);
                 threads.add(&labels, usage.threads);
             }
-            if let Some(seconds) = cpu_wait(pid) {
-                wait.add(&labels, seconds);
-            }
             if let Some(open) = fs::read_dir(format!("/proc/{pid}/fd"))
                 .ok()
                 .and_then(|fds| u32::try_from(fds.count()).ok())
@@ -167,6 +166,10 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
                 guest.add(&pod, bytes(touched));
             }
             if name == "vmm" {
+                for (cpu, seconds) in vcpu_wait(pid) {
+                    let cpu = cpu.to_string();
+                    wait.add(&[pod[0], pod[1], ("cpu", &cpu)], seconds);
+                }
                 for (direction, count) in disk_bytes(pid) {
                     disk.add(&with("direction", direction), count);
                 }
@@ -183,9 +186,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
                 }
             }
         }
-        let moments = moments(base, row);
-        starts.count(row, &moments);
-        for (moment, seconds) in moments {
+        for (moment, seconds) in moments(base, row) {
             start.add(&[pod[0], pod[1], ("moment", &moment)], seconds);
         }
         let asked = counters
@@ -207,14 +208,15 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
     for (state, count) in states {
         pods.add(&[("state", state)], f64::from(count));
     }
-    let mut codes: BTreeMap<String, u64> =
-        account::codes().map(|code| (code.to_owned(), 0)).collect();
-    codes.extend(Remains::beside(base).counts());
-    for (code, count) in codes {
-        let count = u32::try_from(count).unwrap_or(u32::MAX);
-        failures.add(&[("code", &code)], f64::from(count));
+    let remains = Remains::beside(base);
+    if let Some(counted) = remains.failures() {
+        let none = account::codes().map(|code| (code.to_owned(), 0));
+        let mut codes: BTreeMap<String, u64> = none.collect();
+        codes.extend(counted);
+        for (code, count) in codes {
+            failures.add(&[("code", &code)], exact(count));
+        }
     }
-    starts.forget_all_but(&rows);
     let mut families = vec![
         pods,
         pss,
@@ -234,7 +236,7 @@ pub fn scrape(base: &Path, starts: &mut Starts) -> Result<Vec<Family>> {
         failures,
     ];
     families.extend(queues.families());
-    families.push(starts.family());
+    families.push(starts::family(Starts::of(&remains).as_ref()));
     Ok(families)
 }
 
@@ -246,11 +248,8 @@ fn moments(base: &Path, row: &Row) -> BTreeMap<String, f64> {
         .collect()
 }
 
-/// KiB, exact up to 8 EiB divided by 2^10.
 fn bytes(kib: u64) -> f64 {
-    let (high, low) = (kib >> 32, kib & u64::from(u32::MAX));
-    let part = |n: u64| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
-    (part(high) * 4_294_967_296.0 + part(low)) * 1024.0
+    exact(kib) * 1024.0
 }
 
 #[cfg(test)]
@@ -260,7 +259,7 @@ mod tests {
     #[test]
     fn a_node_without_pods_tells_of_every_state_code_and_stage_that_there_is_none() {
         let base = tempfile::tempdir().unwrap();
-        let told = text(&scrape(base.path(), &mut Starts::default()).unwrap());
+        let told = text(&scrape(base.path()).unwrap());
         for line in [
             "brig_pods{state=\"running\"} 0\n",
             "brig_pods{state=\"damaged\"} 0\n",
@@ -276,7 +275,7 @@ mod tests {
     fn a_pod_without_a_shim_to_ask_is_counted_and_measured() {
         let base = tempfile::tempdir().unwrap();
         pods::fake(base.path(), "default", "web");
-        let told = text(&scrape(base.path(), &mut Starts::default()).unwrap());
+        let told = text(&scrape(base.path()).unwrap());
         assert!(told.contains("brig_pods{state=\"starting\"} 1\n"), "{told}");
         let labels = "{namespace=\"default\",id=\"web\",process=\"shim\"}";
         for family in [
@@ -288,5 +287,59 @@ mod tests {
             assert!(told.contains(&format!("{family}{labels} ")), "{told}");
         }
         assert!(told.ends_with("# EOF\n"));
+    }
+
+    /// The samples of counters and histograms.
+    fn counted(base: &Path) -> BTreeMap<String, f64> {
+        let told: Value = serde_json::from_str(&json(&scrape(base).unwrap())).unwrap();
+        let families = told.as_array().unwrap().iter();
+        let counters = families.filter(|family| family["type"] != "gauge");
+        let samples = counters.flat_map(|family| family["samples"].as_array().unwrap());
+        let named = |sample: &Value| {
+            let name = format!("{}{}", sample["name"], sample["labels"]);
+            (name, sample["value"].as_f64().unwrap())
+        };
+        samples.map(named).collect()
+    }
+
+    #[test]
+    fn no_sample_of_the_node_falls_or_goes_when_pods_do() {
+        let root = tempfile::tempdir().unwrap();
+        let base = root.path().join("brig");
+        let remains = Remains::beside(&base);
+        let start = |id: &str| {
+            pods::fake(&base, "default", id);
+            brig_shim::pod::starts::count(&remains, &[("boot", 30_000), ("total", 90_000)])
+        };
+        for id in ["web", "db"] {
+            start(id).unwrap();
+        }
+        remains
+            .keep(std::time::SystemTime::now(), "internal", &Value::Null)
+            .unwrap();
+        let before = counted(&base);
+        fs::remove_dir_all(base.join("default/web")).unwrap();
+        // One that is not there for any scrape.
+        start("job").unwrap();
+        fs::remove_dir_all(base.join("default/job")).unwrap();
+        let after = counted(&base);
+        for (name, value) in &before {
+            let ended = name.contains("\"web\"");
+            let now = after.get(name).copied();
+            assert!(ended || now >= Some(*value), "{name}: {value}, {now:?}");
+        }
+        let total = "\"brig_start_stage_seconds_count\"{\"stage\":\"total\"}";
+        assert_eq!((before[total], after[total]), (2.0, 3.0));
+    }
+
+    #[test]
+    fn counts_that_are_damaged_are_not_told() {
+        let root = tempfile::tempdir().unwrap();
+        let ended = root.path().join("brig.ended");
+        fs::create_dir(&ended).unwrap();
+        for file in ["counts", "starts"] {
+            fs::write(ended.join(file), "{\"stages\":").unwrap();
+        }
+        assert_eq!(counted(&root.path().join("brig")), BTreeMap::new());
     }
 }
