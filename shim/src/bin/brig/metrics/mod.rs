@@ -43,6 +43,12 @@ pub fn scrape(base: &Path) -> Result<Vec<Family>> {
     let sockets = rows.iter().map(Row::to_ask).collect();
     let counters = shims::ask_all_json(sockets, Method::Counters, PATIENCE)?;
     let mut pods = Family::new("brig_pods", "gauge", "", "Pods of this node by state.");
+    let mut info = Family::new(
+        "brig_pod_info",
+        "gauge",
+        "",
+        "1 for each pod, with its namespace, name and uid in Kubernetes; pod is the id of one that Kubernetes has not named.",
+    );
     let mut pss = Family::new(
         "brig_pod_pss_bytes",
         "gauge",
@@ -138,6 +144,22 @@ pub fn scrape(base: &Path) -> Result<Vec<Family>> {
             ("id", row.id.as_str()),
         ];
         let with = |name, value| [pod[0], pod[1], (name, value)];
+        // Of every pod: what a join with it does not find is in no alert.
+        let named = row.pod.as_ref();
+        let names = [
+            pod[0],
+            pod[1],
+            (
+                "pod_namespace",
+                named.map_or("", |named| named.namespace.as_str()),
+            ),
+            (
+                "pod",
+                named.map_or(row.id.as_str(), |named| named.name.as_str()),
+            ),
+            ("uid", named.map_or("", |named| named.uid.as_str())),
+        ];
+        info.add(&names, 1.0);
         if let Some(seconds) = row.age {
             age.add(&pod, seconds.as_secs_f64());
         }
@@ -219,6 +241,7 @@ pub fn scrape(base: &Path) -> Result<Vec<Family>> {
     }
     let mut families = vec![
         pods,
+        info,
         pss,
         guest,
         size,
@@ -255,6 +278,8 @@ fn bytes(kib: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use brig_shim::asked::pod_name::PodName;
+    use brig_shim::node::journal::StateDir;
 
     #[test]
     fn a_node_without_pods_tells_of_every_state_code_and_stage_that_there_is_none() {
@@ -287,6 +312,41 @@ mod tests {
             assert!(told.contains(&format!("{family}{labels} ")), "{told}");
         }
         assert!(told.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn each_pod_has_its_name_once_and_whatever_that_is_in_one_line() {
+        let base = tempfile::tempdir().unwrap();
+        pods::fake(base.path(), "default", "web");
+        pods::fake(base.path(), "k8s.io", "3f0c");
+        let dir = StateDir::new(base.path(), "k8s.io", "3f0c").unwrap();
+        let unnamed = "brig_pod_info{namespace=\"default\",id=\"web\",pod_namespace=\"\",pod=\"web\",uid=\"\"} 1";
+        let hostile = "web-0\"} 1\nbrig_pods{state=\"x\\";
+        for name in ["web-0", hostile] {
+            let mut journal = dir.read().unwrap().unwrap();
+            journal.pod = PodName::of_metadata("shop", name, "7-11");
+            dir.write(&journal).unwrap();
+            let families = scrape(base.path()).unwrap();
+            let told = text(&families);
+            let mut lines = told
+                .lines()
+                .filter(|line| line.starts_with("brig_pod_info"));
+            let quoted = name
+                .replace('\\', "\\\\")
+                .replace('"', "\\\"")
+                .replace('\n', "\\n");
+            let expected = format!(
+                "brig_pod_info{{namespace=\"k8s.io\",id=\"3f0c\",pod_namespace=\"shop\",pod=\"{quoted}\",uid=\"7-11\"}} 1"
+            );
+            assert_eq!(lines.next(), Some(unnamed));
+            assert_eq!(lines.next(), Some(expected.as_str()));
+            assert_eq!(lines.next(), None);
+            assert_eq!(told.matches("\nbrig_pods{").count(), pods::STATES.len());
+            let told: Value = serde_json::from_str(&json(&families)).unwrap();
+            let mut all = told.as_array().unwrap().iter();
+            let info = all.find(|family| family["name"] == "brig_pod_info");
+            assert_eq!(info.unwrap()["samples"][1]["labels"]["pod"], name);
+        }
     }
 
     /// The samples of counters and histograms.
