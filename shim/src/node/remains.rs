@@ -1,6 +1,6 @@
-//! What is kept of pods that failed, for `brig dump` after they are gone: the last few, in a directory of root's beside the
-//! state directory, and how often each class of failure has been met since the node has booted. Beside it, because
-//! nothing is left in the state directory when the last pod has gone.
+//! What is kept of pods after they are gone, in a directory of root's beside the state directory: accounts of the last few
+//! that failed, for `brig dump`, and files of counts since the node has booted. Beside it, because nothing is left in the
+//! state directory when the last pod has gone.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Comes after the state directory's name.
@@ -18,7 +20,8 @@ const SUFFIX: &str = ".ended";
 pub const KEPT: usize = 16;
 /// The most bytes of one.
 const MAX_BYTES: usize = 256 << 10;
-const COUNTS: &str = "counts";
+/// The file of how many pods have failed, by class.
+const FAILURES: &str = "counts";
 
 /// The directory.
 #[derive(Debug, Clone)]
@@ -44,10 +47,6 @@ impl Remains {
         if bytes.len() > MAX_BYTES {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.dir)?;
         let _lock = self.lock()?;
         let nanos = at
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -59,9 +58,10 @@ impl Remains {
         for old in &files[..files.len().saturating_sub(KEPT)] {
             fs::remove_file(old)?;
         }
-        let mut counts = self.counts();
-        *counts.entry(code.to_owned()).or_default() += 1;
-        self.replace(COUNTS, &serde_json::to_vec(&counts)?)
+        self.rewrite(FAILURES, |counts: &mut BTreeMap<String, u64>| {
+            let count = counts.entry(code.to_owned()).or_default();
+            *count = count.saturating_add(1);
+        })
     }
 
     /// The accounts, the newest first; one that is damaged is left out.
@@ -73,11 +73,33 @@ impl Remains {
             .collect()
     }
 
-    /// How many pods have failed, by class.
+    /// How many pods have failed, by class; `None` as of [`Remains::counted`].
     #[must_use]
-    pub fn counts(&self) -> BTreeMap<String, u64> {
-        let bytes = fs::read(self.dir.join(COUNTS)).unwrap_or_default();
-        serde_json::from_slice(&bytes).unwrap_or_default()
+    pub fn failures(&self) -> Option<BTreeMap<String, u64>> {
+        self.counted(FAILURES)
+    }
+
+    /// What a file of counts says: nothing has been counted where there is no such file. `None` for one that cannot be
+    /// read or is not of this form (damaged, or of another version): nobody knows then.
+    #[must_use]
+    pub fn counted<T: Default + DeserializeOwned>(&self, name: &str) -> Option<T> {
+        match fs::read(self.dir.join(name)) {
+            Ok(bytes) => serde_json::from_slice(&bytes).ok(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(T::default()),
+            Err(_) => None,
+        }
+    }
+
+    /// Adds to a file of counts. One that [`Remains::counted`] does not know begins anew at nothing, as a counter may.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn count<T>(&self, name: &str, add: impl FnOnce(&mut T)) -> io::Result<()>
+    where
+        T: Default + DeserializeOwned + Serialize,
+    {
+        let _lock = self.lock()?;
+        self.rewrite(name, add)
     }
 
     /// Forgets all.
@@ -98,13 +120,32 @@ impl Remains {
         files
     }
 
-    /// One shim at a time.
+    /// One shim at a time. Makes the directory.
     fn lock(&self) -> io::Result<File> {
-        let dir = File::open(&self.dir)?;
+        let dir = match File::open(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(&self.dir)?;
+                File::open(&self.dir)?
+            }
+            opened => opened?,
+        };
         flock(&dir, FlockOperation::LockExclusive)?;
         Ok(dir)
     }
 
+    fn rewrite<T>(&self, name: &str, add: impl FnOnce(&mut T)) -> io::Result<()>
+    where
+        T: Default + DeserializeOwned + Serialize,
+    {
+        let mut counts = self.counted(name).unwrap_or_default();
+        add(&mut counts);
+        self.replace(name, &serde_json::to_vec(&counts)?)
+    }
+
+    /// As a whole or not at all: who reads holds no lock, and who writes may be killed.
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let new = self.dir.join(format!("{name}.new"));
         fs::write(&new, bytes)?;
@@ -122,7 +163,7 @@ mod tests {
     fn the_last_failures_are_kept_and_all_are_counted() {
         let base = tempfile::tempdir().unwrap();
         let remains = Remains::beside(&base.path().join("brig"));
-        assert!(remains.all().is_empty() && remains.counts().is_empty());
+        assert!(remains.all().is_empty() && remains.failures().unwrap().is_empty());
         remains.remove().unwrap();
         let at = |n: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(n);
         for n in 0..20 {
@@ -136,7 +177,7 @@ mod tests {
             (&json!(19), &json!(4))
         );
         assert_eq!(
-            remains.counts(),
+            remains.failures().unwrap(),
             BTreeMap::from([("internal".into(), 5), ("unavailable".into(), 15)])
         );
         let mode = fs::metadata(base.path().join("brig.ended"))
@@ -158,5 +199,30 @@ mod tests {
             .unwrap();
         fs::write(base.path().join("brig.ended").join("9.json"), "{").unwrap();
         assert_eq!(remains.all(), [json!(1)]);
+    }
+
+    #[test]
+    fn counts_that_nobody_can_read_are_none_and_begin_anew() {
+        let base = tempfile::tempdir().unwrap();
+        let remains = Remains::beside(&base.path().join("brig"));
+        let more = |count: &mut u64| *count += 1;
+        assert_eq!(remains.counted::<u64>("some"), Some(0));
+        remains.count("some", more).unwrap();
+        remains.count("some", more).unwrap();
+        assert_eq!(remains.counted::<u64>("some"), Some(2));
+        let file = base.path().join("brig.ended").join("some");
+        for bad in ["", "{", "-1", "[1]", "1 2"] {
+            fs::write(&file, bad).unwrap();
+            assert_eq!(remains.counted::<u64>("some"), None, "{bad}");
+        }
+        remains.count("some", more).unwrap();
+        assert_eq!(remains.counted::<u64>("some"), Some(1));
+        fs::write(
+            base.path().join("brig.ended").join(FAILURES),
+            "{\"killed\":",
+        )
+        .unwrap();
+        assert_eq!(remains.failures(), None);
+        assert!(remains.all().is_empty(), "counts are no accounts");
     }
 }

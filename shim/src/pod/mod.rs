@@ -11,6 +11,7 @@ pub mod node_io;
 pub mod process;
 pub mod size;
 pub mod spans;
+pub mod starts;
 pub mod stdio;
 pub mod timeline;
 pub mod volume;

@@ -21,7 +21,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use crate::metrics::{self, Starts};
+use crate::metrics;
 
 /// What a client may take to ask, and for all that it wants. Those that say nothing keep no scrape waiting for long: it is
 /// given up after ten seconds as a rule.
@@ -31,10 +31,11 @@ const CONVERSATION: Duration = Duration::from_secs(60);
 const CLIENTS: usize = 8;
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The pods below a directory, and their starts so far.
+/// The pods below a directory.
 struct Exporter {
     base: PathBuf,
-    starts: Mutex<Starts>,
+    /// Held for a scrape.
+    scraping: Mutex<()>,
 }
 
 /// Serves until the process is ended: on `address`, or on the socket that systemd gives as standard input.
@@ -63,7 +64,7 @@ pub fn serve(base: &Path, address: Option<&str>) -> Result<()> {
     listener.set_nonblocking(true).map_err(failed)?;
     let exporter = Arc::new(Exporter {
         base: base.to_owned(),
-        starts: Mutex::default(),
+        scraping: Mutex::default(),
     });
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -117,11 +118,11 @@ async fn answer(
     }
     let exporter = Arc::clone(exporter);
     let scraped = tokio::task::spawn_blocking(move || {
-        let mut starts = exporter
-            .starts
+        let _alone = exporter
+            .scraping
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        metrics::scrape(&exporter.base, &mut starts).map(|families| metrics::text(&families))
+        metrics::scrape(&exporter.base).map(|families| metrics::text(&families))
     });
     Ok(match scraped.await {
         Ok(Ok(text)) => {

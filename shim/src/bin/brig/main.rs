@@ -119,7 +119,7 @@ fn run(command: Command) -> Result<bool> {
             listen: None,
             output,
         } => {
-            let families = metrics::scrape(&base()?, &mut metrics::Starts::default())?;
+            let families = metrics::scrape(&base()?)?;
             match output.json {
                 true => metrics::json(&families),
                 false => metrics::text(&families),

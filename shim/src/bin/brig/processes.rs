@@ -1,5 +1,6 @@
 //! What a process of this node uses, from /proc, which the node's kernel writes.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use brig_hypervisor::arch::x86_64::layout;
@@ -47,14 +48,27 @@ impl Usage {
     }
 }
 
-/// Seconds that the threads of a process have been ready without a CPU (proc(5), `schedstat`: the second number).
-pub fn cpu_wait(pid: u32) -> Option<f64> {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
-    let waited = threads.filter_map(|thread| {
-        let schedstat = fs::read_to_string(thread.path().join("schedstat")).ok()?;
-        schedstat.split_whitespace().nth(1)?.parse::<f64>().ok()
-    });
-    Some(waited.sum::<f64>() / 1e9)
+/// Seconds that each CPU of a VMM's guest has been ready without a CPU of the node, by its number (proc(5), `schedstat`: the
+/// second number). Told by thread, and of no thread that may end before the VM does: the sum over those that live falls.
+pub fn vcpu_wait(pid: u32) -> BTreeMap<u8, f64> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let waited = threads
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|thread| {
+            let cpu = vcpu(&fs::read_to_string(thread.path().join("comm")).ok()?)?;
+            let schedstat = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+            let nanos: f64 = schedstat.split_whitespace().nth(1)?.parse().ok()?;
+            Some((cpu, nanos / 1e9))
+        });
+    waited.collect()
+}
+
+/// The number of the guest's CPU that a thread of this name runs, which is `vcpu0`, or `vcpu0-debug` where it may be debugged.
+fn vcpu(name: &str) -> Option<u8> {
+    let number = name.trim_end().strip_prefix("vcpu")?;
+    number.strip_suffix("-debug").unwrap_or(number).parse().ok()
 }
 
 /// Descriptors that a process may have open, its soft limit (proc(5), `limits`); `None` for one without a limit and for
@@ -210,7 +224,37 @@ Max open files            8192                 524288               files
              eth0:123 1 0 0 0 0 0 0     456 1 0 0 0 0 0 0\n  brig0: 1 0 0 0 0 0 0 0 1 0 0 0 0 0 0 0\n";
         assert_eq!(devices(table), [("eth0".to_owned(), 123.0, 456.0)]);
         assert!(devices("").is_empty());
-        assert!(cpu_wait(std::process::id()).is_some_and(|seconds| seconds >= 0.0));
+    }
+
+    #[test]
+    fn a_thread_that_ends_takes_nothing_from_what_cpus_of_the_guest_have_waited() {
+        for (name, cpu) in [
+            ("vcpu0\n", Some(0)),
+            ("vcpu12-debug\n", Some(12)),
+            ("vcpu\n", None),
+            ("vcpu256\n", None),
+            ("vcpu1-more\n", None),
+            ("block-io\n", None),
+        ] {
+            assert_eq!(vcpu(name), cpu, "{name}");
+        }
+        let named = |name: &str| std::thread::Builder::new().name(name.to_owned());
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let cpu = named("vcpu7").spawn(move || ended.recv()).unwrap();
+        let mut before = 0.0;
+        for _ in 0..20 {
+            let helper = named("block-io").spawn(std::thread::yield_now);
+            let now = vcpu_wait(std::process::id());
+            helper.unwrap().join().unwrap();
+            // It has its name a moment after it was born.
+            let Some(waited) = now.get(&7) else { continue };
+            assert!(now.len() == 1 && *waited >= before, "{before}: {now:?}");
+            before = *waited;
+        }
+        assert_eq!(vcpu_wait(std::process::id()).len(), 1);
+        drop(end);
+        assert!(cpu.join().unwrap().is_err());
+        assert!(vcpu_wait(u32::MAX).is_empty());
     }
 
     #[test]

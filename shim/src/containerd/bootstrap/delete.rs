@@ -148,7 +148,7 @@ mod tests {
             (&account["id"], &account["code"]),
             (&"c1".into(), &"killed".into())
         );
-        assert_eq!(remains.counts()["killed"], 1);
+        assert_eq!(remains.failures().unwrap()["killed"], 1);
     }
 
     #[test]

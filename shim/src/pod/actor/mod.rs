@@ -1,6 +1,7 @@
 //! The pod: one VM and the containers in it. An actor like a container: it routes, starts the VM for
 //! the first container, ends it after the last, and keeps the journal and the timeline.
 
+mod counting;
 mod ending;
 mod handle;
 mod inspection;
@@ -31,6 +32,7 @@ use crate::node::cgroup::Cgroup;
 use crate::node::collector::Collector;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
+use crate::node::remains::Remains;
 use crate::node::stand_in::StandIn;
 use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply};
 use crate::pod::doomed::Doomed;
@@ -41,6 +43,7 @@ use crate::pod::size::PodSize;
 use crate::pod::spans::Named;
 use crate::pod::stdio::streaming::Streams;
 use crate::pod::timeline::{CONTAINER_STARTED, Timeline};
+use counting::Counting;
 use handle::Message;
 pub use handle::{Inspection, PodHandle, SandboxCreation, SandboxState};
 use sandbox_state::Sandbox;
@@ -103,6 +106,7 @@ struct Pod {
     grace: Duration,
     timeline: Timeline,
     tracing: Tracing,
+    counting: Counting,
     waiting: Vec<oneshot::Sender<bool>>,
     /// Cuts the grace short.
     hurry: Arc<Notify>,
@@ -155,6 +159,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         grace: Duration::ZERO,
         timeline,
         tracing,
+        counting: Counting::default(),
         waiting: Vec::new(),
         hurry: Arc::default(),
         stub: None,
@@ -436,6 +441,7 @@ impl Pod {
                     };
                     let logger = &self.setup.logger;
                     self.tracing.started(&self.timeline, &named, logger);
+                    self.count_start();
                 }
             }
             News::Exits(exits) => {
@@ -500,6 +506,8 @@ impl Pod {
             }
         };
         self.enter("stopping");
+        self.count_start();
+        let counted = self.counting.last();
         let state = self.setup.state.clone();
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
         let mut cgroup = self.setup.journal.cgroup.clone();
@@ -517,6 +525,9 @@ impl Pod {
         tokio::spawn(async move {
             if let Some(boot) = boot {
                 cgroup = ending::end(&boot, (grace, &hurry), (&containers, drain), cgroup).await;
+            }
+            if let Some(counted) = counted {
+                let _ = counted.await;
             }
             let log = logger.clone();
             let cleaned = tokio::task::spawn_blocking(move || {
@@ -540,6 +551,12 @@ impl Pod {
             }
             let _ = mailbox.send(Message::Stopped).await;
         });
+    }
+
+    fn count_start(&mut self) {
+        let remains = Remains::beside(self.setup.state.base());
+        self.counting
+            .once(&self.timeline, remains, &self.setup.logger);
     }
 
     async fn write_journal(&self) {

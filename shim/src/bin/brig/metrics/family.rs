@@ -7,6 +7,11 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 /// One family of samples.
+///
+/// A sample of a counter, and each of a histogram, comes from a source that never falls while what it is of lives, and that
+/// begins at nothing with it: Prometheus takes whatever is smaller than before for such a beginning, and counts all of it as
+/// an increase. So a sum over things that may end one by one (threads, pods, connections) is none, unless what has ended
+/// stays in it. Nor is what this process remembers: it must be the same for who asks once and for who asks for ever.
 pub struct Family {
     name: &'static str,
     /// `gauge`, `counter`, whose samples end in `_total`, or `histogram`.
@@ -117,6 +122,13 @@ pub fn text(families: &[Family]) -> String {
 pub fn json(families: &[Family]) -> String {
     let families: Vec<Value> = families.iter().map(Family::to_json).collect();
     format!("{}\n", Value::from(families))
+}
+
+/// A number as a sample has it, exact up to 2^53.
+#[must_use]
+pub fn exact(count: u64) -> f64 {
+    let part = |n: u64| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+    part(count >> 32) * 4_294_967_296.0 + part(count & u64::from(u32::MAX))
 }
 
 /// As the format wants a label's value.

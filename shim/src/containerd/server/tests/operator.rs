@@ -6,6 +6,7 @@ use ttrpc::asynchronous::Client;
 
 use super::*;
 use crate::containerd::debug_service::{Method, NAME};
+use crate::pod::starts::Starts;
 
 async fn ask(harness: &Harness, method: Method, request: Value) -> ttrpc::Result<Vec<u8>> {
     let address = format!("unix://{}", harness.dir.path().join("shim").display());
@@ -168,5 +169,42 @@ async fn of_a_pod_whose_vm_ended_by_itself_an_account_is_kept() {
     );
     assert!(account["timeline"]["marks"].as_array().unwrap().len() > 3);
     assert_eq!(account["config"]["time_scale"]["value"], 0.1);
+    harness.end().await;
+}
+
+/// How many starts the node has counted.
+fn starts(harness: &Harness) -> u64 {
+    let remains = Remains::beside(&harness.dir.path().join("state"));
+    let starts = Starts::of(&remains).unwrap();
+    let total = starts.stages().find(|(stage, _)| *stage == "total");
+    total.unwrap().1.count()
+}
+
+#[tokio::test]
+async fn a_start_is_counted_once_when_a_container_runs_or_else_at_the_end() {
+    for runs in [true, false] {
+        let harness = Harness::new(Behaviour::default()).await;
+        harness.create().await.unwrap();
+        assert_eq!(starts(&harness), 0);
+        if runs {
+            harness.start("").await.unwrap();
+            while starts(&harness) == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        harness.kill("", 9).await.unwrap();
+        harness.delete("").await.unwrap();
+        assert!(remembered(&harness).await.is_empty());
+        assert_eq!(starts(&harness), 1, "{runs}");
+        harness.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_did_not_start_is_no_start() {
+    let harness = Harness::new(Behaviour::default()).await;
+    assert!(harness.start("").await.is_err());
+    assert!(remembered(&harness).await.is_empty());
+    assert_eq!(starts(&harness), 0);
     harness.end().await;
 }
