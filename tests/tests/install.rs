@@ -142,6 +142,12 @@ fn a_directory_of_others_is_refused_and_left_as_it_is() {
     node.file("other/bin/containerd-shim-brig-v2");
     node.file("other/bin/theirs");
     node.refused(&links, &node.path("other"), "other/bin/theirs is there");
+    symlink(node.path("other"), node.path("alias")).unwrap();
+    node.refused(&links, &node.path("alias"), "bin/theirs is there");
+    node.file("files/.1.0-01234567.new/theirs");
+    symlink(node.path("files"), node.path("alias2")).unwrap();
+    node.refused(&links, &node.path("files"), ".1.0-01234567.new is there");
+    node.refused(&links, &node.path("alias2"), ".1.0-01234567.new is there");
     fs::create_dir(node.path("unreal")).unwrap();
     symlink("1.0-01234567", node.path("unreal/current")).unwrap();
     node.file("unreal/1.0-01234567/theirs");
@@ -213,8 +219,9 @@ fn an_installation_that_did_not_end_leaves_nothing_to_the_next() {
     let dead = prefix.join(".0.9-01234567.new");
     node.file("opt/.0.9-01234567.new/bin/brig");
     fs::write(dead.join(".brig-version"), "0.9-01234567\n").unwrap();
+    fs::create_dir(prefix.join(".0.8-01234567.new")).unwrap();
     node.installed();
-    assert!(!dead.exists());
+    assert!(!dead.exists() && !prefix.join(".0.8-01234567.new").exists());
     // One that fails takes its own along.
     node.build("2");
     fs::remove_file(node.path("from/modules.alias")).unwrap();

@@ -5,7 +5,7 @@
 //! keeps the binaries, kernel and initramfs it began with. Trusts the files below PREFIX, which are root's.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use brig_shim::error::{Error, Result};
 use brig_shim::node::journal::{self, StateDir};
 use brig_shim::node::remains::Remains;
 use brig_shim::node::templates::{Templates, maker};
+use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
 use crate::terminal;
@@ -80,6 +81,15 @@ impl Installation {
         })
         .map(|entry| entry.path())
         .collect()
+    }
+
+    /// Waits until `./install`, or another of these commands, is done with the prefix; it is theirs again when this is dropped.
+    fn turn(&self) -> Result<File> {
+        let taken = File::open(&self.prefix).and_then(|prefix| {
+            flock(&prefix, FlockOperation::LockExclusive)?;
+            Ok(prefix)
+        });
+        taken.map_err(|error| failed(&self.prefix, &error))
     }
 
     fn current(&self) -> Option<String> {
@@ -151,6 +161,7 @@ impl Installation {
     /// # Errors
     /// `NotFound`; `FailedPrecondition` for a version of which a part is missing.
     pub fn switch(&self, version: &str) -> Result<()> {
+        let _turn = self.turn()?;
         let dir = self.version(version)?;
         if let Some(part) = PARTS.iter().find(|part| !dir.join(part).is_file()) {
             return Err(Error::state(format!(
@@ -170,6 +181,7 @@ impl Installation {
     /// # Errors
     /// `NotFound`; `FailedPrecondition` that says who uses it.
     pub fn remove(&self, version: &str) -> Result<()> {
+        let _turn = self.turn()?;
         let dir = self.version(version)?;
         if self.current().as_deref() == Some(version) {
             return Err(Error::state(format!(
@@ -224,6 +236,7 @@ impl Installation {
         configuration: Option<&Path>,
         is_last: bool,
     ) -> Result<PathBuf> {
+        let _turn = self.turn()?;
         self.refuse_pods()?;
         for dir in LINKED {
             let dir = links.join(dir);
@@ -428,6 +441,20 @@ mod tests {
         assert!(said.contains("apt remove brig"), "{said}");
         let said = without_versions(Path::new("/host/bin/brig"));
         assert!(said.contains("/usr/local/bin/brig"), "{said}");
+    }
+
+    #[test]
+    fn a_version_is_not_removed_while_one_is_being_installed() {
+        let (installation, _dir) = two();
+        let turn = installation.turn().unwrap();
+        std::thread::scope(|scope| {
+            let removing = scope.spawn(|| installation.remove("1.0-a"));
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert_eq!(installation.versions().unwrap().len(), 2);
+            drop(turn);
+            removing.join().unwrap().unwrap();
+        });
+        assert_eq!(installation.versions().unwrap(), ["1.1-b"]);
     }
 
     #[test]
