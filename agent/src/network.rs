@@ -1,14 +1,19 @@
 //! Links, addresses, routes and neighbours of the sandbox, as the host's network plug-in set them
 //! up for the pod. The network namespace is the guest's own: the VM is the boundary.
 mod addresses;
+mod links;
 mod routes;
+mod text;
 
-use std::{net::IpAddr, time::Duration};
+use std::time::Duration;
 
 use brig_agent_protocol::agent::{Interface, Neighbour, StartSandboxRequest};
 use futures::TryStreamExt as _;
 use rtnetlink::{Handle, LinkUnspec, packet_route::link::LinkAttribute};
 use tokio::time::{Instant, sleep};
+
+use links::{LOOPBACK, index_of, refused};
+use text::{parse_address, parse_mac, show_mac};
 
 use crate::{
     error::{Error, Result},
@@ -19,12 +24,6 @@ use crate::{
 
 /// How long a hot-plugged interface may take to appear after the bus was scanned.
 const APPEAR_TIME: Duration = Duration::from_secs(5);
-
-/// The interface that every network has.
-const LOOPBACK: &str = "lo";
-
-/// An address and its prefix length.
-type Prefix = (IpAddr, u8);
 
 /// Sets the network up: names, kernel parameters and the packet filter first, and only then are the interfaces up.
 /// With `rescan` a missing interface is looked for on the PCI bus. Returns what came of the packet filter;
@@ -105,10 +104,6 @@ pub async fn loopback_up() -> Result<()> {
     };
     connection.abort();
     outcome
-}
-
-fn refused(what: impl std::fmt::Display, error: &rtnetlink::Error) -> Error {
-    Error::Internal(format!("{what}: {error}"))
 }
 
 /// Gives an interface its name, and returns its number.
@@ -211,16 +206,6 @@ async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u3
     }
 }
 
-async fn index_of(handle: &Handle, name: &str) -> Result<u32> {
-    let mut links = handle.link().get().match_name(name.to_owned()).execute();
-    match links.try_next().await {
-        Ok(Some(link)) => Ok(link.header.index),
-        _ => Err(Error::InvalidArgument(format!(
-            "the guest has no interface {name:?}"
-        ))),
-    }
-}
-
 async fn add_neighbour(handle: &Handle, neighbour: &Neighbour) -> Result<()> {
     let address = parse_address(&neighbour.address)?;
     let mac = parse_mac(&neighbour.mac)?;
@@ -245,7 +230,7 @@ pub fn read_all(request: &StartSandboxRequest) {
             assert_eq!(parse_mac(&show_mac(&mac)).unwrap(), mac);
         }
         for address in &interface.addresses {
-            if let Ok((address, length)) = parse_prefix(&address.prefix) {
+            if let Ok((address, length)) = text::parse_prefix(&address.prefix) {
                 assert!(length <= if address.is_ipv4() { 32 } else { 128 });
             }
         }
@@ -255,96 +240,5 @@ pub fn read_all(request: &StartSandboxRequest) {
     }
     for neighbour in &request.neighbours {
         let _ = (parse_address(&neighbour.address), parse_mac(&neighbour.mac));
-    }
-}
-
-fn parse_address(text: &str) -> Result<IpAddr> {
-    text.parse()
-        .map_err(|_| Error::InvalidArgument(format!("{text:?} is not an IP address")))
-}
-
-fn parse_optional(text: &str) -> Result<Option<IpAddr>> {
-    if text.is_empty() {
-        Ok(None)
-    } else {
-        parse_address(text).map(Some)
-    }
-}
-
-/// CIDR notation; a bare address is a host's.
-fn parse_prefix(text: &str) -> Result<Prefix> {
-    let bad = || Error::InvalidArgument(format!("{text:?} is not an address in CIDR notation"));
-    let (address, length) = match text.split_once('/') {
-        Some((address, length)) => (address, Some(length)),
-        None => (text, None),
-    };
-    let address: IpAddr = address.parse().map_err(|_| bad())?;
-    let widest = if address.is_ipv4() { 32 } else { 128 };
-    let length: u8 = length.map_or(Ok(widest), str::parse).map_err(|_| bad())?;
-    if length > widest {
-        Err(bad())
-    } else {
-        Ok((address, length))
-    }
-}
-
-fn parse_mac(text: &str) -> Result<[u8; 6]> {
-    let bad = || Error::InvalidArgument(format!("{text:?} is not a MAC address"));
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|p| p.len() == 2).ok_or_else(bad)?;
-        *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
-    }
-    if parts.next().is_some() {
-        Err(bad())
-    } else {
-        Ok(mac)
-    }
-}
-
-fn show_mac(mac: &[u8; 6]) -> String {
-    mac.map(|b| format!("{b:02x}")).join(":")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn cidr_and_mac_are_checked() {
-        assert_eq!(
-            parse_prefix("10.0.0.2/24").unwrap(),
-            ("10.0.0.2".parse().unwrap(), 24)
-        );
-        assert_eq!(parse_prefix("fd00::2").unwrap().1, 128);
-        for bad in ["10.0.0.2/33", "x/3", "10.0.0.2/", "/8", "fd00::/129"] {
-            assert!(parse_prefix(bad).is_err(), "{bad}");
-        }
-        assert_eq!(
-            parse_mac("02:00:0a:FF:00:01").unwrap(),
-            [2, 0, 10, 255, 0, 1]
-        );
-        for bad in [
-            "",
-            "02:00:0a:ff:00",
-            "02:00:0a:ff:00:01:02",
-            "2:0:0:0:0:1",
-            "0x:00:00:00:00:00",
-        ] {
-            assert!(parse_mac(bad).is_err(), "{bad}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_text_parses_or_fails(text in "[0-9a-f:./]{0,24}") {
-            let _ = parse_mac(&text);
-            if let Ok((address, length)) = parse_prefix(&text) {
-                let widest = if address.is_ipv4() { 32 } else { 128 };
-                prop_assert!(length <= widest);
-            }
-        }
     }
 }

@@ -12,7 +12,8 @@ use rtnetlink::{
     },
 };
 
-use super::{LOOPBACK, parse_prefix, refused};
+use super::links::{LOOPBACK, refused};
+use super::text::parse_prefix;
 use crate::error::{Error, Result};
 
 /// An address as it is set.

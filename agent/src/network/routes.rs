@@ -16,7 +16,8 @@ use rtnetlink::{
     },
 };
 
-use super::{index_of, parse_optional, parse_prefix, refused};
+use super::links::{index_of, refused};
+use super::text::{parse_optional, parse_prefix};
 use crate::error::{Error, Result};
 
 /// Adds routes beside those that are there.

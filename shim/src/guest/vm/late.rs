@@ -7,25 +7,10 @@ use std::sync::{Mutex, PoisonError};
 
 use brig_hypervisor::control::NetConfig;
 
-use super::Vm;
 use crate::error::Result;
 use crate::node::network::{
     self, GuestNetwork, Known, NetworkError, PodNetwork, Ruleset, UNTOUCHED_FILTER, Wanted,
 };
-
-impl Vm {
-    /// Keeps a descriptor open until the VM has ended, and no longer: it may hold the pod's namespace.
-    pub(super) fn keep_open(&self, descriptor: Option<OwnedFd>) {
-        let Some(descriptor) = descriptor else {
-            return;
-        };
-        let mut death = self.death.clone();
-        tokio::spawn(async move {
-            let _ = death.wait_for(Option::is_some).await;
-            drop(descriptor);
-        });
-    }
-}
 
 /// An interface that the guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -37,6 +37,13 @@ struct Settled {
 }
 
 impl Vm {
+    /// Whether it has as much as this, once nobody changes its size any more.
+    pub async fn has(&self, memory: u64, cpus: u8) -> bool {
+        let _memory = self.memory.changing.lock().await;
+        let _cpus = self.cpus.changing.lock().await;
+        memory <= self.memory() && cpus <= self.cpus()
+    }
+
     /// Bytes of memory that it has.
     #[must_use]
     pub fn memory(&self) -> u64 {

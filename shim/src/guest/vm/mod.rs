@@ -17,6 +17,7 @@ pub(crate) mod frames;
 mod given;
 mod groups;
 mod held_disks;
+mod held_open;
 pub mod host;
 mod kill;
 mod late;

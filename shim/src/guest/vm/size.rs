@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicU8, AtomicU64};
 
 use tokio::sync::Mutex;
 
-use super::Vm;
 use crate::asked::config::MIB;
 
 /// Memory comes and goes in blocks of this many bytes, as the VMM gives it.
@@ -58,15 +57,6 @@ impl Cpus {
             now: AtomicU8::new(built),
             changing: Mutex::default(),
         }
-    }
-}
-
-impl Vm {
-    /// Whether it has as much as this, once nobody changes its size any more.
-    pub async fn has(&self, memory: u64, cpus: u8) -> bool {
-        let _memory = self.memory.changing.lock().await;
-        let _cpus = self.cpus.changing.lock().await;
-        memory <= self.memory() && cpus <= self.cpus()
     }
 }
 

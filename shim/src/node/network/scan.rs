@@ -9,6 +9,7 @@
 //!   refused; what a pod hardly misses (other routing tables) is left out and said.
 //! - The guest has a loopback interface of its own, and gets what addresses were added to the namespace's.
 
+mod links;
 mod routes;
 mod stacked;
 
@@ -30,6 +31,7 @@ use super::error::{MAX_INTERFACES, NetworkError, failed};
 use super::interface::{Address, Link, Prefix, link_local, mac_text};
 use super::netlink::Netlink;
 use super::tap;
+use links::{kind_of, list_links, name_of};
 
 /// Everything the guest is to have.
 #[derive(Debug, Default)]
@@ -166,41 +168,6 @@ pub fn name_of_index(netlink: &mut Netlink, index: u32) -> Result<String, Networ
     let links = list_links(netlink)?;
     let found = links.iter().find(|link| link.header.index == index);
     Ok(found.map_or_else(|| index.to_string(), |link| name_of(link).to_owned()))
-}
-
-fn list_links(netlink: &mut Netlink) -> Result<Vec<LinkMessage>, NetworkError> {
-    let found = netlink
-        .list(&RouteNetlinkMessage::GetLink(LinkMessage::default()))
-        .map_err(|error| failed("list interfaces", error))?;
-    let links = found.into_iter().filter_map(|found| match found {
-        RouteNetlinkMessage::NewLink(link) => Some(link),
-        _ => None,
-    });
-    Ok(links.collect())
-}
-
-fn name_of(message: &LinkMessage) -> &str {
-    let name = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name.as_str()),
-            _ => None,
-        });
-    name.unwrap_or("")
-}
-
-fn kind_of(message: &LinkMessage) -> Option<&InfoKind> {
-    message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
-                LinkInfo::Kind(kind) => Some(kind),
-                _ => None,
-            }),
-            _ => None,
-        })
 }
 
 /// The interface, if it is one for the guest: up, and nobody's part. The tunnels that the kernel adds to every

@@ -6,6 +6,7 @@ use ttrpc::asynchronous::Client;
 
 use super::*;
 use crate::containerd::debug_service::{Method, NAME};
+use crate::node::remains::Remains;
 use crate::pod::starts::Starts;
 
 async fn ask(harness: &Harness, method: Method, request: Value) -> ttrpc::Result<Vec<u8>> {
@@ -194,7 +195,7 @@ async fn a_start_is_counted_once_when_a_container_runs_or_else_at_the_end() {
         }
         harness.kill("", 9).await.unwrap();
         harness.delete("").await.unwrap();
-        assert!(remembered(&harness).await.is_empty());
+        assert!(harness.remembered().await.is_empty());
         assert_eq!(starts(&harness), 1, "{runs}");
         harness.end().await;
     }
@@ -204,7 +205,7 @@ async fn a_start_is_counted_once_when_a_container_runs_or_else_at_the_end() {
 async fn a_pod_that_did_not_start_is_no_start() {
     let harness = Harness::new(Behaviour::default()).await;
     assert!(harness.start("").await.is_err());
-    assert!(remembered(&harness).await.is_empty());
+    assert!(harness.remembered().await.is_empty());
     assert_eq!(starts(&harness), 0);
     harness.end().await;
 }

@@ -3,7 +3,7 @@
 
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkMessage};
 
-use super::{kind_of, name_of};
+use super::links::{kind_of, name_of};
 use crate::node::network::error::NetworkError;
 use crate::node::network::interface::Link;
 
