@@ -36,6 +36,7 @@ use crate::node::collector::Collector;
 use crate::node::heap;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
+use crate::node::limits;
 use crate::pod::actor::{self, PodHandle, Setup};
 use crate::pod::stdio::streaming::Streams;
 use connections::Connections;
@@ -73,6 +74,9 @@ fn set_up_and_run(
     let _ = rustix::process::setsid();
     let listener = take_listener().map_err(failed)?;
     adjust_oom_score();
+    if let Err(error) = limits::raise_files() {
+        warn!(logger, "the limit of open files is not raised"; "error" => %error);
+    }
     let base = Config::load(None).map_or_else(|_| PathBuf::from("/run/brig"), |c| c.state_dir);
     let state = StateDir::new(&base, &args.namespace, &args.id)?;
     state.create()?;
@@ -144,7 +148,7 @@ pub(crate) async fn run(
     let service = TaskService::new(pod.clone());
     let sandbox = SandboxService::new(pod.clone(), config);
     let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
-    let (connections, mut open) = Connections::of(listener, streams);
+    let (connections, mut open) = Connections::of(listener, streams, logger.clone());
     let mut server = Server::new()
         .add_listener(Listener::new(connections))
         .register_service(detached(debug_service::service(&pod, &log)))
