@@ -5,7 +5,6 @@
 //! ShutdownSandbox end it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -22,7 +21,6 @@ use futures::future::join_all;
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
 use serde_json::json;
-use tokio::sync::Notify;
 use tokio::time::timeout;
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::context;
@@ -47,15 +45,13 @@ pub struct SandboxService {
     pod: PodHandle,
     /// The configuration the handler named when the shim was started.
     config: Option<PathBuf>,
-    /// Told when the server is to end.
-    done: Arc<Notify>,
 }
 
 impl SandboxService {
     /// A service for this pod, whose handler names this configuration file.
     #[must_use]
-    pub fn new(pod: PodHandle, config: Option<PathBuf>, done: Arc<Notify>) -> Self {
-        Self { pod, config, done }
+    pub fn new(pod: PodHandle, config: Option<PathBuf>) -> Self {
+        Self { pod, config }
     }
 }
 
@@ -233,7 +229,6 @@ impl Sandbox for SandboxService {
         _: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         self.pod.shutdown(true).await;
-        self.done.notify_one();
         Ok(ShutdownSandboxResponse::default())
     }
 

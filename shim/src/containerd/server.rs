@@ -2,6 +2,7 @@
 //! on the socket that `start` made, and an orderly end, whether containerd or a signal brings it.
 
 mod connections;
+mod detached;
 
 use std::collections::HashMap;
 use std::fs;
@@ -17,7 +18,6 @@ use containerd_shim_protos::shim_async::create_task;
 use rustix::fs::{Mode, OFlags};
 use slog::{Logger, error, info, warn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Notify;
 use tokio::time::timeout;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service};
@@ -29,16 +29,18 @@ use crate::containerd::debug_service;
 use crate::containerd::events::Publisher;
 use crate::containerd::sandbox_service::SandboxService;
 use crate::containerd::task_service::TaskService;
-use crate::error::{Error, Result, ignore_missing};
+use crate::error::{Error, Result};
 use crate::guest::vm::Host;
 use crate::log::{self, Control};
 use crate::node::collector::Collector;
 use crate::node::heap;
 use crate::node::identity::Identity;
 use crate::node::journal::{Journal, StateDir};
+use crate::node::limits;
 use crate::pod::actor::{self, PodHandle, Setup};
 use crate::pod::stdio::streaming::Streams;
 use connections::Connections;
+use detached::detached;
 
 /// The two names of one service.
 const TASK_NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
@@ -72,6 +74,9 @@ fn set_up_and_run(
     let _ = rustix::process::setsid();
     let listener = take_listener().map_err(failed)?;
     adjust_oom_score();
+    if let Err(error) = limits::raise_files() {
+        warn!(logger, "the limit of open files is not raised"; "error" => %error);
+    }
     let base = Config::state_dir();
     let state = StateDir::new(&base, &args.namespace, &args.id)?;
     state.create()?;
@@ -81,7 +86,7 @@ fn set_up_and_run(
     let shim = Identity::of(std::process::id());
     let shim = shim.ok_or_else(|| Error::internal("/proc is not mounted"))?;
     let journal = Journal {
-        socket: socket.clone(),
+        socket,
         ..Journal::new(shim)
     };
     state.write(&journal)?;
@@ -116,50 +121,43 @@ fn set_up_and_run(
             collector,
         });
         let config = std::env::var_os(CONFIG_PATH).map(PathBuf::from);
-        let served = Served {
-            listener,
-            socket: socket.as_deref(),
-            streams,
-        };
+        let served = Served { listener, streams };
         run(served, config, pod, publisher, (logger, log)).await
     });
-    state.remove();
+    // After an end in order everything is gone, and the names may be another shim's.
+    if result.is_err() {
+        state.remove_if_of(Some(shim));
+    }
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
 /// What is listened on, and for what besides calls.
-pub(crate) struct Served<'a> {
+pub(crate) struct Served {
     listener: UnixListener,
-    /// Its path, which is removed at the end.
-    socket: Option<&'a Path>,
     streams: Streams,
 }
 
 pub(crate) async fn run(
-    served: Served<'_>,
+    served: Served,
     config: Option<PathBuf>,
     pod: PodHandle,
     publisher: Publisher,
     (logger, log): (&Logger, Arc<Control>),
 ) -> Result<()> {
     let failed = |error: io::Error| Error::io("cannot serve", &error);
-    let Served {
-        listener,
-        socket,
-        streams,
-    } = served;
-    let done = Arc::new(Notify::new());
-    let service = TaskService::new(pod.clone(), Arc::clone(&done));
-    let sandbox = SandboxService::new(pod.clone(), config, Arc::clone(&done));
+    let Served { listener, streams } = served;
+    let service = TaskService::new(pod.clone());
+    let sandbox = SandboxService::new(pod.clone(), config);
     let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
-    let (connections, mut open) = Connections::of(listener, streams);
+    let (connections, mut open) = Connections::of(listener, streams, logger.clone());
     let mut server = Server::new()
         .add_listener(Listener::new(connections))
-        .register_service(debug_service::service(&pod, &log))
-        .register_service(create_sandbox(Arc::new(sandbox)));
+        .register_service(detached(debug_service::service(&pod, &log)))
+        .register_service(detached(create_sandbox(Arc::new(sandbox))));
     for name in TASK_NAMES {
-        server = server.register_service(renamed(create_task(Arc::new(service.clone())), name));
+        let task = renamed(create_task(Arc::new(service.clone())), name);
+        server = server.register_service(detached(task));
     }
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -169,7 +167,7 @@ pub(crate) async fn run(
         .map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
     info!(logger, "the shim is serving"; "version" => env!("CARGO_PKG_VERSION"));
     tokio::select! {
-        () = done.notified() => {}
+        () = pod.over() => {}
         // The node shuts down, or its operator ends this pod.
         () = either(&mut terminate, &mut interrupt) => tokio::select! {
             () = pod.terminate() => {}
@@ -177,10 +175,7 @@ pub(crate) async fn run(
             () = either(&mut terminate, &mut interrupt) => drop(pod.shutdown(true).await),
         },
     }
-    // The socket goes first, so that nobody new finds a server that is about to end.
-    if let Some(socket) = socket {
-        ignore_missing(fs::remove_file(socket)).map_err(failed)?;
-    }
+    // Nobody new finds this server, whose socket went with the pod. From here on nothing is removed by its path.
     publisher.flush(FLUSH).await;
     let _ = timeout(HANG_UP, open.wait_for(|count| *count == 0)).await;
     let _ = timeout(FLUSH, server.shutdown()).await;

@@ -2,7 +2,6 @@
 //! No state is kept here, and every error leaves with its code.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -18,7 +17,6 @@ use containerd_shim_protos::shim_async::Task;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
-use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::asked::config::Config;
@@ -35,15 +33,13 @@ use crate::pod::spans::TraceParent;
 #[derive(Clone)]
 pub struct TaskService {
     pod: PodHandle,
-    /// Told when the server is to end.
-    done: Arc<Notify>,
 }
 
 impl TaskService {
     /// A service for this pod.
     #[must_use]
-    pub fn new(pod: PodHandle, done: Arc<Notify>) -> Self {
-        Self { pod, done }
+    pub fn new(pod: PodHandle) -> Self {
+        Self { pod }
     }
 
     async fn ask<T>(
@@ -335,6 +331,8 @@ impl Task for TaskService {
         })
     }
 
+    /// Answers of any id: containerd asks when it has been restarted, and takes a shim that does not answer for
+    /// dead. One that it finds without the task it then ends in order.
     async fn connect(
         &self,
         _: &TtrpcContext,
@@ -345,9 +343,8 @@ impl Task for TaskService {
             Ok(sandbox) if sandbox.id == request.id => sandbox.pid,
             _ => {
                 let exec_id = String::new();
-                self.ask(&request.id, |reply| Request::State { exec_id, reply })
-                    .await?
-                    .pid
+                let state = self.ask(&request.id, |reply| Request::State { exec_id, reply });
+                state.await.map_or(0, |state| state.pid)
             }
         };
         Ok(ConnectResponse {
@@ -360,9 +357,7 @@ impl Task for TaskService {
 
     /// May come repeatedly and with containers left; only without any does it end the pod.
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if self.pod.shutdown(false).await {
-            self.done.notify_one();
-        }
+        self.pod.shutdown(false).await;
         Ok(Empty::default())
     }
 }

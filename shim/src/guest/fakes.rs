@@ -100,6 +100,8 @@ pub(crate) struct Behaviour {
     pub(crate) left_behind: bool,
     /// Processes take all of the grace of a Shutdown, and more.
     pub(crate) stubborn: bool,
+    /// The guest takes this long to power off.
+    pub(crate) slow_shutdown: Duration,
     /// These containers wait for what never comes, and cannot be killed.
     pub(crate) unkillable: &'static [&'static str],
     /// UpdateContainer is answered after this time.

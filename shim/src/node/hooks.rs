@@ -19,6 +19,7 @@ use serde_json::json;
 use crate::asked::spec::Spec;
 use crate::asked::spec::hooks::{Hook, Hooks};
 use crate::error::{Error, Kind, Result};
+use crate::node::limits;
 
 /// How long a hook may take that names no time of its own.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(300);
@@ -137,6 +138,7 @@ fn run(hook: &Hook, state: &[u8], bundle: &Path) -> Result<()> {
     if let Some(zero) = hook.args.first() {
         std::os::unix::process::CommandExt::arg0(&mut command, zero);
     }
+    limits::give_back_files(&mut command);
     let mut child = command.spawn().map_err(failed)?;
     let limit = hook
         .timeout

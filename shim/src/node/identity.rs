@@ -42,6 +42,14 @@ impl Identity {
     /// # Errors
     /// What the kernel says, or `TimedOut`; a process that is gone is no error.
     pub fn kill(&self, timeout: Duration) -> io::Result<()> {
+        self.end_by(Signal::KILL, timeout)
+    }
+
+    /// As [`Self::kill`], by another signal.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn end_by(&self, signal: Signal, timeout: Duration) -> io::Result<()> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
             return Ok(());
         };
@@ -52,7 +60,7 @@ impl Identity {
         if !self.is_alive() {
             return Ok(());
         }
-        match pidfd_send_signal(&pidfd, Signal::KILL) {
+        match pidfd_send_signal(&pidfd, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
             Err(errno) => return Err(errno.into()),
         }

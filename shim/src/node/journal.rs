@@ -38,6 +38,19 @@ pub struct Journal {
     /// Its name in Kubernetes, for those who look.
     #[serde(default)]
     pub pod: Option<PodName>,
+    /// Its end is under way, in order: the shim ends it, and itself when that is asked for.
+    #[serde(default)]
+    pub ending: Option<Ending>,
+}
+
+/// How a pod was when its end began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ending {
+    /// Its last container had been deleted, or there was none: whatever was to be done after a container is done.
+    Emptied,
+    /// There were containers in it.
+    Inhabited,
 }
 
 /// A pod's directory.
@@ -145,6 +158,18 @@ impl StateDir {
         }
     }
 
+    /// As [`Self::remove`], unless the journal in it is another's than that of this shim: then the name is that
+    /// shim's by now. One without a journal is nobody's.
+    pub fn remove_if_of(&self, shim: Option<Identity>) {
+        let others = match self.read() {
+            Ok(Some(journal)) => shim != Some(journal.shim),
+            Ok(None) | Err(_) => false,
+        };
+        if !others {
+            self.remove();
+        }
+    }
+
     /// A reader sees the old file or the new one, never half.
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path.join(name);
@@ -166,6 +191,7 @@ impl Journal {
             socket: None,
             netns: None,
             pod: None,
+            ending: None,
         }
     }
 
@@ -242,6 +268,7 @@ mod tests {
             socket: Some("/run/s".into()),
             netns: Some("/run/netns/a".into()),
             pod: PodName::of_metadata("shop", "web", "u"),
+            ending: Some(Ending::Emptied),
         };
         dir.write(&journal).unwrap();
         assert_eq!(dir.read().unwrap(), Some(journal));
@@ -249,6 +276,24 @@ mod tests {
         dir.remove();
         dir.remove();
         assert_eq!(fs::read_dir(base.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_directory_is_not_removed_for_one_whose_name_is_anothers_by_now() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(base.path(), "ns", "c1").unwrap();
+        let shim = |pid| Identity { pid, start_time: 2 };
+        dir.create().unwrap();
+        dir.write(&Journal::new(shim(1))).unwrap();
+        for other in [None, Some(shim(7))] {
+            dir.remove_if_of(other);
+            assert_eq!(dir.read().unwrap(), Some(Journal::new(shim(1))));
+        }
+        dir.remove_if_of(Some(shim(1)));
+        assert!(!dir.path.exists());
+        dir.create().unwrap();
+        dir.remove_if_of(Some(shim(7)));
+        assert!(!dir.path.exists(), "nobody's is left");
     }
 
     #[test]
@@ -275,6 +320,7 @@ mod tests {
             socket: Some(socket.clone()),
             netns: None,
             pod: None,
+            ending: None,
         };
         journal.undo(Duration::from_secs(5)).unwrap();
         assert!(!vmm.wait().unwrap().success());

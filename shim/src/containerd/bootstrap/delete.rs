@@ -13,12 +13,13 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 
 use super::args::Args;
+use super::orderly;
 use super::start::{ADDRESS_FILE, STATE_FILE};
 use crate::asked::config::Config;
 use crate::asked::spec::{self, Spec};
 use crate::error::{Error, Result};
 use crate::node::hooks::{ContainerHooks, Stage};
-use crate::node::journal::StateDir;
+use crate::node::journal::{Ending, StateDir};
 use crate::node::remains::Remains;
 use crate::pod::account::{KILLED as KILLED_CODE, account_of_killed};
 
@@ -38,9 +39,9 @@ pub fn delete(args: &Args) -> Result<Vec<u8>> {
         &args.bundle
     };
     let names = (args.namespace.as_str(), args.id.as_str());
-    let (pid, was_left) = clean(&StateDir::new(&base(bundle), names.0, names.1)?, names)?;
+    let (pid, hooks_are_left) = clean(&StateDir::new(&base(bundle), names.0, names.1)?, names)?;
     remove_socket(bundle);
-    if was_left {
+    if hooks_are_left {
         stopped_hooks(&args.id, bundle);
     }
     respond(pid, SystemTime::now())
@@ -71,23 +72,29 @@ fn stopped_hooks(id: &str, bundle: &Path) {
     }
 }
 
-/// Undoes what is left; returns the VMM's pid and whether there was anything.
+/// Undoes what is left; returns the VMM's pid and whether there was anything whose hooks have not been run.
 fn clean(dir: &StateDir, names: (&str, &str)) -> Result<(u32, bool)> {
-    let (mut pid, mut was_left) = (0, false);
-    if let Some(journal) = dir.read()? {
-        was_left = true;
+    let (mut pid, mut hooks_are_left) = (0, false);
+    let journal = dir.read()?;
+    if let Some(journal) = &journal {
+        hooks_are_left = journal.ending != Some(Ending::Emptied);
         pid = journal.vmm.map_or(0, |vmm| vmm.pid);
-        journal
-            .undo(TIMEOUT)
-            .map_err(|error| Error::io("cannot clean up after the shim", &error))?;
+        if !orderly::ended(dir, journal)? {
+            journal
+                .undo(TIMEOUT)
+                .map_err(|error| Error::io("cannot clean up after the shim", &error))?;
+        }
+    }
+    // A pod whose end had begun was not killed, however its shim ended.
+    if let Some(journal) = journal.as_ref().filter(|journal| journal.ending.is_none()) {
         let at = SystemTime::now();
         let timeline = dir.read_timeline().unwrap_or_default();
-        let account = account_of_killed(names, at, &journal, &timeline);
+        let account = account_of_killed(names, at, journal, &timeline);
         // For those who look: that it cannot be kept must not keep the pod's remains in place.
         let _ = Remains::beside(dir.base()).keep(at, KILLED_CODE, &account);
     }
-    dir.remove();
-    Ok((pid, was_left))
+    dir.remove_if_of(journal.map(|journal| journal.shim));
+    Ok((pid, hooks_are_left))
 }
 
 /// A server killed before it wrote its journal is known by its bundle's address file alone.
@@ -161,6 +168,30 @@ mod tests {
         // Cut off by a full disk.
         fs::write(bundle.path().join(STATE_FILE), "").unwrap();
         assert_eq!(base(bundle.path()), usual);
+    }
+
+    #[test]
+    fn of_a_pod_that_was_ending_no_account_is_kept_and_its_hooks_run_once() {
+        for (ending, hooks_are_left) in [(Ending::Emptied, false), (Ending::Inhabited, true)] {
+            let root = tempfile::tempdir().unwrap();
+            let base = root.path().join("brig");
+            let dir = StateDir::new(&base, "ns", "c1").unwrap();
+            dir.create().unwrap();
+            // It ends when it is told to, but not in order.
+            let mut shim = Command::new("sleep").arg("60").spawn().unwrap();
+            let mut vmm = Command::new("sleep").arg("60").spawn().unwrap();
+            let journal = Journal {
+                vmm: Identity::of(vmm.id()),
+                ending: Some(ending),
+                ..Journal::new(Identity::of(shim.id()).unwrap())
+            };
+            dir.write(&journal).unwrap();
+            assert_eq!(clean(&dir, NAMES).unwrap(), (vmm.id(), hooks_are_left));
+            shim.wait().unwrap();
+            assert!(!vmm.wait().unwrap().success());
+            assert!(Remains::beside(&base).all().is_empty());
+            assert_eq!(dir.read().unwrap(), None);
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod args;
 pub mod delete;
 pub mod info;
 pub mod options;
+mod orderly;
 pub mod reply;
 pub mod root_mounts;
 pub mod start;

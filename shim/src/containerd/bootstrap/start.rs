@@ -23,6 +23,7 @@ use super::reply::{self, Input};
 use crate::asked::config::Config;
 use crate::asked::spec::{self, Role, Spec};
 use crate::error::{Error, Kind, Result};
+use crate::node::limits;
 
 /// Where containerd's shims have their sockets unless BootstrapParams say otherwise.
 pub const SOCKET_DIR: &str = "/run/containerd/s";
@@ -179,6 +180,9 @@ fn spawn_server(
         .stderr(server_stderr());
     if debug {
         command.arg("-debug");
+    }
+    if let Some(soft) = limits::soft_files() {
+        command.env(limits::SOFT_FILES, soft.to_string());
     }
     for (name, value) in environment {
         if let Some(value) = value {

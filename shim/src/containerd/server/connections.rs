@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
-use futures::{Stream, StreamExt as _};
+use futures::{FutureExt as _, Stream, StreamExt as _};
+use slog::{Logger, warn};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Sleep, sleep, timeout};
 
 use crate::pod::stdio::streaming::wire::{self, Opening};
 use crate::pod::stdio::streaming::{self, Streams};
@@ -32,6 +33,10 @@ const SILENCE: Duration = Duration::from_secs(300);
 /// Connections that may be silent at once; beyond, the oldest is hung up on.
 const MAX_SILENT: usize = 64;
 
+/// How long nobody is accepted after that has failed: there may be a descriptor for it by then. The listener stays ready, so
+/// that without a pause the thread would do nothing else.
+const RECOVERY: Duration = Duration::from_millis(100);
+
 /// Reads what a connection begins with; see [`begin`].
 type Beginning = BoxFuture<'static, Option<(Vec<u8>, UnixStream)>>;
 
@@ -44,11 +49,18 @@ pub struct Connections {
     beginning: FuturesUnordered<Beginning>,
     /// The end of one of these hangs up on its connection, unless that has begun. The oldest is first.
     silent: VecDeque<oneshot::Sender<()>>,
+    /// Until it is over nobody is accepted.
+    recovery: Option<Pin<Box<Sleep>>>,
+    logger: Logger,
 }
 
 impl Connections {
     /// Counts the connections of this listener; the receiver has their number.
-    pub fn of(listener: UnixListener, streams: Streams) -> (Self, watch::Receiver<usize>) {
+    pub fn of(
+        listener: UnixListener,
+        streams: Streams,
+        logger: Logger,
+    ) -> (Self, watch::Receiver<usize>) {
         let (open, count) = watch::channel(0);
         let connections = Self {
             listener,
@@ -56,8 +68,27 @@ impl Connections {
             streams,
             beginning: FuturesUnordered::new(),
             silent: VecDeque::new(),
+            recovery: None,
+            logger,
         };
         (connections, count)
+    }
+
+    /// The next connection; after a failure only when the pause is over.
+    fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<UnixStream> {
+        loop {
+            if let Some(recovery) = &mut self.recovery {
+                ready!(recovery.poll_unpin(context));
+                self.recovery = None;
+            }
+            match ready!(self.listener.poll_accept(context)) {
+                Ok((stream, _)) => return Poll::Ready(stream),
+                Err(error) => {
+                    warn!(self.logger, "cannot accept a connection"; "error" => %error);
+                    self.recovery = Some(Box::pin(sleep(RECOVERY)));
+                }
+            }
+        }
     }
 }
 
@@ -103,20 +134,15 @@ impl Stream for Connections {
     type Item = io::Result<Connection>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        while let Poll::Ready(accepted) = self.listener.poll_accept(context) {
-            match accepted {
-                Ok((stream, _)) => {
-                    let (silent, hung_up) = oneshot::channel();
-                    self.silent.retain(|silent| !silent.is_closed());
-                    self.silent.push_back(silent);
-                    if self.silent.len() > MAX_SILENT {
-                        self.silent.pop_front();
-                    }
-                    let beginning = begin_in_time(stream, self.streams.clone(), hung_up);
-                    self.beginning.push(Box::pin(beginning));
-                }
-                Err(error) => return Poll::Ready(Some(Err(error))),
+        while let Poll::Ready(stream) = self.poll_accept(context) {
+            let (silent, hung_up) = oneshot::channel();
+            self.silent.retain(|silent| !silent.is_closed());
+            self.silent.push_back(silent);
+            if self.silent.len() > MAX_SILENT {
+                self.silent.pop_front();
             }
+            let beginning = begin_in_time(stream, self.streams.clone(), hung_up);
+            self.beginning.push(Box::pin(beginning));
         }
         loop {
             match ready!(self.beginning.poll_next_unpin(context)) {
@@ -129,7 +155,7 @@ impl Stream for Connections {
                     })));
                 }
                 Some(None) => {}
-                // The listener wakes us.
+                // The listener wakes us, or the end of the pause.
                 None => return Poll::Pending,
             }
         }
@@ -201,12 +227,17 @@ mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt as _;
 
+    fn of(listener: UnixListener) -> (Connections, watch::Receiver<usize>) {
+        let logger = Logger::root(slog::Discard, slog::o!());
+        Connections::of(listener, Streams::default(), logger)
+    }
+
     #[tokio::test]
     async fn a_connection_counts_from_its_first_frame_until_it_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let (mut connections, mut count) = Connections::of(listener, Streams::default());
+        let (mut connections, mut count) = of(listener);
         let mut clients = [
             UnixStream::connect(&path).await.unwrap(),
             UnixStream::connect(&path).await.unwrap(),
@@ -225,6 +256,27 @@ mod tests {
         count.wait_for(|count| *count == 0).await.unwrap();
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn after_a_failure_to_accept_there_is_a_pause() {
+        // A socket that does not listen: always ready, and accept always fails.
+        let socket = rustix::net::socket(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            None,
+        );
+        let listener = std::os::unix::net::UnixListener::from(socket.unwrap());
+        listener.set_nonblocking(true).unwrap();
+        let listener = UnixListener::from_std(listener).unwrap();
+        let (mut connections, _count) = of(listener);
+        let mut polls = 0;
+        let accepted = std::future::poll_fn(|context| {
+            polls += 1;
+            connections.poll_next_unpin(context)
+        });
+        assert!(timeout(10 * RECOVERY, accepted).await.is_err());
+        assert!((2..=22).contains(&polls), "{polls} polls");
+    }
+
     async fn is_hung_up(client: &mut UnixStream) -> bool {
         matches!(client.read(&mut [0; 1]).await, Ok(0) | Err(_))
     }
@@ -234,7 +286,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let (mut connections, _count) = Connections::of(listener, Streams::default());
+        let (mut connections, _count) = of(listener);
         let serving = tokio::spawn(async move { connections.next().await.is_some() });
         let mut silent = UnixStream::connect(&path).await.unwrap();
         let mut slow = UnixStream::connect(&path).await.unwrap();
@@ -253,7 +305,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let (mut connections, _count) = Connections::of(listener, Streams::default());
+        let (mut connections, _count) = of(listener);
         let serving = tokio::spawn(async move { connections.next().await.is_some() });
         let mut oldest = UnixStream::connect(&path).await.unwrap();
         let mut others = Vec::new();

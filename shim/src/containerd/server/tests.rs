@@ -13,6 +13,7 @@ use ttrpc::Code;
 
 mod harness;
 mod hostile;
+mod impatient;
 mod operator;
 mod pod;
 mod processes;

@@ -331,6 +331,7 @@ impl Agent for FakeAgent {
         if self.behaviour.stubborn && request.grace_ms > 0 {
             std::future::pending::<()>().await;
         }
+        tokio::time::sleep(self.behaviour.slow_shutdown).await;
         self.power.lock().unwrap().take();
         let both = rustix::net::Shutdown::Both;
         let _ = rustix::net::shutdown(&*self.control, both);

@@ -12,6 +12,7 @@ use super::Templates;
 use super::recipe::Recipe;
 use crate::error::Result;
 use crate::node::cgroup::Cgroup;
+use crate::node::limits;
 
 /// The cgroup of those who make templates.
 const CGROUP: &str = "/brig-templates";
@@ -47,16 +48,17 @@ fn make_by_other(recipe: &Recipe) -> std::result::Result<bool, String> {
     let told = told.map_err(said)?;
     // Until what it may have left is gone: the next one would be taken for that.
     let _held = lock.try_clone().map_err(said)?;
-    let made = Command::new("/proc/self/exe")
+    let mut maker = Command::new("/proc/self/exe");
+    maker
         .args(["build-template", &told])
         // It has the lock for as long as it lives, whatever becomes of this process.
         .stdin(Stdio::from(lock))
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .current_dir(Path::new("/"))
-        .process_group(0)
-        .output();
-    let made = made.map_err(said)?;
+        .process_group(0);
+    limits::give_back_files(&mut maker);
+    let made = maker.output().map_err(said)?;
     remove_cgroup();
     if made.status.success() {
         return Ok(true);

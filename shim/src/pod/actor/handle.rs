@@ -108,18 +108,31 @@ pub(super) enum Message {
     Refused(String, Error),
     Sandbox(Ask),
     Shutdown {
-        even_if_busy: bool,
-        /// The processes that still run get SIGTERM first, and the configured time.
-        gently: bool,
+        end: End,
         reply: oneshot::Sender<bool>,
     },
     Stopped,
+}
+
+/// What is to end, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The pod alone, whatever is in it: containerd has yet to hear of its containers' ends.
+    Pod,
+    /// The pod and the shim, if no container is left.
+    IfEmpty,
+    /// The pod and the shim, whatever is in it.
+    Shim,
+    /// As [`Self::Shim`], but the processes that still run get SIGTERM first, and the configured time.
+    Gently,
 }
 
 /// The way to the pod; cheap to clone.
 #[derive(Clone)]
 pub struct PodHandle {
     pub(super) mailbox: mpsc::Sender<Message>,
+    /// The pod has ended, and its shim is to follow.
+    pub(super) over: watch::Receiver<bool>,
 }
 
 impl PodHandle {
@@ -178,24 +191,37 @@ impl PodHandle {
         let _ = self.mailbox.send(Message::Refused(id, error)).await;
     }
 
-    /// Ends the pod when no container remains (or regardless): the VM is stopped and reaped, and
-    /// nothing is left on the host. False when containers remain.
+    /// Ends the pod when no container remains (or regardless), and then the shim: the VM is stopped and
+    /// reaped, and nothing is left on the host, not even the shim's socket. False when containers remain.
     pub async fn shutdown(&self, even_if_busy: bool) -> bool {
-        self.end(even_if_busy, false).await
-    }
-
-    /// Ends the pod as the node shuts down: what still runs gets SIGTERM, and the configured time for it.
-    pub async fn terminate(&self) {
-        self.end(true, true).await;
-    }
-
-    async fn end(&self, even_if_busy: bool, gently: bool) -> bool {
-        let (reply, answer) = oneshot::channel();
-        let message = Message::Shutdown {
-            even_if_busy,
-            gently,
-            reply,
+        let end = if even_if_busy {
+            End::Shim
+        } else {
+            End::IfEmpty
         };
+        self.end(end).await
+    }
+
+    /// Ends the pod and the shim as the node shuts down: what still runs gets SIGTERM, and the configured time
+    /// for it.
+    pub async fn terminate(&self) {
+        self.end(End::Gently).await;
+    }
+
+    /// Ends the pod, whatever is in it; the shim goes on and answers for it.
+    pub async fn stop(&self) {
+        self.end(End::Pod).await;
+    }
+
+    /// Waits until the pod has ended and its shim is to follow.
+    pub async fn over(&self) {
+        // An actor that is gone answers nobody any more.
+        let _ = self.over.clone().wait_for(|over| *over).await;
+    }
+
+    async fn end(&self, end: End) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Shutdown { end, reply };
         if self.mailbox.send(message).await.is_err() {
             return true;
         }

@@ -19,7 +19,7 @@ use std::time::{Duration, SystemTime};
 use brig_agent_protocol::agent::{Event, event};
 use futures::FutureExt as _;
 use slog::{Logger, info, warn};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::asked::config::{Config, LogFormat, MIB};
 use crate::asked::pod_name::PodName;
@@ -31,7 +31,7 @@ use crate::log::{Control, JOURNAL, Journald};
 use crate::node::cgroup::Cgroup;
 use crate::node::collector::Collector;
 use crate::node::identity::Identity;
-use crate::node::journal::{Journal, StateDir};
+use crate::node::journal::{Ending, Journal, StateDir};
 use crate::node::remains::Remains;
 use crate::node::stand_in::StandIn;
 use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply};
@@ -108,6 +108,10 @@ struct Pod {
     tracing: Tracing,
     counting: Counting,
     waiting: Vec<oneshot::Sender<bool>>,
+    /// The shim is to end with the pod.
+    with_shim: bool,
+    /// Turned true when both are at their end.
+    over: watch::Sender<bool>,
     /// Cuts the grace short.
     hurry: Arc<Notify>,
     /// The sandbox container of a pod of CRI.
@@ -161,6 +165,8 @@ pub fn spawn(setup: Setup) -> PodHandle {
         tracing,
         counting: Counting::default(),
         waiting: Vec::new(),
+        with_shim: false,
+        over: watch::Sender::new(false),
         hurry: Arc::default(),
         stub: None,
         in_force: None,
@@ -168,8 +174,9 @@ pub fn spawn(setup: Setup) -> PodHandle {
         state: "creating",
         since: began,
     };
+    let handle = pod.handle_of_it();
     tokio::spawn(pod.run(messages, news_in, removed_in));
-    PodHandle { mailbox }
+    handle
 }
 
 impl Pod {
@@ -183,12 +190,12 @@ impl Pod {
             // Removals first: a Shutdown that follows a Delete must see it.
             tokio::select! {
                 biased;
-                Some(id) = removed.recv() => self.removed(&id),
+                Some(id) = removed.recv() => self.removed(&id).await,
                 Some(news) = news.recv() => {
                     self.news(news).await;
                     // In turns: a guest that never stops talking must not keep containerd waiting.
                     while let Ok(id) = removed.try_recv() {
-                        self.removed(&id);
+                        self.removed(&id).await;
                     }
                     if let Ok(message) = messages.try_recv() {
                         self.handle(message).await;
@@ -229,7 +236,7 @@ impl Pod {
                 };
                 let _ = reply.send(vm);
             }
-            Message::Sandbox(ask) => self.sandbox_asked(ask),
+            Message::Sandbox(ask) => self.sandbox_asked(ask).await,
             Message::Inspect { reply } => drop(reply.send(self.inspection())),
             // What is asked for twice is there.
             Message::PartOf(trace) => self.tracing.part_of(trace),
@@ -250,29 +257,20 @@ impl Pod {
                     container.vm_ended(death.clone()).await;
                 }
             }
-            Message::Shutdown {
-                even_if_busy,
-                gently,
-                reply,
-            } => {
-                let busy = self.sandbox.is_some() || !self.containers.is_empty();
-                if busy && !even_if_busy {
-                    let _ = reply.send(false);
-                } else if matches!(self.stage, Stage::Stopped) {
-                    let _ = reply.send(true);
-                } else {
-                    self.waiting.push(reply);
-                    self.stop(if gently { self.grace } else { Duration::ZERO });
-                }
-            }
+            Message::Shutdown { end, reply } => self.end(end, reply).await,
             Message::Stopped => {
                 self.stage = Stage::Stopped;
                 self.enter("stopped");
                 self.sandbox_ended(SystemTime::now());
-                for waiting in self.waiting.drain(..) {
-                    let _ = waiting.send(true);
-                }
+                self.tell_end();
             }
+        }
+    }
+
+    fn handle_of_it(&self) -> PodHandle {
+        PodHandle {
+            mailbox: self.mailbox.clone(),
+            over: self.over.subscribe(),
         }
     }
 
@@ -353,15 +351,10 @@ impl Pod {
         let context = self.context.clone();
         let handle = if creation.role == Role::Sandbox {
             self.stub = Some(id.clone());
-            let pod = PodHandle {
-                mailbox: self.mailbox.clone(),
-            };
+            let pod = self.handle_of_it();
             let end_pod = Box::new(move || {
                 let pod = pod.clone();
-                async move {
-                    pod.shutdown(true).await;
-                }
-                .boxed()
+                async move { pod.stop().await }.boxed()
             });
             container::sandbox::spawn(context, creation, boot, end_pod, reply)
         } else {
@@ -473,7 +466,7 @@ impl Pod {
         }
     }
 
-    fn removed(&mut self, id: &str) {
+    async fn removed(&mut self, id: &str) {
         self.containers.remove(id);
         self.context.size.gone(id);
         self.context.node_io.gone(id, &self.setup.logger);
@@ -486,13 +479,13 @@ impl Pod {
         }
         let over = self.containers.is_empty() && self.sandbox.is_none();
         if over && matches!(self.stage, Stage::Up(_)) {
-            self.stop(Duration::ZERO);
+            self.stop(Duration::ZERO).await;
         }
     }
 
     /// Ends the VM, with `grace` for its processes, and undoes what the pod left on the host; repeatable, and
     /// the second time without grace cuts that of the first short.
-    fn stop(&mut self, grace: Duration) {
+    async fn stop(&mut self, grace: Duration) {
         let account = self.last_account();
         let boot = match std::mem::replace(&mut self.stage, Stage::Stopping) {
             Stage::Up(boot) => Some(boot),
@@ -508,6 +501,15 @@ impl Pod {
         self.enter("stopping");
         self.count_start();
         let counted = self.counting.last();
+        self.setup.journal.ending = Some(if self.containers.is_empty() {
+            Ending::Emptied
+        } else {
+            Ending::Inhabited
+        });
+        // One without a VM is gone before anybody could read it.
+        if boot.is_some() {
+            self.write_journal().await;
+        }
         let state = self.setup.state.clone();
         let (mailbox, logger) = (self.mailbox.clone(), self.setup.logger.clone());
         let mut cgroup = self.setup.journal.cgroup.clone();

@@ -15,12 +15,12 @@ use crate::pod::container::{self, Reply};
 use crate::pod::process::KILLED;
 
 impl Pod {
-    pub(super) fn sandbox_asked(&mut self, ask: Ask) {
+    pub(super) async fn sandbox_asked(&mut self, ask: Ask) {
         match ask {
             Ask::Create(creation, reply) => drop(reply.send(self.create_sandbox(*creation))),
             Ask::Start(reply) => self.start_sandbox(reply),
             Ask::Ready(result, reply) => self.sandbox_ready(result, reply),
-            Ask::Stop(reply) => self.stop_sandbox(reply),
+            Ask::Stop(reply) => self.stop_sandbox(reply).await,
             Ask::State(reply) => {
                 let id = self.setup.id.clone();
                 let _ = reply.send(self.sandbox().map(|sandbox| sandbox.state(id)));
@@ -144,7 +144,7 @@ impl Pod {
         let _ = reply.send(answer);
     }
 
-    fn stop_sandbox(&mut self, reply: oneshot::Sender<()>) {
+    async fn stop_sandbox(&mut self, reply: oneshot::Sender<()>) {
         let Some(sandbox) = &mut self.sandbox else {
             let _ = reply.send(());
             return;
@@ -156,7 +156,7 @@ impl Pod {
         }
         let (told, stopped) = oneshot::channel();
         self.waiting.push(told);
-        self.stop(std::time::Duration::ZERO);
+        self.stop(std::time::Duration::ZERO).await;
         tokio::spawn(async move {
             let _ = stopped.await;
             let _ = reply.send(());

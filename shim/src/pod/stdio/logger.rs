@@ -21,6 +21,7 @@ use tokio::time::timeout;
 
 use super::percent::decode;
 use crate::error::{Error, Kind, Result};
+use crate::node::limits;
 use crate::node::watched::watched;
 
 /// The schemes of an URI that names a logger.
@@ -73,6 +74,7 @@ pub async fn start(
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     place(&mut command, [stdout, stderr, ready_write])?;
+    limits::give_back_files(&mut command);
     let mut child = command.spawn().map_err(failed)?;
     // The command's closure holds our copies of the child's ends.
     drop(command);

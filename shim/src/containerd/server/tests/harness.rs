@@ -46,7 +46,7 @@ pub(super) struct Harness {
     /// More lines of the handler's configuration.
     pub(super) settings: &'static str,
     topics: mpsc::UnboundedReceiver<String>,
-    server: JoinHandle<Result<()>>,
+    pub(super) server: JoinHandle<Result<()>>,
     _containerd: Server,
 }
 
@@ -74,6 +74,11 @@ impl Harness {
         );
         let state = StateDir::new(&dir.path().join("state"), "ns", "c").unwrap();
         state.create().unwrap();
+        let socket = dir.path().join("shim");
+        let journal = Journal {
+            socket: Some(socket.clone()),
+            ..Journal::new(Identity::of(std::process::id()).unwrap())
+        };
         let host = FakeHost::new(behaviour);
         let record = host.record.clone();
         let streams = Streams::default();
@@ -81,7 +86,7 @@ impl Harness {
             namespace: "ns".into(),
             id: "c".into(),
             state,
-            journal: Journal::new(Identity::of(std::process::id()).unwrap()),
+            journal,
             began: SystemTime::now(),
             host: host.clone(),
             events: publisher.events(),
@@ -90,17 +95,12 @@ impl Harness {
             streams: streams.clone(),
             collector: None,
         });
-        let socket = dir.path().join("shim");
         let listener = UnixListener::bind(&socket).unwrap();
         listener.set_nonblocking(true).unwrap();
         let (path, for_server) = (socket.clone(), pod.clone());
         let server = tokio::spawn(async move {
             let config = path.with_file_name("config.toml");
-            let served = Served {
-                listener,
-                socket: Some(&path),
-                streams,
-            };
+            let served = Served { listener, streams };
             run(served, Some(config), for_server, publisher, (&logger, log)).await
         });
         let address = format!("unix://{}", socket.display());
@@ -278,9 +278,14 @@ impl Harness {
     }
 
     /// Shuts down and checks that nothing is left; returns the topics that were published.
-    pub(super) async fn end(mut self) -> Vec<String> {
+    pub(super) async fn end(self) -> Vec<String> {
         let request = ShutdownRequest::default();
         let _ = self.client.shutdown(ctx(), &request).await;
+        self.ended().await
+    }
+
+    /// As [`Self::end`] for one that has been shut down.
+    pub(super) async fn ended(mut self) -> Vec<String> {
         // As containerd does.
         drop(self.client);
         let ended = timeout(LONG, self.server)

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use brig_tests::node::check::{equal, that};
-use brig_tests::node::ctr::Container;
+use brig_tests::node::ctr::{Container, Run};
 use brig_tests::node::leaks;
 use brig_tests::node::process::{self, Running};
 use brig_tests::node::{clock, containerd, ctr};
@@ -37,6 +37,8 @@ enum Barrier {
     Running,
     /// An exec runs beside it.
     ExecInFlight,
+    /// The task was deleted, and its VM ends.
+    Ending,
 }
 
 pub const CASES: &[Case] = &[
@@ -107,6 +109,11 @@ pub const CASES: &[Case] = &[
         "crash",
         "containerd is killed with an exec in flight",
         |suite| crash(suite, Victim::Containerd, Barrier::ExecInFlight),
+    ),
+    brig(
+        "crash",
+        "containerd is killed while the VM of a deleted container ends",
+        |suite| crash(suite, Victim::Containerd, Barrier::Ending),
     ),
 ];
 
@@ -265,7 +272,22 @@ fn story(suite: &mut Suite, victim: Victim, barrier: Barrier) -> Result<()> {
                 status.is_none_or(|(status, _)| status == "STOPPED"),
             )
         }
+        Barrier::Ending => deleted(suite, victim, &run, mark),
     }
+}
+
+/// Whether or not containerd has come to send Shutdown, the shim ends.
+fn deleted(suite: &mut Suite, victim: Victim, run: &Run, mark: usize) -> Result<()> {
+    suite.ctr.start(run)?.forget();
+    let mut delete = suite.ctr.command(&["task", "delete", "--force", &run.id]);
+    delete.stdin(std::process::Stdio::null());
+    let deleting = Running::start(delete)?;
+    suite
+        .events()?
+        .wait_topic(mark, patience(), &run.id, "/tasks/delete")?;
+    strike(suite, victim, &run.id, &BTreeSet::new())?;
+    containerd::restart()?;
+    deleting.finish(clock::seconds(20)).map(drop)
 }
 
 fn in_flight(container: &Container) -> Result<Running> {

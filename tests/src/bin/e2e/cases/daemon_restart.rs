@@ -1,15 +1,19 @@
 //! containerd goes away and comes back, or the shim does not: what each containerd finds then.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::daemon::Daemon;
-use brig_tests::node::daemon::connection::Connection;
+use brig_tests::node::daemon::connection::{Connection, refused};
 use brig_tests::node::daemon::generation::Generation;
 use brig_tests::node::daemon::pod::Pod;
+use brig_tests::node::leaks::Snapshot;
 use brig_tests::node::process;
 use containerd_shim_protos::api::Status;
+use containerd_shim_protos::sandbox_api::{ShutdownSandboxRequest, ShutdownSandboxResponse};
+use ttrpc::Code;
 
 use super::daemon_pods::config;
 use super::leaks::baseline;
@@ -38,6 +42,16 @@ pub const CASES: &[Case] = &[
         "daemon",
         "2.2: delete after the shim of a pause container's pod was killed leaves nothing, and may be repeated",
         |suite| killed(suite, Generation::V2_2, false),
+    ),
+    brig(
+        "daemon",
+        "a restarted containerd finds a shim without its task, and ends it",
+        leaked,
+    ),
+    brig(
+        "daemon",
+        "ShutdownSandbox that nobody waits for ends the pod and its shim",
+        unawaited,
     ),
 ];
 
@@ -137,6 +151,55 @@ fn killed(suite: &mut Suite, generation: Generation, api: bool) -> Result<()> {
     let socket = PathBuf::from(pod.endpoint.address.trim_start_matches("unix://"));
     that("the socket is gone", !socket.exists())?;
     drop(container);
+    drop(pod);
+    before.nothing_left(patience())
+}
+
+/// containerd was killed between `start` and Create.
+fn leaked(suite: &mut Suite) -> Result<()> {
+    let daemon = Daemon::new(Generation::V2_4, &suite.ctr.runtime, "leaked")?;
+    let before = Snapshot::take();
+    let bundle = daemon.bundle("leaked", None)?;
+    let endpoint = daemon.start(&bundle)?;
+    let servers = daemon.servers();
+    daemon.die();
+    daemon.live()?;
+    let connection = Connection::open(&endpoint)?;
+    let connected = connection.connect(&bundle.id)?;
+    equal("pid of the task", 0, connected.task_pid)?;
+    let shim = i32::try_from(connected.shim_pid)?;
+    that("the shim tells its pid", servers.contains(&shim))?;
+    refused("Pids", Code::NOT_FOUND, connection.pids(&bundle.id))?;
+    refused("Delete", Code::NOT_FOUND, connection.delete(&bundle.id))?;
+    connection.shutdown(&bundle.id)?;
+    drop(connection);
+    for server in servers {
+        that("the shim ends", process::exited(server, patience())?)?;
+    }
+    daemon.delete(&bundle)?;
+    before.nothing_left(patience())
+}
+
+fn unawaited(suite: &mut Suite) -> Result<()> {
+    let daemon = Daemon::new(Generation::V2_4, &suite.ctr.runtime, "unawaited")?;
+    let before = baseline(suite)?;
+    let pod = Pod::by_sandbox_api(&daemon, "unawaited", &config())?;
+    let servers = daemon.servers();
+    let request = ShutdownSandboxRequest {
+        sandbox_id: pod.bundle.id.clone(),
+        ..ShutdownSandboxRequest::default()
+    };
+    // No VM ends within that time; should one, the case shows less.
+    let _: Result<ShutdownSandboxResponse> = pod.connection.call(
+        "containerd.runtime.sandbox.v1.Sandbox",
+        "ShutdownSandbox",
+        &request,
+        Duration::from_millis(5),
+    );
+    for server in servers {
+        that("the shim ends", process::exited(server, patience())?)?;
+    }
+    daemon.delete(&pod.bundle)?;
     drop(pod);
     before.nothing_left(patience())
 }

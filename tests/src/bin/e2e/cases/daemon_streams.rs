@@ -1,12 +1,14 @@
 //! Stdio by the streaming service (`io_type = "streaming"`), as containerd 2.2 to 2.4 dial it.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use brig_tests::node::check::{equal, that};
 use brig_tests::node::daemon::Daemon;
 use brig_tests::node::daemon::generation::Generation;
 use brig_tests::node::daemon::pod::{Pod, Streams};
 use brig_tests::node::daemon::stream::Stream;
 use brig_tests::pattern;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::Value;
 
 use super::daemon_pods::config;
 use super::leaks::baseline;
@@ -22,6 +24,11 @@ pub const CASES: &[Case] = &[
         "daemon",
         "2.2: streams carry every byte both ways with version 2, in windows, and end with the container",
         |suite| streams(suite, Generation::V2_2),
+    ),
+    brig(
+        "daemon",
+        "a shim that is started with few descriptors has enough for its streams, and its containers have those few",
+        few_descriptors,
     ),
 ];
 
@@ -95,4 +102,48 @@ fn both_ways(
             Err(_) => anyhow::bail!("the writer panicked"),
         }
     })
+}
+
+/// What a service of systemd's has that names no limit, as containerd's own unit since 2.0.
+const FEW: u64 = 1024;
+
+fn few_descriptors(suite: &mut Suite) -> Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    // Of this process, whose child `start` is.
+    setrlimit(Resource::RLIMIT_NOFILE, FEW, hard)?;
+    let result = with_few_descriptors(suite);
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+    result
+}
+
+fn with_few_descriptors(suite: &mut Suite) -> Result<()> {
+    let daemon = Daemon::new(Generation::V2_4, &suite.ctr.runtime, "few")?;
+    let before = baseline(suite)?;
+    let pod = Pod::by_sandbox_api(&daemon, "few", &config())?;
+    for server in daemon.servers() {
+        let limits = std::fs::read_to_string(format!("/proc/{server}/limits"))?;
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max open files"));
+        let soft: u64 = line
+            .and_then(|line| line.split_whitespace().next())
+            .context("no limit of open files")?
+            .parse()?;
+        that(
+            &format!("{soft} descriptors are enough for 1024 streams"),
+            soft >= 4 * FEW,
+        )?;
+    }
+    let container = pod.container("facts", &[PROBE, "facts"])?;
+    let (said, status) = container.run(patience())?;
+    equal("exit status", 0, status)?;
+    let facts: Value = serde_json::from_str(&said)?;
+    equal(
+        "the container's soft limit",
+        Some(FEW),
+        facts["rlimits"]["nofile"][0].as_u64(),
+    )?;
+    container.delete()?;
+    pod.end()?;
+    before.nothing_left(patience())
 }
