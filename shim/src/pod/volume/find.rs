@@ -8,7 +8,8 @@ use brig_hypervisor::share::FileId;
 use super::classify::{self, Class};
 use super::feed::Source;
 use super::mountinfo::MountTable;
-use super::{direct, own, shared, snapshot};
+use super::parts::Within;
+use super::{direct, own, snapshot, view};
 use crate::asked::spec::BindMount;
 use crate::error::{Error, Result};
 use crate::guest::vm::shown;
@@ -36,9 +37,13 @@ impl Key {
 
 /// A part of what is shared.
 pub(super) struct Place {
-    pub(super) key: shared::Key,
+    pub(super) key: view::Key,
+    /// Where that is on the node, without links.
+    pub(super) source: PathBuf,
     /// Empty for all.
     pub(super) inside: String,
+    /// What shows it too, the largest first.
+    pub(super) within: Vec<Within>,
 }
 
 pub(super) type Classified = (BindMount, Place, Found);
@@ -91,17 +96,24 @@ pub(super) fn told(inside: &Path, destination: &str) -> Result<String> {
 
 fn share_place(bind: &BindMount, table: &MountTable) -> Result<Place> {
     let place = std::fs::canonicalize(&bind.source).and_then(|source| {
-        if let Some(own) = own::place(bind, &source, table) {
-            let identity = snapshot::identity(&own.top)?;
-            return Ok(Place {
-                key: shared::Key::of_own(own.top, identity, own.mount),
-                inside: own.inside,
-            });
-        }
-        let identity = snapshot::identity(&source)?;
+        let own = own::place(bind, &source, table);
+        let (source, inside, key) = match own {
+            Some(own) => {
+                let identity = snapshot::identity(&own.top)?;
+                let key = view::Key::of_own(identity, &own.mount, own.place);
+                (own.top, own.inside, key)
+            }
+            None => {
+                let identity = snapshot::identity(&source)?;
+                let key = view::Key::of(bind, &source, identity, table);
+                (source, String::new(), key)
+            }
+        };
         Ok(Place {
-            key: shared::Key::of(bind, source, identity, table),
-            inside: String::new(),
+            key,
+            source,
+            inside,
+            within: Vec::new(),
         })
     });
     place.map_err(|error| not_looked_at(bind, &error))

@@ -65,7 +65,8 @@ pub fn identity(path: &Path) -> io::Result<FileId> {
     Ok(identity_of(&rustix::fs::stat(path)?))
 }
 
-fn identity_of(stat: &Stat) -> FileId {
+/// Which directory or file this is of.
+pub fn identity_of(stat: &Stat) -> FileId {
     FileId {
         device: stat.st_dev,
         inode: stat.st_ino,

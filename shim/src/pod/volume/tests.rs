@@ -10,6 +10,8 @@ use std::os::unix::fs::symlink;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
+mod parts;
+
 struct Pod {
     volumes: Volumes,
     boot: Boot,
