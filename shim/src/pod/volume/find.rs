@@ -24,6 +24,7 @@ const HUGE_PAGE: u64 = 2 << 20;
 pub(super) enum Key {
     Live(FileId),
     Fixed(FileId),
+    PodFile(FileId),
     Memory(FileId),
     Huge(FileId),
 }
@@ -31,7 +32,7 @@ pub(super) enum Key {
 impl Key {
     /// Lives as long as the pod.
     pub(super) fn is_kept(self) -> bool {
-        matches!(self, Self::Memory(_) | Self::Huge(_))
+        matches!(self, Self::PodFile(_) | Self::Memory(_) | Self::Huge(_))
     }
 }
 
@@ -149,6 +150,16 @@ fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
                 key,
                 source,
                 inside,
+                memory: None,
+            })
+        }
+        Class::PodFile(path) => {
+            let identity = snapshot::identity(&path).map_err(failed)?;
+            let name = "file".to_owned();
+            Ok(Found::Volume {
+                key: Key::PodFile(identity),
+                inside: PathBuf::from(&name),
+                source: Source::PodFile { path, name },
                 memory: None,
             })
         }

@@ -342,7 +342,7 @@ impl Volumes {
         state.kept.retain(|volume| !volume.has_failed());
         let subscription = match key {
             Key::Live(_) => Some(state.watcher()?.subscribe()),
-            Key::Fixed(_) | Key::Memory(_) | Key::Huge(_) => None,
+            Key::Fixed(_) | Key::PodFile(_) | Key::Memory(_) | Key::Huge(_) => None,
         };
         state.made += 1;
         let feed = Feed {

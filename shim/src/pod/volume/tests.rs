@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 mod parts;
+mod pod_files;
 
 struct Pod {
     volumes: Volumes,
