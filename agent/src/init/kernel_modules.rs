@@ -27,13 +27,15 @@ pub fn beside_the_nodes(
 ) -> Result<Option<OwnedFd>> {
     let Some(MountSource::Share {
         path,
+        inside,
         mapped_on_host: false,
         ..
     }) = source
     else {
         return Ok(None);
     };
-    if !readonly || !PLACES.contains(&mount.source.trim_end_matches('/')) {
+    // On the way to a part there may be a container's links, which the overlay would follow.
+    if !inside.is_empty() || !readonly || !PLACES.contains(&mount.source.trim_end_matches('/')) {
         return Ok(None);
     }
     let Some(own) = modules::directory(&create.share) else {

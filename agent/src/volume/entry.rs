@@ -3,12 +3,14 @@
 use std::{ffi::OsStr, fmt, os::unix::ffi::OsStrExt as _, path::Path};
 
 use brig_agent_protocol::agent::VolumeEntry;
-use rustix::fs::{FileType, Mode};
+use rustix::fs::{FileType, Mode, Timespec};
 
 use crate::error::{Error, Result};
 
 /// Longest path in bytes.
 const MAX_PATH: usize = 4095;
+/// Nanoseconds in a second; numbers beyond are words of utimensat(2).
+const SECOND: u32 = 1_000_000_000;
 /// Longest name in bytes.
 const MAX_NAME: usize = 255;
 
@@ -53,6 +55,8 @@ pub struct Entry {
     pub content: Vec<u8>,
     /// Tells a file from its successor of the same name.
     pub identity: u64,
+    /// Its time of change, if that is not when it is made.
+    pub modified: Option<Timespec>,
 }
 
 impl Entry {
@@ -83,7 +87,18 @@ impl Entry {
         {
             return refused("has no valid link target");
         }
+        let modified = message.modified.into_option();
+        if modified
+            .as_ref()
+            .is_some_and(|time| time.nanoseconds >= SECOND)
+        {
+            return refused("has no valid time");
+        }
         Ok(Self {
+            modified: modified.map(|time| Timespec {
+                tv_sec: time.seconds,
+                tv_nsec: time.nanoseconds.into(),
+            }),
             path: message.path,
             kind,
             mode: Mode::from_raw_mode(message.mode & 0o7777),
@@ -151,6 +166,11 @@ mod tests {
         }
         assert!(Entry::parse(message(b"a", libc::S_IFCHR)).is_err());
         assert!(Entry::parse(message(b"", libc::S_IFREG)).is_err());
+        for (nanoseconds, taken) in [(999_999_999, true), (1_000_000_000, false)] {
+            let mut timed = message(b"a", libc::S_IFREG);
+            timed.modified.mut_or_insert_default().nanoseconds = nanoseconds;
+            assert_eq!(Entry::parse(timed).is_ok(), taken);
+        }
         let mut link = message(b"a", libc::S_IFLNK);
         link.content = Vec::new();
         assert!(Entry::parse(link).is_err());

@@ -146,6 +146,7 @@ fn entry(path: &str, kind: Kind, content: &str, identity: u64) -> Entry {
         gid: rustix::process::getgid().as_raw(),
         content: content.into(),
         identity,
+        modified: None,
     }
 }
 

@@ -20,6 +20,8 @@ const DATA: &[u8] = b"..data";
 #[derive(Default)]
 pub struct Replica {
     made: BTreeMap<Vec<u8>, Made>,
+    /// Directories that are new and have not got their time yet. One that stays is dated by what is made in it.
+    undated: BTreeSet<Vec<u8>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -40,9 +42,21 @@ impl Replica {
             .into_iter()
             .map(|entry| (entry.path.clone(), entry))
             .collect();
+        if self.made.is_empty() {
+            self.undated.insert(Vec::new());
+        }
         let is_late = |entry: &Entry| entry.kind == Kind::Link && !entry.path.contains(&b'/');
         for entry in wanted.values().filter(|entry| !is_late(entry)) {
             self.put(tree, entry)?;
+        }
+        // Before anybody is led there; the top is not complete yet.
+        let new = std::mem::take(&mut self.undated);
+        for entry in new.iter().filter_map(|path| wanted.get(path)) {
+            if entry.path.is_empty() {
+                self.undated.insert(Vec::new());
+            } else if entry.kind == Kind::Directory {
+                tree.date(entry, Links::Refused)?;
+            }
         }
         // `..data` first: the other links lead through it.
         if let Some(data) = wanted.get(DATA).filter(|entry| is_late(entry)) {
@@ -63,7 +77,10 @@ impl Replica {
             tree.remove(path)?;
             self.made.remove(path);
         }
-        Ok(())
+        match wanted.get(&Vec::new()) {
+            Some(top) if self.undated.remove(&top.path) => tree.date(top, Links::Refused),
+            _ => Ok(()),
+        }
     }
 
     fn put(&mut self, tree: &Tree, entry: &Entry) -> io::Result<()> {
@@ -90,6 +107,7 @@ impl Replica {
                 tree.replace(entry)?;
             } else {
                 tree.make(entry, Links::Refused)?;
+                self.undated.insert(entry.path.clone());
             }
         }
         self.made.insert(entry.path.clone(), made);
@@ -109,12 +127,15 @@ impl Replica {
 /// # Errors
 /// Those of the file system.
 pub fn add_missing(tree: &Tree, entries: &[Entry]) -> io::Result<()> {
+    let mut directories = Vec::new();
     for entry in entries {
         if entry.path.is_empty() {
             tree.refresh(entry)?;
+            directories.push(entry);
             continue;
         }
         match tree.make(entry, Links::Inside) {
+            Ok(()) if entry.kind == Kind::Directory => directories.push(entry),
             Ok(()) => {}
             // What the containers made counts, also when it is of another kind or a parent is.
             Err(error)
@@ -123,6 +144,17 @@ pub fn add_missing(tree: &Tree, entries: &[Entry]) -> io::Result<()> {
                     Some(libc::EEXIST | libc::ENOTDIR | libc::ELOOP | libc::ENOENT)
                 ) => {}
             Err(error) => return Err(error),
+        }
+    }
+    for entry in directories {
+        // A container may have taken it away again.
+        match tree.date(entry, Links::Inside) {
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)
+                ) => {}
+            dated => dated?,
         }
     }
     Ok(())

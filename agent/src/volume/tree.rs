@@ -16,9 +16,9 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, Dir, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, fchmod, fchown, fstat,
-        ftruncate, linkat, mkdirat, openat, openat2, readlinkat, renameat, statat, symlinkat,
-        unlinkat,
+        AtFlags, Dir, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, UTIME_OMIT, Uid,
+        chownat, fchmod, fchown, fstat, ftruncate, futimens, linkat, mkdirat, openat, openat2,
+        readlinkat, renameat, statat, symlinkat, unlinkat, utimensat,
     },
     io::Errno,
 };
@@ -189,6 +189,12 @@ impl Tree {
         }
     }
 
+    /// Gives a directory its time, when nothing is made in it any more. Files and links have theirs as they are made.
+    pub fn date(&self, entry: &Entry, links: Links) -> io::Result<()> {
+        let path = Path::new(OsStr::from_bytes(&entry.path));
+        date(&self.directory(path, links)?, entry)
+    }
+
     /// Removes what is at `path`, with everything below; what is not there is no error.
     pub fn remove(&self, path: &[u8]) -> io::Result<()> {
         match self.holder(path, Links::Refused) {
@@ -225,7 +231,32 @@ fn own(file: &OwnedFd, entry: &Entry) -> io::Result<()> {
     if Mode::from_raw_mode(fstat(file)?.st_mode & 0o7777) != entry.mode {
         fchmod(file, entry.mode)?;
     }
-    Ok(())
+    match entry.kind {
+        // What is made in it would change it again.
+        Kind::Directory => Ok(()),
+        Kind::File | Kind::Link => date(file, entry),
+    }
+}
+
+fn date(file: &OwnedFd, entry: &Entry) -> io::Result<()> {
+    match times(entry, &fstat(file)?) {
+        Some(times) => Ok(futimens(file, &times)?),
+        None => Ok(()),
+    }
+}
+
+/// The times that are to be set, if it has others: a change that is none would be told to who watches it.
+fn times(entry: &Entry, stat: &Stat) -> Option<Timestamps> {
+    let modified = entry.modified?;
+    let same = stat.st_mtime == modified.tv_sec
+        && i64::try_from(stat.st_mtime_nsec).is_ok_and(|nsec| nsec == modified.tv_nsec);
+    (!same).then_some(Timestamps {
+        last_access: Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_OMIT,
+        },
+        last_modification: modified,
+    })
 }
 
 fn own_link(holder: &OwnedFd, name: &OsStr, entry: &Entry) -> io::Result<()> {
@@ -238,6 +269,9 @@ fn own_link(holder: &OwnedFd, name: &OsStr, entry: &Entry) -> io::Result<()> {
             Some(Gid::from_raw(entry.gid)),
             AtFlags::SYMLINK_NOFOLLOW,
         )?;
+    }
+    if let Some(times) = times(entry, &stat) {
+        utimensat(holder, name, &times, AtFlags::SYMLINK_NOFOLLOW)?;
     }
     Ok(())
 }

@@ -3,7 +3,8 @@
 //!
 //! They lie in the pod's own directory and each container that brings none of its own has them mounted, as CRI
 //! mounts its: writable unless the root file system is read-only. What a container writes stays in the guest,
-//! because the directory is in the node's memory: the guest has copies ([`is_one`]). Blocking code.
+//! because the directory is in the node's memory: the guest has copies ([`is_one`]), one of each for all containers, as
+//! long as the pod lives. Blocking code.
 
 use std::fs;
 use std::io;
@@ -51,7 +52,7 @@ pub fn write(dir: &Path, config: &PodConfig) -> Result<()> {
     Ok(())
 }
 
-/// Whether a mount's source is one of these files, which the guest gets as a copy of its own.
+/// Whether a mount's source is one of these files, which the guest gets as a copy that is the pod's from then on.
 #[must_use]
 pub fn is_one(source: &Path) -> bool {
     let inside = source.parent().and_then(Path::file_name);

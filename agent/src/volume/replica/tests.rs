@@ -24,7 +24,78 @@ fn entry(path: &str, kind: Kind, content: &str, identity: u64) -> Entry {
         gid: 0,
         content: content.into(),
         identity,
+        modified: None,
     }
+}
+
+/// The same with times of their own.
+fn dated(mut entries: Vec<Entry>) -> Vec<Entry> {
+    for (n, entry) in (1..).zip(&mut entries) {
+        entry.modified = Some(rustix::fs::Timespec {
+            tv_sec: n * 1000,
+            tv_nsec: n,
+        });
+    }
+    entries
+}
+
+fn assert_dated(dir: &Path, entries: &[Entry]) {
+    for entry in entries {
+        let path = Path::new(OsStr::from_bytes(&entry.path));
+        let stat = fs::symlink_metadata(dir.join(path)).unwrap();
+        let wanted = entry.modified.unwrap();
+        let seen = (stat.mtime(), stat.mtime_nsec());
+        assert_eq!(seen, (wanted.tv_sec, wanted.tv_nsec), "{path:?}");
+    }
+}
+
+#[test]
+fn times_are_as_told_and_what_stays_is_left_alone() {
+    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+    let (dir, tree) = volume();
+    let mut replica = Replica::default();
+    let first = dated(generation(1, &["a", "b"]));
+    replica.become_exactly(&tree, first.clone()).unwrap();
+    assert_dated(dir.path(), &first);
+    let inotify = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+    for path in ["", "..2026_1", "..2026_1/a"] {
+        let mask = AddWatchFlags::IN_ATTRIB | AddWatchFlags::IN_MODIFY;
+        inotify.add_watch(&dir.path().join(path), mask).unwrap();
+    }
+    replica.become_exactly(&tree, first.clone()).unwrap();
+    assert_eq!(
+        inotify.read_events().unwrap_err(),
+        nix::errno::Errno::EAGAIN
+    );
+    let second = dated(generation(2, &["a", "b"]));
+    replica.become_exactly(&tree, second.clone()).unwrap();
+    // The top stays, so its time is that of the change.
+    assert_dated(dir.path(), &second[1..]);
+    let touched = dated(second.into_iter().rev().collect());
+    replica.become_exactly(&tree, touched.clone()).unwrap();
+    let files: Vec<_> = touched
+        .into_iter()
+        .filter(|entry| entry.kind != Kind::Directory)
+        .collect();
+    assert_dated(dir.path(), &files);
+}
+
+#[test]
+fn what_is_added_has_its_time_and_what_is_there_keeps_its_own() {
+    let (dir, tree) = volume();
+    let entries = dated(vec![
+        entry("", Kind::Directory, "", 1),
+        entry("d", Kind::Directory, "", 2),
+        entry("d/f", Kind::File, "x", 3),
+    ]);
+    add_missing(&tree, &entries).unwrap();
+    assert_dated(dir.path(), &entries);
+    let later = dated(vec![
+        entry("d/f", Kind::File, "y", 3),
+        entry("d", Kind::Directory, "", 2),
+    ]);
+    add_missing(&tree, &later).unwrap();
+    assert_dated(dir.path(), &entries);
 }
 
 /// What kubelet's writer makes: one generation with these keys.

@@ -40,6 +40,8 @@ pub enum Class {
         /// Later changes are copied too.
         live: bool,
     },
+    /// A file that was made for the pod, whose containers have it from then on.
+    PodFile(PathBuf),
     /// A tmpfs of the guest, shared by the pod's containers.
     Memory {
         /// The host's tmpfs.
@@ -187,11 +189,7 @@ fn replica(bind: &BindMount, source: &Path, kind: FileType) -> Option<Class> {
         return (bind.readonly && kind.is_dir()).then_some(live);
     }
     if sandbox_files::is_one(&bind.source) {
-        return Some(Class::Replica {
-            top: source.to_owned(),
-            file: Some("file".to_owned()),
-            live: false,
-        });
+        return Some(Class::PodFile(source.to_owned()));
     }
     if let Some((pod, name)) = sub_path(&bind.source) {
         let of_replicated = REPLICATED

@@ -63,6 +63,13 @@ pub(super) enum Source {
         /// Its name in the copy.
         name: String,
     },
+    /// The first content of a file that the pod's containers have from then on, under this name in the copy.
+    PodFile {
+        /// Where.
+        path: PathBuf,
+        /// Its name in the copy.
+        name: String,
+    },
     /// The first content of an emptyDir.
     Memory {
         /// Where.
@@ -90,9 +97,16 @@ impl Source {
             Self::Directory { top, .. } | Self::File { path: top, .. } => directories
                 .iter()
                 .any(|other| top.starts_with(other) || other.starts_with(top)),
-            // Made here, and the guest's own from then on.
-            Self::Memory { .. } | Self::Huge { .. } => false,
+            _ => false,
         }
+    }
+
+    /// The guest's own once it is made, as long as the pod lives.
+    fn stays(&self) -> bool {
+        matches!(
+            self,
+            Self::PodFile { .. } | Self::Memory { .. } | Self::Huge { .. }
+        )
     }
 }
 
@@ -292,8 +306,7 @@ impl Feed {
             Ok(()) => {
                 progress.send_replace(Progress::Ready);
                 self.follow(&vm, &mut reserved, &mut ended).await;
-                // An emptyDir lives as long as the pod.
-                matches!(self.source, Source::Memory { .. } | Source::Huge { .. })
+                self.source.stays()
             }
             Err(error) => {
                 progress.send_replace(Progress::Failed(error));
@@ -405,6 +418,7 @@ impl Feed {
         let (kind, size) = match &self.source {
             Source::Memory { size, .. } => (update_volume_request::Kind::MEMORY, *size),
             Source::Huge { size, .. } => (update_volume_request::Kind::HUGE, *size),
+            Source::PodFile { .. } => (update_volume_request::Kind::MEMORY, LIMITS.total),
             // A generation comes before the one before it goes.
             _ => (update_volume_request::Kind::REPLICA, LIMITS.total * 3),
         };
@@ -472,7 +486,9 @@ fn read_once(
                 None => Ok(()),
             })?
         }
-        Source::File { path, name } => snapshot::file(path, name, limits)?,
+        Source::File { path, name } | Source::PodFile { path, name } => {
+            snapshot::file(path, name, limits)?
+        }
         Source::Huge { top, identity, .. } => snapshot::top(top, *identity)?,
     };
     if marker.map(Marker::count) != before {

@@ -8,7 +8,8 @@ use brig_hypervisor::share::FileId;
 use super::classify::{self, Class};
 use super::feed::Source;
 use super::mountinfo::MountTable;
-use super::{direct, own, shared, snapshot};
+use super::parts::Within;
+use super::{direct, own, snapshot, view};
 use crate::asked::spec::BindMount;
 use crate::error::{Error, Result};
 use crate::guest::vm::shown;
@@ -23,6 +24,7 @@ const HUGE_PAGE: u64 = 2 << 20;
 pub(super) enum Key {
     Live(FileId),
     Fixed(FileId),
+    PodFile(FileId),
     Memory(FileId),
     Huge(FileId),
 }
@@ -30,15 +32,19 @@ pub(super) enum Key {
 impl Key {
     /// Lives as long as the pod.
     pub(super) fn is_kept(self) -> bool {
-        matches!(self, Self::Memory(_) | Self::Huge(_))
+        matches!(self, Self::PodFile(_) | Self::Memory(_) | Self::Huge(_))
     }
 }
 
 /// A part of what is shared.
 pub(super) struct Place {
-    pub(super) key: shared::Key,
+    pub(super) key: view::Key,
+    /// Where that is on the node, without links.
+    pub(super) source: PathBuf,
     /// Empty for all.
     pub(super) inside: String,
+    /// What shows it too, the largest first.
+    pub(super) within: Vec<Within>,
 }
 
 pub(super) type Classified = (BindMount, Place, Found);
@@ -91,17 +97,24 @@ pub(super) fn told(inside: &Path, destination: &str) -> Result<String> {
 
 fn share_place(bind: &BindMount, table: &MountTable) -> Result<Place> {
     let place = std::fs::canonicalize(&bind.source).and_then(|source| {
-        if let Some(own) = own::place(bind, &source, table) {
-            let identity = snapshot::identity(&own.top)?;
-            return Ok(Place {
-                key: shared::Key::of_own(own.top, identity, own.mount),
-                inside: own.inside,
-            });
-        }
-        let identity = snapshot::identity(&source)?;
+        let own = own::place(bind, &source, table);
+        let (source, inside, key) = match own {
+            Some(own) => {
+                let identity = snapshot::identity(&own.top)?;
+                let key = view::Key::of_own(identity, &own.mount, own.place);
+                (own.top, own.inside, key)
+            }
+            None => {
+                let identity = snapshot::identity(&source)?;
+                let key = view::Key::of(bind, &source, identity, table);
+                (source, String::new(), key)
+            }
+        };
         Ok(Place {
-            key: shared::Key::of(bind, source, identity, table),
-            inside: String::new(),
+            key,
+            source,
+            inside,
+            within: Vec::new(),
         })
     });
     place.map_err(|error| not_looked_at(bind, &error))
@@ -137,6 +150,16 @@ fn find(bind: &BindMount, table: &MountTable) -> Result<Found> {
                 key,
                 source,
                 inside,
+                memory: None,
+            })
+        }
+        Class::PodFile(path) => {
+            let identity = snapshot::identity(&path).map_err(failed)?;
+            let name = "file".to_owned();
+            Ok(Found::Volume {
+                key: Key::PodFile(identity),
+                inside: PathBuf::from(&name),
+                source: Source::PodFile { path, name },
                 memory: None,
             })
         }

@@ -32,7 +32,8 @@ pub(super) struct Changes {
 #[derive(Debug)]
 pub(super) struct Below {
     source: PathBuf,
-    known: BTreeMap<u64, PathBuf>,
+    /// By number, and where each is below the directory.
+    known: BTreeMap<u64, (Mounted, PathBuf)>,
 }
 
 impl Below {
@@ -51,28 +52,28 @@ impl Below {
 
     /// What is different in `table`.
     pub(super) fn changes(&mut self, table: &MountTable) -> Changes {
-        let now: Vec<(u64, PathBuf, bool)> = table
+        let now: Vec<(&Mounted, PathBuf)> = table
             .below(&self.source)
-            .filter_map(|mounted| Some((mounted.id, self.way(mounted)?, mounted.is_remote())))
+            .filter_map(|mounted| Some((mounted, self.way(mounted)?)))
             .collect();
         let mut changes = Changes::default();
-        let gone: Vec<u64> = self
-            .known
-            .keys()
-            .filter(|id| !now.iter().any(|(known, ..)| known == *id))
-            .copied()
-            .collect();
-        for id in gone.iter().rev() {
-            changes.removed.extend(self.known.remove(id));
-        }
+        // One that was moved is elsewhere, and the number of one that has gone may be another's already.
+        let stays = |known: &Mounted| now.iter().any(|(mounted, _)| mounted.is(known));
+        self.known.retain(|_, (mounted, way)| {
+            let stays = stays(mounted);
+            if !stays {
+                changes.removed.push(std::mem::take(way));
+            }
+            stays
+        });
         changes
             .removed
             .sort_by_key(|way| std::cmp::Reverse(way.components().count()));
-        for (id, way, remote) in now {
-            if let Entry::Vacant(place) = self.known.entry(id) {
-                changes.remote |= remote;
-                changes.added.push((id, way.clone()));
-                place.insert(way);
+        for (mounted, way) in now {
+            if let Entry::Vacant(place) = self.known.entry(mounted.id) {
+                changes.remote |= mounted.is_remote();
+                changes.added.push((mounted.id, way.clone()));
+                place.insert((mounted.clone(), way));
             }
         }
         changes
@@ -162,5 +163,25 @@ mod tests {
         let changes = below.changes(&table(&[(1, "/", "x"), (9, "/v/m", "x")]));
         assert_eq!(changes.removed, [Path::new("m")]);
         assert_eq!(changes.added, [(9, "m".into())]);
+    }
+
+    #[test]
+    fn a_mount_that_has_the_number_of_one_before_goes_and_comes() {
+        let mut below = Below::new(Path::new("/v"));
+        let table = |device: u32, place: &str, source: &str| {
+            let text = format!(
+                "1 0 8:1 / /v rw - x x rw\n7 1 0:{device} / /v/{place} rw - nfs4 {source} rw\n"
+            );
+            MountTable::parse(text.as_bytes())
+        };
+        below.changes(&table(30, "m", "a"));
+        let places = [(31, "m", "a"), (31, "m", "b"), (31, "n", "b")];
+        let before = ["m", "m", "m"];
+        for ((device, place, source), before) in places.into_iter().zip(before) {
+            let changes = below.changes(&table(device, place, source));
+            assert_eq!(changes.removed, [Path::new(before)], "{place}");
+            assert_eq!(changes.added, [(7, place.into())]);
+        }
+        assert_eq!(below.changes(&table(31, "n", "b")), Changes::default());
     }
 }

@@ -14,8 +14,10 @@ mod follow;
 pub(crate) mod mountinfo;
 mod on_disk;
 mod own;
+mod parts;
 mod shared;
 mod snapshot;
+mod view;
 mod watch;
 
 use std::collections::{BTreeSet, HashMap};
@@ -33,6 +35,7 @@ use crate::node::disk::{Numbers, Owner};
 use feed::{Budget, Feed, Source, Volume};
 use find::{Classified, Direct, Found, Key, Place, classify_all, told};
 use on_disk::OnDisk;
+use parts::Within;
 use shared::{Attachment, Use};
 use watch::Watcher;
 
@@ -56,11 +59,21 @@ struct State {
     kept: Vec<Arc<Volume>>,
     /// What a container of the pod may write, also one that has gone.
     writable: BTreeSet<PathBuf>,
-    /// What is attached to the share, and how many containers use it.
-    attached: HashMap<shared::Key, (Attachment, usize)>,
+    /// What is attached to the share.
+    attached: HashMap<view::Key, Attached>,
     /// Volumes on disks that a container of the pod has, or has had.
     on_disk: Vec<Arc<OnDisk>>,
     watcher: Option<Arc<Watcher>>,
+}
+
+/// Something of the node that a pod has, and the mounts that use it.
+struct Attached {
+    attachment: Attachment,
+    /// Where it is on the node.
+    source: PathBuf,
+    uses: usize,
+    /// How many of them may write.
+    writers: usize,
 }
 
 /// What becomes of a container's bind mounts.
@@ -204,7 +217,30 @@ impl Volumes {
                 Err(reason) => planned.share_instead(bind, key_of_share, &reason),
             }
         }
+        self.find_parts(&mut planned.shared).await?;
         Ok(planned)
+    }
+
+    /// Finds what of these lies in others of them, or in what the pod has.
+    async fn find_parts(&self, shared: &mut [(BindMount, Place)]) -> Result<()> {
+        let candidates = {
+            let state = self.shared.lock();
+            let attached = state.attached.iter();
+            parts::candidates(
+                shared,
+                attached.map(|(key, has)| (key, has.source.as_path())),
+            )
+        };
+        if candidates.is_empty() {
+            return Ok(());
+        }
+        let found = tokio::task::spawn_blocking(move || parts::found(candidates)).await?;
+        for (index, within) in found {
+            if let Some((_, place)) = shared.get_mut(index) {
+                place.within.push(within);
+            }
+        }
+        Ok(())
     }
 
     /// Adds what these mounts let a container write to what others may; returns all of it.
@@ -212,7 +248,7 @@ impl Volumes {
         let new = classified
             .iter()
             .filter(|(bind, _, found)| !bind.readonly && matches!(found, Found::Share))
-            .map(|(_, place, _)| place.key.source().to_owned());
+            .map(|(_, place, _)| place.source.clone());
         let mut state = self.shared.lock();
         state.writable.extend(new);
         state.writable.clone()
@@ -223,15 +259,24 @@ impl Volumes {
     pub fn share(&self, planned: &mut Planned, vm: &Arc<Vm>, leases: &mut Leases) -> Attaching {
         let mut state = self.shared.lock();
         let mut attaching = Vec::new();
-        for (bind, Place { key, inside }) in planned.shared.drain(..) {
+        // Before its parts.
+        planned.shared.sort_by_key(|(_, place)| place.key.depth());
+        for (bind, place) in planned.shared.drain(..) {
+            let (key, source, inside) = state.choose(place, bind.readonly);
             state.made += 1;
             let number = state.made;
             let entry = state.attached.entry(key.clone()).or_insert_with(|| {
                 let logger = self.shared.logger.clone();
-                (Attachment::start(&key, number, Arc::clone(vm), logger), 0)
+                Attached {
+                    attachment: Attachment::start(&key, &source, number, Arc::clone(vm), logger),
+                    source,
+                    uses: 0,
+                    writers: 0,
+                }
             });
-            entry.1 += 1;
-            attaching.push(entry.0.acquire(&bind));
+            entry.uses += 1;
+            entry.writers += usize::from(!bind.readonly);
+            attaching.push(entry.attachment.acquire(&bind));
             // All of it: the guest's volume is the whole.
             let propagates =
                 bind.propagation != Propagation::Private && bind.recursive && inside.is_empty();
@@ -240,7 +285,7 @@ impl Volumes {
                 index: bind.index,
                 inside,
                 propagates,
-                attachment: entry.0.clone(),
+                attachment: entry.attachment.clone(),
                 readonly: bind.readonly,
             });
         }
@@ -276,7 +321,7 @@ impl Volumes {
             held.volume.release().await;
         }
         for held in leases.shared.into_iter().rev() {
-            let last = self.shared.lock().give_back(&held.key);
+            let last = self.shared.lock().give_back(&held);
             held.attachment.release(held.readonly, last).await;
         }
     }
@@ -297,7 +342,7 @@ impl Volumes {
         state.kept.retain(|volume| !volume.has_failed());
         let subscription = match key {
             Key::Live(_) => Some(state.watcher()?.subscribe()),
-            Key::Fixed(_) | Key::Memory(_) | Key::Huge(_) => None,
+            Key::Fixed(_) | Key::PodFile(_) | Key::Memory(_) | Key::Huge(_) => None,
         };
         state.made += 1;
         let feed = Feed {
@@ -326,15 +371,34 @@ impl Shared {
 }
 
 impl State {
+    /// What is to be used, where it is on the node, and what of it. What shows the same already is used as it is; a part is
+    /// taken from what somebody may write, or is only read if nobody may.
+    fn choose(&self, place: Place, readonly: bool) -> (view::Key, PathBuf, String) {
+        if self.attached.contains_key(&place.key) {
+            return (place.key, place.source, place.inside);
+        }
+        let suits = |within: &&Within, written: bool| {
+            let whole = self.attached.get(&within.whole);
+            whole.is_some_and(|whole| (whole.writers > 0) == written)
+        };
+        let all = || place.within.iter();
+        let read = || all().find(|within| readonly && suits(within, false));
+        match all().find(|within| suits(within, true)).or_else(read) {
+            Some(Within { whole, inside }) => (whole.clone(), place.source, inside.clone()),
+            None => (place.key, place.source, place.inside),
+        }
+    }
+
     /// Whether this was the last use.
-    fn give_back(&mut self, key: &shared::Key) -> bool {
-        let Some((_, uses)) = self.attached.get_mut(key) else {
+    fn give_back(&mut self, held: &Use) -> bool {
+        let Some(attached) = self.attached.get_mut(&held.key) else {
             return true;
         };
-        *uses = uses.saturating_sub(1);
-        let last = *uses == 0;
+        attached.uses = attached.uses.saturating_sub(1);
+        attached.writers = attached.writers.saturating_sub(usize::from(!held.readonly));
+        let last = attached.uses == 0;
         if last {
-            self.attached.remove(key);
+            self.attached.remove(&held.key);
         }
         last
     }

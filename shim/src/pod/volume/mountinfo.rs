@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use brig_hypervisor::share::{is_remote, unescape};
 
 /// A mount of the shim's mount namespace, which is the node's.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Mounted {
-    /// The kernel's number of it.
+    /// The kernel's number of it, which the next mount may have when this one has gone: see [`Self::is`].
     pub id: u64,
     /// It is mounted read-only.
     pub readonly: bool,
@@ -23,9 +23,30 @@ pub struct Mounted {
     pub point: PathBuf,
     /// File system type.
     pub kind: String,
+    /// What was mounted, in the words of who mounted it: of NFS the server and the directory, which it tells nowhere else.
+    pub source: OsString,
 }
 
 impl Mounted {
+    /// Whether it is this very mount, read-only or not. While a clone of a mount is held its file system lives, so that no
+    /// other has its device number.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        let all = |mounted: &Self| {
+            let Self {
+                id,
+                device,
+                root,
+                point,
+                kind,
+                source,
+                readonly: _,
+            } = mounted.clone();
+            (id, device, root, point, kind, source)
+        };
+        all(self) == all(other)
+    }
+
     /// Whether looking at it may wait for an answer from elsewhere.
     #[must_use]
     pub fn is_remote(&self) -> bool {
@@ -121,6 +142,7 @@ fn line(line: &[u8]) -> Option<Mounted> {
         root: path(words.get(3)?),
         point,
         kind: String::from_utf8_lossy(words.get(dash + 1)?).into_owned(),
+        source: path(words.get(dash + 2).copied().unwrap_or_default()).into_os_string(),
     })
 }
 
@@ -181,6 +203,26 @@ mod tests {
         assert_eq!(seen("/a"), [(2, true), (3, false)]);
         assert_eq!(seen("/a/x"), [(2, true)]);
         assert_eq!(seen("/"), [(1, false), (2, true), (3, false), (4, false)]);
+    }
+
+    #[test]
+    fn a_number_that_is_used_again_is_another_mount() {
+        let one = |line: &str| {
+            let table = MountTable::parse(line.as_bytes());
+            table.of(Path::new("/v/x")).unwrap().clone()
+        };
+        let first = one("7 1 0:30 /a /v rw - nfs4 server:/a rw\n");
+        assert!(first.is(&one("7 1 0:30 /a /v ro - nfs4 server:/a rw\n")));
+        for other in [
+            "8 1 0:30 /a /v rw - nfs4 server:/a rw\n",
+            "7 1 0:31 /a /v rw - nfs4 server:/a rw\n",
+            "7 1 0:30 /b /v rw - nfs4 server:/a rw\n",
+            "7 1 0:30 /a /v/x rw - nfs4 server:/a rw\n",
+            "7 1 0:30 /a /v rw - nfs server:/a rw\n",
+            "7 1 0:30 /a /v rw - nfs4 server:/b rw\n",
+        ] {
+            assert!(!first.is(&one(other)), "{other}");
+        }
     }
 
     #[test]

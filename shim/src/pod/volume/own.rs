@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::classify::{EMPTY_DIR, sub_path, volume_of_a_pod};
-use super::mountinfo::MountTable;
+use super::mountinfo::{MountTable, Mounted};
 use crate::asked::spec::BindMount;
 
 /// File systems of disks, which tell what fails when it is synced, not when it is closed.
@@ -21,8 +21,9 @@ pub(super) struct Own {
     pub(super) top: PathBuf,
     /// The way from there; empty for all.
     pub(super) inside: String,
-    /// The number of the mount that it lies on.
-    pub(super) mount: u64,
+    /// The mount that it lies on, and where in its file system.
+    pub(super) mount: Mounted,
+    pub(super) place: PathBuf,
 }
 
 /// The part of an emptyDir that this mount, with its `source` without links, shows; none of what is not, or is seen by
@@ -50,9 +51,10 @@ pub(super) fn place(bind: &BindMount, source: &Path, table: &MountTable) -> Opti
         return None;
     }
     Some(Own {
-        inside: part.strip_prefix(whole).ok()?.to_str()?.to_owned(),
+        inside: part.strip_prefix(&whole).ok()?.to_str()?.to_owned(),
+        mount: volume.clone(),
+        place: whole,
         top,
-        mount: volume.id,
     })
 }
 
@@ -110,16 +112,13 @@ mod tests {
     #[test]
     fn an_empty_dir_and_its_sub_paths_are_parts_of_one() {
         let node = Node::new();
-        let own = |inside: &str| {
-            Some(Own {
-                top: node.volume(),
-                inside: inside.to_owned(),
-                mount: 1,
-            })
-        };
         let what = node.volume().join("a/b");
-        assert_eq!(node.place(&node.volume(), "ext4", &what, ""), own(""));
-        assert_eq!(node.place(&node.bound(), "ext4", &what, ""), own("a/b"));
+        for (source, inside) in [(node.volume(), ""), (node.bound(), "a/b")] {
+            let own = node.place(&source, "ext4", &what, "").unwrap();
+            assert_eq!((&own.top, own.inside.as_str()), (&node.volume(), inside));
+            assert_eq!(own.mount.id, 1);
+            assert_eq!(Path::new("/").join(own.place), node.volume());
+        }
     }
 
     #[test]

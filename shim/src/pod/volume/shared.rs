@@ -17,92 +17,13 @@ use ttrpc::context;
 use super::feed;
 use super::follow::{Below, Changed, Changes};
 use super::mountinfo::MountTable;
-use crate::asked::spec::{BindMount, Propagation};
+use super::view::Key;
+use crate::asked::spec::BindMount;
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::{Attributes, LaterMount, Vm};
 
 /// Where the attachments lie below the share, or in what is the pod's own: no container's id begins with a dot.
 const DIRECTORY: &str = ".volumes";
-
-/// What makes two mounts of a pod the same. Mounts made on the node in between make a difference, because
-/// a bind mount shows what there was when its container was created.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Key {
-    source: PathBuf,
-    identity: FileId,
-    directory: bool,
-    recursive: bool,
-    /// Later mounts of the node are seen, and those of the pod's other containers.
-    follows: bool,
-    mounts: Vec<u64>,
-    /// Where read-only cannot be taken back: mounts below, or a read-only source.
-    readonly: Option<bool>,
-    /// Read-only does not hold for the mounts below.
-    writable_below: bool,
-    /// How owners are seen, in a pod with a user namespace.
-    id_map: Option<IdMap>,
-    /// Nobody but the pod writes there.
-    own: bool,
-    /// Something in it may never answer.
-    remote: bool,
-}
-
-impl Key {
-    /// Of a source without links. Blocking.
-    pub(super) fn of(
-        bind: &BindMount,
-        source: PathBuf,
-        identity: FileId,
-        table: &MountTable,
-    ) -> Self {
-        let mut seen = table.seen_from(&source);
-        let remote = seen
-            .iter()
-            .take(if bind.recursive { seen.len() } else { 1 })
-            .any(|mounted| mounted.is_remote());
-        let follows = bind.propagation != Propagation::Private && bind.recursive;
-        // Those below come and go for all who follow.
-        if !bind.recursive || follows {
-            seen.truncate(1);
-        }
-        let plain = !follows && seen.len() == 1 && seen.iter().all(|mounted| !mounted.readonly);
-        Self {
-            directory: source.is_dir(),
-            source,
-            identity,
-            recursive: bind.recursive,
-            follows,
-            mounts: seen.iter().map(|mounted| mounted.id).collect(),
-            readonly: (!plain).then_some(bind.readonly),
-            writable_below: bind.readonly && !bind.readonly_below && seen.len() > 1,
-            id_map: bind.id_map.clone(),
-            own: false,
-            remote,
-        }
-    }
-
-    /// Of a directory of the pod's own, all of it, whatever of it is mounted and how. Blocking.
-    pub(super) fn of_own(top: PathBuf, identity: FileId, mount: u64) -> Self {
-        Self {
-            source: top,
-            identity,
-            directory: true,
-            recursive: true,
-            follows: false,
-            mounts: vec![mount],
-            readonly: None,
-            writable_below: false,
-            id_map: None,
-            own: true,
-            remote: false,
-        }
-    }
-
-    /// Where it is on the node, without links.
-    pub(super) fn source(&self) -> &Path {
-        &self.source
-    }
-}
 
 /// The path of the share for an attachment of this number.
 fn path(number: u64, own: bool) -> String {
@@ -167,9 +88,10 @@ impl Use {
         }
     }
 
-    /// The guest must not make the mount read-only, which is so on the host as far as it should be.
+    /// The guest must not make the mount read-only, which is so on the host as far as it should be. A part has no mounts
+    /// below.
     pub(super) fn readonly_on_host(&self) -> bool {
-        self.key.writable_below
+        self.key.writable_below && self.inside.is_empty()
     }
 
     /// The guest makes it a file system of its own.
@@ -185,15 +107,22 @@ impl Use {
 
 impl Attachment {
     /// Starts the task; nothing is attached yet.
-    pub(super) fn start(key: &Key, number: u64, vm: Arc<Vm>, logger: Logger) -> Self {
+    pub(super) fn start(
+        key: &Key,
+        source: &Path,
+        number: u64,
+        vm: Arc<Vm>,
+        logger: Logger,
+    ) -> Self {
         let path = path(number, key.own);
-        let volume = (key.follows || key.own).then(|| format!("s{number}"));
+        let follows = key.follows.is_some();
+        let volume = (follows || key.own).then(|| format!("s{number}"));
         let (mailbox, messages) = mpsc::unbounded_channel();
         let task = Task {
-            source: key.source.clone(),
+            source: source.to_owned(),
             identity: key.identity,
-            recursive: key.recursive,
-            follows: key.follows,
+            recursive: key.is_recursive(),
+            follows,
             remote: key.remote,
             writable_below: key.writable_below,
             id_map: key.id_map.clone(),
@@ -329,7 +258,7 @@ impl Task {
                 readonly: !writable,
                 writable_below: self.writable_below,
                 // What lies below a followed one comes as later mounts do, through the same checks.
-                recursive: self.recursive && !self.follows,
+                recursive: self.recursive,
                 expected: Some(self.identity),
                 id_map: self.id_map.clone(),
             };

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use brig_agent_protocol::agent::VolumeEntry;
+use brig_agent_protocol::agent::{Timestamp, VolumeEntry};
 use brig_hypervisor::share::FileId;
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2,
@@ -65,7 +65,8 @@ pub fn identity(path: &Path) -> io::Result<FileId> {
     Ok(identity_of(&rustix::fs::stat(path)?))
 }
 
-fn identity_of(stat: &Stat) -> FileId {
+/// Which directory or file this is of.
+pub fn identity_of(stat: &Stat) -> FileId {
     FileId {
         device: stat.st_dev,
         inode: stat.st_ino,
@@ -335,6 +336,12 @@ fn entry(path: Vec<u8>, stat: &Stat, content: Vec<u8>) -> VolumeEntry {
         gid: stat.st_gid,
         content,
         identity: stat.st_ino,
+        modified: Some(Timestamp {
+            seconds: stat.st_mtime,
+            nanoseconds: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+            ..Timestamp::default()
+        })
+        .into(),
         ..VolumeEntry::default()
     }
 }

@@ -10,6 +10,9 @@ use std::os::unix::fs::symlink;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
+mod parts;
+mod pod_files;
+
 struct Pod {
     volumes: Volumes,
     boot: Boot,

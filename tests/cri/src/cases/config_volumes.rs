@@ -2,7 +2,7 @@
 //! replaces, generation by generation, under a running container.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -39,6 +39,11 @@ pub const CASES: &[Case] = &[
         "volumes",
         "Secret: modes are kept and a user may read it",
         secret,
+    ),
+    case(
+        "volumes",
+        "ConfigMap: files have the node's times, also when a container is started again",
+        times,
     ),
 ];
 
@@ -228,4 +233,48 @@ fn secret(suite: &mut Suite) -> Result<()> {
         .security(user(Vec::new()))
         .finish()?;
     equal("exit code of one without the group", 1, status.exit_code)
+}
+
+fn times(suite: &mut Suite) -> Result<()> {
+    let shared = suite.shared()?;
+    let mut map = Atomic::new("kubernetes.io~configmap", "times", FIRST)?;
+    let names = [
+        ".",
+        "..data",
+        "color",
+        "..data/",
+        "..data/color",
+        "..data/shape",
+    ];
+    let same = |attempt: &str, map: &Atomic, names: &[&str]| -> Result<Container> {
+        let container = shared
+            .pod
+            .container(&format!("times-{attempt}"), SLEEP)
+            .mount_readonly(&map.volume.path, "/config")
+            .start()?;
+        for name in names {
+            let stat = fs::symlink_metadata(map.volume.path.join(name))?;
+            equal(
+                name,
+                stat.mtime().to_string(),
+                container.sh(&format!("stat -c %Y /config/{name}"))?,
+            )?;
+        }
+        Ok(container)
+    };
+    // A copy's own time would be another second.
+    std::thread::sleep(clock::seconds(2));
+    for attempt in ["first", "again"] {
+        same(attempt, &map, &names)?.remove()?;
+        std::thread::sleep(clock::seconds(2));
+    }
+    let container = same("updated", &map, &names)?;
+    map.write(SECOND)?;
+    sees(&container, "/config", "blue 2\nsquare 2")?;
+    let stat = fs::metadata(map.volume.path.join("color"))?;
+    equal(
+        "after an update",
+        stat.mtime().to_string(),
+        container.sh("stat -L -c %Y /config/color")?,
+    )
 }

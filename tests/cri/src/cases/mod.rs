@@ -26,6 +26,7 @@ mod modules;
 mod mounts;
 mod network;
 mod networks;
+mod parts;
 mod passthrough;
 mod passthrough_assigned;
 mod passthrough_back;
@@ -72,6 +73,7 @@ pub fn all() -> Vec<Case> {
         attach::CASES,
         forward::CASES,
         volumes::CASES,
+        parts::CASES,
         config_volumes::CASES,
         many_volumes::CASES,
         first_look::CASES,

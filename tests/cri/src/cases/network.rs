@@ -40,6 +40,11 @@ pub const CASES: &[Case] = &[
     case("network", "resolv.conf is the pod's DNS configuration", dns),
     case(
         "network",
+        "what a container writes to resolv.conf, hosts and hostname is there for the next",
+        written,
+    ),
+    case(
+        "network",
         "ports below 1024 and ping need no privilege since containerd 2.0",
         unprivileged,
     ),
@@ -316,6 +321,33 @@ fn dns(suite: &mut Suite) -> Result<()> {
         .mount(&file, "/etc/hosts")
         .start()?;
     contains("/etc/hosts", "alias.example", &second.sh("cat /etc/hosts")?)
+}
+
+fn written(suite: &mut Suite) -> Result<()> {
+    let pod = suite
+        .pod("written")
+        .dns(DnsConfig {
+            servers: vec!["10.96.0.53".to_owned()],
+            ..DnsConfig::default()
+        })
+        .run(&suite.cri)?;
+    let files = ["/etc/resolv.conf", "/etc/hosts", "/etc/hostname"];
+    let first = pod.container("first", SLEEP).start()?;
+    for file in files {
+        first.sh(&format!("echo '# first' >> {file}"))?;
+    }
+    first.stop(0)?;
+    first.remove()?;
+    let second = pod.container("second", SLEEP).start()?;
+    for file in files {
+        let text = second.sh(&format!("cat {file}"))?;
+        contains(file, "# first", &text)?;
+    }
+    contains(
+        "what it had before",
+        "nameserver 10.96.0.53",
+        &second.sh("cat /etc/resolv.conf")?,
+    )
 }
 
 fn loopback_apart(suite: &mut Suite) -> Result<()> {

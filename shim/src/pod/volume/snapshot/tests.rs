@@ -1,6 +1,6 @@
 use super::*;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::PathBuf;
 
 fn read_with(top: &Path, limits: Limits) -> Result<Snapshot, ReadError> {
@@ -53,6 +53,15 @@ fn everything_is_read_with_owner_mode_and_content_and_parents_come_first() {
         (1000, 2000, 0o440)
     );
     assert_eq!(snapshot.bytes, 6);
+    for entry in &snapshot.entries {
+        let path = std::path::Path::new(std::ffi::OsStr::from_bytes(&entry.path));
+        let stat = fs::symlink_metadata(dir.path().join(path)).unwrap();
+        let modified = (
+            entry.modified.seconds,
+            i64::from(entry.modified.nanoseconds),
+        );
+        assert_eq!(modified, (stat.mtime(), stat.mtime_nsec()), "{path:?}");
+    }
 }
 
 #[test]
