@@ -8,7 +8,7 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -196,31 +196,36 @@ impl Journal {
     }
 
     /// Undoes what it tells of: kills the VMM (and the shim, unless it is this process), removes the
-    /// cgroup and the socket. Repeatable; every step is tried, the first error is returned.
+    /// cgroup and the socket. Repeatable; every step is tried, the first error is returned. All steps together wait until
+    /// `end`, and what does not wait comes before what does: whoever asks may have no more time than that.
     ///
     /// # Errors
     /// What the host says.
-    pub fn undo(&self, timeout: Duration) -> io::Result<()> {
+    pub fn undo(&self, end: Instant) -> io::Result<()> {
+        let left = || end.saturating_duration_since(Instant::now());
         let mut first = Ok(());
         let mut keep = |result: io::Result<()>| {
             if first.is_ok() {
                 first = result;
             }
         };
-        if self.shim.pid != std::process::id() {
-            keep(self.shim.kill(timeout));
-        }
-        if let Some(vmm) = &self.vmm {
-            keep(vmm.kill(timeout));
-        }
-        if let Some(cgroup) = &self.cgroup {
-            keep(cgroup.kill_and_remove(timeout));
+        let shim = Some(&self.shim).filter(|shim| shim.pid != std::process::id());
+        let processes = || shim.into_iter().chain(&self.vmm);
+        for process in processes() {
+            // Told to end, and not waited for.
+            let _ = process.kill(Duration::ZERO);
         }
         if let Some(netns) = &self.netns {
             keep(network::undo(netns).map_err(io::Error::other));
         }
         if let Some(socket) = &self.socket {
             keep(ignore_missing(fs::remove_file(socket)));
+        }
+        for process in processes() {
+            keep(process.kill(left()));
+        }
+        if let Some(cgroup) = &self.cgroup {
+            keep(cgroup.kill_and_remove(left()));
         }
         first
     }
@@ -322,10 +327,35 @@ mod tests {
             pod: None,
             ending: None,
         };
-        journal.undo(Duration::from_secs(5)).unwrap();
+        journal
+            .undo(Instant::now() + Duration::from_secs(5))
+            .unwrap();
         assert!(!vmm.wait().unwrap().success());
         assert!(!shim.wait().unwrap().success());
         assert!(!socket.exists());
-        journal.undo(Duration::from_secs(5)).unwrap();
+        journal
+            .undo(Instant::now() + Duration::from_secs(5))
+            .unwrap();
+    }
+
+    #[test]
+    fn what_does_not_wait_is_done_also_when_there_is_no_time() {
+        let base = tempfile::tempdir().unwrap();
+        let socket = base.path().join("s");
+        fs::write(&socket, "").unwrap();
+        let mut vmm = Command::new("sleep").arg("60").spawn().unwrap();
+        let gone = Identity {
+            pid: vmm.id(),
+            start_time: 0,
+        };
+        let journal = Journal {
+            vmm: Identity::of(vmm.id()),
+            socket: Some(socket.clone()),
+            ..Journal::new(gone)
+        };
+        // The VMM may have ended by then or not.
+        let _ = journal.undo(Instant::now());
+        assert!(!socket.exists());
+        assert!(!vmm.wait().unwrap().success());
     }
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -25,7 +25,7 @@ use crate::pod::account::{KILLED as KILLED_CODE, account_of_killed};
 
 /// 128 + SIGKILL: what became of the container's processes.
 const KILLED: u32 = 137;
-/// containerd gives `delete` five seconds.
+/// For all that is waited for: containerd gives `delete` five seconds.
 const TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Runs `delete`; returns what to print.
@@ -74,6 +74,7 @@ fn stopped_hooks(id: &str, bundle: &Path) {
 
 /// Undoes what is left; returns the VMM's pid and whether there was anything whose hooks have not been run.
 fn clean(dir: &StateDir, names: (&str, &str)) -> Result<(u32, bool)> {
+    let end = Instant::now() + TIMEOUT;
     let (mut pid, mut hooks_are_left) = (0, false);
     let journal = dir.read()?;
     if let Some(journal) = &journal {
@@ -81,7 +82,7 @@ fn clean(dir: &StateDir, names: (&str, &str)) -> Result<(u32, bool)> {
         pid = journal.vmm.map_or(0, |vmm| vmm.pid);
         if !orderly::ended(dir, journal)? {
             journal
-                .undo(TIMEOUT)
+                .undo(end)
                 .map_err(|error| Error::io("cannot clean up after the shim", &error))?;
         }
     }
