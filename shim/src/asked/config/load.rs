@@ -33,16 +33,19 @@ impl Config {
         Self::load(None).map_or_else(|_| Self::installed().state_dir, |config| config.state_dir)
     }
 
-    /// What is one for all pods of the node, whose handlers' files do not have a say in it.
+    /// What is one for all pods of the node, in which handlers' files do not have a say.
     fn take_of_node(&mut self, files: &[(PathBuf, String)]) -> Result<()> {
+        let of_node = Self::state_dir();
         let says = |text: &str| keys_of(text).iter().any(|key| key == "state_dir");
-        if let Some((path, _)) = files.iter().find(|(_, text)| says(text)) {
+        let file = files.iter().rev().find(|(_, text)| says(text));
+        if let Some((path, _)) = file.filter(|_| self.state_dir != of_node) {
             return Err(Error::invalid(format!(
-                "configuration {}: state_dir is one for all pods of the node and belongs into {DEFAULT_PATH} or its drop-ins",
-                path.display()
+                "configuration {}: state_dir is one for all pods of the node, {} by now; it is set in {DEFAULT_PATH} or its drop-ins",
+                path.display(),
+                of_node.display()
             )));
         }
-        self.state_dir = Self::state_dir();
+        self.state_dir = of_node;
         Ok(())
     }
 
@@ -194,6 +197,22 @@ mod tests {
         assert_eq!(applied("memory = 128").unwrap().memory, 128 * MIB);
         assert_eq!(applied("memory = \"128MiB\"").unwrap().memory, 128 * MIB);
         assert_eq!(applied("memory = \"2GiB\"").unwrap().memory, 2048 * MIB);
+    }
+
+    #[test]
+    fn a_handlers_file_does_not_say_where_the_nodes_pods_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let handler = dir.path().join("debug.toml");
+        let set = |place: &Path| {
+            fs::write(&handler, format!("state_dir = {place:?}")).unwrap();
+            Config::load(Some(&handler))
+        };
+        let refused = set(Path::new("/run/elsewhere")).unwrap_err();
+        assert!(
+            refused.message.contains("debug.toml: state_dir is one"),
+            "{refused}"
+        );
+        assert!(set(&Config::state_dir()).is_ok());
     }
 
     #[test]

@@ -90,11 +90,9 @@ fn answers(suite: &mut Suite) -> Result<()> {
             let member = daemon.bundle("app", Some(&spec("app", &["/app"], place)))?;
             equal("of a container", endpoint.clone(), daemon.start(&member)?)?;
             let connection = Connection::open(&endpoint)?;
-            refused(
-                "Connect before Create",
-                ttrpc::Code::NOT_FOUND,
-                connection.connect("pod"),
-            )?;
+            let told = connection.connect("pod")?;
+            equal("the task's pid before Create", 0, told.task_pid)?;
+            that("the shim's pid is told", told.shim_pid > 0)?;
             drop(connection);
             end_idle(&daemon, &bundle, &endpoint)
         })();
