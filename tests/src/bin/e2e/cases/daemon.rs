@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use brig_tests::node::check::{contains, equal, that};
 use brig_tests::node::daemon::Daemon;
 use brig_tests::node::daemon::bundle::{Bundle, Place, spec};
-use brig_tests::node::daemon::connection::{Connection, refused};
+use brig_tests::node::daemon::connection::Connection;
 use brig_tests::node::daemon::generation::{Endpoint, Generation};
 use brig_tests::node::leaks::Snapshot;
 use brig_tests::node::process;
