@@ -3,6 +3,7 @@
 
 mod counting;
 mod ending;
+mod ends;
 mod handle;
 mod inspection;
 mod oom;

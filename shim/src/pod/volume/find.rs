@@ -8,7 +8,7 @@ use brig_hypervisor::share::FileId;
 use super::classify::{self, Class};
 use super::feed::Source;
 use super::mountinfo::MountTable;
-use super::parts::Within;
+use super::parts::Place;
 use super::{direct, own, snapshot, view};
 use crate::asked::spec::BindMount;
 use crate::error::{Error, Result};
@@ -34,17 +34,6 @@ impl Key {
     pub(super) fn is_kept(self) -> bool {
         matches!(self, Self::PodFile(_) | Self::Memory(_) | Self::Huge(_))
     }
-}
-
-/// A part of what is shared.
-pub(super) struct Place {
-    pub(super) key: view::Key,
-    /// Where that is on the node, without links.
-    pub(super) source: PathBuf,
-    /// Empty for all.
-    pub(super) inside: String,
-    /// What shows it too, the largest first.
-    pub(super) within: Vec<Within>,
 }
 
 pub(super) type Classified = (BindMount, Place, Found);

@@ -33,9 +33,9 @@ use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Vm, shown};
 use crate::node::disk::{Numbers, Owner};
 use feed::{Budget, Feed, Source, Volume};
-use find::{Classified, Direct, Found, Key, Place, classify_all, told};
+use find::{Classified, Direct, Found, Key, classify_all, told};
 use on_disk::OnDisk;
-use parts::Within;
+use parts::{Place, Within};
 use shared::{Attachment, Use};
 use watch::Watcher;
 

@@ -7,12 +7,22 @@
 
 use std::path::{Path, PathBuf};
 
-use super::find::Place;
 use super::view::{self, Key};
 use crate::asked::spec::BindMount;
 
 /// What the agent looks for by the path on the node, to show the guest's own modules beside it.
 const MODULES: [&str; 2] = ["/lib/modules", "/usr/lib/modules"];
+
+/// A part of what is shared.
+pub(super) struct Place {
+    pub(super) key: Key,
+    /// Where that is on the node, without links.
+    pub(super) source: PathBuf,
+    /// Empty for all.
+    pub(super) inside: String,
+    /// What shows it too, the largest first.
+    pub(super) within: Vec<Within>,
+}
 
 /// What shows a mount's source too.
 #[derive(Debug, Clone, PartialEq, Eq)]
