@@ -25,7 +25,7 @@ pub fn uninstall(
     let others = others::others();
     let is_last = others.is_empty();
     let mut text = String::new();
-    let mut is_to_restart = false;
+    let mut is_to_restart = !is_last;
     // While there is a program to say it again with, if a file cannot be changed.
     let files = is_last.then(check::containerd_files).unwrap_or_default();
     for file in files {
@@ -37,7 +37,7 @@ pub fn uninstall(
     let configuration = (purge && is_last).then_some(Path::new(HANDLERS));
     let removed = installation.uninstall(links, configuration, is_last)?;
     text.push_str(&format!("removed {}\n", removed.display()));
-    if is_to_restart {
+    if is_to_restart && is_last {
         text.push_str(
             "its handlers are gone from containerd's configuration: systemctl restart containerd\n",
         );
@@ -62,8 +62,10 @@ pub fn uninstall(
 #[must_use]
 pub fn shared(others: &[PathBuf]) -> String {
     let places = others.iter().map(|place| place.display().to_string());
+    // containerd looks in PATH once for each handler, and then goes on with what it found.
     format!(
-        "left: the handlers in containerd's configuration, {HANDLERS}, and what is kept of pods, for Brig in {}\n",
+        "left: the handlers in containerd's configuration, {HANDLERS}, and what is kept of pods, for Brig in {}\n\
+         containerd may still look for this one's shim: systemctl restart containerd\n",
         places.collect::<Vec<_>>().join(" and ")
     )
 }
