@@ -279,10 +279,13 @@ mod tests {
 
     #[test]
     fn the_holder_of_a_map_dies_with_the_helper() {
+        use rustix::{
+            event::{PollFd, PollFlags, Timespec, poll},
+            process::{Pid, PidfdFlags, pidfd_open},
+        };
         use std::{
             io::{Read as _, Write as _},
             os::unix::net::UnixStream,
-            time::{Duration, Instant},
         };
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         // SAFETY: the child makes only system calls until it is killed.
@@ -298,14 +301,21 @@ mod tests {
                 let mut pid = [0; 4];
                 ours.read_exact(&mut pid).unwrap();
                 let pid = i32::from_ne_bytes(pid);
+                let holder = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap();
                 assert!(runs(pid));
                 kill(child, Signal::SIGKILL).unwrap();
                 waitpid(child, None).unwrap();
-                let end = Instant::now() + Duration::from_secs(10);
-                while runs(pid) {
-                    assert!(Instant::now() < end, "the holder has outlived its helper");
-                    std::thread::sleep(Duration::from_millis(5));
-                }
+                let mut ended = [PollFd::new(&holder, PollFlags::IN)];
+                let ended = poll(
+                    &mut ended,
+                    Some(&Timespec {
+                        tv_sec: 10,
+                        tv_nsec: 0,
+                    }),
+                )
+                .unwrap();
+                assert_eq!(ended, 1, "the holder has outlived its helper");
+                assert!(!runs(pid));
             }
         }
     }

@@ -31,28 +31,29 @@ mod tests {
     use super::*;
     use crate::node::identity::Identity;
     use crate::node::journal::Ending;
+    use std::io::Read as _;
     use std::path::Path;
-    use std::process::{Child, Command};
+    use std::process::{Child, Command, Stdio};
     use std::time::Instant;
 
     /// A shim that does this when it is told to end, with its journal.
     fn shim(base: &Path, on_term: &str, ending: Option<Ending>) -> (StateDir, Child) {
         let dir = StateDir::new(base, "ns", "c1").unwrap();
         dir.create().unwrap();
-        let ready = base.join("ready");
-        let script = format!(
-            "trap '{on_term}' TERM; touch {}; while :; do sleep 0.05; done",
-            ready.display()
-        );
-        let child = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+        let script = format!("trap '{on_term}' TERM; echo; while :; do sleep 0.05; done");
+        let mut child = Command::new("sh")
+            .args(["-c", &script])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let journal = Journal {
             ending,
             ..Journal::new(Identity::of(child.id()).unwrap())
         };
         dir.write(&journal).unwrap();
-        while !ready.exists() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let mut ready = [0];
+        let stdout = child.stdout.as_mut().unwrap();
+        stdout.read_exact(&mut ready).unwrap();
         (dir, child)
     }
 
