@@ -208,6 +208,23 @@ pub struct BindMount {
     pub id_map: Option<IdMap>,
 }
 
+#[cfg(test)]
+impl BindMount {
+    /// A source at `/v`, with the mounts below it, writable.
+    pub(crate) fn plain(source: &std::path::Path) -> Self {
+        Self {
+            index: 0,
+            source: source.to_owned(),
+            destination: "/v".into(),
+            readonly: false,
+            readonly_below: false,
+            recursive: true,
+            propagation: Propagation::Private,
+            id_map: None,
+        }
+    }
+}
+
 /// Whether mounts made later below a bind mount's source are seen on the other side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Propagation {

@@ -42,8 +42,6 @@ pub struct Control {
 #[derive(Debug, Default)]
 struct Kept {
     next: u64,
-    /// The first line that did not fit among the first has come.
-    begun: bool,
     first: Lines,
     last: Lines,
 }
@@ -129,8 +127,8 @@ impl Control {
         };
         kept.next += 1;
         let first = &kept.first;
-        kept.begun |= first.lines.len() == FIRST_LINES || first.bytes + text.len() > FIRST_BYTES;
-        if !kept.begun {
+        let fits = first.lines.len() < FIRST_LINES && first.bytes + text.len() <= FIRST_BYTES;
+        if fits && kept.last.lines.is_empty() {
             return kept.first.push(line);
         }
         let last = &mut kept.last;

@@ -246,21 +246,14 @@ fn last<const N: usize>(path: &Path) -> Option<[&str; N]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::asked::spec::Propagation;
     use crate::error::Kind;
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
 
     fn bind(source: &Path, readonly: bool) -> BindMount {
         BindMount {
-            index: 0,
-            source: source.to_owned(),
-            destination: "/v".into(),
             readonly,
-            readonly_below: false,
-            recursive: true,
-            propagation: Propagation::Private,
-            id_map: None,
+            ..BindMount::plain(source)
         }
     }
 

@@ -98,7 +98,6 @@ fn place(volumes: &DirectVolumes, bind: &BindMount, table: &MountTable) -> Place
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::asked::spec::Propagation;
     use crate::error::Kind;
 
     struct Node {
@@ -133,14 +132,8 @@ mod tests {
             allowed: bool,
         ) -> Result<Option<(DirectVolume, PathBuf)>> {
             let bind = BindMount {
-                index: 0,
-                source: source.to_owned(),
                 destination: "/data".into(),
-                readonly: false,
-                readonly_below: false,
-                recursive: true,
-                propagation: Propagation::Private,
-                id_map: None,
+                ..BindMount::plain(source)
             };
             find_in(&self.volumes(), &bind, table, allowed)
         }

@@ -61,7 +61,6 @@ pub(super) fn place(bind: &BindMount, source: &Path, table: &MountTable) -> Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::asked::spec::Propagation;
 
     struct Node {
         base: PathBuf,
@@ -95,16 +94,7 @@ mod tests {
                 what.display(),
                 self.bound().display()
             );
-            let bind = BindMount {
-                index: 0,
-                source: source.to_owned(),
-                destination: "/v".into(),
-                readonly: false,
-                readonly_below: false,
-                recursive: true,
-                propagation: Propagation::Private,
-                id_map: None,
-            };
+            let bind = BindMount::plain(source);
             place(&bind, source, &MountTable::parse(table.as_bytes()))
         }
     }

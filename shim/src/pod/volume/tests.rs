@@ -75,13 +75,9 @@ fn leases(planned: Planned) -> Leases {
 fn bind(index: usize, source: &Path) -> BindMount {
     BindMount {
         index,
-        source: source.to_owned(),
         destination: format!("/v{index}"),
         readonly: true,
-        readonly_below: false,
-        recursive: true,
-        propagation: Propagation::Private,
-        id_map: None,
+        ..BindMount::plain(source)
     }
 }
 

@@ -190,14 +190,8 @@ mod tests {
 
     fn bind(readonly: bool) -> BindMount {
         BindMount {
-            index: 0,
-            source: PathBuf::new(),
-            destination: "/v".into(),
             readonly,
-            readonly_below: false,
-            recursive: true,
-            propagation: Propagation::Private,
-            id_map: None,
+            ..BindMount::plain(Path::new(""))
         }
     }
 
