@@ -158,32 +158,23 @@ async fn the_log_goes_to_its_stream_as_json_lines() {
 #[tokio::test]
 async fn a_forwarded_port_reaches_a_server_in_a_container() {
     let mut guest = Guest::start().await;
-    guest
-        .started(
-            "c1",
-            &spec("exec httpd -f -p 127.0.0.1:8080 -h /etc"),
-            Stdio::default(),
-        )
-        .await;
+    // It goes into the background once it listens.
+    let server = spec("httpd -p 127.0.0.1:8080 -h /etc && echo listens; exec sleep 1000");
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest.started("c1", &server, stdio).await;
+    ends.said("listens\n").await;
+    let request = ConnectPortRequest {
+        port: 8080,
+        stream: 1000,
+        ..Default::default()
+    };
+    guest.client.connect_port(ctx(), &request).await.unwrap();
     let answer = async {
-        for number in 1000.. {
-            let request = ConnectPortRequest {
-                port: 8080,
-                stream: number,
-                ..Default::default()
-            };
-            if guest.client.connect_port(ctx(), &request).await.is_err() {
-                // Nobody listens yet.
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-                continue;
-            }
-            let mut stream = guest.open_numbered(number).await;
-            let _ = stream.write_all(b"GET /passwd HTTP/1.0\r\n\r\n").await;
-            let mut text = String::new();
-            stream.read_to_string(&mut text).await.unwrap();
-            return text;
-        }
-        unreachable!()
+        let mut stream = guest.open_numbered(request.stream).await;
+        let _ = stream.write_all(b"GET /passwd HTTP/1.0\r\n\r\n").await;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
     };
     let answer = tokio::time::timeout(PATIENCE, answer).await.unwrap();
     assert!(
@@ -196,26 +187,12 @@ async fn a_forwarded_port_reaches_a_server_in_a_container() {
 #[tokio::test]
 async fn statistics_and_caches_answer() {
     let mut guest = Guest::start().await;
-    guest
-        .started("c1", &spec("while :; do :; done"), Stdio::default())
-        .await;
-    let reference = container("c1");
-    let busy = async {
-        while guest
-            .client
-            .stats(ctx(), &reference)
-            .await
-            .unwrap()
-            .cpu
-            .usage_usec
-            < 50_000
-        {
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, busy)
-        .await
-        .expect("CPU time is counted");
+    let busy = "i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done; echo counted; exec sleep 1000";
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest.started("c1", &spec(busy), stdio).await;
+    ends.said("counted\n").await;
+    let stats = guest.client.stats(ctx(), &container("c1")).await.unwrap();
+    assert!(stats.cpu.usage_usec >= 50_000, "CPU time is counted");
     guest
         .client
         .drop_caches(ctx(), &Empty::new())
