@@ -94,7 +94,7 @@ fn as_init(places: Places, binary: OwnedFd, socket: &Path) -> io::Result<()> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        network::loopback_up().await.map_err(io::Error::other)?;
+        network::loopback_up().map_err(io::Error::other)?;
         let log = LogRing::new(true);
         let parts = serve::Parts::new(places, binary, log.clone())?;
         let mut streams = socket.as_os_str().to_owned();

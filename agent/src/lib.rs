@@ -39,6 +39,7 @@ mod modules;
 mod mount_attr;
 mod names;
 mod netfilter;
+mod netlink;
 mod network;
 mod outputs;
 mod page_reporting;

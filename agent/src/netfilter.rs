@@ -10,21 +10,18 @@ use brig_agent_protocol::agent::{Netfilter, NetfilterObject, NetfilterRefusal};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::sys::socket::{setsockopt, sockopt::SndBufForce};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    netlink::{APPEND, Answer, CREATE, answers, attribute, attributes, message},
+};
 
 /// `NFNL_SUBSYS_NFTABLES`.
 const SUBSYSTEM: u16 = 10;
 /// `NFNL_MSG_BATCH_BEGIN` and `_END`.
 const BEGIN: u16 = 0x10;
 const END: u16 = 0x11;
-const REQUEST: u16 = 1;
-const CREATE: u16 = 0x400;
-const APPEND: u16 = 0x800;
-/// `NLMSG_ERROR`.
-const ERROR: u16 = 2;
 /// The ruleset is of another generation: libc has no name for it.
 const ERESTART: i32 = 85;
-const HEADER: usize = 16;
 /// `NFNL_BATCH_GENID`: the transaction holds for this generation of the ruleset alone.
 const BATCH_GENERATION: u16 = 1;
 /// `NFT_MSG_DELTABLE`: without a name, all tables.
@@ -149,43 +146,19 @@ fn part(position: u32, object: &NetfilterObject) -> Result<Part> {
     })
 }
 
-/// Appends a message; `sequence` comes back with the kernel's answer.
-fn message(
-    batch: &mut Vec<u8>,
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    general: [u8; 4],
-    attributes: &[u8],
-) -> io::Result<()> {
-    let length = HEADER + general.len() + attributes.len();
-    let length = u32::try_from(length).map_err(io::Error::other)?;
-    batch.extend_from_slice(&length.to_ne_bytes());
-    batch.extend_from_slice(&kind.to_ne_bytes());
-    batch.extend_from_slice(&(REQUEST | flags).to_ne_bytes());
-    batch.extend_from_slice(&sequence.to_ne_bytes());
-    batch.extend_from_slice(&[0; 4]);
-    batch.extend_from_slice(&general);
-    batch.extend_from_slice(attributes);
-    batch.resize(batch.len().next_multiple_of(4), 0);
-    Ok(())
-}
-
 /// The messages of a transaction, which takes the place of the ruleset of the generation `replaces` unless that is 0.
 fn batch(parts: &[Part], replaces: u32) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     // The subsystem, in network byte order.
-    let general = [0, 0, 0, 10];
+    let general = &[0, 0, 0, 10];
     if replaces == 0 {
         message(&mut bytes, BEGIN, 0, 0, general, &[])?;
     } else {
         let mut only_of = Vec::new();
-        only_of.extend_from_slice(&8_u16.to_ne_bytes());
-        only_of.extend_from_slice(&BATCH_GENERATION.to_ne_bytes());
-        only_of.extend_from_slice(&replaces.to_be_bytes());
+        attribute(&mut only_of, BATCH_GENERATION, &replaces.to_be_bytes())?;
         message(&mut bytes, BEGIN, 0, 0, general, &only_of)?;
         let all_tables = SUBSYSTEM << 8 | DELETE_TABLE;
-        message(&mut bytes, all_tables, 0, 0, [0; 4], &[])?;
+        message(&mut bytes, all_tables, 0, 0, &[0; 4], &[])?;
     }
     for part in parts {
         let flags = if part.kind == NEW_RULE {
@@ -195,7 +168,7 @@ fn batch(parts: &[Part], replaces: u32) -> io::Result<Vec<u8>> {
         };
         let kind = SUBSYSTEM << 8 | part.kind;
         let sequence = part.position.wrapping_add(1);
-        let general = [part.family, 0, 0, 0];
+        let general = &[part.family, 0, 0, 0];
         message(&mut bytes, kind, flags, sequence, general, &part.attributes)?;
     }
     message(&mut bytes, END, 0, 0, general, &[])?;
@@ -213,7 +186,7 @@ fn open() -> io::Result<Socket> {
 fn generation() -> io::Result<u32> {
     let mut question = Vec::new();
     let kind = SUBSYSTEM << 8 | GET_GENERATION;
-    message(&mut question, kind, 0, 1, [0; 4], &[])?;
+    message(&mut question, kind, 0, 1, &[0; 4], &[])?;
     let socket = open()?;
     socket.send(&question, 0)?;
     let (answer, _) = socket.recv_from_full()?;
@@ -221,15 +194,11 @@ fn generation() -> io::Result<u32> {
 }
 
 fn generation_in(answer: &[u8]) -> Option<u32> {
-    let mut attributes = answer.get(HEADER + 4..)?;
-    loop {
-        let length = usize::from(u16::from_ne_bytes(attributes.get(..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(attributes.get(2..4)?.try_into().ok()?);
-        if kind == GENERATION {
-            return Some(u32::from_be_bytes(attributes.get(4..8)?.try_into().ok()?));
-        }
-        attributes = attributes.get(length.max(4).next_multiple_of(4)..)?;
-    }
+    let (_, Answer::Listed(body)) = answers(answer).next()?.ok()? else {
+        return None;
+    };
+    let (_, value) = attributes(body.get(4..)?).find(|(kind, _)| *kind == GENERATION)?;
+    Some(u32::from_be_bytes(value.try_into().ok()?))
 }
 
 /// Sends them as one transaction; returns which were refused, with the error numbers.
@@ -256,31 +225,15 @@ fn transact(parts: &[Part], replaces: u32) -> io::Result<Vec<(u32, u32)>> {
     }
 }
 
-fn read_answers(mut answers: &[u8], refused: &mut Vec<(u32, u32)>) -> io::Result<()> {
-    let word = |bytes: &[u8], at: usize| {
-        let bytes = bytes.get(at..at + 4).and_then(|b| b.try_into().ok());
-        bytes.map(u32::from_ne_bytes)
-    };
-    let short = || io::Error::other("an answer that is cut short");
-    while !answers.is_empty() {
-        let length =
-            usize::try_from(word(answers, 0).ok_or_else(short)?).map_err(io::Error::other)?;
-        let (kind, sequence) = (word(answers, 4), word(answers, 8));
-        let is_error = kind.is_some_and(|kind| kind & 0xffff == u32::from(ERROR));
-        let code = word(answers, HEADER).map_or(0, u32::cast_signed);
-        if length < HEADER || length > answers.len() {
-            return Err(short());
-        }
-        answers = answers
-            .get(length.next_multiple_of(4)..)
-            .unwrap_or_default();
-        if !is_error || code == 0 {
+fn read_answers(bytes: &[u8], refused: &mut Vec<(u32, u32)>) -> io::Result<()> {
+    for answer in answers(bytes) {
+        let (sequence, Answer::Refused(code)) = answer? else {
             continue;
-        }
-        match sequence.and_then(|sequence| sequence.checked_sub(1)) {
+        };
+        match sequence.checked_sub(1) {
             Some(position) => refused.push((position, code.unsigned_abs())),
             // Of the transaction itself.
-            None => return Err(io::Error::from_raw_os_error(-code)),
+            None => return Err(io::Error::from_raw_os_error(code)),
         }
     }
     Ok(())
@@ -343,7 +296,7 @@ mod tests {
         let answer = |sequence: u32, code: i32| {
             let mut bytes = Vec::new();
             bytes.extend_from_slice(&36_u32.to_ne_bytes());
-            bytes.extend_from_slice(&ERROR.to_ne_bytes());
+            bytes.extend_from_slice(&2_u16.to_ne_bytes());
             bytes.extend_from_slice(&[0; 2]);
             bytes.extend_from_slice(&sequence.to_ne_bytes());
             bytes.extend_from_slice(&[0; 4]);

@@ -3,22 +3,23 @@
 mod addresses;
 mod links;
 mod routes;
+mod routing;
 mod text;
 
 use std::time::Duration;
 
 use brig_agent_protocol::agent::{Interface, Neighbour, StartSandboxRequest};
-use futures::TryStreamExt as _;
-use rtnetlink::{Handle, LinkUnspec, packet_route::link::LinkAttribute};
 use tokio::time::{Instant, sleep};
 
 use links::{LOOPBACK, index_of, refused};
+use routing::{Request, Routing, family};
 use text::{parse_address, parse_mac, show_mac};
 
 use crate::{
     error::{Error, Result},
     inherited,
     netfilter::{self, Loaded},
+    netlink::{CREATE, REPLACE},
     pci,
 };
 
@@ -36,11 +37,7 @@ pub async fn apply(
     rescan: bool,
     logger: &slog::Logger,
 ) -> Result<Loaded> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
-    let connection = tokio::spawn(connection);
-    let outcome = apply_all(&handle, request, rescan, logger).await;
-    connection.abort();
+    let outcome = apply_all(request, rescan, logger).await;
     if let Err(error) = &outcome {
         slog::error!(logger, "network not set up"; "error" => %error);
     }
@@ -48,14 +45,14 @@ pub async fn apply(
 }
 
 async fn apply_all(
-    handle: &Handle,
     request: &StartSandboxRequest,
     rescan: bool,
     logger: &slog::Logger,
 ) -> Result<Loaded> {
+    let mut routing = open()?;
     let mut indexes = Vec::new();
     for interface in &request.interfaces {
-        indexes.push(name_interface(handle, interface, rescan).await?);
+        indexes.push(name_interface(&mut routing, interface, rescan).await?);
     }
     inherited::apply(&request.inherited, logger)?;
     for interface in &request.interfaces {
@@ -74,120 +71,67 @@ async fn apply_all(
         return Ok(loaded);
     }
     for (interface, index) in request.interfaces.iter().zip(indexes) {
-        add_interface(handle, interface, index, logger).await?;
+        add_interface(&mut routing, interface, index, logger)?;
     }
     for neighbour in &request.neighbours {
-        add_neighbour(handle, neighbour).await?;
+        add_neighbour(&mut routing, neighbour)?;
     }
-    routes::add(handle, &request.routes, logger).await?;
+    routes::add(&mut routing, &request.routes, logger)?;
     Ok(loaded)
+}
+
+fn open() -> Result<Routing> {
+    Routing::open().map_err(|e| Error::io("netlink", e))
 }
 
 /// Brings the loopback interface up.
 ///
 /// # Errors
 /// `Internal`.
-pub async fn loopback_up() -> Result<()> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection().map_err(|e| Error::io("netlink", e))?;
-    let connection = tokio::spawn(connection);
-    let outcome = match index_of(&handle, LOOPBACK).await {
-        Ok(index) => {
-            let up = handle
-                .link()
-                .set(LinkUnspec::new_with_index(index).up().build())
-                .execute()
-                .await;
-            up.map_err(|e| refused("interface lo", &e))
-        }
-        Err(error) => Err(error),
-    };
-    connection.abort();
-    outcome
+pub fn loopback_up() -> Result<()> {
+    let index = index_of(LOOPBACK)?;
+    links::bring_up(&mut open()?, index, 0, false).map_err(|e| refused("interface lo", e))
 }
 
 /// Gives an interface its name, and returns its number.
-async fn name_interface(handle: &Handle, interface: &Interface, rescan: bool) -> Result<u32> {
+async fn name_interface(routing: &mut Routing, interface: &Interface, rescan: bool) -> Result<u32> {
     let name = &interface.name;
     if name == LOOPBACK && interface.mac.is_empty() {
-        return index_of(handle, name).await;
+        return index_of(name);
     }
     let mac = parse_mac(&interface.mac)?;
-    let (index, current) = find_by_mac(handle, &mac, rescan).await?;
+    let (index, current) = find_by_mac(routing, &mac, rescan).await?;
     if !name.is_empty() && *name != current {
-        make_way(handle, name).await?;
+        // Another may have this name by its place on the bus; its own turn comes.
+        if let Ok(other) = index_of(name) {
+            links::rename(routing, other, &format!("brig-{other}"))?;
+        }
         // A name changes only while the interface is down, as a new one is.
-        let message = LinkUnspec::new_with_index(index).name(name.clone()).build();
-        handle
-            .link()
-            .set(message)
-            .execute()
-            .await
-            .map_err(|e| refused(format_args!("interface {name}"), &e))?;
+        links::rename(routing, index, name)?;
     }
     Ok(index)
 }
 
-async fn add_interface(
-    handle: &Handle,
+fn add_interface(
+    routing: &mut Routing,
     interface: &Interface,
     index: u32,
     logger: &slog::Logger,
 ) -> Result<()> {
-    let name = &interface.name;
-    let mut up = LinkUnspec::new_with_index(index).up();
-    if interface.mtu != 0 {
-        up = up.mtu(interface.mtu);
-    }
-    if interface.noarp {
-        up = up.arp(false);
-    }
-    handle
-        .link()
-        .set(up.build())
-        .execute()
-        .await
-        .map_err(|e| refused(format_args!("interface {name}"), &e))?;
-    addresses::add(handle, interface, index, logger).await
+    let Interface {
+        name, mtu, noarp, ..
+    } = interface;
+    links::bring_up(routing, index, *mtu, *noarp)
+        .map_err(|e| refused(format_args!("interface {name}"), e))?;
+    addresses::add(routing, interface, index, logger)
 }
 
-/// Gives another name to an interface that has this one by its place on the bus; its own turn comes.
-async fn make_way(handle: &Handle, name: &str) -> Result<()> {
-    let Ok(index) = index_of(handle, name).await else {
-        return Ok(());
-    };
-    let other = LinkUnspec::new_with_index(index)
-        .name(format!("brig-{index}"))
-        .build();
-    handle
-        .link()
-        .set(other)
-        .execute()
-        .await
-        .map_err(|e| refused(format_args!("interface {name}"), &e))
-}
-
-async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u32, String)> {
+async fn find_by_mac(routing: &mut Routing, mac: &[u8; 6], rescan: bool) -> Result<(u32, String)> {
     let deadline = Instant::now() + APPEAR_TIME;
     let mut scanned = false;
     loop {
-        let mut links = handle.link().get().execute();
-        while let Some(link) = links
-            .try_next()
-            .await
-            .map_err(|e| refused("interfaces", &e))?
-        {
-            let has_mac = link
-                .attributes
-                .iter()
-                .any(|a| matches!(a, LinkAttribute::Address(m) if m == mac));
-            if has_mac {
-                let name = link.attributes.iter().find_map(|a| match a {
-                    LinkAttribute::IfName(name) => Some(name.clone()),
-                    _ => None,
-                });
-                return Ok((link.header.index, name.unwrap_or_default()));
-            }
+        if let Some(found) = links::with_mac(routing, mac)? {
+            return Ok(found);
         }
         if !rescan || Instant::now() >= deadline {
             return Err(Error::InvalidArgument(format!(
@@ -206,19 +150,20 @@ async fn find_by_mac(handle: &Handle, mac: &[u8; 6], rescan: bool) -> Result<(u3
     }
 }
 
-async fn add_neighbour(handle: &Handle, neighbour: &Neighbour) -> Result<()> {
+fn add_neighbour(routing: &mut Routing, neighbour: &Neighbour) -> Result<()> {
     let address = parse_address(&neighbour.address)?;
     let mac = parse_mac(&neighbour.mac)?;
-    let index = index_of(handle, &neighbour.interface).await?;
-    let request = handle
-        .neighbours()
-        .add(index, address)
-        .link_layer_address(&mac)
-        .replace();
-    request
-        .execute()
-        .await
-        .map_err(|e| refused(format_args!("neighbour {address}"), &e))
+    let index = index_of(&neighbour.interface)?;
+    // `struct ndmsg`, and `NDA_DST` and `NDA_LLADDR`.
+    let mut general = vec![family(address), 0, 0, 0];
+    general.extend(index.to_ne_bytes());
+    general.extend(libc::NUD_PERMANENT.to_ne_bytes());
+    general.extend([0, 0]);
+    Request::new(libc::RTM_NEWNEIGH, CREATE | REPLACE, &general)
+        .with_address(1, address)
+        .and_then(|request| request.with(2, &mac))
+        .and_then(|request| routing.change(&request))
+        .map_err(|e| refused(format_args!("neighbour {address}"), e))
 }
 
 /// Reads everything in a request that is text.

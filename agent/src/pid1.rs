@@ -94,7 +94,6 @@ fn boot(clone: bool) -> Result<(), BootError> {
 
 async fn run(places: Places, binary: OwnedFd, clone: bool) -> Result<(), BootError> {
     network::loopback_up()
-        .await
         .map_err(io::Error::other)
         .step("loopback")?;
     let log = LogRing::new(false);

@@ -1,26 +1,35 @@
 //! Addresses of an interface, in the order in which the host's kernel lists them: of several that would do, the first one is
 //! where connections come from.
 
-use std::net::IpAddr;
+use std::{io, net::IpAddr};
 
 use brig_agent_protocol::agent::{Address, Interface};
-use futures::TryStreamExt as _;
-use rtnetlink::{
-    Handle,
-    packet_route::address::{
-        AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope, CacheInfo,
-    },
-};
 
 use super::links::{LOOPBACK, refused};
+use super::routing::{Request, Routing, family};
 use super::text::parse_prefix;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    netlink::{CREATE, REPLACE, attributes},
+};
+
+/// Bytes of `struct ifaddrmsg`.
+const GENERAL: usize = 8;
+/// `IFA_ADDRESS`, `IFA_LOCAL`, `IFA_BROADCAST`, `IFA_CACHEINFO` and `IFA_FLAGS`.
+const ADDRESS: u16 = 1;
+const LOCAL: u16 = 2;
+const BROADCAST: u16 = 4;
+const CACHE_INFO: u16 = 6;
+const FLAGS: u16 = 8;
+/// `IFA_F_NODAD` and `IFA_F_NOPREFIXROUTE`.
+const NO_DETECTION: u8 = 2;
+const NO_PREFIX_ROUTE: u32 = 0x200;
 
 /// An address as it is set.
 struct Wanted {
     address: IpAddr,
     length: u8,
-    scope: AddressScope,
+    scope: u8,
     deprecated: bool,
 }
 
@@ -33,15 +42,49 @@ impl Wanted {
         Ok(Self {
             address: ip,
             length,
-            scope: scope.into(),
+            scope,
             deprecated: address.deprecated,
         })
+    }
+
+    /// The request that gives it to interface number `index`.
+    fn request(&self, index: u32, of_loopback: bool) -> io::Result<Request> {
+        let mut flags = 0;
+        if !of_loopback {
+            // The routes of its network are among the requested ones, as far as the pod has them.
+            flags |= NO_PREFIX_ROUTE;
+        }
+        let mut header_flags = 0;
+        if self.address.is_ipv6() {
+            // The host's side holds the same address: detection would find a duplicate.
+            header_flags = NO_DETECTION;
+            flags |= u32::from(NO_DETECTION);
+        }
+        let general = [family(self.address), self.length, header_flags, self.scope];
+        let general = [general, index.to_ne_bytes()].concat();
+        let mut request = Request::new(libc::RTM_NEWADDR, CREATE | REPLACE, &general)
+            .with_address(ADDRESS, self.address)?
+            .with_address(LOCAL, self.address)?
+            .with_number(FLAGS, flags)?;
+        if let IpAddr::V4(address) = self.address
+            && self.length < 31
+        {
+            let host = u32::MAX >> self.length;
+            let broadcast = (u32::from(address) | host).to_be_bytes();
+            request = request.with(BROADCAST, &broadcast)?;
+        }
+        if self.deprecated {
+            // `struct ifa_cacheinfo`: not preferred from now on, and valid for ever.
+            let lifetime = [0, u32::MAX, 0, 0].map(u32::to_ne_bytes).concat();
+            request = request.with(CACHE_INFO, &lifetime)?;
+        }
+        Ok(request)
     }
 }
 
 /// Gives interface number `index` the addresses of `interface`.
-pub(super) async fn add(
-    handle: &Handle,
+pub(super) fn add(
+    routing: &mut Routing,
     interface: &Interface,
     index: u32,
     logger: &slog::Logger,
@@ -49,20 +92,20 @@ pub(super) async fn add(
     let name = &interface.name;
     let wanted = interface.addresses.iter().map(Wanted::parse);
     let wanted = wanted.collect::<Result<Vec<_>>>()?;
-    for address in in_order_of_setting(&wanted) {
-        let Wanted {
-            address: ip,
-            length,
-            ..
-        } = address;
-        let mut request = handle.address().add(index, *ip, *length);
-        complete(request.message_mut(), address, name == LOOPBACK);
-        let added = request.replace().execute().await;
-        added.map_err(|e| refused(format_args!("address {ip}/{length} of {name}"), &e))?;
+    for one in in_order_of_setting(&wanted) {
+        let added = one
+            .request(index, name == LOOPBACK)
+            .and_then(|request| routing.change(&request));
+        added.map_err(|e| {
+            let Wanted {
+                address, length, ..
+            } = one;
+            refused(format_args!("address {address}/{length} of {name}"), e)
+        })?;
     }
     let v6: Vec<IpAddr> = of_version_6(wanted.iter().map(|one| one.address)).collect();
     if v6.len() > 1 {
-        let listed = listed(handle, index).await?;
+        let listed = listed(routing, index).map_err(|e| refused("addresses", e))?;
         let listed: Vec<IpAddr> = listed.into_iter().filter(|ip| v6.contains(ip)).collect();
         if listed != v6 {
             slog::warn!(logger, "the kernel prefers another of an interface's addresses than the host's does";
@@ -82,46 +125,20 @@ fn of_version_6(addresses: impl Iterator<Item = IpAddr>) -> impl Iterator<Item =
     addresses.filter(IpAddr::is_ipv6)
 }
 
-fn complete(message: &mut AddressMessage, address: &Wanted, of_loopback: bool) {
-    message.header.scope = address.scope;
-    let mut flags = AddressFlags::empty();
-    if !of_loopback {
-        // The routes of its network are among the requested ones, as far as the pod has them.
-        flags |= AddressFlags::Noprefixroute;
-    }
-    if address.address.is_ipv6() {
-        // The host's side holds the same address: detection would find a duplicate.
-        message.header.flags |= AddressHeaderFlags::Nodad;
-        flags |= AddressFlags::Nodad;
-    }
-    message.attributes.push(AddressAttribute::Flags(flags));
-    if address.deprecated {
-        let mut lifetime = CacheInfo::default();
-        lifetime.ifa_valid = u32::MAX;
-        message
-            .attributes
-            .push(AddressAttribute::CacheInfo(lifetime));
-    }
-}
-
 /// The IPv6 addresses of an interface, as the kernel lists them.
-async fn listed(handle: &Handle, index: u32) -> Result<Vec<IpAddr>> {
-    let request = handle.address().get().set_link_index_filter(index);
-    let messages: Vec<AddressMessage> = request
-        .execute()
-        .try_collect()
-        .await
-        .map_err(|e| refused("addresses", &e))?;
+fn listed(routing: &mut Routing, index: u32) -> io::Result<Vec<IpAddr>> {
+    let all = Request::new(libc::RTM_GETADDR, 0, &[0; GENERAL]);
+    let messages = routing.list(&all)?;
     let addresses = messages.iter().filter_map(|message| {
-        message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                AddressAttribute::Address(ip) => Some(*ip),
-                _ => None,
-            })
+        let of = message.get(4..GENERAL)?;
+        if of != index.to_ne_bytes() {
+            return None;
+        }
+        let (_, value) = attributes(message.get(GENERAL..)?).find(|(kind, _)| *kind == ADDRESS)?;
+        let octets: [u8; 16] = value.try_into().ok()?;
+        Some(IpAddr::from(octets))
     });
-    Ok(of_version_6(addresses).collect())
+    Ok(addresses.collect())
 }
 
 #[cfg(test)]
@@ -159,24 +176,31 @@ mod tests {
     fn a_deprecated_address_is_valid_for_ever_and_one_of_the_loopback_interface_keeps_its_route() {
         let mut vip = wanted("fd00::9/128");
         vip.deprecated = true;
-        let mut message = AddressMessage::default();
-        complete(&mut message, &vip, true);
-        let lifetime = message.attributes.iter().find_map(|a| match a {
-            AddressAttribute::CacheInfo(lifetime) => Some(*lifetime),
-            _ => None,
-        });
-        let lifetime = lifetime.unwrap();
-        assert_eq!((lifetime.ifa_preferred, lifetime.ifa_valid), (0, u32::MAX));
-        assert!(
-            message
-                .attributes
-                .contains(&AddressAttribute::Flags(AddressFlags::Nodad))
-        );
+        let request = vip.request(5, true).unwrap();
+        assert_eq!(request.general()[..4], [10, 128, NO_DETECTION, 0]);
+        assert_eq!(request.value(FLAGS).unwrap(), 2_u32.to_ne_bytes());
+        let lifetime = request.value(CACHE_INFO).unwrap();
+        assert_eq!(lifetime[..8], [0, 0, 0, 0, 255, 255, 255, 255]);
+        assert_eq!(request.value(BROADCAST), None);
         let bad = Address {
             prefix: "10.0.0.1/8".into(),
             scope: 256,
             ..Default::default()
         };
         assert!(Wanted::parse(&bad).is_err());
+    }
+
+    #[test]
+    fn an_ipv4_network_has_a_broadcast_address_where_it_has_room_for_one() {
+        let broadcast = |prefix: &str| {
+            let request = wanted(prefix).request(5, false).unwrap();
+            assert_eq!(request.value(FLAGS).unwrap(), NO_PREFIX_ROUTE.to_ne_bytes());
+            assert_eq!(request.value(CACHE_INFO), None);
+            request.value(BROADCAST).map(<[u8]>::to_vec)
+        };
+        assert_eq!(broadcast("10.1.2.3/20"), Some(vec![10, 1, 15, 255]));
+        assert_eq!(broadcast("10.1.2.3/0"), Some(vec![255; 4]));
+        assert_eq!(broadcast("10.1.2.2/31"), None);
+        assert_eq!(broadcast("10.1.2.2/32"), None);
     }
 }
