@@ -27,6 +27,7 @@ pub mod fuzzing;
 mod given;
 mod huge_pages;
 mod id_map;
+mod identity;
 mod image;
 mod inherited;
 mod init;

@@ -6,6 +6,7 @@
 mod env;
 pub mod hooks;
 mod id_map;
+mod identity;
 mod resources;
 mod throttles;
 
@@ -18,6 +19,7 @@ use serde::Deserialize;
 use crate::error::{Error, Result};
 pub use env::with_env;
 use hooks::Hooks;
+pub use identity::check_process;
 pub use resources::Access;
 use resources::Resources;
 pub use resources::{CpuMillis, Limits, changed_throttles};
@@ -95,6 +97,7 @@ pub struct Mount {
 #[serde(rename_all = "camelCase", default)]
 struct Process {
     oom_score_adj: Option<i32>,
+    user: Option<identity::User>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -119,6 +122,8 @@ pub struct Device {
     kind: String,
     major: i64,
     minor: i64,
+    uid: Option<u32>,
+    gid: Option<u32>,
 }
 
 impl Device {
@@ -300,6 +305,35 @@ impl Spec {
                 "the annotation {CONTAINER_TYPE} is {other:?}, neither sandbox nor container"
             ))),
         }
+    }
+
+    /// Refuses users and groups that there are not, of the process, of devices and of id maps.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the field.
+    pub fn check_ids(&self) -> Result<()> {
+        let process = self.process.as_ref();
+        if let Some(user) = process.and_then(|process| process.user.as_ref()) {
+            user.check()?;
+        }
+        for device in self.devices() {
+            for (field, id) in [("uid", device.uid), ("gid", device.gid)] {
+                identity::check(&format!("linux.devices {}: {field}", device.path), id)?;
+            }
+        }
+        let linux = self.linux.iter();
+        let maps =
+            linux.map(|linux| ("linux".to_owned(), &linux.uid_mappings, &linux.gid_mappings));
+        let mounts = self.mounts.iter().flatten();
+        let of_mounts = mounts.map(|mount| {
+            let name = format!("mount on {}", mount.destination);
+            (name, &mount.uid_mappings, &mount.gid_mappings)
+        });
+        for (owner, users, groups) in maps.chain(of_mounts) {
+            id_map::check(&format!("{owner}: uidMappings"), users.as_deref())?;
+            id_map::check(&format!("{owner}: gidMappings"), groups.as_deref())?;
+        }
+        Ok(())
     }
 
     /// Refuses what a pod with a kernel of its own cannot share with the node.

@@ -50,6 +50,7 @@ pub fn oci_spec(data: &[u8]) {
         spec.network(),
         spec.check_sandbox(),
         spec.check_alone(),
+        spec.check_ids(),
     );
     let _ = (spec.sandbox_shm(), spec.sysctls(), spec.hostname());
     let _ = (spec.sandbox_memory(), spec.sandbox_cpu_millis());
