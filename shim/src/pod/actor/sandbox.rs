@@ -70,6 +70,7 @@ impl Pod {
                 memory: pod.memory,
                 huge_pages: super::wanted::huge_pages_of_pod(Some(&cgroups_path)),
                 cpu_millis: pod.cpu_millis,
+                ..Limits::default()
             },
             shm_size: 0,
             cgroup_path: Some(cgroups_path),
