@@ -64,6 +64,7 @@ mod submounts;
 mod sync;
 mod template;
 mod validate;
+mod variables;
 mod volume;
 mod write_back;
 

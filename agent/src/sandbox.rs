@@ -25,7 +25,7 @@ use crate::{
     spec::{self, Spec},
     stdio::ChildEnds,
     submounts::Entered,
-    validate, volume,
+    validate, variables, volume,
 };
 
 /// How long [`end_all`] waits for output that nobody reads.
@@ -41,6 +41,12 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     let mut spec: Spec = spec::parse(&request.spec).map_err(|e| {
         Error::InvalidArgument(format!("the spec of container {}: {e}", request.id))
     })?;
+    let asked = spec.process.clone().unwrap_or_default();
+    if let Some(process) = &mut spec.process {
+        for entry in &request.env {
+            variables::set(&mut process.env, entry);
+        }
+    }
     let mut given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
     let mut mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
     mount_sources.extend(bundled::apply(&mut spec, &mut given, &request.devices).await?);
@@ -48,7 +54,7 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     validate::spec(&spec)?;
     context.claim(&request.id)?;
     let id = request.id.clone();
-    let outcome = build(context, request, (spec, given, root), mount_sources).await;
+    let outcome = build(context, request, (spec, &asked, given, root), mount_sources).await;
     match &outcome {
         Ok(pid) => {
             slog::info!(context.logger, "container created"; "container" => &id, "pid" => pid)
@@ -64,7 +70,7 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
 async fn build(
     context: &Arc<Context>,
     request: agent::CreateContainerRequest,
-    (spec, given, root): (Spec, Given, Vec<root_disks::Mount>),
+    (spec, asked, given, root): (Spec, &spec::Process, Given, Vec<root_disks::Mount>),
     mount_sources: BTreeMap<u32, MountSource>,
 ) -> Result<u32> {
     let id = request.id;
@@ -99,7 +105,7 @@ async fn build(
         id: id.clone(),
         dir,
         seccomp: spec.linux.seccomp.clone(),
-        exec_defaults: ExecDefaults::of(&spec),
+        exec_defaults: ExecDefaults::of(&spec, asked),
         uid_mappings: spec.linux.uid_mappings.clone(),
         gid_mappings: spec.linux.gid_mappings.clone(),
         time_namespace: spec.linux.namespaces.iter().any(|n| n.kind == "time"),

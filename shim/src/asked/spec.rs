@@ -3,7 +3,6 @@
 //! Only the fields the shim acts on are parsed, once. So an unknown capability or a field of a newer
 //! runtime-spec is the agent's to judge and never makes the host side fail.
 
-mod env;
 pub mod hooks;
 mod id_map;
 mod identity;
@@ -17,7 +16,6 @@ use brig_hypervisor::share::IdMap;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
-pub use env::with_env;
 use hooks::Hooks;
 pub use identity::check_process;
 pub use resources::Access;
