@@ -18,6 +18,7 @@ mod lookup;
 mod mapped;
 mod mounts;
 mod namespaces;
+mod null;
 pub mod options;
 mod place;
 mod process;
@@ -157,11 +158,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     sysctl::apply(&spec.linux.sysctl)?;
     process::make_cwd(&container_root, process)?;
     mounted.finish()?;
-    mounts::mask_paths(
-        &container_root,
-        &spec.linux.masked_paths,
-        &devices::open_null()?,
-    )?;
+    mounts::mask_paths(&container_root, &spec.linux.masked_paths, &ids)?;
     mounts::readonly_paths(&container_root, &spec.linux.readonly_paths)?;
     container_root.pivot(&spec.linux.rootfs_propagation)?;
     if spec.root.as_ref().is_some_and(|root| root.readonly) {
@@ -182,6 +179,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     if let Some(terminal) = terminal {
         terminal.adopt(agent, ids.uid(process.user.uid)?)?;
     } else {
+        null::replace_stdio(&ids)?;
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
     sched::apply(
@@ -212,6 +210,7 @@ fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
         let root = root::Root::current()?;
         terminal::open(&root, size)?.adopt(agent, ids.uid(process.user.uid)?)?;
     } else {
+        null::replace_stdio(&ids)?;
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
     sched::set_final_affinity(process)?;
