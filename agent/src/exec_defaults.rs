@@ -20,6 +20,7 @@ pub struct ExecDefaults {
     scheduler: Option<Scheduler>,
     io_priority: Option<IoPriority>,
     affinity: Option<ExecCpuAffinity>,
+    umask: Option<u32>,
     given: Given,
 }
 
@@ -86,6 +87,7 @@ impl ExecDefaults {
             scheduler: process.scheduler,
             io_priority: process.io_priority,
             affinity: process.exec_cpu_affinity,
+            umask: process.user.umask,
         }
     }
 
@@ -101,6 +103,7 @@ impl ExecDefaults {
         fill(&mut process.scheduler, &self.scheduler);
         fill(&mut process.io_priority, &self.io_priority);
         fill(&mut process.exec_cpu_affinity, &self.affinity);
+        fill(&mut process.user.umask, &self.umask);
         if process.rlimits.is_empty() {
             process.rlimits.clone_from(&self.rlimits);
         }
@@ -120,6 +123,7 @@ mod tests {
                 "args": ["init"], "env": ["A=b"], "noNewPrivileges": true, "oomScoreAdj": 7,
                 "capabilities": {"bounding": ["CAP_KILL"]},
                 "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}],
+                "execCPUAffinity": {"initial": "0"}, "user": {"umask": 63}
             },
             "linux": {"personality": {"domain": "LINUX32"}}
         }))
@@ -137,14 +141,17 @@ mod tests {
         assert_eq!(process.rlimits[0].soft, 5);
         assert_eq!(process.oom_score_adj, Some(7));
         assert_eq!(process.exec_cpu_affinity.unwrap().initial, "0");
+        assert_eq!(process.user.umask, Some(0o77));
         assert_eq!((process.args.len(), process.env.len()), (1, 0));
         assert!(!process.no_new_privileges);
 
         let process = completed(json!({
+            "capabilities": {}, "oomScoreAdj": 0, "user": {"umask": 0},
             "rlimits": [{"type": "RLIMIT_CORE", "soft": 1, "hard": 1}]
         }));
         assert!(process.capabilities.unwrap().bounding.is_empty());
         assert_eq!(process.rlimits.len(), 1);
+        assert_eq!(process.user.umask, Some(0));
         assert_eq!(process.oom_score_adj, Some(0));
     }
 
