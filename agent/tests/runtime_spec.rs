@@ -346,6 +346,30 @@ async fn an_exec_has_from_its_container_what_it_does_not_say_itself() {
     guest.stop().await;
 }
 
+/// The agent's own affinity is nobody else's, and neither is that of an exec before it was in the container.
+#[tokio::test]
+async fn a_process_may_run_on_all_cpus_of_its_container() {
+    let all = fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
+    let mut one = nix::sched::CpuSet::new();
+    one.set(0).unwrap();
+    // Of this thread, whose child the agent is.
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &one).unwrap();
+    let mut guest = Guest::start().await;
+    let affinity = "grep Cpus_allowed_list /proc/self/status | cut -f2";
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest
+        .started("c1", &spec(&format!("{affinity}; sleep 1000")), stdio)
+        .await;
+    ends.said(&all).await;
+    let mut process = shell(affinity);
+    assert_eq!(guest.exec("c1", "e1", &process).await.stdout, all);
+    process["execCPUAffinity"] = json!({"initial": "0"});
+    assert_eq!(guest.exec("c1", "e2", &process).await.stdout, all);
+    process["execCPUAffinity"] = json!({"initial": "0", "final": "0"});
+    assert_eq!(guest.exec("c1", "e3", &process).await.stdout, "0\n");
+    guest.stop().await;
+}
+
 #[tokio::test]
 async fn what_cannot_be_applied_is_refused_over_the_wire() {
     let mut guest = Guest::start().await;

@@ -182,6 +182,7 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
         null::replace_stdio(&ids)?;
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
+    sched::reset_affinity()?;
     sched::apply(
         process,
         spec.linux.personality.as_ref(),
