@@ -2,7 +2,8 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    os::fd::OwnedFd,
+    path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -79,7 +80,7 @@ async fn build(
     if context.places.owns_machine && may_track_connections(&spec) {
         inherited::grow_connection_table(&context.logger);
     }
-    let pid_namespace = match request.pid_namespace_of.as_str() {
+    let joined = match request.pid_namespace_of.as_str() {
         "" if wants_shared_pids(&spec) => Some(shared_pid_namespace(context).await?),
         "" => None,
         target => {
@@ -129,13 +130,20 @@ async fn build(
         disks: given.disks.names(),
         shm: context.places.run.join("shm"),
         cgroup: parts.cgroup.path().to_owned(),
-        pid_namespace,
+        shares_pids: joined.is_some(),
         cgroup_root: context.places.cgroup_root.clone(),
         limits: context.limits.all(),
         terminal,
     }));
     let (mailbox, commands) = mpsc::unbounded_channel();
-    let init = match container::prepare(context, &instructions, &stdio, &mailbox, ("", 0)).await {
+    let prepared = container::prepare(
+        context,
+        (&instructions, joined.as_ref()),
+        &stdio,
+        &mailbox,
+        ("", 0),
+    );
+    let init = match prepared.await {
         Ok(init) => init,
         Err(error) => {
             if let Err(left) = cgroup::remove(parts.cgroup.path()).await {
@@ -211,8 +219,8 @@ fn note_ignored(context: &Context, id: &str, spec: &Spec) {
 
 /// A pid namespace for containers that share one (a path in the spec), or that would have the
 /// host's (no entry): never the agent's own.
-async fn shared_pid_namespace(context: &Context) -> Result<PathBuf> {
-    let pid = context
+async fn shared_pid_namespace(context: &Context) -> Result<OwnedFd> {
+    let holder = context
         .pid_holder
         .get_or_try_init(async || {
             let (logger, ending) = (context.logger.clone(), Arc::clone(&context.ending));
@@ -228,12 +236,12 @@ async fn shared_pid_namespace(context: &Context) -> Result<PathBuf> {
             let instructions = Instructions::HoldPidNamespace { cgroup };
             let prepared = context
                 .launcher
-                .prepare(&instructions, ChildEnds::null(), on_exit)
+                .prepare(&instructions, None, ChildEnds::null(), on_exit)
                 .await?;
-            Ok(prepared.pid.as_raw())
+            Ok::<_, Error>(prepared.pidfd)
         })
         .await?;
-    Ok(PathBuf::from(format!("/proc/{pid}/ns/pid")))
+    holder.try_clone().map_err(|e| Error::io("pidfd", e))
 }
 
 /// Sends SIGTERM to every process of every container, and waits at most `grace` for their end.
