@@ -156,7 +156,7 @@ fn create_container(agent: &Agent, create: &Create, joined: OwnedFd) -> Result<(
         }
         None => None,
     };
-    sysctl::apply(&spec.linux.sysctl)?;
+    sysctl::apply(&spec.linux.sysctl, &ids)?;
     process::make_cwd(&container_root, process)?;
     mounted.finish()?;
     mounts::mask_paths(&container_root, &spec.linux.masked_paths, &ids)?;

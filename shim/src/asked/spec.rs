@@ -15,6 +15,7 @@ use std::path::{Component, Path, PathBuf};
 use brig_hypervisor::share::IdMap;
 use serde::Deserialize;
 
+use crate::asked::ping_groups;
 use crate::error::{Error, Result};
 use hooks::Hooks;
 pub use identity::check_process;
@@ -426,11 +427,19 @@ impl Spec {
             .find(|namespace| namespace.kind == kind)
     }
 
-    /// Kernel parameters, by name.
-    #[must_use]
-    pub fn sysctls(&self) -> BTreeMap<String, String> {
-        let sysctls = self.linux.as_ref().and_then(|linux| linux.sysctl.clone());
-        sysctls.unwrap_or_default()
+    /// Kernel parameters, by name, as the guest's root is to write them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for one that names what the pod's user namespace does not have.
+    pub fn sysctls(&self) -> Result<BTreeMap<String, String>> {
+        let Some(linux) = &self.linux else {
+            return Ok(BTreeMap::new());
+        };
+        let mut sysctls = linux.sysctl.clone().unwrap_or_default();
+        if let Some(groups) = linux.gid_mappings.as_deref().filter(|map| !map.is_empty()) {
+            ping_groups::translate(&mut sysctls, |id| id_map::outside(groups, id))?;
+        }
+        Ok(sysctls)
     }
 
     /// The sum of the memory limits of a pod's containers in bytes, as CRI notes it on the sandbox

@@ -64,7 +64,7 @@ impl Pod {
         let cgroups_path = pod.cgroups_path(&self.setup.namespace, &self.setup.id);
         let boot = self.boot(Wanted {
             hostname: pod.hostname.clone(),
-            sysctls: pod.sysctls(),
+            sysctls: pod.sysctls()?,
             network,
             limits: Limits {
                 memory: pod.memory,

@@ -45,7 +45,7 @@ impl Wanted {
         Ok(Self {
             hostname: spec.hostname().to_owned(),
             sysctls: if sandbox {
-                spec.sysctls()
+                spec.sysctls()?
             } else {
                 BTreeMap::new()
             },
