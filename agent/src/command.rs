@@ -1,5 +1,5 @@
 //! What a container's task is asked, by requests and by the tasks that work for it.
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
 
 use brig_agent_protocol::agent::{self, StatsResponse};
 use tokio::sync::mpsc;
@@ -52,8 +52,8 @@ pub enum Command {
         resources: Box<Resources>,
         reply: Reply<()>,
     },
-    /// Where its pid namespace can be joined, while it runs.
-    PidNamespace { reply: Reply<PathBuf> },
+    /// Its init process, whose pid namespace can be joined while it runs.
+    PidNamespace { reply: Reply<OwnedFd> },
     /// Read statistics.
     Stats { reply: Reply<StatsResponse> },
     /// From the task that prepared an exec.

@@ -74,7 +74,7 @@ fn run(socket: &Path, state: &Path) -> io::Result<()> {
         }
     };
     // The containers died with their pid namespace; their cgroups are empty.
-    let _ = cgroup::remove_tree(&cgroup_base);
+    let _ = cgroup::tree::remove(&cgroup_base);
     outcome
 }
 

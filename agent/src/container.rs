@@ -6,6 +6,7 @@ mod execs;
 
 use std::{
     collections::HashMap,
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -182,8 +183,7 @@ impl Container {
                 self.parts.cgroup.update(*resources, reply);
             }
             Command::PidNamespace { reply } => {
-                let pid = self.init_pid();
-                let _ = reply.send(pid.map(|pid| format!("/proc/{pid}/ns/pid").into()));
+                let _ = reply.send(self.living_init().map(|(_, pidfd)| pidfd));
             }
             Command::Stats { reply } => {
                 let _ = reply.send(Ok(stats::read(self.parts.cgroup.path())));
@@ -217,14 +217,14 @@ impl Container {
             .ok_or_else(|| Error::NotFound(format!("container {id} has no exec process {exec_id}")))
     }
 
-    /// The pid of init, whose namespaces are the container's from its creation on.
-    fn init_pid(&self) -> Result<i32> {
-        let pid = match self.init.phase {
-            Phase::Created(_) | Phase::Running => i32::try_from(self.init.pid()).ok(),
+    /// Pid and pidfd of init, whose namespaces are the container's from its creation on.
+    fn living_init(&self) -> Result<(i32, OwnedFd)> {
+        let identity = match self.init.phase {
+            Phase::Created(_) | Phase::Running => self.init.identity()?,
             _ => None,
         };
         let id = &self.parts.id;
-        pid.ok_or_else(|| Error::FailedPrecondition(format!("container {id} is not running")))
+        identity.ok_or_else(|| Error::FailedPrecondition(format!("container {id} is not running")))
     }
 
     fn start(&mut self, exec_id: String, reply: Reply<u32>) {
@@ -485,7 +485,7 @@ pub fn terminal_of(stdio: &agent::Stdio, process: &spec::Process) -> Option<Term
 /// Those of the streams and of the helper.
 pub async fn prepare(
     context: &Context,
-    instructions: &Instructions,
+    (instructions, joined): (&Instructions, Option<&OwnedFd>),
     stdio: &agent::Stdio,
     mailbox: &Mailbox,
     (exec_id, serial): (&str, u64),
@@ -506,7 +506,7 @@ pub async fn prepare(
     };
     let mut prepared: Prepared = context
         .launcher
-        .prepare(instructions, ends, on_exit)
+        .prepare(instructions, joined, ends, on_exit)
         .await?;
     if let (Instructions::Create(create), Some(directory)) = (instructions, prepared.devices.take())
     {

@@ -66,7 +66,7 @@ pub struct Context {
     pub logger: slog::Logger,
     containers: Mutex<HashMap<String, Entry>>,
     /// The process that holds the pid namespace which containers share, once one wants it.
-    pub pid_holder: OnceCell<i32>,
+    pub pid_holder: OnceCell<OwnedFd>,
     /// Everything is being killed.
     pub ending: Arc<AtomicBool>,
 }

@@ -1,7 +1,8 @@
 //! What the agent and its `container-init` helper say to each other.
 //!
 //! The instructions come in a sealed memory file on descriptor 4; messages travel on a
-//! SOCK_SEQPACKET pair, the helper's end being descriptor 3. Both ends are this binary, but the helper
+//! SOCK_SEQPACKET pair, the helper's end being descriptor 3. A process whose namespaces are to be joined comes as a pidfd on
+//! descriptor 5: its number may be another one's by the time the helper looks. Both ends are this binary, but the helper
 //! ends up beside hostile processes, so the agent bounds what it reads and trusts the helper's
 //! words for the time before the container's own program runs only.
 use std::{
@@ -25,6 +26,8 @@ use crate::spec::{Device, IdMapping, Personality, Process, Rlimit, Seccomp, Spec
 pub const CONTROL_FD: i32 = 3;
 /// Descriptor of the instructions.
 pub const INSTRUCTIONS_FD: i32 = 4;
+/// Descriptor of the process whose namespaces are joined, if there is one.
+pub const JOINED_FD: i32 = 5;
 /// Longest message.
 const MAX_MESSAGE: usize = 16 * 1024;
 
@@ -69,8 +72,8 @@ pub struct Create {
     pub shm: PathBuf,
     /// The container's cgroup directory.
     pub cgroup: PathBuf,
-    /// A shared pid namespace to join; none: a new one.
-    pub pid_namespace: Option<PathBuf>,
+    /// The pid namespace of [`JOINED_FD`] is shared; else there is a new one.
+    pub shares_pids: bool,
     /// The mount of the cgroup hierarchy.
     pub cgroup_root: PathBuf,
     /// Resource limits where the specification names none.
@@ -110,7 +113,7 @@ pub enum MountSource {
     Bundle(String),
 }
 
-/// See [`Instructions::Exec`].
+/// See [`Instructions::Exec`]. The container is that of [`JOINED_FD`], its init process.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Exec {
     /// The container, whose session keyring its processes share.
@@ -121,8 +124,6 @@ pub struct Exec {
     pub seccomp: Option<Seccomp>,
     /// The container's, which holds for each of its processes.
     pub personality: Option<Personality>,
-    /// Pid of the container's init process.
-    pub init_pid: i32,
     /// The maps of the container's user namespace; empty without one.
     pub uid_mappings: Vec<IdMapping>,
     /// See `uid_mappings`.
@@ -150,7 +151,7 @@ pub struct Terminal {
 /// socket means that the program runs.
 #[derive(Debug, Deserialize, Serialize)]
 pub enum Message {
-    /// The pid, in the agent's pid namespace, of the process that will run the program.
+    /// The pid, in the agent's pid namespace, of the process that will run the program; its pidfd comes with this message.
     Pid(i32),
     /// The pty master comes with this message.
     Terminal,

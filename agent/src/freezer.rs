@@ -3,7 +3,12 @@
 //! A process that waits for a share or a device cannot be frozen, and a hostile one arranges that. So
 //! this runs in a task of its own for each container, one request after the other and each for a
 //! limited time, while the container's task goes on answering.
-use std::{path::PathBuf, time::Duration};
+use std::{
+    collections::HashSet,
+    os::fd::{AsRawFd as _, OwnedFd},
+    path::PathBuf,
+    time::Duration,
+};
 
 use tokio::sync::{mpsc, watch};
 
@@ -99,15 +104,70 @@ impl Task {
         // Frozen, so that no process escapes by forking while the list is walked. One that cannot be
         // frozen does not run either, until it can.
         let _ = cgroup::freeze(&self.cgroup, true, SIGNAL_TIME).await;
-        let outcome = cgroup::processes(&self.cgroup).map(|pids| {
-            for pid in pids.into_iter().filter_map(|p| i32::try_from(p).ok()) {
-                // SAFETY: kill takes integers only; a frozen process is not reaped meanwhile.
-                unsafe { libc::kill(pid, signal) };
-            }
-        });
+        let outcome = signal_each(signal, || cgroup::processes(&self.cgroup));
         if !*self.paused.borrow() {
             cgroup::thaw(&self.cgroup)?;
         }
         outcome
+    }
+}
+
+/// Processes that are held at a time, by a descriptor each.
+const HELD: usize = 512;
+
+/// Sends a signal to each process that `list` names.
+///
+/// A number may be another container's process by the time it is used. So each is held first, and signalled if it is still
+/// listed then: what a held number means by that time is the process that is held, or one that is not listed here.
+fn signal_each(signal: i32, list: impl Fn() -> Result<Vec<u32>>) -> Result<()> {
+    for numbers in list()?.chunks(HELD) {
+        let held: Vec<(u32, OwnedFd)> = numbers
+            .iter()
+            .filter_map(|number| Some((*number, hold(*number)?)))
+            .collect();
+        let listed: HashSet<u32> = list()?.into_iter().collect();
+        for (_, process) in held.iter().filter(|(number, _)| listed.contains(number)) {
+            // SAFETY: the descriptor is a live pidfd; no siginfo is passed. One that has ended needs no signal.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_pidfd_send_signal,
+                    process.as_raw_fd(),
+                    signal,
+                    std::ptr::null::<libc::siginfo_t>(),
+                    0,
+                )
+            };
+        }
+    }
+    Ok(())
+}
+
+fn hold(number: u32) -> Option<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(number).ok()?)?;
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{cell::Cell, os::unix::process::ExitStatusExt as _, process::Command};
+
+    /// Who has left the container between two looks stands for a number that is somebody else's by now.
+    #[test]
+    fn who_is_listed_no_longer_gets_no_signal() {
+        let sleeper = || Command::new("sleep").arg("1000").spawn().unwrap();
+        let (mut stays, mut gone) = (sleeper(), sleeper());
+        let looks = Cell::new(0);
+        let list = || {
+            looks.set(looks.get() + 1);
+            Ok(match looks.get() {
+                1 => vec![gone.id(), stays.id()],
+                _ => vec![stays.id()],
+            })
+        };
+        signal_each(libc::SIGTERM, list).unwrap();
+        assert_eq!(stays.wait().unwrap().signal(), Some(libc::SIGTERM));
+        gone.kill().unwrap();
+        assert_eq!(gone.wait().unwrap().signal(), Some(libc::SIGKILL));
     }
 }

@@ -128,7 +128,7 @@ fn checked(wanted: &Spec) {
 
 /// What an agent would write for these limits, and the device filter that it would load.
 fn limits(wanted: &Resources) {
-    if let Ok(writes) = resources::plan(wanted) {
+    if let Ok(writes) = resources::plan(wanted, &|_| None) {
         let text = format!("{writes:?}");
         assert!(!text.contains('\0'));
     }

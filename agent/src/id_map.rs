@@ -1,21 +1,26 @@
 //! What a map of users and groups can be, wherever one is asked for.
-use crate::spec::IdMapping;
+use crate::{identity, spec::IdMapping};
 
 /// The kernel's limit of lines in a map file.
 const MAX_MAPPINGS: usize = 340;
 
-/// Refuses a map that the kernel has no room for.
+/// Refuses a map that the kernel has no room for, and one with a number that is no id.
 ///
 /// # Errors
 /// A sentence naming the field.
-pub fn check_length(field: &str, map: &[IdMapping]) -> std::result::Result<(), String> {
+pub fn check_map(field: &str, map: &[IdMapping]) -> std::result::Result<(), String> {
     if map.len() > MAX_MAPPINGS {
         return Err(format!("{field} has more than {MAX_MAPPINGS} entries"));
+    }
+    for (index, line) in map.iter().enumerate() {
+        for (side, first) in [("containerID", line.container_id), ("hostID", line.host_id)] {
+            identity::check_range(&format!("{field}[{index}].{side}"), first, line.size)?;
+        }
     }
     Ok(())
 }
 
-/// Refuses users that are mapped without groups, groups without users, and more than the kernel has room for.
+/// Refuses users that are mapped without groups, groups without users, and what is no map.
 ///
 /// # Errors
 /// A sentence naming the field.
@@ -29,6 +34,6 @@ pub fn check_pair(
             "{field}: uidMappings and gidMappings come together"
         ));
     }
-    check_length(field, users)?;
-    check_length(field, groups)
+    check_map(&format!("{field}: uidMappings"), users)?;
+    check_map(&format!("{field}: gidMappings"), groups)
 }

@@ -3,7 +3,7 @@ use std::{
     fs::File,
     io::{self, Write as _},
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd, OwnedFd},
         unix::process::CommandExt as _,
     },
     process::Command,
@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    control::{self, CONTROL_FD, GO, INSTRUCTIONS_FD, Instructions, Message},
+    control::{self, CONTROL_FD, GO, INSTRUCTIONS_FD, Instructions, JOINED_FD, Message},
     error::{Error, Result},
     readiness,
     reaper::{Exit, Reaper},
@@ -69,20 +69,22 @@ impl Launcher {
         }
     }
 
-    /// Starts a helper with `ends` as its stdio and waits until it is ready. `on_exit` is called
-    /// when the process that runs the program ends, also when that is before it was ready.
+    /// Starts a helper with `ends` as its stdio and waits until it is ready. It joins namespaces of the process `joined`, if
+    /// its instructions say so. `on_exit` is called when the process that runs the program ends, also when that is before it
+    /// was ready.
     ///
     /// # Errors
     /// The helper's own sentence as `InvalidArgument` or `Internal`, or why there is none.
     pub async fn prepare(
         &self,
         instructions: &Instructions,
+        joined: Option<&OwnedFd>,
         ends: ChildEnds,
         on_exit: impl FnOnce(Exit) + Send + 'static,
     ) -> Result<Prepared> {
         let launch = self.reaper.launch();
         let control = self
-            .spawn(instructions, ends)
+            .spawn(instructions, joined, ends)
             .map_err(|e| Error::io("cannot start the container helper", e))?;
         let control = readiness::register(control, Interest::READABLE)
             .map_err(|e| Error::io("helper socket", e))?;
@@ -108,16 +110,16 @@ impl Launcher {
                             "the container helper named two pids".into(),
                         ));
                     }
-                    (Message::Pid(raw), _) => {
+                    (Message::Pid(raw), fd) => {
                         let pid = Pid::from_raw(raw);
-                        let fd = pidfd(pid);
                         if let Some(on_exit) = on_exit.take() {
                             self.reaper.watch(&launch, pid, on_exit);
                         }
-                        process = Some((
-                            pid,
-                            fd.map_err(|e| Error::io("the process ended at once", e))?,
-                        ));
+                        // Not by its number: it may have ended, been reaped, and left that to another one.
+                        let fd = fd.ok_or_else(|| {
+                            Error::Internal("the container helper gave no pidfd".into())
+                        })?;
+                        process = Some((pid, fd));
                     }
                     (Message::Terminal, fd) => terminal = fd,
                     (Message::Devices, fd) => devices = fd,
@@ -159,7 +161,12 @@ impl Launcher {
         Err(error)
     }
 
-    fn spawn(&self, instructions: &Instructions, ends: ChildEnds) -> io::Result<OwnedFd> {
+    fn spawn(
+        &self,
+        instructions: &Instructions,
+        joined: Option<&OwnedFd>,
+        ends: ChildEnds,
+    ) -> io::Result<OwnedFd> {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -178,20 +185,29 @@ impl Launcher {
             .stdin(ends.stdin)
             .stdout(ends.stdout)
             .stderr(ends.stderr);
-        let (control_fd, memory_fd) = (theirs.as_raw_fd(), memory.as_raw_fd());
+        // One that there is not is a descriptor that the helper does not look at.
+        let joined = joined.map_or(memory.as_raw_fd(), AsRawFd::as_raw_fd);
+        let given = [
+            (theirs.as_raw_fd(), CONTROL_FD),
+            (memory.as_raw_fd(), INSTRUCTIONS_FD),
+            (joined, JOINED_FD),
+        ];
         // SAFETY: between fork and exec only async-signal-safe calls are made (fcntl, dup2), on
-        // descriptors that are open in the parent. Both are first moved out of the way, so that
-        // neither dup2 overwrites the other's source.
+        // descriptors that are open in the parent. All are first moved out of the way, so that
+        // no dup2 overwrites another's source.
         unsafe {
             command.pre_exec(move || {
-                let high_control = libc::fcntl(control_fd, libc::F_DUPFD_CLOEXEC, FIRST_FREE_FD);
-                let high_memory = libc::fcntl(memory_fd, libc::F_DUPFD_CLOEXEC, FIRST_FREE_FD);
-                if high_control < 0
-                    || high_memory < 0
-                    || libc::dup2(high_control, CONTROL_FD) < 0
-                    || libc::dup2(high_memory, INSTRUCTIONS_FD) < 0
-                {
-                    return Err(io::Error::last_os_error());
+                let mut high = given;
+                for (fd, _) in &mut high {
+                    *fd = libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, FIRST_FREE_FD);
+                    if *fd < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                for (fd, place) in high {
+                    if libc::dup2(fd, place) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
                 }
                 Ok(())
             });
@@ -240,14 +256,6 @@ async fn next(control: &AsyncFd<OwnedFd>) -> Result<(Message, Option<OwnedFd>)> 
             "the container helper ended without a word; was it killed for memory?".into(),
         )
     })
-}
-
-fn pidfd(pid: Pid) -> io::Result<OwnedFd> {
-    let pid = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(rustix::process::pidfd_open(
-        pid,
-        rustix::process::PidfdFlags::empty(),
-    )?)
 }
 
 fn instructions_file(instructions: &Instructions) -> io::Result<OwnedFd> {

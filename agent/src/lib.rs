@@ -27,6 +27,7 @@ pub mod fuzzing;
 mod given;
 mod huge_pages;
 mod id_map;
+mod identity;
 mod image;
 mod inherited;
 mod init;
@@ -64,6 +65,7 @@ mod submounts;
 mod sync;
 mod template;
 mod validate;
+mod variables;
 mod volume;
 mod write_back;
 

@@ -98,6 +98,18 @@ impl Process {
             .unwrap_or(0)
     }
 
+    /// Its pid in the agent's namespace, and a pidfd; `None` before it has them.
+    ///
+    /// # Errors
+    /// `Internal` when descriptors run out.
+    pub fn identity(&self) -> Result<Option<(i32, OwnedFd)>> {
+        let Some((pid, pidfd)) = &self.identity else {
+            return Ok(None);
+        };
+        let pidfd = pidfd.try_clone().map_err(|e| Error::io("pidfd", e))?;
+        Ok(Some((pid.as_raw(), pidfd)))
+    }
+
     /// Sends `signal`, also a real-time one, through the pidfd: never to a recycled pid.
     ///
     /// # Errors

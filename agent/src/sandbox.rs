@@ -2,7 +2,8 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    os::fd::OwnedFd,
+    path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -25,7 +26,7 @@ use crate::{
     spec::{self, Spec},
     stdio::ChildEnds,
     submounts::Entered,
-    validate, volume,
+    validate, variables, volume,
 };
 
 /// How long [`end_all`] waits for output that nobody reads.
@@ -41,6 +42,12 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     let mut spec: Spec = spec::parse(&request.spec).map_err(|e| {
         Error::InvalidArgument(format!("the spec of container {}: {e}", request.id))
     })?;
+    let asked = spec.process.clone().unwrap_or_default();
+    if let Some(process) = &mut spec.process {
+        for entry in &request.env {
+            variables::set(&mut process.env, entry);
+        }
+    }
     let mut given = given::apply(&mut spec.linux, &request.devices, &request.disks).await?;
     let mut mount_sources = validate::mount_sources(&spec, &request.mount_sources)?;
     mount_sources.extend(bundled::apply(&mut spec, &mut given, &request.devices).await?);
@@ -48,7 +55,7 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
     validate::spec(&spec)?;
     context.claim(&request.id)?;
     let id = request.id.clone();
-    let outcome = build(context, request, (spec, given, root), mount_sources).await;
+    let outcome = build(context, request, (spec, &asked, given, root), mount_sources).await;
     match &outcome {
         Ok(pid) => {
             slog::info!(context.logger, "container created"; "container" => &id, "pid" => pid)
@@ -64,7 +71,7 @@ pub async fn create(context: &Arc<Context>, request: agent::CreateContainerReque
 async fn build(
     context: &Arc<Context>,
     request: agent::CreateContainerRequest,
-    (spec, given, root): (Spec, Given, Vec<root_disks::Mount>),
+    (spec, asked, given, root): (Spec, &spec::Process, Given, Vec<root_disks::Mount>),
     mount_sources: BTreeMap<u32, MountSource>,
 ) -> Result<u32> {
     let id = request.id;
@@ -73,7 +80,7 @@ async fn build(
     if context.places.owns_machine && may_track_connections(&spec) {
         inherited::grow_connection_table(&context.logger);
     }
-    let pid_namespace = match request.pid_namespace_of.as_str() {
+    let joined = match request.pid_namespace_of.as_str() {
         "" if wants_shared_pids(&spec) => Some(shared_pid_namespace(context).await?),
         "" => None,
         target => {
@@ -99,7 +106,7 @@ async fn build(
         id: id.clone(),
         dir,
         seccomp: spec.linux.seccomp.clone(),
-        exec_defaults: ExecDefaults::of(&spec),
+        exec_defaults: ExecDefaults::of(&spec, asked),
         uid_mappings: spec.linux.uid_mappings.clone(),
         gid_mappings: spec.linux.gid_mappings.clone(),
         time_namespace: spec.linux.namespaces.iter().any(|n| n.kind == "time"),
@@ -123,13 +130,20 @@ async fn build(
         disks: given.disks.names(),
         shm: context.places.run.join("shm"),
         cgroup: parts.cgroup.path().to_owned(),
-        pid_namespace,
+        shares_pids: joined.is_some(),
         cgroup_root: context.places.cgroup_root.clone(),
         limits: context.limits.all(),
         terminal,
     }));
     let (mailbox, commands) = mpsc::unbounded_channel();
-    let init = match container::prepare(context, &instructions, &stdio, &mailbox, ("", 0)).await {
+    let prepared = container::prepare(
+        context,
+        (&instructions, joined.as_ref()),
+        &stdio,
+        &mailbox,
+        ("", 0),
+    );
+    let init = match prepared.await {
         Ok(init) => init,
         Err(error) => {
             if let Err(left) = cgroup::remove(parts.cgroup.path()).await {
@@ -205,8 +219,8 @@ fn note_ignored(context: &Context, id: &str, spec: &Spec) {
 
 /// A pid namespace for containers that share one (a path in the spec), or that would have the
 /// host's (no entry): never the agent's own.
-async fn shared_pid_namespace(context: &Context) -> Result<PathBuf> {
-    let pid = context
+async fn shared_pid_namespace(context: &Context) -> Result<OwnedFd> {
+    let holder = context
         .pid_holder
         .get_or_try_init(async || {
             let (logger, ending) = (context.logger.clone(), Arc::clone(&context.ending));
@@ -222,12 +236,12 @@ async fn shared_pid_namespace(context: &Context) -> Result<PathBuf> {
             let instructions = Instructions::HoldPidNamespace { cgroup };
             let prepared = context
                 .launcher
-                .prepare(&instructions, ChildEnds::null(), on_exit)
+                .prepare(&instructions, None, ChildEnds::null(), on_exit)
                 .await?;
-            Ok(prepared.pid.as_raw())
+            Ok::<_, Error>(prepared.pidfd)
         })
         .await?;
-    Ok(PathBuf::from(format!("/proc/{pid}/ns/pid")))
+    holder.try_clone().map_err(|e| Error::io("pidfd", e))
 }
 
 /// Sends SIGTERM to every process of every container, and waits at most `grace` for their end.

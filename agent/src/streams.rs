@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use brig_agent_protocol::{FIRST_PROCESS_STREAM, HOST_CID, LOG_STREAM, STREAM_PORT};
+use brig_agent_protocol::{FIRST_PROCESS_STREAM, HOST_CID, LOG_STREAM, MAX_STREAMS, STREAM_PORT};
 use tokio::{io::AsyncReadExt as _, net::UnixListener, sync::oneshot, time::timeout};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
@@ -25,8 +25,9 @@ use crate::{
 const HEADER_TIME: Duration = Duration::from_secs(10);
 /// How long a process waits for its streams, and a stream for its process.
 const MEET_TIME: Duration = Duration::from_secs(30);
-/// Streams that may wait for their process.
-const MAX_UNCLAIMED: usize = 64;
+/// Streams that may wait for their process: all that there can be. The host opens those of a process before it asks for it,
+/// and asks for many processes at once.
+const MAX_UNCLAIMED: usize = MAX_STREAMS;
 
 enum Slot {
     Wanted(oneshot::Sender<Stream>),
@@ -161,7 +162,11 @@ impl Streams {
 /// # Errors
 /// When the guest has no vsock device.
 pub fn listen_vsock() -> io::Result<VsockListener> {
-    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))
+    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))?;
+    // It has come with a backlog of 128, and the kernel resets what does not fit. Less than `net.core.somaxconn` at boot.
+    let all = i32::try_from(MAX_STREAMS).unwrap_or(i32::MAX);
+    rustix::net::listen(&listener, all)?;
+    Ok(listener)
 }
 
 #[cfg(test)]
@@ -219,6 +224,13 @@ mod tests {
     #[tokio::test]
     async fn unclaimed_streams_are_bounded() {
         let (streams, log, logger) = setup();
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let most = rustix::process::Rlimit {
+            current: limit.maximum,
+            ..limit
+        };
+        // Both ends are here.
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, most).unwrap();
         let mut hosts = Vec::new();
         for n in 0..MAX_UNCLAIMED as u64 + 5 {
             let (mut host, guest) = UnixStream::pair().unwrap();

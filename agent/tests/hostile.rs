@@ -273,3 +273,68 @@ async fn a_bad_option_of_procfs_is_named_among_the_pids_of_others() {
     }
     guest.stop().await;
 }
+
+/// Owner and mode of the machine's own, which a failure of the test below must not leave changed.
+struct Null(u32, u32);
+
+impl Null {
+    fn now() -> (u32, u32) {
+        use std::os::unix::fs::MetadataExt as _;
+        let found = fs::metadata("/dev/null");
+        found.map_or((0, 0), |found| (found.mode() & 0o7777, found.uid()))
+    }
+}
+
+impl Drop for Null {
+    fn drop(&mut self) {
+        use std::os::unix::fs::PermissionsExt as _;
+        let _ = std::os::unix::fs::chown("/dev/null", Some(self.1), None);
+        let _ = fs::set_permissions("/dev/null", fs::Permissions::from_mode(self.0));
+    }
+}
+
+#[tokio::test]
+async fn what_a_container_does_to_its_null_device_is_its_own_affair() {
+    let before = Null::now();
+    let _put_back = Null(before.0, before.1);
+    let mut guest = Guest::start().await;
+    // Behind a mask, at the descriptor that the host gives no stream for, and by its name.
+    let script = "for f in /proc/timer_list /dev/stdin /dev/null; do chown 7 $f; chmod 664 $f; stat -Lc '%a %u %t:%T' $f; done";
+    let mut init = spec(&format!("{script}; sleep 1000"));
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    init["process"]["env"] = json!(["PATH=/bin"]);
+    guest.started("c1", &init, stdio).await;
+    let told = "664 7 1:3\n".repeat(3);
+    ends.said(&told).await;
+    assert_eq!(Null::now(), before);
+    let outcome = guest.exec("c1", "e1", &shell(script)).await;
+    assert_eq!(outcome.stdout, told, "{}", outcome.stderr);
+    assert_eq!(Null::now(), before);
+    // A neighbour's is untouched, and one whose /dev is its image's has one of its own too.
+    let got = output(
+        &mut guest,
+        "stat -Lc '%a %u' /proc/timer_list /dev/stdin",
+        |spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            mounts.retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+        },
+    )
+    .await;
+    assert_eq!(got, "666 0\n666 0\n");
+    guest.stop().await;
+}
+
+#[tokio::test]
+async fn cgroups_of_a_container_have_an_end_and_go_with_it() {
+    let mut guest = Guest::start().await;
+    // Names so long that no path leads to the last of them.
+    let script = r#"cd /sys/fs/cgroup; name=$(printf %0200d 0); depth=0
+        while [ $depth -lt 60 ] && mkdir $name 2>/dev/null && cd -P $name 2>/dev/null; do depth=$((depth+1)); done; echo $depth"#;
+    let got = output(&mut guest, script, |spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["rw"]}));
+    })
+    .await;
+    assert_eq!(got, "32\n");
+    guest.stop().await;
+}

@@ -258,6 +258,44 @@ async fn exec_joins_the_container_and_has_its_own_life() {
     guest.stop().await;
 }
 
+/// The host opens the streams of an exec before it asks for the exec, of many before the agent has come to the first.
+#[tokio::test]
+async fn two_hundred_execs_at_once_have_their_streams() {
+    const AT_ONCE: usize = 200;
+    let mut guest = Guest::start().await;
+    let (stdio, ends) = guest.stdio(true, false).await;
+    guest.started("c", &spec("cat"), stdio).await;
+    let mut waiting = Vec::new();
+    for number in 0..AT_ONCE {
+        let (stdio, own) = guest.stdio(false, false).await;
+        let request = CreateExecRequest {
+            id: "c".into(),
+            exec_id: format!("e{number}"),
+            process: serde_json::to_vec(&shell(&format!("echo {number}"))).unwrap(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        waiting.push((request, own));
+    }
+    // An answer comes after what the agent had to do before: by then streams have come that nobody waits for.
+    guest.client.ping(ctx(), &Empty::new()).await.unwrap();
+    let mut execs = tokio::task::JoinSet::new();
+    for (number, (request, own)) in waiting.into_iter().enumerate() {
+        let client = guest.client.clone();
+        execs.spawn(async move {
+            client.create_exec(ctx(), &request).await.unwrap();
+            let named = reference(&request.id, &request.exec_id);
+            client.start_process(ctx(), &named).await.unwrap();
+            assert_eq!(own.read_all().await.0, format!("{number}\n"));
+        });
+    }
+    while let Some(done) = execs.join_next().await {
+        done.unwrap();
+    }
+    drop(ends);
+    guest.stop().await;
+}
+
 #[tokio::test]
 async fn the_exits_of_execs_come_before_that_of_init() {
     let mut guest = Guest::start().await;

@@ -159,7 +159,8 @@ async fn a_user_namespace_maps_ids_and_keeps_what_is_outside_out_of_reach() {
         readlink /proc/self/ns/user > /tmp/mine && touch /dev/mine && echo writable; echo x > /dev/null && echo null
         mount -t tmpfs none /root && echo mounted; umount /sys/firmware 2>/dev/null || echo mask locked
         hostname other 2>/dev/null || echo hostname refused
-        (echo 1 > /proc/sys/net/ipv4/ip_forward) 2>/dev/null || echo sysctl refused; sleep 1000"#;
+        (echo 1 > /proc/sys/net/ipv4/ip_forward) 2>/dev/null || echo sysctl refused
+        tr '\t' ' ' < /proc/sys/net/ipv4/ping_group_range; sleep 1000"#;
     let mut mapped = spec(script);
     let linux = &mut mapped["linux"];
     linux["namespaces"]
@@ -168,6 +169,8 @@ async fn a_user_namespace_maps_ids_and_keeps_what_is_outside_out_of_reach() {
         .push(json!({"type": "user"}));
     linux["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
     linux["gidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+    // The groups are the container's.
+    linux["sysctl"] = json!({"net.ipv4.ping_group_range": "0 999"});
     let all = json!([
         "CAP_SYS_ADMIN",
         "CAP_CHOWN",
@@ -181,7 +184,7 @@ async fn a_user_namespace_maps_ids_and_keeps_what_is_outside_out_of_reach() {
     let (stdio, mut ends) = guest.stdio(false, false).await;
     guest.create("c1", &mapped, stdio).await.unwrap();
     guest.run("c1", "").await.unwrap();
-    let expected = "0\n0 100000 1000\n0 0\n0 0\n0 0\nwritable\nnull\nmounted\nmask locked\nhostname refused\nsysctl refused\n";
+    let expected = "0\n0 100000 1000\n0 0\n0 0\n0 0\nwritable\nnull\nmounted\nmask locked\nhostname refused\nsysctl refused\n0 999\n";
     let mut got = vec![0; expected.len()];
     let stdout = ends.stdout.as_mut().unwrap();
     let read = tokio::time::timeout(

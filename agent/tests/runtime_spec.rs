@@ -320,27 +320,53 @@ async fn an_exec_has_from_its_container_what_it_does_not_say_itself() {
     init["process"]["oomScoreAdj"] = 500.into();
     init["process"]["execCPUAffinity"] = json!({"initial": "0-1", "final": "0"});
     init["linux"]["personality"] = json!({"domain": "LINUX32"});
+    init["process"]["user"]["umask"] = 0o077.into();
     let (stdio, mut ends) = guest.stdio(false, false).await;
     guest.started("c1", &init, stdio).await;
     // The affinity is for execs alone.
     let own = fields(&fs::read_to_string("/proc/self/status").unwrap());
     ends.said(&format!("{}\n", own["Cpus_allowed_list"])).await;
     let script = format!(
-        "uname -m; ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj; {affinity}; grep CapBnd /proc/self/status | cut -f2"
+        "uname -m; umask; ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj; {affinity}; grep CapBnd /proc/self/status | cut -f2"
     );
     let mut process = shell(&script);
     process.as_object_mut().unwrap().remove("capabilities");
     let outcome = guest.exec("c1", "e1", &process).await;
     // containerd's default capabilities.
-    let expected = "i686\n100\n200\n500\n0\n00000000a80425fb\n";
+    let expected = "i686\n0077\n100\n200\n500\n0\n00000000a80425fb\n";
     assert_eq!(outcome.stdout, expected, "{}", outcome.stderr);
     process["capabilities"] = json!({});
     process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 50, "hard": 60}]);
     process["oomScoreAdj"] = 600.into();
     process["execCPUAffinity"] = json!({"final": "1"});
+    process["user"]["umask"] = 0o027.into();
     let outcome = guest.exec("c1", "e2", &process).await;
-    let expected = "i686\n50\n60\n600\n1\n0000000000000000\n";
+    let expected = "i686\n0027\n50\n60\n600\n1\n0000000000000000\n";
     assert_eq!(outcome.stdout, expected, "{}", outcome.stderr);
+    guest.stop().await;
+}
+
+/// The agent's own affinity is nobody else's, and neither is that of an exec before it was in the container.
+#[tokio::test]
+async fn a_process_may_run_on_all_cpus_of_its_container() {
+    let all = fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
+    let mut one = nix::sched::CpuSet::new();
+    one.set(0).unwrap();
+    // Of this thread, whose child the agent is.
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &one).unwrap();
+    let mut guest = Guest::start().await;
+    let affinity = "grep Cpus_allowed_list /proc/self/status | cut -f2";
+    let (stdio, mut ends) = guest.stdio(false, false).await;
+    guest
+        .started("c1", &spec(&format!("{affinity}; sleep 1000")), stdio)
+        .await;
+    ends.said(&all).await;
+    let mut process = shell(affinity);
+    assert_eq!(guest.exec("c1", "e1", &process).await.stdout, all);
+    process["execCPUAffinity"] = json!({"initial": "0"});
+    assert_eq!(guest.exec("c1", "e2", &process).await.stdout, all);
+    process["execCPUAffinity"] = json!({"initial": "0", "final": "0"});
+    assert_eq!(guest.exec("c1", "e3", &process).await.stdout, "0\n");
     guest.stop().await;
 }
 

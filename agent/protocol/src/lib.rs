@@ -33,6 +33,10 @@ pub const AGENT_PORT: u32 = 1024;
 /// with its number as eight bytes, little endian ([`stream_header`]); the rest is payload.
 pub const STREAM_PORT: u32 = 1025;
 
+/// The most streams that a VM has at one time, the agent's own connection not counted: the VMM opens no more, and the agent
+/// has room for all of them before it knows what they are for.
+pub const MAX_STREAMS: usize = 1024;
+
 /// The stream that carries the agent's own log, as JSON lines, to the shim. Process streams and
 /// forwarded connections are numbered from [`FIRST_PROCESS_STREAM`].
 pub const LOG_STREAM: u64 = 1;

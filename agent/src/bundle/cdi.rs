@@ -13,7 +13,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::modules;
+use crate::{identity, modules};
 
 /// The annotation of a file that says what it is for.
 const FOR: &str = "io.brig.modalias";
@@ -154,6 +154,15 @@ impl Edits {
         }
         if let Some(entry) = self.env.iter().find(|entry| !entry.contains('=')) {
             return Err(format!("its variable {entry:?} is not NAME=value"));
+        }
+        for gid in &self.additional_gids {
+            identity::check("additionalGids", *gid)?;
+        }
+        for node in &self.device_nodes {
+            for (field, id) in [("uid", node.uid), ("gid", node.gid)] {
+                let id = id.unwrap_or(0);
+                identity::check(&format!("deviceNodes {}: {field}", node.path), id)?;
+            }
         }
         let places = self.mounts.iter().map(|mount| &mount.container_path);
         let nodes = self.device_nodes.iter().map(|node| &node.path);
@@ -312,6 +321,11 @@ mod tests {
             ),
             (json!({"intelRdt": {}}), "intelRdt"),
             (json!({"env": ["NAME"]}), "NAME=value"),
+            (json!({"additionalGids": [u32::MAX]}), "additionalGids"),
+            (
+                json!({"deviceNodes": [{"path": "/dev/x", "gid": u32::MAX}]}),
+                "/dev/x: gid",
+            ),
             (
                 json!({"mounts": [{"hostPath": "/a", "containerPath": "b"}]}),
                 "\"b\"",

@@ -6,6 +6,7 @@ use crate::{
     control::MountSource,
     given::Given,
     spec::{self, Spec},
+    variables,
 };
 
 /// What a mount without options has.
@@ -22,7 +23,7 @@ pub fn apply(
     for edits in edits {
         if let Some(process) = &mut spec.process {
             for entry in &edits.env {
-                set(&mut process.env, entry);
+                variables::set(&mut process.env, entry);
             }
             let gids = &mut process.user.additional_gids;
             for gid in &edits.additional_gids {
@@ -41,13 +42,6 @@ pub fn apply(
         }
     }
     Ok(sources)
-}
-
-fn set(env: &mut Vec<String>, entry: &str) {
-    let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
-    let wanted = name(entry);
-    env.retain(|other| name(other) != wanted);
-    env.push(entry.to_owned());
 }
 
 fn add_node(spec: &mut Spec, given: &mut Given, node: &Node, (kind, major, minor): Numbers) {

@@ -4,6 +4,7 @@
 pub mod device;
 pub mod resources;
 pub mod stats;
+pub mod tree;
 mod undo;
 pub mod watch;
 
@@ -22,9 +23,6 @@ use crate::{
     sync::lock,
 };
 use undo::Undo;
-
-/// Deepest cgroup below a container that is listed.
-const MAX_DEPTH: usize = 32;
 
 /// How long the processes of a cgroup may take to die: those in uninterruptible sleep are slow.
 const KILL_TIME: Duration = Duration::from_secs(30);
@@ -89,7 +87,9 @@ impl Cgroup {
         };
         let default = Resources::default();
         let resources = resources.unwrap_or(&default);
-        let outcome = resources::apply(&cgroup.path, resources).and_then(|notes| {
+        let outcome =
+            limit_depth(&cgroup.path).and_then(|()| resources::apply(&cgroup.path, resources));
+        let outcome = outcome.and_then(|notes| {
             log(&notes, &cgroup.path, logger);
             lock(&cgroup.devices).limit(&cgroup.path, &resources.devices, 0)
         });
@@ -215,7 +215,14 @@ pub fn thaw(path: &Path) -> Result<()> {
 /// `Internal` when it cannot be read.
 pub fn processes(path: &Path) -> Result<Vec<u32>> {
     let mut pids = Vec::new();
-    collect_processes(path, 0, &mut pids).map_err(|e| Error::io("cgroup.procs", e))?;
+    let each = tree::each(path, |cgroup| {
+        let text = tree::read(cgroup, "cgroup.procs").unwrap_or_default();
+        // 0 stands for a process outside the agent's pid namespace; there is none.
+        let listed = text.lines().filter_map(|line| line.parse::<u32>().ok());
+        pids.extend(listed.filter(|pid| *pid != 0));
+        Ok(())
+    });
+    each.map_err(|e| Error::io("cgroup.procs", e))?;
     Ok(pids)
 }
 
@@ -231,60 +238,21 @@ pub async fn remove(path: &Path) -> Result<()> {
     watch::until(&events, KILL_TIME, empty)
         .await
         .map_err(|e| Error::io(format_args!("cgroup {} does not empty", path.display()), e))?;
-    remove_tree(path).map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))
+    let top = path.to_owned();
+    // There may be as many as the guest's memory takes.
+    let removed = tokio::task::spawn_blocking(move || tree::remove(&top)).await;
+    removed
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+        .map_err(|e| Error::io(format_args!("cgroup {}", path.display()), e))
+}
+
+/// A container that may write its cgroup makes others below it: no deeper than they are followed.
+fn limit_depth(path: &Path) -> Result<()> {
+    write(path, "cgroup.max.depth", &tree::MAX_DEPTH.to_string())
 }
 
 fn write(path: &Path, file: &str, value: &str) -> Result<()> {
     fs::write(path.join(file), value).map_err(|e| Error::io(file, e))
-}
-
-fn collect_processes(dir: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Result<()> {
-    // EOPNOTSUPP: a threaded cgroup lists its processes in its domain only.
-    if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
-        // 0 stands for a process outside the agent's pid namespace; there is none.
-        pids.extend(
-            text.lines()
-                .filter_map(|l| l.parse::<u32>().ok())
-                .filter(|pid| *pid != 0),
-        );
-    }
-    if depth < MAX_DEPTH {
-        for child in child_dirs(dir)? {
-            match collect_processes(&child, depth + 1, pids) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Removes a cgroup without processes and those below it.
-///
-/// # Errors
-/// Those of rmdir(2).
-pub fn remove_tree(dir: &Path) -> io::Result<()> {
-    remove_below(dir, 0)
-}
-
-fn remove_below(dir: &Path, depth: usize) -> io::Result<()> {
-    if depth < MAX_DEPTH {
-        for child in child_dirs(dir)? {
-            remove_below(&child, depth + 1)?;
-        }
-    }
-    fs::remove_dir(dir)
-}
-
-fn child_dirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut dirs = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            dirs.push(entry.path());
-        }
-    }
-    Ok(dirs)
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ fn write(
     {
         check_usage(path, &memory)?;
     }
-    let writes = plan(resources)?;
+    let writes = plan(resources, &|file| fs::read_to_string(path.join(file)).ok())?;
     for (index, (file, value)) in writes.iter().enumerate() {
         before(file, value);
         match set(&path.join(file), value) {
@@ -94,19 +94,26 @@ fn check_usage(path: &Path, memory: &Memory) -> Result<()> {
     }
 }
 
+/// The kernel's own of a quota of CPU time, in microseconds.
+const DEFAULT_PERIOD: &str = "100000";
+
 type Writes = Vec<(String, String)>;
 
-/// The writes that express `resources`, in order.
+/// What a file of the cgroup has, if it has one: the other half of what comes by halves.
+type InForce<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// The writes that express `resources`, in order. What they do not name stays as it is `in_force`, also where two fields of
+/// theirs share a file.
 ///
 /// # Errors
 /// `InvalidArgument` for what cgroup v2 has no counterpart of.
-pub fn plan(resources: &Resources) -> Result<Writes> {
+pub fn plan(resources: &Resources, in_force: InForce<'_>) -> Result<Writes> {
     let mut writes = Writes::new();
     if let Some(memory) = &resources.memory {
-        plan_memory(memory, &mut writes)?;
+        plan_memory(memory, in_force, &mut writes)?;
     }
     if let Some(cpu) = &resources.cpu {
-        plan_cpu(cpu, &mut writes)?;
+        plan_cpu(cpu, in_force, &mut writes)?;
     }
     // 0 means "not set" to runc and to containerd.
     if let Some(limit) = resources.pids.and_then(|p| p.limit).filter(|l| *l != 0) {
@@ -138,13 +145,15 @@ pub fn plan(resources: &Resources) -> Result<Writes> {
         ));
     }
     for (device, limit) in &resources.rdma {
-        let count = |n: Option<u32>| n.map_or("max".into(), |n| n.to_string());
-        let line = format!(
-            "{device} hca_handle={} hca_object={}",
-            count(limit.hca_handles),
-            count(limit.hca_objects)
-        );
-        put(&mut writes, "rdma.max", line);
+        let counts = [
+            ("hca_handle", limit.hca_handles),
+            ("hca_object", limit.hca_objects),
+        ];
+        for (key, count) in counts {
+            if let Some(count) = count {
+                put(&mut writes, "rdma.max", format!("{device} {key}={count}"));
+            }
+        }
     }
     for (file, value) in &resources.unified {
         // Only controller files: a name with a slash would leave the directory, and cgroup.* moves processes.
@@ -182,15 +191,17 @@ fn or_max(value: i64) -> String {
     }
 }
 
-fn plan_memory(memory: &Memory, writes: &mut Writes) -> Result<()> {
+fn plan_memory(memory: &Memory, in_force: InForce<'_>, writes: &mut Writes) -> Result<()> {
     if memory.disable_oom_killer == Some(true) {
         return Err(Error::InvalidArgument(
             "linux.resources.memory.disableOOMKiller needs cgroup v1".into(),
         ));
     }
+    let limit = memory.limit.filter(|l| *l != 0);
     if let Some(swap) = memory.swap.filter(|s| *s != 0) {
         // v1 counts memory and swap together, v2 apart.
-        let value = match memory.limit {
+        let held = || in_force("memory.max")?.trim().parse().ok();
+        let value = match limit.or_else(held) {
             _ if swap < 0 => "max".to_owned(),
             // Nothing to take off.
             Some(limit) if limit < 0 => swap.to_string(),
@@ -202,8 +213,11 @@ fn plan_memory(memory: &Memory, writes: &mut Writes) -> Result<()> {
             }
         };
         put(writes, "memory.swap.max", value);
+    } else if limit.is_some_and(|limit| limit < 0) {
+        // As with runc: who takes the one limit away and says nothing of the other means both.
+        put(writes, "memory.swap.max", "max".to_owned());
     }
-    if let Some(limit) = memory.limit.filter(|l| *l != 0) {
+    if let Some(limit) = limit {
         put(writes, "memory.max", or_max(limit));
     }
     if let Some(reservation) = memory.reservation.filter(|r| *r != 0) {
@@ -212,7 +226,7 @@ fn plan_memory(memory: &Memory, writes: &mut Writes) -> Result<()> {
     Ok(())
 }
 
-fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
+fn plan_cpu(cpu: &Cpu, in_force: InForce<'_>, writes: &mut Writes) -> Result<()> {
     if cpu.realtime_runtime.is_some_and(|r| r != 0) || cpu.realtime_period.is_some_and(|p| p != 0) {
         return Err(Error::InvalidArgument(
             "linux.resources.cpu.realtime* needs cgroup v1".into(),
@@ -236,10 +250,18 @@ fn plan_cpu(cpu: &Cpu, writes: &mut Writes) -> Result<()> {
         cpu.period.filter(|p| *p != 0),
     );
     if quota.is_some() || period.is_some() {
-        let quota = quota
-            .filter(|q| *q > 0)
-            .map_or("max".into(), |q| q.to_string());
-        let period = period.unwrap_or(100_000);
+        let held = in_force("cpu.max").unwrap_or_default();
+        let mut held = held.split_whitespace();
+        let (held_quota, held_period) = (held.next(), held.next());
+        let quota = match quota {
+            Some(quota) if quota > 0 => quota.to_string(),
+            Some(_) => "max".to_owned(),
+            None => held_quota.unwrap_or("max").to_owned(),
+        };
+        let period = match period {
+            Some(period) => period.to_string(),
+            None => held_period.unwrap_or(DEFAULT_PERIOD).to_owned(),
+        };
         put(writes, "cpu.max", format!("{quota} {period}"));
         // Again, as runc does it: one of the two orders is refused where both go up, or both down.
         if let Some(burst) = burst {
@@ -327,7 +349,16 @@ mod tests {
     use serde_json::json;
 
     fn planned(value: serde_json::Value) -> Vec<String> {
-        let writes = plan(&serde_json::from_value(value).unwrap()).unwrap();
+        planned_over(value, &[])
+    }
+
+    /// With these files in the cgroup.
+    fn planned_over(value: serde_json::Value, files: &[(&str, &str)]) -> Vec<String> {
+        let held = |file: &str| {
+            let found = files.iter().find(|(name, _)| *name == file);
+            found.map(|(_, text)| (*text).to_owned())
+        };
+        let writes = plan(&serde_json::from_value(value).unwrap(), &held).unwrap();
         writes
             .into_iter()
             .map(|(f, v)| format!("{f}={v}"))
@@ -335,7 +366,7 @@ mod tests {
     }
 
     fn refused(value: serde_json::Value) -> String {
-        plan(&serde_json::from_value(value).unwrap())
+        plan(&serde_json::from_value(value).unwrap(), &|_| None)
             .unwrap_err()
             .to_string()
     }
@@ -420,6 +451,60 @@ mod tests {
         let order = ["cpu.max.burst=9", "cpu.max=50000 100000", "cpu.max.burst=9"];
         assert_eq!(planned(both), order);
         assert_eq!(planned(json!({"cpu": {"burst": 9}})), ["cpu.max.burst=9"]);
+    }
+
+    #[test]
+    fn what_shares_a_file_with_what_is_named_stays() {
+        let cpu = [("cpu.max", "20000 50000\n")];
+        for (asked, written) in [
+            (json!({"quota": 10_000}), "10000 50000"),
+            (json!({"quota": -1}), "max 50000"),
+            (json!({"period": 100_000}), "20000 100000"),
+            (json!({"quota": 0, "period": 100_000}), "20000 100000"),
+            (json!({"quota": 1000, "period": 2000}), "1000 2000"),
+        ] {
+            let got = planned_over(json!({"cpu": asked}), &cpu);
+            assert_eq!(got, [format!("cpu.max={written}")], "{asked}");
+        }
+        assert!(planned_over(json!({"cpu": {"quota": 0, "period": 0}}), &cpu).is_empty());
+        assert_eq!(
+            planned(json!({"cpu": {"period": 7000}})),
+            ["cpu.max=max 7000"]
+        );
+
+        let swap =
+            |held: &str| planned_over(json!({"memory": {"swap": 4096}}), &[("memory.max", held)]);
+        assert_eq!(swap("1024\n"), ["memory.swap.max=3072"]);
+        assert_eq!(swap("4096\n"), ["memory.swap.max=0"]);
+        let both = json!({"memory": {"limit": 1000, "swap": 4096}});
+        assert_eq!(
+            planned_over(both, &[("memory.max", "9")]),
+            ["memory.swap.max=3096", "memory.max=1000"]
+        );
+        assert_eq!(
+            planned_over(json!({"memory": {"limit": 7}}), &[("memory.max", "9")]),
+            ["memory.max=7"]
+        );
+        for held in ["max\n", "8192\n"] {
+            let held = |_: &str| Some(held.to_owned());
+            let asked = serde_json::from_value(json!({"memory": {"swap": 4096}})).unwrap();
+            assert!(plan(&asked, &held).is_err());
+        }
+    }
+
+    #[test]
+    fn a_limit_of_a_device_leaves_its_other_one() {
+        assert_eq!(
+            planned(json!({"rdma": {"mlx5_0": {"hcaHandles": 3}, "mlx5_1": {}}})),
+            ["rdma.max=mlx5_0 hca_handle=3"]
+        );
+        assert_eq!(
+            planned(json!({"rdma": {"mlx5_0": {"hcaHandles": 3, "hcaObjects": 4}}})),
+            [
+                "rdma.max=mlx5_0 hca_handle=3",
+                "rdma.max=mlx5_0 hca_object=4"
+            ]
+        );
     }
 
     #[test]

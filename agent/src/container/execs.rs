@@ -1,5 +1,5 @@
 //! The making of execs: further processes of a container that was created.
-use std::sync::Arc;
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use brig_agent_protocol::agent;
 
@@ -20,8 +20,8 @@ impl Container {
         stdio: agent::Stdio,
         reply: Reply<()>,
     ) {
-        let init_pid = match self.may_exec(&exec_id) {
-            Ok(pid) => pid,
+        let (init_pid, init) = match self.may_exec(&exec_id) {
+            Ok(init) => init,
             Err(error) => {
                 let _ = reply.send(Err(error));
                 return;
@@ -33,14 +33,16 @@ impl Container {
         let serial = self.serial;
         self.execs
             .insert(exec_id.clone(), Process::preparing(serial));
-        let mut cgroups = vec![self.parts.cgroup.path().to_owned()];
-        cgroups.extend(self.context.cgroup_of(init_pid));
+        let own = self.parts.cgroup.path();
+        let mut cgroups = vec![own.to_owned()];
+        // By a number, which may be another container's by now.
+        let of_init = self.context.cgroup_of(init_pid);
+        cgroups.extend(of_init.filter(|cgroup| cgroup.starts_with(own)));
         let instructions = Instructions::Exec(Box::new(Exec {
             id: self.parts.id.clone(),
             process,
             seccomp: self.parts.seccomp.clone(),
             personality: self.parts.exec_defaults.personality.clone(),
-            init_pid,
             uid_mappings: self.parts.uid_mappings.clone(),
             gid_mappings: self.parts.gid_mappings.clone(),
             time_namespace: self.parts.time_namespace,
@@ -52,7 +54,7 @@ impl Container {
         tokio::spawn(async move {
             let result = prepare(
                 &context,
-                &instructions,
+                (&instructions, Some(&init)),
                 &stdio,
                 &mailbox,
                 (&exec_id, serial),
@@ -66,20 +68,20 @@ impl Container {
         });
     }
 
-    fn may_exec(&self, exec_id: &str) -> Result<i32> {
+    fn may_exec(&self, exec_id: &str) -> Result<(i32, OwnedFd)> {
         let id = &self.parts.id;
         if self.execs.contains_key(exec_id) {
             return Err(Error::AlreadyExists(format!(
                 "container {id} already has an exec process {exec_id}"
             )));
         }
-        let pid = self.init_pid()?;
+        let init = self.living_init()?;
         if self.freezer.is_paused() {
             return Err(Error::FailedPrecondition(format!(
                 "container {id} is paused; resume it first"
             )));
         }
-        Ok(pid)
+        Ok(init)
     }
 
     pub(super) fn prepared(&mut self, exec_id: &str, result: Result<Process>, reply: Reply<()>) {

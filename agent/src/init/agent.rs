@@ -20,6 +20,11 @@ impl Agent {
         let _ = control::send(self.socket.as_fd(), message, None);
     }
 
+    /// Names the process that will run the program; a dead agent is noticed likewise.
+    pub fn name_process(&self, pid: i32, pidfd: BorrowedFd<'_>) {
+        let _ = control::send(self.socket.as_fd(), &Message::Pid(pid), Some(pidfd));
+    }
+
     /// Says that something was left out.
     pub fn warn(&self, text: String) {
         self.tell(&Message::Warning(text));

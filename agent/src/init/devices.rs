@@ -1,7 +1,6 @@
 //! Device nodes and the usual links of /dev.
 use std::{
     ffi::OsStr,
-    fs::File,
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
@@ -22,7 +21,7 @@ use rustix::{
 
 use super::{
     agent::Agent,
-    failure::{Context as _, Failure, Result},
+    failure::{Context as _, Result},
     guest_devices::{self, Node},
     idmap::Ids,
     place::Last,
@@ -47,7 +46,7 @@ const DEFAULTS: [(&str, u32, u32); 6] = [
 const GUEST_DEVICES: &str = "/dev";
 
 /// statfs(2) f_type of tmpfs.
-const TMPFS_MAGIC: i64 = 0x0102_1994;
+pub const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 const LINKS: [(&str, &str); 6] = [
     ("/dev/fd", "/proc/self/fd"),
@@ -57,34 +56,6 @@ const LINKS: [(&str, &str); 6] = [
     ("/dev/core", "/proc/kcore"),
     ("/dev/ptmx", "pts/ptmx"),
 ];
-
-/// The guest's own /dev/null, for masks: the container's could be anything (CVE-2025-31133).
-pub fn open_null() -> Result<OwnedFd> {
-    let null = File::options()
-        .read(true)
-        .custom_flags_path()
-        .open("/dev/null")
-        .during("/dev/null")?;
-    let stat = fstat(&null).during("/dev/null")?;
-    if stat.st_rdev != makedev(1, 3) {
-        return Err(Failure(
-            "the guest's /dev/null is not the null device".into(),
-        ));
-    }
-    Ok(null.into())
-}
-
-/// O_PATH through std's options.
-trait PathOnly {
-    fn custom_flags_path(&mut self) -> &mut Self;
-}
-
-impl PathOnly for std::fs::OpenOptions {
-    fn custom_flags_path(&mut self) -> &mut Self {
-        use std::os::unix::fs::OpenOptionsExt as _;
-        self.custom_flags(libc::O_PATH)
-    }
-}
 
 /// Makes the default devices, those of the specification that the guest has, those that were given, and the links.
 pub fn make(
@@ -201,11 +172,17 @@ fn tmpfs_of_one_file() -> io::Result<OwnedFd> {
     )?)
 }
 
-/// A node on a detached mount, on a file system that has nothing else.
-fn detached_node(node: &Node, owner: (u32, u32)) -> io::Result<OwnedFd> {
+/// A node in a file system that has nothing else and is attached nowhere: its directory, and its name there.
+pub fn lone_node(node: &Node, owner: (u32, u32)) -> io::Result<(OwnedFd, &'static OsStr)> {
     let directory = tmpfs_of_one_file()?;
     let name = OsStr::new("node");
     make_in(directory.as_fd(), name, node, owner)?;
+    Ok((directory, name))
+}
+
+/// Such a node on a detached mount of its own. Before the pivot.
+pub fn detached_node(node: &Node, owner: (u32, u32)) -> io::Result<OwnedFd> {
+    let (directory, name) = lone_node(node, owner)?;
     // Only what is mounted can be mounted a second time; this mount namespace is the container's, and nobody looks at
     // this directory in the meantime.
     attach_at(&directory, Path::new(GUEST_DEVICES))?;

@@ -16,7 +16,10 @@ use rustix::{
 };
 
 use super::failure::{Context as _, Failure, Result};
-use crate::spec::{Device, DeviceRule, Linux};
+use crate::{
+    identity,
+    spec::{Device, DeviceRule, Linux},
+};
 
 /// Deepest directory below /dev that is looked into.
 const MAX_DEPTH: usize = 4;
@@ -215,12 +218,18 @@ pub fn parse(device: &Device) -> Result<Node> {
         FileType::Fifo => (0, 0),
         _ => (number(device.major)?, number(device.minor)?),
     };
+    let owner = |field: &str, id: Option<u32>| {
+        let id = id.unwrap_or(0);
+        identity::check(&format!("linux.devices {}: {field}", device.path), id)
+            .map(|()| id)
+            .map_err(Failure)
+    };
     Ok(Node {
         path: device.path.clone(),
         kind,
         numbers,
         mode: device.file_mode.unwrap_or(0o666),
-        owner: (device.uid.unwrap_or(0), device.gid.unwrap_or(0)),
+        owner: (owner("uid", device.uid)?, owner("gid", device.gid)?),
     })
 }
 
@@ -323,6 +332,8 @@ mod tests {
         for bad in [
             json!([{"path": "/dev/x", "type": "z"}]),
             json!([{"path": "/dev/x", "type": "c", "major": -1, "minor": 0}]),
+            json!([{"path": "/dev/x", "type": "p", "uid": u32::MAX}]),
+            json!([{"path": "/dev/x", "type": "p", "gid": u32::MAX}]),
         ] {
             assert!(choose(&linux(bad, true), &guest()).is_err());
         }

@@ -15,7 +15,7 @@ use rustix::fs::{Mode, OFlags, openat};
 use super::failure::{Context as _, Failure, Result};
 use crate::{
     detached,
-    id_map::check_length,
+    id_map::check_map,
     spec::{IdMapping, Linux},
 };
 
@@ -44,7 +44,7 @@ pub fn check(linux: &Linux) -> std::result::Result<(), String> {
         if !wanted && !map.is_empty() {
             return Err(format!("linux.{field} needs a user namespace"));
         }
-        check_length(&format!("linux.{field}"), map)?;
+        check_map(&format!("linux.{field}"), map)?;
     }
     Ok(())
 }

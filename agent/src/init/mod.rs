@@ -18,6 +18,7 @@ mod lookup;
 mod mapped;
 mod mounts;
 mod namespaces;
+mod null;
 pub mod options;
 mod place;
 mod process;
@@ -47,7 +48,7 @@ use self::{
     idmap::Ids,
     shared_pids::SharedPids,
 };
-use crate::control::{CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, Message};
+use crate::control::{CONTROL_FD, Create, Exec, INSTRUCTIONS_FD, Instructions, JOINED_FD, Message};
 
 pub use idmap::check as check_user_namespace;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -61,16 +62,17 @@ pub use sysctl::{check as check_sysctl, path_of as sysctl_path};
 
 /// The helper's whole life. Returns only when the program could not be executed.
 pub fn main() -> ExitCode {
-    // SAFETY: the agent started this helper with exactly these two descriptors besides stdio, and
+    // SAFETY: the agent started this helper with exactly these descriptors besides stdio, and
     // nothing else in this process refers to them.
-    let (socket, memory) = unsafe {
+    let (socket, memory, joined) = unsafe {
         (
             OwnedFd::from_raw_fd(CONTROL_FD),
             OwnedFd::from_raw_fd(INSTRUCTIONS_FD),
+            OwnedFd::from_raw_fd(JOINED_FD),
         )
     };
     let agent = Agent::new(socket);
-    match run(&agent, File::from(memory)) {
+    match run(&agent, File::from(memory), joined) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             agent.tell(&Message::Failed(failure.0));
@@ -79,7 +81,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(agent: &Agent, mut memory: File) -> Result<()> {
+fn run(agent: &Agent, mut memory: File, joined: OwnedFd) -> Result<()> {
     close_on_exec()?;
     // A container that this process joins must not trace it or read its memory (ptrace(2)).
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
@@ -88,8 +90,8 @@ fn run(agent: &Agent, mut memory: File) -> Result<()> {
     let instructions: Instructions = serde_json::from_reader(io::BufReader::new(memory))
         .map_err(|e| Failure(format!("instructions: {e}")))?;
     match instructions {
-        Instructions::Create(create) => create_container(agent, &create),
-        Instructions::Exec(exec) => exec_process(agent, &exec),
+        Instructions::Create(create) => create_container(agent, &create, joined),
+        Instructions::Exec(exec) => exec_process(agent, &exec, joined),
         Instructions::HoldPidNamespace { cgroup } => holder::hold(agent, &cgroup),
     }
 }
@@ -112,11 +114,11 @@ fn close_on_exec() -> Result<()> {
     }
 }
 
-fn create_container(agent: &Agent, create: &Create) -> Result<()> {
+fn create_container(agent: &Agent, create: &Create, joined: OwnedFd) -> Result<()> {
     let spec = &create.spec;
     let ids = Ids::new(&spec.linux.uid_mappings, &spec.linux.gid_mappings);
     let maps = mapped::Maps::prepare(create)?;
-    let shared_pids = SharedPids::open(create)?;
+    let shared_pids = SharedPids::open(create, joined)?;
     let root_disks = root_mounts::open_disks(create)?;
     let mut user_namespace = namespaces::prepare(spec)?;
     let mut prepared = BTreeMap::new();
@@ -154,14 +156,10 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
         }
         None => None,
     };
-    sysctl::apply(&spec.linux.sysctl)?;
+    sysctl::apply(&spec.linux.sysctl, &ids)?;
     process::make_cwd(&container_root, process)?;
     mounted.finish()?;
-    mounts::mask_paths(
-        &container_root,
-        &spec.linux.masked_paths,
-        &devices::open_null()?,
-    )?;
+    mounts::mask_paths(&container_root, &spec.linux.masked_paths, &ids)?;
     mounts::readonly_paths(&container_root, &spec.linux.readonly_paths)?;
     container_root.pivot(&spec.linux.rootfs_propagation)?;
     if spec.root.as_ref().is_some_and(|root| root.readonly) {
@@ -182,8 +180,10 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     if let Some(terminal) = terminal {
         terminal.adopt(agent, ids.uid(process.user.uid)?)?;
     } else {
+        null::replace_stdio(&ids)?;
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
+    sched::reset_affinity()?;
     sched::apply(
         process,
         spec.linux.personality.as_ref(),
@@ -201,10 +201,10 @@ fn create_container(agent: &Agent, create: &Create) -> Result<()> {
     )
 }
 
-fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
+fn exec_process(agent: &Agent, exec: &Exec, container: OwnedFd) -> Result<()> {
     let process = &exec.process;
     let ids = Ids::new(&exec.uid_mappings, &exec.gid_mappings);
-    let Some(user_namespace) = namespaces::fork_into(agent, exec)? else {
+    let Some(user_namespace) = namespaces::fork_into(agent, exec, container)? else {
         return Ok(());
     };
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
@@ -212,6 +212,7 @@ fn exec_process(agent: &Agent, exec: &Exec) -> Result<()> {
         let root = root::Root::current()?;
         terminal::open(&root, size)?.adopt(agent, ids.uid(process.user.uid)?)?;
     } else {
+        null::replace_stdio(&ids)?;
         terminal::give_stdio_to(ids.uid(process.user.uid)?)?;
     }
     sched::set_final_affinity(process)?;

@@ -18,6 +18,7 @@ use super::{
     idmap::Ids,
     kernel_modules,
     mapped::Maps,
+    null,
     options::{self, Options},
     place::Last,
     root::{Missing, Root},
@@ -305,10 +306,10 @@ fn copy_mode(root: &Root, path: &str, options: &mut Options) -> Result<()> {
     Ok(())
 }
 
-/// Hides each path: files behind the guest's null device, directories behind an empty read-only
-/// tmpfs. Before the pivot, while the null device can still be cloned.
-pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
-    let mut empty: Option<OwnedFd> = None;
+/// Hides each path: files behind a null device of the container's own, directories behind an empty read-only
+/// tmpfs. Before the pivot, while those can still be made.
+pub fn mask_paths(root: &Root, paths: &[String], ids: &Ids) -> Result<()> {
+    let (mut empty, mut null): (Option<OwnedFd>, Option<OwnedFd>) = (None, None);
     for path in paths {
         let what = format_args!("masking {path}").to_string();
         let Some(target) = root.existing(path)? else {
@@ -316,16 +317,15 @@ pub fn mask_paths(root: &Root, paths: &[String], null: &OwnedFd) -> Result<()> {
         };
         let is_dir =
             rustix::fs::fstat(&target).during(&what)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
-        let cover = match &empty {
-            _ if !is_dir => clone_mount(null.as_fd(), false).during(&what)?,
-            // One tmpfs for all masked directories of a container.
+        // One for all masked directories of a container, and one for all files.
+        let first = if is_dir { &mut empty } else { &mut null };
+        let cover = match first {
             Some(first) => clone_mount(first.as_fd(), false).during(&what)?,
-            None => empty_directory().during(&what)?,
+            None if is_dir => empty_directory().during(&what)?,
+            None => null::mount(root, ids)?,
         };
         attach_on(&cover, target.as_fd()).during(&what)?;
-        if is_dir && empty.is_none() {
-            empty = Some(cover);
-        }
+        first.get_or_insert(cover);
     }
     Ok(())
 }

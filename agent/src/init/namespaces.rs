@@ -2,7 +2,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write as _},
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, FromRawFd as _, OwnedFd},
     path::PathBuf,
 };
 
@@ -15,7 +15,7 @@ use super::{
     process, sched,
 };
 use crate::{
-    control::{Exec, Message},
+    control::Exec,
     spec::{Spec, TimeOffset},
 };
 
@@ -31,23 +31,18 @@ pub enum Fork {
 /// namespaces.
 pub fn fork_sibling(agent: &Agent, flags: CloneFlags) -> Result<Fork> {
     let flags = libc::c_long::from((flags | CloneFlags::CLONE_PARENT).bits());
+    let flags = flags | libc::c_long::from(libc::CLONE_PIDFD | libc::SIGCHLD);
+    let mut pidfd: libc::c_int = -1;
     // SAFETY: without CLONE_VM and with a null stack this is fork; the process has one thread, so
-    // no lock is held by another one in the child.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone,
-            flags | libc::c_long::from(libc::SIGCHLD),
-            0,
-            0,
-            0,
-            0,
-        )
-    };
+    // no lock is held by another one in the child. The kernel writes the pidfd to where the third argument says.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
     match pid {
         0 => Ok(Fork::Child),
         1.. => {
+            // SAFETY: the kernel has just made this descriptor for us alone.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
             let pid = i32::try_from(pid).map_err(|_| Failure("clone gave no pid".into()))?;
-            agent.tell(&Message::Pid(pid));
+            agent.name_process(pid, pidfd.as_fd());
             Ok(Fork::Parent(pid))
         }
         _ => Err(io::Error::last_os_error()).during("clone"),
@@ -171,16 +166,10 @@ pub fn unshare_container(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// Forks a process into the container whose init process is `exec.init_pid`. In the child, the
+/// Forks a process into the container whose init process is `container`. In the child, the
 /// container's user namespace if it has one, to be entered last ([`enter_user`]); `None` in the
 /// parent.
-pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<Option<UserNamespace>> {
-    // Opened here: afterwards neither the agent's /proc nor its cgroup mount is in sight. They are
-    // close-on-exec and gone before anything of the container runs.
-    let pid = rustix::process::Pid::from_raw(exec.init_pid)
-        .ok_or_else(|| Failure("no init process".into()))?;
-    let container = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
-        .during("the container's init process")?;
+pub fn fork_into(agent: &Agent, exec: &Exec, container: OwnedFd) -> Result<Option<UserNamespace>> {
     sched::set_initial_affinity(&exec.process)?;
     // Inherited by the child, which starts in this cgroup.
     process::set_oom_score_adj(exec.process.oom_score_adj.unwrap_or(0))?;
@@ -193,6 +182,8 @@ pub fn fork_into(agent: &Agent, exec: &Exec) -> Result<Option<UserNamespace>> {
     if exec.time_namespace {
         flags |= CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
     }
+    // Opened here: afterwards the agent's cgroup mount is not in sight. They are close-on-exec and gone before anything of the
+    // container runs.
     let cgroups = Cgroups::open(&exec.cgroups)?;
     setns(&container, flags).during("joining the container's namespaces")?;
     if let Fork::Parent(_) = fork_sibling(agent, CloneFlags::empty())? {

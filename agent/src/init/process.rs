@@ -18,7 +18,10 @@ use super::{
     root::{Missing, Root},
     seccomp,
 };
-use crate::spec::{Process, Rlimit, Seccomp};
+use crate::{
+    identity,
+    spec::{Process, Rlimit, Seccomp, User},
+};
 
 /// Refuses a process that can never be run.
 ///
@@ -40,6 +43,7 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
     if process.args.iter().any(|arg| arg.contains('\0')) {
         return Err("process.args: an argument contains a NUL byte".into());
     }
+    check_user(&process.user)?;
     check_environment(&process.env)?;
     if let Some(limit) = process
         .rlimits
@@ -52,6 +56,15 @@ pub fn check(process: &Process) -> std::result::Result<(), String> {
         ));
     }
     super::sched::check(process)
+}
+
+fn check_user(user: &User) -> std::result::Result<(), String> {
+    identity::check("process.user.uid", user.uid)?;
+    identity::check("process.user.gid", user.gid)?;
+    for (index, gid) in user.additional_gids.iter().enumerate() {
+        identity::check(&format!("process.user.additionalGids[{index}]"), *gid)?;
+    }
+    Ok(())
 }
 
 /// Values may be secrets: an entry is told by its place and its name.
@@ -132,7 +145,7 @@ pub fn become_program(
     sets.drop_bounding()?;
     // A directory that only the user may enter is entered later, one that only root may, now.
     let entered = enter_cwd(process).is_ok();
-    set_user(process)?;
+    set_user(&process.user)?;
     if !entered {
         enter_cwd(process)?;
     }
@@ -200,9 +213,8 @@ fn check_cwd() -> Result<()> {
     }
 }
 
-fn set_user(process: &Process) -> Result<()> {
+fn set_user(user: &User) -> Result<()> {
     use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-    let user = &process.user;
     let groups: Vec<Gid> = user
         .additional_gids
         .iter()
@@ -214,7 +226,48 @@ fn set_user(process: &Process) -> Result<()> {
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     setresgid(gid, gid, gid).during("process.user.gid")?;
     setresuid(uid, uid, uid).during("process.user.uid")?;
-    nix::sys::prctl::set_keepcaps(false).during("keeping capabilities")
+    nix::sys::prctl::set_keepcaps(false).during("keeping capabilities")?;
+    confirm_user(user)
+}
+
+/// Asks the kernel who this process is by now: that it took the numbers does not say that they hold.
+fn confirm_user(user: &User) -> Result<()> {
+    use nix::unistd::{getgroups, getresgid, getresuid};
+    let uids = getresuid().during("process.user.uid")?;
+    let gids = getresgid().during("process.user.gid")?;
+    let mut groups: Vec<u32> = getgroups()
+        .during("process.user.additionalGids")?
+        .into_iter()
+        .map(nix::unistd::Gid::as_raw)
+        .collect();
+    let mut wanted = user.additional_gids.clone();
+    // The kernel keeps them in an order of its own.
+    groups.sort_unstable();
+    wanted.sort_unstable();
+    let is = |id: u32, held: [u32; 3]| held.iter().all(|one| *one == id);
+    let holds = [
+        (
+            "uid",
+            is(
+                user.uid,
+                [uids.real, uids.effective, uids.saved].map(nix::unistd::Uid::as_raw),
+            ),
+        ),
+        (
+            "gid",
+            is(
+                user.gid,
+                [gids.real, gids.effective, gids.saved].map(nix::unistd::Gid::as_raw),
+            ),
+        ),
+        ("additionalGids", groups == wanted),
+    ];
+    match holds.iter().find(|(_, holds)| !holds) {
+        Some((field, _)) => Err(Failure(format!(
+            "process.user.{field} does not hold: the kernel has left the process what it was"
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn resource(name: &str) -> Option<Resource> {
@@ -304,6 +357,18 @@ mod tests {
                 "username",
             ),
             (
+                serde_json::json!({"args": ["x"], "cwd": "/", "user": {"uid": u32::MAX}}),
+                "process.user.uid",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "user": {"gid": u32::MAX}}),
+                "process.user.gid",
+            ),
+            (
+                serde_json::json!({"args": ["x"], "cwd": "/", "user": {"additionalGids": [1, u32::MAX]}}),
+                "process.user.additionalGids[1]",
+            ),
+            (
                 serde_json::json!({"args": ["x", "a\u{0}b"], "cwd": "/"}),
                 "args",
             ),
@@ -323,5 +388,41 @@ mod tests {
             assert!(check(&process(value)).unwrap_err().contains(field));
         }
         assert!(check(&process(serde_json::json!({"args": ["x"], "cwd": "/"}))).is_ok());
+    }
+
+    /// Whether a child of this process could become that user.
+    fn becomes(user: &User) -> bool {
+        use nix::{
+            sys::wait::{WaitStatus, waitpid},
+            unistd::{ForkResult, fork},
+        };
+        // SAFETY: the child makes only system calls and small allocations until it ends.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                let code = i32::from(set_user(user).is_err());
+                // SAFETY: _exit ends the child at once, without what the test's process would do.
+                unsafe { libc::_exit(code) }
+            }
+            ForkResult::Parent { child } => {
+                matches!(waitpid(child, None), Ok(WaitStatus::Exited(_, 0)))
+            }
+        }
+    }
+
+    #[test]
+    fn who_would_stay_root_does_not_go_on() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let user = |uid, gid, groups: &[u32]| User {
+            uid,
+            gid,
+            additional_gids: groups.to_vec(),
+            ..User::default()
+        };
+        assert!(becomes(&user(33, 34, &[7, 5, 5])));
+        assert!(becomes(&user(0, 0, &[])));
+        assert!(!becomes(&user(u32::MAX, 34, &[])));
+        assert!(!becomes(&user(33, u32::MAX, &[])));
     }
 }

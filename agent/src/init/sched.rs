@@ -32,12 +32,23 @@ pub fn set_initial_affinity(process: &Process) -> Result<()> {
     }
 }
 
-/// `execCPUAffinity.final`: in the container's cgroup.
+/// `execCPUAffinity.final`, of an exec in the container's cgroup; without one the container's.
 pub fn set_final_affinity(process: &Process) -> Result<()> {
     match &process.exec_cpu_affinity {
-        Some(affinity) => set_affinity(&affinity.final_),
-        None => Ok(()),
+        Some(affinity) if !affinity.final_.trim().is_empty() => set_affinity(&affinity.final_),
+        _ => reset_affinity(),
     }
+}
+
+/// In the container's cgroup: all CPUs that its cpuset allows, whatever was inherited. The kernel takes of the CPUs asked for
+/// those that are there, and follows the cpuset from then on.
+pub fn reset_affinity() -> Result<()> {
+    let mut all = nix::sched::CpuSet::new();
+    for cpu in 0..nix::sched::CpuSet::count() {
+        all.set(cpu).during("the affinity to CPUs")?;
+    }
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &all)
+        .during("the affinity to CPUs")
 }
 
 /// The rest of it, in the container's cgroup.

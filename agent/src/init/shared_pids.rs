@@ -5,7 +5,7 @@
 //! the container's, and what must be made inside before, its procfs, is made by a process without a root.
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
 };
@@ -29,20 +29,20 @@ use crate::{control, control::Create, spec::Mount};
 
 /// A pid namespace to be entered, see the module.
 pub struct SharedPids {
-    namespace: File,
+    /// The process whose it is.
+    of: OwnedFd,
     /// The helper's own cgroup.
     home: Cgroups,
 }
 
 impl SharedPids {
-    /// Opens the one that the container is to share; `None` if it gets its own.
-    pub fn open(create: &Create) -> Result<Option<Self>> {
-        let Some(path) = &create.pid_namespace else {
+    /// The one of the process `of`, if the container is to share it; `None` if it gets its own.
+    pub fn open(create: &Create, of: OwnedFd) -> Result<Option<Self>> {
+        if !create.shares_pids {
             return Ok(None);
-        };
-        let namespace = File::open(path).during("the sandbox's pid namespace")?;
+        }
         let home = Cgroups::open(&[own_cgroup(&create.cgroup_root)?.into()])?;
-        Ok(Some(Self { namespace, home }))
+        Ok(Some(Self { of, home }))
     }
 
     /// Makes the container's procfs mounts, attached nowhere, by index into `spec.mounts`. Before the container's
@@ -111,7 +111,7 @@ impl SharedPids {
         prctl::set_pdeathsig(Signal::SIGKILL).during("prctl")?;
         unshare(CloneFlags::CLONE_NEWNS).during("new mount namespace")?;
         Root::empty()?.pivot("")?;
-        setns(&self.namespace, CloneFlags::CLONE_NEWPID).during("joining the pid namespace")?;
+        setns(&self.of, CloneFlags::CLONE_NEWPID).during("joining the pid namespace")?;
         close_all_but(socket)?;
         // SAFETY: as above, one thread.
         match unsafe { fork() }.during("fork")? {
@@ -127,8 +127,7 @@ impl SharedPids {
     /// container's process alone is counted.
     pub fn join(self) -> Result<()> {
         self.home.join()?;
-        setns(&self.namespace, CloneFlags::CLONE_NEWPID)
-            .during("joining the sandbox's pid namespace")
+        setns(&self.of, CloneFlags::CLONE_NEWPID).during("joining the sandbox's pid namespace")
     }
 }
 

@@ -3,7 +3,10 @@ use std::collections::BTreeMap;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
-use super::failure::{Context as _, Result};
+use super::{
+    failure::{Context as _, Result},
+    idmap::Ids,
+};
 use crate::detached;
 
 /// Of the ipc namespace, and the one of the uts namespace (the host name has a field of its own).
@@ -42,7 +45,7 @@ pub fn check<'a>(keys: impl IntoIterator<Item = &'a String>) -> std::result::Res
 
 /// Writes them through a private, detached /proc: nothing that the image mounted is in the way
 /// (CVE-2025-52881).
-pub fn apply(sysctls: &BTreeMap<String, String>) -> Result<()> {
+pub fn apply(sysctls: &BTreeMap<String, String>, ids: &Ids) -> Result<()> {
     if sysctls.is_empty() {
         return Ok(());
     }
@@ -59,9 +62,24 @@ pub fn apply(sysctls: &BTreeMap<String, String>) -> Result<()> {
             resolve,
         )
         .during(&what)?;
+        let value = outside(&path_of(key), value, ids)?;
         rustix::io::write(&file, value.as_bytes()).during(&what)?;
     }
     Ok(())
+}
+
+/// The one that names ids: the container's, and it is the guest's root that writes it.
+const PING_GROUPS: &str = "net/ipv4/ping_group_range";
+
+/// What the guest's root is to write for a value of the container's.
+fn outside(path: &str, value: &str, ids: &Ids) -> Result<String> {
+    let groups: Vec<_> = value.split_ascii_whitespace().map(str::parse).collect();
+    match groups.as_slice() {
+        &[Ok(first), Ok(last)] if path == PING_GROUPS && first <= last => {
+            Ok(format!("{} {}", ids.gid(first)?, ids.gid(last)?))
+        }
+        _ => Ok(value.to_owned()),
+    }
 }
 
 /// `net.ipv4.ip_forward` is `net/ipv4/ip_forward`; a key written with slashes keeps its dots
@@ -91,5 +109,24 @@ mod tests {
         assert!(!checked("vm.overcommit_memory"));
         assert!(!checked("net..x"));
         assert!(!checked("net/../kernel/core_pattern"));
+    }
+
+    #[test]
+    fn groups_of_a_parameter_are_those_of_the_containers_user_namespace() {
+        let line = crate::spec::IdMapping {
+            container_id: 0,
+            host_id: 100_000,
+            size: 1000,
+        };
+        let ids = Ids::new(&[], &[line]);
+        let written = |path, value| outside(path, value, &ids);
+        assert_eq!(written(PING_GROUPS, "0 999").unwrap(), "100000 100999");
+        assert_eq!(written(PING_GROUPS, "1 0").unwrap(), "1 0");
+        assert_eq!(
+            written("net/ipv4/ip_local_port_range", "5 6").unwrap(),
+            "5 6"
+        );
+        assert!(written(PING_GROUPS, "0 1000").is_err());
+        assert_eq!(outside(PING_GROUPS, "0 7", &Ids::default()).unwrap(), "0 7");
     }
 }

@@ -17,6 +17,7 @@ use slog::{Logger, warn};
 
 use crate::{
     error::{Error, Result},
+    identity,
     init::{
         file_system::new_file_system,
         options::{self, Options},
@@ -73,6 +74,9 @@ impl Disk {
             return Err(Error::InvalidArgument(format!(
                 "{kind:?} is no file system of a disk"
             )));
+        }
+        if self.wanted.has_group {
+            identity::check("fsGroup", self.wanted.group).map_err(Error::InvalidArgument)?;
         }
         let options = for_kernel(&self.wanted.options);
         let plain = Mount {

@@ -5,7 +5,10 @@ use std::{ffi::OsStr, fmt, os::unix::ffi::OsStrExt as _, path::Path};
 use brig_agent_protocol::agent::VolumeEntry;
 use rustix::fs::{FileType, Mode, Timespec};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    identity,
+};
 
 /// Longest path in bytes.
 const MAX_PATH: usize = 4095;
@@ -86,6 +89,11 @@ impl Entry {
                 || message.content.contains(&0))
         {
             return refused("has no valid link target");
+        }
+        for (field, id) in [("user", message.uid), ("group", message.gid)] {
+            if let Err(error) = identity::check(field, id) {
+                return refused(&format!("cannot be owned so: {error}"));
+            }
         }
         let modified = message.modified.into_option();
         if modified
@@ -174,6 +182,15 @@ mod tests {
         let mut link = message(b"a", libc::S_IFLNK);
         link.content = Vec::new();
         assert!(Entry::parse(link).is_err());
+    }
+
+    #[test]
+    fn an_owner_who_is_nobody_is_refused() {
+        for owner in [(u32::MAX, 1), (1, u32::MAX)] {
+            let mut entry = message(b"x", libc::S_IFREG);
+            (entry.uid, entry.gid) = owner;
+            assert!(Entry::parse(entry).is_err(), "{owner:?}");
+        }
     }
 
     #[test]

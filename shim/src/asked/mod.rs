@@ -3,6 +3,7 @@
 //! but the files it reads. Annotations are untrusted unless the operator allows them.
 
 pub mod config;
+mod ping_groups;
 pub mod pod_name;
 pub mod rootfs;
 pub mod sandbox_config;

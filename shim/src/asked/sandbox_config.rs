@@ -13,6 +13,7 @@ use std::path::{Component, Path, PathBuf};
 
 use protobuf::well_known_types::any::Any;
 
+use crate::asked::ping_groups;
 use crate::asked::pod_name::PodName;
 use crate::asked::spec::CpuMillis;
 use crate::asked::spec::check_hostname;
@@ -87,17 +88,22 @@ impl PodConfig {
         self.security.check()
     }
 
-    /// The pod's kernel parameters with those that containerd sets for every pod.
-    #[must_use]
-    pub fn sysctls(&self) -> BTreeMap<String, String> {
+    /// The pod's kernel parameters with those that containerd sets for every pod, as the guest's root is to write them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for one that names what the pod's user namespace does not have.
+    pub fn sysctls(&self) -> Result<BTreeMap<String, String>> {
         let mut all = self.sysctls.clone();
+        if self.security.has_user_namespace() {
+            ping_groups::translate(&mut all, |id| self.security.group_outside(id))?;
+        }
         // The ids of the range are not the namespace's.
         let ping = (!self.security.has_user_namespace()).then_some(UNPRIVILEGED_PING);
         for (name, value) in [UNPRIVILEGED_PORTS].into_iter().chain(ping) {
             all.entry(name.to_owned())
                 .or_insert_with(|| value.to_owned());
         }
-        all
+        Ok(all)
     }
 
     /// Where the pod's own cgroup is, named as CRI names that of a sandbox container.
@@ -305,7 +311,10 @@ pub(crate) mod tests {
 
     #[test]
     fn ports_and_ping_need_no_privilege_unless_the_pod_says_otherwise() {
-        let sysctls = |linux: &[Vec<u8>]| parse(&[bytes(8, &linux.concat())]).unwrap().sysctls();
+        let sysctls = |linux: &[Vec<u8>]| {
+            let config = parse(&[bytes(8, &linux.concat())]).unwrap();
+            config.sysctls().unwrap()
+        };
         let (ports, ping) = (
             "net.ipv4.ip_unprivileged_port_start",
             "net.ipv4.ping_group_range",

@@ -3,9 +3,9 @@
 //! Only the fields the shim acts on are parsed, once. So an unknown capability or a field of a newer
 //! runtime-spec is the agent's to judge and never makes the host side fail.
 
-mod env;
 pub mod hooks;
 mod id_map;
+mod identity;
 mod resources;
 mod throttles;
 
@@ -15,9 +15,10 @@ use std::path::{Component, Path, PathBuf};
 use brig_hypervisor::share::IdMap;
 use serde::Deserialize;
 
+use crate::asked::ping_groups;
 use crate::error::{Error, Result};
-pub use env::with_env;
 use hooks::Hooks;
+pub use identity::check_process;
 pub use resources::Access;
 use resources::Resources;
 pub use resources::{CpuMillis, Limits, changed_throttles};
@@ -95,6 +96,7 @@ pub struct Mount {
 #[serde(rename_all = "camelCase", default)]
 struct Process {
     oom_score_adj: Option<i32>,
+    user: Option<identity::User>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -119,6 +121,8 @@ pub struct Device {
     kind: String,
     major: i64,
     minor: i64,
+    uid: Option<u32>,
+    gid: Option<u32>,
 }
 
 impl Device {
@@ -302,6 +306,35 @@ impl Spec {
         }
     }
 
+    /// Refuses users and groups that there are not, of the process, of devices and of id maps.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the field.
+    pub fn check_ids(&self) -> Result<()> {
+        let process = self.process.as_ref();
+        if let Some(user) = process.and_then(|process| process.user.as_ref()) {
+            user.check()?;
+        }
+        for device in self.devices() {
+            for (field, id) in [("uid", device.uid), ("gid", device.gid)] {
+                identity::check(&format!("linux.devices {}: {field}", device.path), id)?;
+            }
+        }
+        let linux = self.linux.iter();
+        let maps =
+            linux.map(|linux| ("linux".to_owned(), &linux.uid_mappings, &linux.gid_mappings));
+        let mounts = self.mounts.iter().flatten();
+        let of_mounts = mounts.map(|mount| {
+            let name = format!("mount on {}", mount.destination);
+            (name, &mount.uid_mappings, &mount.gid_mappings)
+        });
+        for (owner, users, groups) in maps.chain(of_mounts) {
+            id_map::check(&format!("{owner}: uidMappings"), users.as_deref())?;
+            id_map::check(&format!("{owner}: gidMappings"), groups.as_deref())?;
+        }
+        Ok(())
+    }
+
     /// Refuses what a pod with a kernel of its own cannot share with the node.
     fn check_apart(&self) -> Result<()> {
         self.network()?;
@@ -394,11 +427,19 @@ impl Spec {
             .find(|namespace| namespace.kind == kind)
     }
 
-    /// Kernel parameters, by name.
-    #[must_use]
-    pub fn sysctls(&self) -> BTreeMap<String, String> {
-        let sysctls = self.linux.as_ref().and_then(|linux| linux.sysctl.clone());
-        sysctls.unwrap_or_default()
+    /// Kernel parameters, by name, as the guest's root is to write them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for one that names what the pod's user namespace does not have.
+    pub fn sysctls(&self) -> Result<BTreeMap<String, String>> {
+        let Some(linux) = &self.linux else {
+            return Ok(BTreeMap::new());
+        };
+        let mut sysctls = linux.sysctl.clone().unwrap_or_default();
+        if let Some(groups) = linux.gid_mappings.as_deref().filter(|map| !map.is_empty()) {
+            ping_groups::translate(&mut sysctls, |id| id_map::outside(groups, id))?;
+        }
+        Ok(sysctls)
     }
 
     /// The sum of the memory limits of a pod's containers in bytes, as CRI notes it on the sandbox

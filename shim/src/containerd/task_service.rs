@@ -63,6 +63,7 @@ fn prepare(request: CreateTaskRequest) -> Result<(Creation, Option<Config>)> {
     let bundle = PathBuf::from(&request.bundle);
     let spec_bytes = spec::read(&bundle.join("config.json"))?;
     let spec = Spec::parse(&spec_bytes)?;
+    spec.check_ids()?;
     let role = spec.role()?;
     match role {
         Role::Sandbox => spec.check_sandbox()?,

@@ -10,8 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// The most streams at one time, the agent's not counted.
-pub const MAX_STREAMS: usize = 1024;
+pub use brig_agent_protocol::MAX_STREAMS;
 /// The longest header of a stream in bytes.
 pub const MAX_STREAM_HEADER: usize = 4096;
 /// Commands that may wait for the worker. An open and a close for each stream fit.

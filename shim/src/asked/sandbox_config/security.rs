@@ -91,6 +91,11 @@ impl Security {
         user.is_some_and(UserNamespace::is_own)
     }
 
+    /// The group outside of one of its user namespace's.
+    pub(super) fn group_outside(&self, id: u32) -> Option<u32> {
+        self.namespaces.user.as_ref()?.group_outside(id)
+    }
+
     /// Refuses what cannot be had. Blocking: a seccomp profile is read.
     ///
     /// # Errors

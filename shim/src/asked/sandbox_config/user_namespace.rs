@@ -90,6 +90,13 @@ impl UserNamespace {
     pub(super) fn has_group(&self, id: u64) -> bool {
         self.groups.iter().any(|range| range.has(id))
     }
+
+    /// The group outside of one of the namespace's.
+    pub(super) fn group_outside(&self, id: u32) -> Option<u32> {
+        let range = self.groups.iter().find(|range| range.has(id.into()))?;
+        let offset = u64::from(id).checked_sub(range.container)?;
+        u32::try_from(range.host.checked_add(offset)?).ok()
+    }
 }
 
 impl Range {

@@ -1,11 +1,12 @@
 //! The map of a bind mount's owners, for pods with a user namespace (runtime-spec config.md, "mounts":
 //! `uidMappings`, `gidMappings` and the options `idmap` and `ridmap`).
 //!
-//! Trusted: containerd, who wrote it. The kernel checks the ranges when the map is used.
+//! Trusted: containerd, who wrote it. The kernel checks the ranges when the map is used; what is no id is refused before.
 
 use brig_hypervisor::share::{IdMap, IdRange};
 use serde::Deserialize;
 
+use super::identity::check_range;
 use crate::error::{Error, Result};
 
 /// A range of a map, as `linux.uidMappings` and `mounts[].uidMappings` have it. For a mount the
@@ -23,6 +24,28 @@ pub(super) struct Mapping {
 /// Whether the map has the container's root; an empty one is that of no user namespace, which has every id.
 pub(super) fn has_root(map: &[Mapping]) -> bool {
     map.is_empty() || map.iter().any(|line| line.container == 0 && line.size > 0)
+}
+
+/// Refuses a map with a number that is no id.
+///
+/// # Errors
+/// `InvalidArgument` that names the field.
+pub(super) fn check(field: &str, map: Option<&[Mapping]>) -> Result<()> {
+    for (index, line) in map.unwrap_or_default().iter().enumerate() {
+        let sides = [("containerID", line.container), ("hostID", line.host)];
+        for (side, first) in sides {
+            check_range(&format!("{field}[{index}].{side}"), first, line.size)?;
+        }
+    }
+    Ok(())
+}
+
+/// The id outside of one of the container's.
+pub(super) fn outside(map: &[Mapping], id: u32) -> Option<u32> {
+    map.iter().find_map(|line| {
+        let offset = id.checked_sub(line.container)?;
+        (offset < line.size).then(|| line.host.checked_add(offset))?
+    })
 }
 
 fn ranges(map: &[Mapping]) -> Vec<IdRange> {

@@ -26,6 +26,17 @@ pub struct Limits {
     pub huge_pages: u64,
     /// Of CPUs.
     pub cpu_millis: CpuMillis,
+    /// What a limit of CPUs was reckoned from, of one container: a change may name one half of it.
+    pub cpu_time: CpuTime,
+}
+
+/// CFS's bandwidth, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CpuTime {
+    /// May be used in each period; none is no limit.
+    quota: Option<u64>,
+    /// None is the default one.
+    period: Option<u64>,
 }
 
 /// Thousandths of CPUs. A limit holds. A request is a weight, which counts for the CPUs that there are: kubelet limits
@@ -44,7 +55,9 @@ impl CpuMillis {
     #[must_use]
     pub fn new(quota: i64, period: u64, shares: u64) -> Self {
         Self {
-            limit: of_quota(quota, period),
+            limit: u64::try_from(quota)
+                .ok()
+                .and_then(|quota| of_quota(quota, period)),
             request: of_shares(shares),
         }
     }
@@ -56,10 +69,16 @@ impl CpuMillis {
     }
 }
 
+impl CpuTime {
+    /// In thousandths of CPUs.
+    fn limit(self) -> Option<u64> {
+        of_quota(self.quota?, self.period.unwrap_or(DEFAULT_PERIOD))
+    }
+}
+
 /// Rounded up.
-fn of_quota(quota: i64, period: u64) -> Option<u64> {
-    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
-    (period > 0).then(|| quota.saturating_mul(1000).div_ceil(period))
+fn of_quota(quota: u64, period: u64) -> Option<u64> {
+    (quota > 0 && period > 0).then(|| quota.saturating_mul(1000).div_ceil(period))
 }
 
 /// Rounded up, as kubelet rounds the shares down.
@@ -93,6 +112,7 @@ impl Limits {
                 limit: either(self.cpu_millis.wanted(), other.cpu_millis.wanted()),
                 request: None,
             },
+            cpu_time: CpuTime::default(),
         }
     }
 
@@ -102,11 +122,13 @@ impl Limits {
     /// `InvalidArgument`.
     pub fn changed_by(self, resources: &[u8]) -> Result<Self> {
         let changed = parsed(resources)?;
+        let (cpu_millis, cpu_time) = changed.cpus((self.cpu_millis, self.cpu_time));
         Ok(Self {
             memory: changed.memory_limit(self.memory),
             // Those of a running container do not change.
             huge_pages: self.huge_pages,
-            cpu_millis: changed.cpu_millis(self.cpu_millis),
+            cpu_millis,
+            cpu_time,
         })
     }
 }
@@ -227,10 +249,12 @@ impl Resources {
     /// What it may use.
     pub(super) fn limits(&self) -> Limits {
         let none = Limits::default();
+        let (cpu_millis, cpu_time) = self.cpus((none.cpu_millis, none.cpu_time));
         Limits {
             memory: self.memory_limit(none.memory),
             huge_pages: self.huge_pages(),
-            cpu_millis: self.cpu_millis(none.cpu_millis),
+            cpu_millis,
+            cpu_time,
         }
     }
 
@@ -242,22 +266,29 @@ impl Resources {
         }
     }
 
-    /// As [`Self::memory_limit`].
-    fn cpu_millis(&self, old: CpuMillis) -> CpuMillis {
+    /// As [`Self::memory_limit`]. A quota without a period is for the old one, and a period without a quota gives the old
+    /// one another length, as with runc.
+    fn cpus(&self, (old, old_time): (CpuMillis, CpuTime)) -> (CpuMillis, CpuTime) {
         let Some(cpu) = &self.cpu else {
-            return old;
+            return (old, old_time);
         };
+        let quota = cpu.quota.filter(|quota| *quota != 0);
         let period = cpu.period.filter(|period| *period > 0);
-        CpuMillis {
-            limit: match cpu.quota {
-                None | Some(0) => old.limit,
-                Some(quota) => of_quota(quota, period.unwrap_or(DEFAULT_PERIOD)),
-            },
-            request: match cpu.shares {
-                None | Some(0) => old.request,
-                Some(shares) => of_shares(shares),
-            },
-        }
+        let time = CpuTime {
+            quota: quota.map_or(old_time.quota, |quota| {
+                u64::try_from(quota).ok().filter(|quota| *quota > 0)
+            }),
+            period: period.or(old_time.period),
+        };
+        let limit = match quota.is_some() || period.is_some() {
+            true => time.limit(),
+            false => old.limit,
+        };
+        let request = match cpu.shares {
+            None | Some(0) => old.request,
+            Some(shares) => of_shares(shares),
+        };
+        (CpuMillis { limit, request }, time)
     }
 
     /// Of 2 MiB pages, in bytes.
@@ -357,6 +388,10 @@ mod tests {
                 limit: Some(250),
                 request: Some(100),
             },
+            cpu_time: CpuTime {
+                quota: Some(25_000),
+                period: Some(100_000),
+            },
         };
         let after = |text: &str| before.changed_by(text.as_bytes()).unwrap();
         assert_eq!(after("{}"), before);
@@ -377,11 +412,32 @@ mod tests {
     }
 
     #[test]
+    fn a_quota_and_its_period_change_one_without_the_other() {
+        let said = |texts: &[&str]| {
+            let first: Resources = serde_json::from_str(texts[0]).unwrap();
+            let changed = |limits: Limits, text: &&str| limits.changed_by(text.as_bytes()).unwrap();
+            let limits = texts[1..].iter().fold(first.limits(), changed);
+            limits.cpu_millis.limit
+        };
+        let both = r#"{"cpu":{"quota":100000,"period":50000}}"#;
+        assert_eq!(said(&[both]), Some(2000));
+        assert_eq!(said(&[both, r#"{"cpu":{"quota":50000}}"#]), Some(1000));
+        assert_eq!(said(&[both, r#"{"cpu":{"period":200000}}"#]), Some(500));
+        assert_eq!(said(&[both, r#"{"cpu":{"shares":7}}"#]), Some(2000));
+        let none = r#"{"cpu":{"quota":-1}}"#;
+        assert_eq!(said(&[both, none]), None);
+        assert_eq!(said(&[both, none, r#"{"cpu":{"period":1000}}"#]), None);
+        let again = r#"{"cpu":{"quota":50000}}"#;
+        assert_eq!(said(&[both, none, again]), Some(1000));
+        assert_eq!(said(&[r#"{"cpu":{"period":25000}}"#, again]), Some(2000));
+    }
+
+    #[test]
     fn limits_add_up_and_none_adds_nothing() {
         let some = Limits {
             memory: Some(u64::MAX),
             huge_pages: 1,
-            cpu_millis: CpuMillis::default(),
+            ..Limits::default()
         };
         let sum = some.and(&some).and(&Limits::default());
         assert_eq!(

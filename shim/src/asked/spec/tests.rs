@@ -19,6 +19,41 @@ fn unknown_capabilities_and_fields_do_not_matter_here() {
 }
 
 #[test]
+fn users_and_groups_that_mean_none_are_refused_wherever_they_are_named() {
+    const NONE: u32 = u32::MAX;
+    for (text, field) in [
+        (
+            format!(r#"{{"process":{{"user":{{"uid":{NONE},"gid":0}}}}}}"#),
+            "process.user.uid",
+        ),
+        (
+            format!(r#"{{"linux":{{"devices":[{{"path":"/dev/x","gid":{NONE}}}]}}}}"#),
+            "linux.devices /dev/x: gid",
+        ),
+        (
+            format!(
+                r#"{{"linux":{{"uidMappings":[{{"containerID":0,"hostID":{NONE},"size":1}}]}}}}"#
+            ),
+            "linux: uidMappings[0].hostID",
+        ),
+        (
+            format!(
+                r#"{{"mounts":[{{"destination":"/v","gidMappings":[{{"containerID":1,"hostID":0,"size":{NONE}}}]}}]}}"#
+            ),
+            "mount on /v: gidMappings[0].containerID",
+        ),
+    ] {
+        let error = parse(&text).check_ids().unwrap_err();
+        assert_eq!(error.kind, Kind::InvalidArgument);
+        assert!(error.message.contains(field), "{error}");
+    }
+    let usual = r#"{"process":{"user":{"uid":4294967294,"additionalGids":[1]}},"linux":{"devices":null,
+        "uidMappings":[{"containerID":0,"hostID":0,"size":4294967295}]}}"#;
+    parse(usual).check_ids().unwrap();
+    parse("{}").check_ids().unwrap();
+}
+
+#[test]
 fn the_hosts_network_is_refused_and_others_are_told_apart() {
     let error = parse(r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#)
         .network()

@@ -119,9 +119,10 @@ impl DirectVolume {
 
 impl Group {
     fn parse(gid: &str, policy: Option<&str>) -> Result<Self, String> {
-        let gid = gid
-            .parse()
-            .map_err(|_| format!("metadata fsGroup: {gid:?} is no group's number"))?;
+        // The largest number means "none" to Linux.
+        let number = gid.parse().ok().filter(|number| *number != u32::MAX);
+        let gid =
+            number.ok_or_else(|| format!("metadata fsGroup: {gid:?} is no group's number"))?;
         let unless_root = match policy {
             Some("OnRootMismatch") => true,
             None | Some("" | "Always") => false,
@@ -225,6 +226,10 @@ mod tests {
             ),
             (
                 format!(r#"{{{ext4},"metadata":{{"fsGroup":"-1"}}}}"#),
+                "fsGroup",
+            ),
+            (
+                format!(r#"{{{ext4},"metadata":{{"fsGroup":"4294967295"}}}}"#),
                 "fsGroup",
             ),
             (

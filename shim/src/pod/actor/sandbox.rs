@@ -64,12 +64,13 @@ impl Pod {
         let cgroups_path = pod.cgroups_path(&self.setup.namespace, &self.setup.id);
         let boot = self.boot(Wanted {
             hostname: pod.hostname.clone(),
-            sysctls: pod.sysctls(),
+            sysctls: pod.sysctls()?,
             network,
             limits: Limits {
                 memory: pod.memory,
                 huge_pages: super::wanted::huge_pages_of_pod(Some(&cgroups_path)),
                 cpu_millis: pod.cpu_millis,
+                ..Limits::default()
             },
             shm_size: 0,
             cgroup_path: Some(cgroups_path),

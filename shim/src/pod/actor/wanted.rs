@@ -45,7 +45,7 @@ impl Wanted {
         Ok(Self {
             hostname: spec.hostname().to_owned(),
             sysctls: if sandbox {
-                spec.sysctls()
+                spec.sysctls()?
             } else {
                 BTreeMap::new()
             },
@@ -55,6 +55,7 @@ impl Wanted {
                     memory: spec.sandbox_memory(),
                     huge_pages: huge_pages_of_pod(spec.cgroups_path()),
                     cpu_millis: spec.sandbox_cpu_millis(),
+                    ..Limits::default()
                 }
             } else {
                 spec.limits()

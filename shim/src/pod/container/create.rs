@@ -14,7 +14,6 @@ use super::creation::{Creation, Made};
 use super::devices::{Asked, Given};
 use super::work;
 use crate::asked::rootfs::{self, Plan};
-use crate::asked::spec::with_env;
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Attributes, Mounts, RootGiven, RootfsMount, Vm, rootfs_path};
@@ -195,13 +194,9 @@ async fn steps(
         .admit(&creation.id, throttles, disks, boot.cgroup())
         .await?;
     let stdio = ends.connect(&vm).await?;
-    let spec = match given.env.as_slice() {
-        [] => creation.spec_bytes,
-        env => with_env(&creation.spec_bytes, env)?,
-    };
     let request = CreateContainerRequest {
         id: creation.id.clone(),
-        spec,
+        spec: creation.spec_bytes,
         stdio: Some(stdio.numbers.clone()).into(),
         rootfs: rootfs_path(&creation.id),
         mount_sources: sources,
@@ -210,6 +205,7 @@ async fn steps(
         disks: given.disks,
         root: root.mounts,
         root_disks: root.disks,
+        env: given.env,
         ..CreateContainerRequest::default()
     };
     progress.stdio = Some(stdio);

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use ttrpc::context;
 
 use super::{Container, Deleted, Listed, Member, Message, ProcessState, Reply, Request, work};
+use crate::asked::spec::check_process;
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Vm;
 use crate::pod::events::TaskEvent;
@@ -163,10 +164,8 @@ impl Container {
             )));
         }
         self.takes_execs()?;
-        serde_json::from_slice::<serde::de::IgnoredAny>(&process).map_err(|error| {
-            Error::invalid(format!(
-                "the process of exec {exec_id} is not JSON: {error}"
-            ))
+        check_process(&process).map_err(|error| {
+            Error::invalid(format!("the process of exec {exec_id}: {}", error.message))
         })?;
         let member = Member::new(io, Phase::Created, process);
         self.execs.insert(exec_id.clone(), member);

@@ -105,6 +105,7 @@ mod tests {
                 limit: Some(cpus),
                 request: None,
             },
+            ..Limits::default()
         }
     }
 

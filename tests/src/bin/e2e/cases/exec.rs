@@ -7,6 +7,8 @@ use brig_tests::node::{clock, ctr};
 use crate::suite::{Case, PROBE, Suite, case, smoke};
 
 const AT_ONCE: usize = 20;
+/// Their streams are more than the agent's kernel lets wait by itself.
+const MANY_AT_ONCE: usize = 200;
 
 pub const CASES: &[Case] = &[
     smoke(
@@ -18,6 +20,11 @@ pub const CASES: &[Case] = &[
         "exec",
         "20 at once each keep their own output and exit status",
         many,
+    ),
+    case(
+        "exec",
+        "200 at once each keep their own output and exit status",
+        very_many,
     ),
     case(
         "exec",
@@ -47,21 +54,30 @@ fn attributes(suite: &mut Suite) -> Result<()> {
 }
 
 fn many(suite: &mut Suite) -> Result<()> {
+    at_once(suite, AT_ONCE, 20)
+}
+
+fn very_many(suite: &mut Suite) -> Result<()> {
+    at_once(suite, MANY_AT_ONCE, 120)
+}
+
+/// Starts so many, and gives each so many seconds.
+fn at_once(suite: &mut Suite, count: usize, patience: u32) -> Result<()> {
     let shared = suite.shared()?;
-    let running = (0..AT_ONCE)
+    let running = (0..count)
         .map(|number| {
             let token = format!("token-{number}");
             let code = number.to_string();
             shared.spawn(
-                &format!("many-{number}-{}", std::process::id()),
+                &format!("many-{count}-{number}-{}", std::process::id()),
                 &[PROBE, "echo", &token, &code],
             )
         })
         .collect::<Result<Vec<_>>>()?;
     for (number, exec) in running.into_iter().enumerate() {
         let outcome = exec
-            .finish(clock::seconds(20))
-            .with_context(|| format!("exec {number} of {AT_ONCE}"))?;
+            .finish(clock::seconds(patience))
+            .with_context(|| format!("exec {number} of {count}"))?;
         outcome.says(i32::try_from(number)?, &format!("token-{number}\n"))?;
     }
     Ok(())
