@@ -14,7 +14,7 @@ use vm_memory::{GuestAddressSpace as _, GuestMemory as _, GuestMemoryRegion as _
 
 use super::Board;
 use super::plug::Place;
-use crate::arch::x86_64::layout::MEMORY_SECTION;
+use crate::arch::x86_64::layout::memory_section;
 use crate::builder::error::StartError;
 use crate::memory::{self, MemoryError};
 use crate::vfio::bars::MemorySlots as _;
@@ -119,7 +119,8 @@ impl Board {
                  can change when no container of the pod has one"
             )));
         }
-        let mapped = wanted.next_multiple_of(MEMORY_SECTION).min(most - built);
+        let section = memory_section(built);
+        let mapped = wanted.next_multiple_of(section).min(most - built);
         self.map_more(mapped)?;
         let device = match self.growth.device.take() {
             Some(device) => device,
@@ -199,6 +200,7 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::x86_64::layout::MEMORY_SECTION;
     use crate::reclaim::Reclaim;
 
     #[test]
