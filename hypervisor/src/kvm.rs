@@ -138,25 +138,34 @@ fn no_counters(offered: i32) -> Option<kvm_enable_cap> {
 pub struct KvmRoutes {
     vm: Arc<VmFd>,
     table: Mutex<Vec<kvm_irq_routing_entry>>,
-    sources: Mutex<Sources>,
+    sources: Mutex<Numbers>,
 }
 
-/// Which GSIs are free.
+/// Which numbers are free, of interrupt sources or memory slots.
 #[derive(Debug)]
-struct Sources {
-    /// Never given out yet, from here to [`layout::GSI_END`].
+struct Numbers {
+    /// Never given out yet, from here to `end`.
     next: u32,
+    end: u32,
     /// Given back.
     free: Vec<u32>,
 }
 
-impl Sources {
+impl Numbers {
+    fn new(first: u32, end: u32) -> Self {
+        Self {
+            next: first,
+            end,
+            free: Vec::new(),
+        }
+    }
+
     fn take(&mut self) -> Option<u32> {
         self.free.pop().or_else(|| {
-            let gsi = self.next;
-            (gsi < layout::GSI_END).then(|| {
+            let number = self.next;
+            (number < self.end).then(|| {
                 self.next += 1;
-                gsi
+                number
             })
         })
     }
@@ -169,10 +178,7 @@ impl KvmRoutes {
         Self {
             vm,
             table: Mutex::default(),
-            sources: Mutex::new(Sources {
-                next: layout::FIRST_MSI_GSI,
-                free: Vec::new(),
-            }),
+            sources: Mutex::new(Numbers::new(layout::FIRST_MSI_GSI, layout::GSI_END)),
         }
     }
 }
@@ -248,17 +254,17 @@ fn msi_entry(gsi: u32, message: Message) -> kvm_irq_routing_entry {
 /// Memory slots of the VM for what is mapped beside RAM.
 pub struct KvmMemorySlots {
     vm: Arc<VmFd>,
-    /// The first number that was never used, and those given back.
-    numbers: Mutex<(u32, Vec<u32>)>,
+    numbers: Mutex<Numbers>,
 }
 
 impl KvmMemorySlots {
-    /// Slots from `first` on.
+    /// Slots from `first` on, as many as KVM has.
     #[must_use]
     pub fn new(vm: Arc<VmFd>, first: u32) -> Self {
+        let end = u32::try_from(vm.check_extension_int(Cap::NrMemslots)).unwrap_or(0);
         Self {
             vm,
-            numbers: Mutex::new((first, Vec::new())),
+            numbers: Mutex::new(Numbers::new(first, end)),
         }
     }
 
@@ -276,10 +282,12 @@ impl KvmMemorySlots {
     /// A free slot for memory that its caller keeps mapped.
     fn take(&self, guest: u64, size: u64, host: u64, flags: u32) -> io::Result<u32> {
         let mut numbers = lock(&self.numbers);
-        let slot = numbers.1.pop().unwrap_or_else(|| {
-            numbers.0 += 1;
-            numbers.0 - 1
-        });
+        let Some(slot) = numbers.take() else {
+            let all = numbers.end;
+            return Err(io::Error::other(format!(
+                "all {all} memory slots of the VM are taken"
+            )));
+        };
         let set = self.put(kvm_userspace_memory_region {
             slot,
             flags,
@@ -288,7 +296,7 @@ impl KvmMemorySlots {
             userspace_addr: host,
         });
         if set.is_err() {
-            numbers.1.push(slot);
+            numbers.free.push(slot);
         }
         set.map(|()| slot)
     }
@@ -311,7 +319,7 @@ impl MemorySlots for KvmMemorySlots {
             ..kvm_userspace_memory_region::default()
         };
         if self.put(none).is_ok() {
-            lock(&self.numbers).1.push(slot);
+            lock(&self.numbers).free.push(slot);
         }
     }
 }
@@ -356,11 +364,8 @@ mod tests {
     }
 
     #[test]
-    fn sources_that_are_given_back_are_given_out_again_and_no_other_twice() {
-        let mut sources = Sources {
-            next: layout::FIRST_MSI_GSI,
-            free: Vec::new(),
-        };
+    fn numbers_that_are_given_back_are_given_out_again_and_no_other_twice() {
+        let mut sources = Numbers::new(layout::FIRST_MSI_GSI, layout::GSI_END);
         let all: Vec<u32> = std::iter::from_fn(|| sources.take()).collect();
         assert_eq!(
             all,
