@@ -130,6 +130,7 @@ fn launch_here(options: LaunchOptions) -> Result<VmmProcess, LaunchError> {
     map_ids(pid, "uid_map")?;
     map_ids(pid, "gid_map")?;
     set_limits(&process, max_files)?;
+    dump_nothing(process.pid())?;
     // The child's copies of these ends are its own; ours must go so that end of file means "executed".
     drop(plan);
     prepare(nix::unistd::write(&gate, &[1]))?;
@@ -262,6 +263,20 @@ fn identity_map(own: &str) -> Option<String> {
     (!map.is_empty()).then_some(map)
 }
 
+/// Leaves nothing of the child's memory to a core dump. The limit on cores holds for files, and a node may give cores to a
+/// program; nor is the VMM undumpable for good, since a thread of the file server that takes a user's id makes it what
+/// `fs.suid_dumpable` says. Guest memory is left out anyway, and not what was copied of it.
+fn dump_nothing(pid: u32) -> Result<(), LaunchError> {
+    match std::fs::write(format!("/proc/{pid}/coredump_filter"), "0") {
+        // A kernel that dumps none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|source| LaunchError::Setup {
+            what: "coredump_filter",
+            source,
+        }),
+    }
+}
+
 /// Sets the child's limits from outside: in its user namespace it could not raise them.
 fn set_limits(process: &VmmProcess, max_files: u64) -> Result<(), LaunchError> {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open")
@@ -312,6 +327,20 @@ mod tests {
         assert!(error.to_string().contains("user.max_user_namespaces"));
         let error = clone_error(io::Error::from_raw_os_error(libc::EBUSY), true);
         assert!(matches!(error, LaunchError::Cgroup(_)));
+    }
+
+    #[test]
+    fn no_mapping_is_left_to_a_core_of_what_the_child_executes() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read word; exec cat /proc/self/coredump_filter"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        dump_nothing(child.id()).unwrap();
+        drop(child.stdin.take());
+        let said = child.wait_with_output().unwrap().stdout;
+        assert_eq!(String::from_utf8(said).unwrap().trim(), "00000000");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //!
 //! Trusts the shim's configuration.
 
+mod followers;
 mod growth;
 mod passthrough;
 pub mod plug;
@@ -16,6 +17,7 @@ use brig_agent_protocol::{GUEST_CID, OWN_TAG};
 use kvm_ioctls::VmFd;
 use slog::{Logger, o};
 
+use self::followers::Followers;
 use self::growth::Growth;
 use self::passthrough::Passthrough;
 use self::plug::Plugged;
@@ -103,8 +105,7 @@ pub struct Board {
     nets: usize,
     /// What was plugged into the running machine, by function.
     plugged: BTreeMap<u8, Plugged>,
-    /// Devices that must hear of more memory, by function.
-    followers: BTreeMap<u8, DeviceHandle>,
+    followers: Followers,
     /// Interfaces may be served by vhost-net.
     vhost: bool,
     /// The worker of the interfaces may start threads for their queue pairs.
@@ -156,7 +157,7 @@ impl Board {
             net_worker: 0,
             nets: 0,
             plugged: BTreeMap::new(),
-            followers: BTreeMap::new(),
+            followers: Followers::default(),
             vhost: false,
             pairs: false,
             counts: BTreeMap::new(),
@@ -366,8 +367,16 @@ impl Board {
 
     /// Puts a device on the bus; its function's number and where its BAR is.
     fn put_on_bus(&mut self, part: Part, handle: DeviceHandle) -> Result<(u8, u64), StartError> {
-        let multi_function = self.bus.next()?.is_multiple_of(8);
         let base = self.low.allocate(BAR_SIZE)?;
+        let placed = self.put_at(base, part, handle);
+        if placed.is_err() {
+            self.low.free(base);
+        }
+        Ok((placed?, base))
+    }
+
+    fn put_at(&mut self, base: u64, part: Part, handle: DeviceHandle) -> Result<u8, StartError> {
+        let multi_function = self.bus.next()?.is_multiple_of(8);
         let counts = Arc::clone(part.interrupt.counts());
         let follower = part.description.follows_memory().then(|| handle.clone());
         let function = VirtioPci::new(
@@ -389,7 +398,7 @@ impl Board {
         if let Some(handle) = follower {
             self.followers.insert(number, handle);
         }
-        Ok((number, base))
+        Ok(number)
     }
 
     fn new_net(

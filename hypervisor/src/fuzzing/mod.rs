@@ -27,7 +27,7 @@ pub use msix::msix_table;
 pub use packets::vsock_packets;
 pub use pci::pci_config;
 pub use queues::{
-    balloon_queue, block_queue, fs_queue, net_queue, pmem_queue, rng_queue, vsock_queue,
+    balloon_queue, block_queue, fs_queue, mem_queue, net_queue, pmem_queue, rng_queue, vsock_queue,
 };
 pub use session::fuse_session;
 
@@ -40,6 +40,7 @@ pub const TARGETS: &[Target] = &[
     ("rng_queue", rng_queue),
     ("pmem_queue", pmem_queue),
     ("balloon_queue", balloon_queue),
+    ("mem_queue", mem_queue),
     ("block_queue", block_queue),
     ("net_queue", net_queue),
     ("vsock_queue", vsock_queue),

@@ -5,12 +5,15 @@
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::Arc;
 
 use super::input::Input;
+use crate::reclaim::Reclaim;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::fs::Fs;
+use crate::virtio::mem::{BLOCK, Mem};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
@@ -149,6 +152,61 @@ pub fn balloon_queue(data: &[u8]) {
     assert_eq!(harness.queues[2].used().len(), 1);
     assert_eq!(harness.read(page, 4096), [0; 4096], "given up");
     assert_eq!(harness.read(page + 4096, 4096), [7; 4096], "kept");
+}
+
+/// The region lies in what the harness has as memory, above all that a driver is given of it.
+pub fn mem_queue(data: &[u8]) {
+    const REGION: std::ops::Range<u64> = 12 << 20..4 << 30;
+    const THERE: u64 = RAM - REGION.start;
+    let reclaim = Arc::new(Reclaim::default());
+    let (device, handle) = Mem::new(REGION, Arc::clone(&reclaim));
+    let mut harness = Harness::new(device);
+    handle.request(THERE, THERE);
+    let mut most = THERE;
+    let mut pinned = None;
+    drive(&mut harness, &mut Input::new(data), |input| {
+        match input.below(3) {
+            0 => pinned = Some(reclaim.pin()),
+            1 => pinned = None,
+            // What is asked back stays until the driver gives it.
+            _ => {
+                let bytes = u64::from(input.byte() % 4) * BLOCK;
+                most = handle.plugged().max(bytes);
+                handle.request(bytes, THERE);
+            }
+        }
+        assert!(handle.plugged() <= most, "more than was requested");
+    });
+    drop(pinned);
+    let runs = handle.runs();
+    let sum: u64 = runs.iter().map(|run| run.end - run.start).sum();
+    assert_eq!(sum, handle.plugged());
+    for run in runs {
+        assert!(REGION.start <= run.start && run.end <= RAM, "{run:x?}");
+    }
+    handle.request(BLOCK, THERE);
+    let page = fresh(&mut harness);
+    // All back, then a block, and that back.
+    for (kind, plugged) in [(2, 0), (0, BLOCK), (1, 0)] {
+        let mut request = [0; 24];
+        request[0] = kind;
+        request[8..16].copy_from_slice(&REGION.start.to_le_bytes());
+        request[16] = 1;
+        harness.write(page, &request);
+        harness.write(page + 256, &[0xee; 11]);
+        harness.queues[0].add(&[(page, 24, false), (page + 256, 10, true)]);
+        harness.run();
+        assert_eq!(
+            harness.read(page + 256, 11),
+            [&[0; 10][..], &[0xee]].concat()
+        );
+        assert_eq!(handle.plugged(), plugged);
+        harness.write(REGION.start, &[7; 16]);
+    }
+    harness.write(page, &[2]);
+    harness.queues[0].add(&[(page, 24, false), (page + 256, 10, true)]);
+    harness.run();
+    assert_eq!(harness.read(REGION.start, 16), [0; 16], "given back");
 }
 
 /// A file without a name on no disk.

@@ -53,6 +53,8 @@ pub const DESCRIPTORS: &[&str] = &[
     "anon_inode:kvm-vcpu:*",
     "anon_inode:kvm-vcpu-stats:*",
     "anon_inode:kvm-vm-stats",
+    // By which KVM is told of the VM's devices of the node.
+    "anon_inode:kvm-vfio",
     // A device of the node. Its container is one file by itself, as above.
     "anon_inode:[vfio-device]",
     // The file server's, of the jail's own procfs and of the share.
@@ -351,7 +353,7 @@ const VFIO: &[Allowed] = allow![
     SYS_ioctl one_of(1, &VFIO_IOCTL),
 ];
 
-const VFIO_IOCTL: [u32; 11] = [
+const VFIO_IOCTL: [u32; 13] = [
     kernel::REQUESTS[0],
     kernel::REQUESTS[1],
     kernel::REQUESTS[2],
@@ -363,6 +365,9 @@ const VFIO_IOCTL: [u32; 11] = [
     KVM_VM[0],
     KVM_VM[1],
     KVM_VM[2],
+    // KVM is told of the device, by the control loop's part of KVM for the VM's first one.
+    0xc00c_aee0, // KVM_CREATE_DEVICE
+    0x4018_aee1, // KVM_SET_DEVICE_ATTR
 ];
 
 /// Files below `/shared`. Landlock and the empty root decide which; this decides what.

@@ -21,8 +21,10 @@ const FIRST_ALONE: usize = 8;
 /// The bus has no free function number, or no free slot.
 #[derive(Debug, thiserror::Error)]
 pub enum BusFull {
-    /// Not one.
-    #[error("all {FUNCTIONS} functions of the VM's PCI bus are taken")]
+    /// Not one that a guest would find.
+    #[error(
+        "all {FUNCTIONS} functions of the VM's PCI bus are taken, or in slots whose function 0 is leaving"
+    )]
     Functions,
     /// A function that needs a slot of its own finds none.
     #[error(
@@ -108,7 +110,8 @@ impl Bus {
 
     /// Adds a function at the lowest free number and returns that: functions are packed, because
     /// Linux probes all eight of a slot whose function 0 is multi-function, and only function 0 of
-    /// an empty slot. A guest that runs finds it when it scans the bus again.
+    /// an empty slot: so none comes into a slot whose function 0 is leaving. A guest that runs finds it when it scans the bus
+    /// again.
     ///
     /// # Errors
     /// [`BusFull`].
@@ -388,9 +391,17 @@ fn behind_a_port(functions: &[Place], number: usize) -> Option<(usize, Arc<dyn F
     behind.next().filter(|_| devfn == 0)
 }
 
+/// The lowest number at which a guest finds what comes there: it looks at no other function of a slot whose function 0 is
+/// not there, as while that one is leaving.
 fn lowest_free(functions: &[Place]) -> Result<u8, BusFull> {
-    let free = |place: &Place| matches!(place, Place::Free);
-    let index = functions.iter().position(free).ok_or(BusFull::Functions)?;
+    let headed = |index: usize| {
+        let first = functions.get(index & !7).and_then(Place::function);
+        index.is_multiple_of(8) || first.is_some()
+    };
+    let mut places = functions.iter().enumerate();
+    let (index, _) = places
+        .find(|(index, place)| matches!(place, Place::Free) && headed(*index))
+        .ok_or(BusFull::Functions)?;
     u8::try_from(index).map_err(|_| BusFull::Functions)
 }
 

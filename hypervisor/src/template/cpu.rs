@@ -17,6 +17,16 @@ const TSC: u32 = 0x10;
 const FAR: u64 = 1 << 36;
 /// IA32_TSC_DEADLINE: counts by the TSC and needs the timer's mode, so it comes last.
 const TSC_DEADLINE: u32 = 0x6e0;
+/// Types of memory by address (Intel SDM 3A §12.11): variable ranges, fixed ones, and the default with the switch for all. KVM
+/// keeps them and lists none of them. A fresh CPU has none in force, and its guest believes that what it had set at boot holds:
+/// with a device of the node that does not snoop, all of its memory would be uncached.
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+];
 /// MSR_KVM_WALL_CLOCK, old and new. To set one writes the host's time into guest memory, which the guest asked for once, at boot.
 const WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
 /// KVM takes 256 in one call.
@@ -91,10 +101,19 @@ impl std::fmt::Debug for Xsave {
 /// # Errors
 /// What KVM says.
 pub fn model_registers(kvm: &Kvm) -> Result<Vec<u32>, kvm_ioctls::Error> {
-    let mut all = kvm.get_msr_index_list()?.as_slice().to_vec();
-    all.retain(|index| !WALL_CLOCKS.contains(index) && *index != TSC_DEADLINE);
+    Ok(kept(kvm.get_msr_index_list()?.as_slice().to_vec()))
+}
+
+/// What is kept, where KVM lists this.
+fn kept(mut all: Vec<u32>) -> Vec<u32> {
+    all.retain(|index| !WALL_CLOCKS.contains(index) && *index != TSC_DEADLINE && !is_mtrr(*index));
+    all.extend(MTRRS.into_iter().flatten());
     all.push(TSC_DEADLINE);
-    Ok(all)
+    all
+}
+
+fn is_mtrr(index: u32) -> bool {
+    MTRRS.iter().any(|range| range.contains(&index))
 }
 
 impl CpuState {
@@ -104,7 +123,9 @@ impl CpuState {
     /// # Errors
     /// [`CpuError`].
     pub fn read(vcpu: &VcpuFd, vm: &VmFd, cpuid: &CpuId, msrs: &[u32]) -> Result<Self, CpuError> {
-        let msrs = read_msrs(vcpu, msrs).map_err(failed("KVM_GET_MSRS"))?;
+        let mut msrs = read_msrs(vcpu, msrs).map_err(failed("KVM_GET_MSRS"))?;
+        // As a fresh CPU has it.
+        msrs.retain(|(index, value)| !is_mtrr(*index) || *value != 0);
         Ok(Self {
             cpuid: cpuid.as_slice().to_vec(),
             regs: vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?,
@@ -239,4 +260,22 @@ fn settable(vcpu: &VcpuFd, all: Vec<(u32, u64)>) -> Result<Vec<(u32, u64)>, kvm_
         rest = &rest[count + refused..];
     }
     Ok(taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_of_memory_are_kept_whether_or_not_kvm_lists_them_and_the_deadline_comes_last() {
+        for listed in [vec![0x174, TSC_DEADLINE, 0x277], vec![0x2ff, TSC_DEADLINE]] {
+            let kept = kept([listed, WALL_CLOCKS.to_vec()].concat());
+            for index in [0x200, 0x20f, 0x250, 0x258, 0x259, 0x268, 0x26f, 0x2ff] {
+                let times = kept.iter().filter(|kept| **kept == index).count();
+                assert_eq!(times, 1, "{index:#x}");
+            }
+            assert!(!WALL_CLOCKS.iter().any(|index| kept.contains(index)));
+            assert_eq!(kept.last(), Some(&TSC_DEADLINE));
+        }
+    }
 }

@@ -6,10 +6,12 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as sys;
 
+use super::coherence::{Coherence, Told};
 use super::device::{CONFIG_REGION, Device, Kind, Mapping, Region, Vectors, Word};
 
 /// `VFIO_TYPE` and `VFIO_BASE`: all requests are `_IO(';', 100 + n)`.
@@ -75,9 +77,8 @@ fn index(kind: Kind) -> u32 {
 }
 
 /// A device by its descriptor.
-#[derive(Debug)]
 pub struct KernelDevice {
-    fd: OwnedFd,
+    fd: Told,
     /// Where the configuration space and the BARs are in the descriptor.
     offsets: [u64; 8],
 }
@@ -89,7 +90,7 @@ impl KernelDevice {
     /// If it is not a VFIO device's descriptor.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let mut device = Self {
-            fd,
+            fd: Told::nobody(fd),
             offsets: [0; 8],
         };
         for region in 0..=CONFIG_REGION {
@@ -101,12 +102,20 @@ impl KernelDevice {
         Ok(device)
     }
 
+    /// Tells KVM of it.
+    ///
+    /// # Errors
+    /// As of [`Coherence::add`].
+    pub fn tell(&mut self, coherence: Arc<dyn Coherence>) -> io::Result<()> {
+        self.fd.tell(coherence)
+    }
+
     /// `vfio_region_info` with what capabilities it has.
     fn info(&self, region: u32) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; MAX_INFO as usize];
         put(&mut bytes, 0, MAX_INFO);
         put(&mut bytes, 8, region);
-        ask(&self.fd, GET_REGION_INFO, &mut bytes)?;
+        ask(self.fd.fd(), GET_REGION_INFO, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -120,7 +129,7 @@ impl KernelDevice {
         }
         let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
         put(&mut bytes, 0, length);
-        ask(&self.fd, SET_IRQS, &mut bytes)
+        ask(self.fd.fd(), SET_IRQS, &mut bytes)
     }
 
     fn place(&self, region: u32, offset: u64) -> io::Result<libc::off_t> {
@@ -200,7 +209,7 @@ impl Device for KernelDevice {
         // SAFETY: the kernel writes at most the slice's length into it.
         let count = unsafe {
             libc::pread(
-                self.fd.as_raw_fd(),
+                self.fd.fd().as_raw_fd(),
                 data.as_mut_ptr().cast(),
                 data.len(),
                 place,
@@ -212,8 +221,14 @@ impl Device for KernelDevice {
     fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
         let place = self.place(region, offset)?;
         // SAFETY: the kernel reads at most the slice's length from it.
-        let count =
-            unsafe { libc::pwrite(self.fd.as_raw_fd(), data.as_ptr().cast(), data.len(), place) };
+        let count = unsafe {
+            libc::pwrite(
+                self.fd.fd().as_raw_fd(),
+                data.as_ptr().cast(),
+                data.len(),
+                place,
+            )
+        };
         complete(count, data.len())
     }
 
@@ -256,7 +271,7 @@ impl Device for KernelDevice {
                 length,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_FIXED,
-                self.fd.as_raw_fd(),
+                self.fd.fd().as_raw_fd(),
                 offset,
             )
         };
@@ -270,7 +285,7 @@ impl Device for KernelDevice {
         let mut bytes = [0; 16];
         put(&mut bytes, 0, 16);
         put(&mut bytes, 8, index(kind));
-        ask(&self.fd, GET_IRQ_INFO, &mut bytes)?;
+        ask(self.fd.fd(), GET_IRQ_INFO, &mut bytes)?;
         Ok(Vectors {
             count: u16::try_from(get32(&bytes, 12)).unwrap_or(u16::MAX),
             resizable: get32(&bytes, 4) & sys::VFIO_IRQ_INFO_NORESIZE == 0,
@@ -283,7 +298,11 @@ impl Device for KernelDevice {
 
     fn disable(&self, kind: Kind) -> io::Result<()> {
         let flags = sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_TRIGGER;
-        ask(&self.fd, SET_IRQS, &mut irq_set(index(kind), flags, 0, 0))
+        ask(
+            self.fd.fd(),
+            SET_IRQS,
+            &mut irq_set(index(kind), flags, 0, 0),
+        )
     }
 
     fn hear(&self, word: Word, event: RawFd) -> io::Result<()> {
@@ -295,7 +314,7 @@ impl Device for KernelDevice {
     }
 
     fn reset(&self) -> io::Result<()> {
-        ask(&self.fd, RESET, &mut [])
+        ask(self.fd.fd(), RESET, &mut [])
     }
 }
 

@@ -11,6 +11,7 @@
 //! walked with bounds.
 
 pub mod bars;
+pub mod coherence;
 pub mod config;
 pub mod device;
 pub mod dma;

@@ -28,6 +28,9 @@ pub struct Helpers<J> {
     shared: Arc<Shared<J>>,
     name: &'static str,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The node gives no thread.
+    #[cfg(test)]
+    refuse: std::sync::atomic::AtomicBool,
 }
 
 /// What helpers have to do for a lane.
@@ -84,38 +87,50 @@ impl<J: Send + 'static> Helpers<J> {
             }),
             name,
             threads: Mutex::default(),
+            #[cfg(test)]
+            refuse: std::sync::atomic::AtomicBool::new(false),
         }
+    }
+
+    /// From now on the node gives no thread.
+    #[cfg(test)]
+    pub fn refuse_threads(&self) {
+        self.refuse
+            .store(true, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Hands a job over.
     ///
     /// # Errors
-    /// The job, if there is no thread and the host gives none.
+    /// This very job, if there is no thread and the host gives none.
     pub fn submit(&self, lane: u32, job: J) -> Result<(), J> {
+        // Kept over the start of a thread: nobody else's job comes or goes meanwhile, and the one that cannot be handed over
+        // is the caller's own.
         let mut state = lock(&self.shared.state);
-        state.waiting.push_back((lane, job));
         let free = state.threads - state.running.len();
-        if state.startable(self.shared.limits) > free && state.threads < self.shared.limits.threads
+        if state.startable_with(lane, self.shared.limits) > free
+            && state.threads < self.shared.limits.threads
         {
-            state.threads += 1;
-            drop(state);
-            let started = self.start();
-            state = lock(&self.shared.state);
-            if !started {
-                state.threads -= 1;
-                if state.threads == 0
-                    && let Some((_, job)) = state.waiting.pop_back()
-                {
-                    return Err(job);
-                }
+            if self.start() {
+                state.threads += 1;
+            } else if state.threads == 0 {
+                return Err(job);
             }
         }
+        state.waiting.push_back((lane, job));
         drop(state);
         self.shared.called.notify_one();
         Ok(())
     }
 
+    /// The thread does nothing before the state is let go of.
     fn start(&self) -> bool {
+        #[cfg(test)]
+        if self.refuse.load(std::sync::atomic::Ordering::Relaxed) {
+            // As long as a node takes that has no thread to give: others hand jobs over meanwhile.
+            std::thread::sleep(Duration::from_millis(1));
+            return false;
+        }
         let shared = Arc::clone(&self.shared);
         let started = std::thread::Builder::new()
             .name(self.name.to_owned())
@@ -180,9 +195,9 @@ impl<J> State<J> {
         self.running.iter().filter(|(one, _)| *one == lane).count()
     }
 
-    /// How many of those that wait could be done now, had they threads.
-    fn startable(&self, limits: Limits) -> usize {
-        let mut taken: Vec<(u32, usize)> = Vec::new();
+    /// How many of those that wait, and one more of this lane, could be done now, had they threads.
+    fn startable_with(&self, lane: u32, limits: Limits) -> usize {
+        let mut taken: Vec<(u32, usize)> = vec![(lane, 1)];
         for (lane, _) in &self.waiting {
             match taken.iter_mut().find(|(one, _)| one == lane) {
                 Some((_, count)) => *count += 1,
@@ -320,6 +335,25 @@ mod tests {
             assert!(helpers.settle().is_empty());
         }
         assert_eq!(lock(&helpers.shared.state).threads, 1);
+    }
+
+    #[test]
+    fn who_gets_no_thread_has_its_own_job_back_and_no_job_is_left_waiting() {
+        let (helpers, _heard) = helpers(1, 1);
+        helpers.refuse_threads();
+        std::thread::scope(|scope| {
+            for own in 0..4u32 {
+                let helpers = &helpers;
+                scope.spawn(move || {
+                    for _ in 0..20 {
+                        let (_send, go) = channel();
+                        let back = helpers.submit(own, Job { number: own, go });
+                        assert_eq!(back.err().map(|job| job.number), Some(own));
+                    }
+                });
+            }
+        });
+        assert!(helpers.is_idle());
     }
 
     #[test]

@@ -114,6 +114,8 @@ pub(crate) struct Behaviour {
     pub(crate) takes: Option<u64>,
     /// The least that it keeps of them.
     pub(crate) keeps: u64,
+    /// The agent's answers to FindDevice and RemoveDevice take this long.
+    pub(crate) slow_bus: Duration,
     /// The agent is one that breaks the rules.
     pub(crate) raw: Option<raw::RawAgent>,
 }

@@ -66,8 +66,32 @@ pub const SLEEP_STATUS_PORT: u16 = 0x601;
 /// ACPI reset register; any write resets.
 pub const RESET_PORT: u16 = 0x602;
 
-/// Linux adds and takes memory in pieces of this; of 2 GiB from 64 GiB of RAM on.
+/// Bytes of the smallest piece in which Linux adds and takes memory.
 pub const MEMORY_SECTION: u64 = 128 << 20;
+/// Bytes of the largest.
+const LARGEST_SECTION: u64 = 2 << 30;
+/// From where RAM ends here or later, Linux takes the largest piece of which the end is a multiple
+/// (`probe_memory_block_size`).
+const LARGE_SECTIONS: u64 = 64 << 30;
+
+/// Bytes of the pieces in which a guest that has booted with `ram_bytes` adds and takes memory, or a multiple of that. A
+/// part of one is of no use to it.
+#[must_use]
+pub fn memory_section(ram_bytes: u64) -> u64 {
+    if ram_end(ram_bytes) < LARGE_SECTIONS {
+        MEMORY_SECTION
+    } else {
+        LARGEST_SECTION
+    }
+}
+
+/// Where RAM ends.
+fn ram_end(ram_bytes: u64) -> u64 {
+    match ram_bytes.saturating_sub(LOW_RAM_END) {
+        0 => ram_bytes,
+        high => HIGH_RAM + high,
+    }
+}
 
 /// The end of the guest-physical space. `phys_bits` is the guest's MAXPHYADDR.
 fn space_end(phys_bits: u8) -> u64 {
@@ -79,13 +103,13 @@ fn space_end(phys_bits: u8) -> u64 {
 /// window. Empty if it may have no more.
 #[must_use]
 pub fn growth(ram_bytes: u64, max_bytes: u64, phys_bits: u8) -> Range<u64> {
-    const LARGEST_SECTION: u64 = 2 << 30;
+    let section = memory_section(ram_bytes);
     let high = ram_bytes.saturating_sub(LOW_RAM_END);
     let start = (HIGH_RAM + high).next_multiple_of(LARGEST_SECTION);
     let more = max_bytes.saturating_sub(ram_bytes);
     let room = (space_end(phys_bits) / 2).saturating_sub(start);
-    let length = more.min(room).div_ceil(MEMORY_SECTION) * MEMORY_SECTION;
-    start..start + length.min(room - room % MEMORY_SECTION)
+    let length = more.min(room).div_ceil(section) * section;
+    start..start + length.min(room - room % section)
 }
 
 /// Where the last sixteenth of the guest-physical space begins.
@@ -186,6 +210,41 @@ mod tests {
             }
             assert!(growth(ram_bytes, ram_bytes, 40).is_empty());
         }
+    }
+
+    #[test]
+    fn what_is_added_is_of_whole_sections_of_the_guest() {
+        // `IS_ALIGNED(boot_mem_end, bz)`, from the largest on.
+        let linux = |ram_bytes: u64| {
+            let end = ram(ram_bytes).last().map(|(start, size)| start + size);
+            let end = end.unwrap();
+            let sizes = (27..=31).rev().map(|bits| 1u64 << bits);
+            let mut fitting = sizes.filter(|size| end.is_multiple_of(*size));
+            match end < 64 << 30 {
+                true => MEMORY_SECTION,
+                false => fitting.next().unwrap_or(MEMORY_SECTION),
+            }
+        };
+        const GIB: u64 = 1 << 30;
+        for ram_bytes in [
+            GIB,
+            62 * GIB,
+            63 * GIB,
+            63 * GIB + HUGE_PAGE,
+            64 * GIB,
+            65 * GIB,
+        ] {
+            for more in [HUGE_PAGE, 512 << 20, GIB, 3 * GIB] {
+                let region = growth(ram_bytes, ram_bytes + more, 46);
+                assert!(region.end - region.start >= more);
+                let section = linux(ram_bytes);
+                assert!(memory_section(ram_bytes).is_multiple_of(section));
+                for end in [region.start, region.end] {
+                    assert!(end.is_multiple_of(section), "{ram_bytes:#x} {region:x?}");
+                }
+            }
+        }
+        assert_eq!(memory_section(62 * GIB), MEMORY_SECTION);
     }
 
     #[test]

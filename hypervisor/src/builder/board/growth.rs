@@ -6,26 +6,21 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
-use std::time::Duration;
 
 use slog::info;
 use vm_memory::{GuestAddressSpace as _, GuestMemory as _, GuestMemoryRegion as _};
 
 use super::Board;
+use super::followers::Slow;
 use super::plug::Place;
-use crate::arch::x86_64::layout::MEMORY_SECTION;
+use crate::arch::x86_64::layout::memory_section;
 use crate::builder::error::StartError;
 use crate::memory::{self, MemoryError};
 use crate::vfio::bars::MemorySlots as _;
 use crate::virtio::mem::{BLOCK, Mem, MemHandle};
 use crate::virtio::net::MAX_VHOST_REGIONS;
 use crate::virtio::pci::interrupt::VirtioInterrupt;
-use crate::virtio::worker::DeviceHandle;
 use crate::virtio::{GuestMemory, Interrupt as _};
-
-/// What a device has to hear of more memory.
-const FOLLOW_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The region for more memory.
 pub(super) struct Growth {
@@ -119,7 +114,8 @@ impl Board {
                  can change when no container of the pod has one"
             )));
         }
-        let mapped = wanted.next_multiple_of(MEMORY_SECTION).min(most - built);
+        let section = memory_section(built);
+        let mapped = wanted.next_multiple_of(section).min(most - built);
         self.map_more(mapped)?;
         let device = match self.growth.device.take() {
             Some(device) => device,
@@ -152,7 +148,8 @@ impl Board {
     fn map_more(&mut self, bytes: u64) -> Result<(), StartError> {
         let growth = &mut self.growth;
         if bytes <= growth.mapped {
-            return Ok(());
+            // Whom it was too slow for the last time has heard of it by now, or has to yet.
+            return self.followers.wait().map_err(slow);
         }
         let pieces = self.memory.memory().num_regions();
         if !self.followers.is_empty() && pieces >= MAX_VHOST_REGIONS {
@@ -178,27 +175,20 @@ impl Board {
     }
 
     /// Before the guest may put anything of theirs into new memory, and before memory that has gone is anything else.
-    pub(super) fn tell_followers(&self) -> Result<(), StartError> {
-        let told: Vec<_> = self
-            .followers
-            .values()
-            .map(DeviceHandle::refreshed)
-            .collect();
-        for done in told {
-            // A worker that is gone has said so; the VM is ending.
-            if done.recv_timeout(FOLLOW_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
-                return Err(StartError::State(
-                    "the VM's interfaces are slow to hear of more memory; try again".to_owned(),
-                ));
-            }
-        }
-        Ok(())
+    pub(super) fn tell_followers(&mut self) -> Result<(), StartError> {
+        self.followers.tell().map_err(slow)
     }
+}
+
+fn slow(_: Slow) -> StartError {
+    let what = "the VM's interfaces are slow to hear of more memory; try again";
+    StartError::State(what.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::x86_64::layout::MEMORY_SECTION;
     use crate::reclaim::Reclaim;
 
     #[test]

@@ -19,6 +19,7 @@ use crate::notice::Notice;
 use crate::pci::Function;
 use crate::pci::root_port::RootPort;
 use crate::vfio::bars::MemorySlots;
+use crate::vfio::coherence::{Coherence, KvmVfio};
 use crate::vfio::device::Word;
 use crate::vfio::dma::{Dma, DmaError, GuestDma};
 use crate::vfio::function::{PassedThrough, Prepared};
@@ -40,6 +41,8 @@ pub(super) struct Passthrough {
     pub(super) allowed: bool,
     /// Guest memory as they see it, as long as there is one.
     dma: Weak<GuestDma>,
+    /// Who is told of them, from the first one on.
+    coherence: Option<Arc<dyn Coherence>>,
     /// Those that are being made ready, by function.
     preparing: BTreeMap<u8, Preparing>,
 }
@@ -109,6 +112,19 @@ impl Board {
             .is_some_and(|words| words.take(word))
     }
 
+    /// Who is told of devices; none if the node's KVM knows none.
+    fn coherence(&mut self) -> Option<Arc<dyn Coherence>> {
+        if self.passthrough.coherence.is_none() {
+            match KvmVfio::new(&self.ioeventfds.0) {
+                Ok(made) => self.passthrough.coherence = Some(Arc::new(made)),
+                Err(error) => {
+                    info!(self.log, "KVM takes devices for such that keep to the caches"; "error" => %error);
+                }
+            }
+        }
+        self.passthrough.coherence.clone()
+    }
+
     fn words_of(&self, function: u8) -> Option<&Words> {
         match &self.plugged.get(&function)?.behind {
             Behind::Device(_, words) => Some(words),
@@ -149,6 +165,7 @@ impl Board {
                 )
             })?),
         };
+        let coherence = self.coherence();
         let words = Arc::new(Words::new().map_err(failed)?);
         let to_connect = Arc::clone(&words);
         let lockable = self.lockable;
@@ -158,7 +175,7 @@ impl Board {
         let (memory, reclaim) = (self.memory.clone(), Arc::clone(&self.reclaim));
         let plugged = self.growth.plugged();
         let slots: Arc<dyn MemorySlots> = self.slots.clone();
-        let notifier = self.notifier.clone();
+        let (notifier, log) = (self.notifier.clone(), self.log.clone());
         let started = std::thread::Builder::new()
             .name("vfio".to_owned())
             .spawn(move || {
@@ -168,7 +185,10 @@ impl Board {
                 }
                 let made = KernelDevice::new(device)
                     .map_err(failed)
-                    .and_then(|device| {
+                    .and_then(|mut device| {
+                        if let Some(Err(error)) = coherence.map(|it| device.tell(it)) {
+                            info!(log, "KVM takes a device for one that keeps to the caches"; "error" => %error);
+                        }
                         let dma = match source {
                             Source::New(space) => {
                                 let has = |part| plugged.within(&part);

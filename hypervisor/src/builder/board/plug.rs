@@ -192,7 +192,7 @@ impl Board {
             )));
         };
         plugged.leaving = true;
-        self.followers.remove(&function);
+        self.followers.remove(function);
         // With it go its mapped BARs.
         drop(self.bus.remove(function));
         let notifier = self.notifier.clone();

@@ -200,6 +200,26 @@ fn a_removed_function_is_nowhere_and_its_number_is_free_once_it_is_released() {
 }
 
 #[test]
+fn nothing_comes_into_a_slot_whose_function_0_is_not_there() {
+    let bus = bus();
+    for _ in 0..10 {
+        bus.add(Fake::new(0)).unwrap();
+    }
+    // The slot's function 0 is leaving: a guest that scans the bus sees nothing of its others.
+    assert!(bus.remove(8).is_some());
+    assert_eq!(bus.next().unwrap(), 16);
+    assert_eq!(bus.add(Fake::new(0)).unwrap(), 16);
+    assert_eq!(bus.add(Fake::new(0)).unwrap(), 17);
+    // It has gone: its place is the next, and the slot has a head again.
+    bus.release(8);
+    assert_eq!(bus.add(Fake::new(0)).unwrap(), 8);
+    assert_eq!(bus.add(Fake::new(0)).unwrap(), 10);
+    // As it does where another function of the slot leaves.
+    assert!(bus.remove(9).is_some());
+    assert_eq!(bus.add(Fake::new(0)).unwrap(), 11);
+}
+
+#[test]
 fn a_function_alone_in_its_slot_has_nothing_beside_it_until_it_is_released() {
     let bus = bus();
     assert_eq!(bus.reserve().unwrap(), 31 << 3);

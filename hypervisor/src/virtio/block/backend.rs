@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::{SFlag, fstat};
@@ -142,14 +143,16 @@ impl Backend {
         own.then_some((&piece.file, i64::try_from(start - piece.start).ok()?))
     }
 
-    /// Runs an operation; returns the status and the bytes put into `writable`.
+    /// Runs an operation; returns the status and the bytes put into `writable`. Of one that may take long the rest is left
+    /// and fails once it is `given_up`.
     pub fn run(
         &self,
         operation: &Operation,
         readable: Buffers<'_>,
         writable: Buffers<'_>,
+        given_up: &AtomicBool,
     ) -> (Status, usize) {
-        match self.attempt(operation, readable, writable) {
+        match self.attempt(operation, readable, writable, given_up) {
             Ok(written) => (Status::Ok, written),
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 (Status::Unsupported, 0)
@@ -163,6 +166,7 @@ impl Backend {
         operation: &Operation,
         readable: Buffers<'_>,
         mut writable: Buffers<'_>,
+        given_up: &AtomicBool,
     ) -> io::Result<usize> {
         let file = self.first.as_fd();
         match operation {
@@ -193,20 +197,13 @@ impl Backend {
             }
             Operation::Serial => Ok(writable.copy_from(&self.serial)),
             Operation::Discard(ranges) => {
-                for range in ranges {
-                    if self.is_device {
-                        discard(file, range)?;
-                    } else {
-                        punch(file, range)?;
-                    }
-                }
-                Ok(0)
+                in_pieces(ranges, given_up, |piece| match self.is_device {
+                    true => discard(file, piece),
+                    false => punch(file, piece),
+                })
             }
             Operation::WriteZeroes(ranges) => {
-                for range in ranges {
-                    write_zeroes(file, range)?;
-                }
-                Ok(0)
+                in_pieces(ranges, given_up, |piece| write_zeroes(file, piece))
             }
         }
     }
@@ -240,6 +237,21 @@ fn transfer<'m>(
     Ok(())
 }
 
+/// Does something to all pieces of the ranges, as long as it is not given up.
+fn in_pieces(
+    ranges: &[Range],
+    given_up: &AtomicBool,
+    mut change: impl FnMut(&Range) -> io::Result<()>,
+) -> io::Result<usize> {
+    for piece in ranges.iter().flat_map(|range| range.pieces()) {
+        if given_up.load(Ordering::Acquire) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        change(&piece)?;
+    }
+    Ok(0)
+}
+
 fn punch(file: BorrowedFd<'_>, range: &Range) -> io::Result<()> {
     let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     Ok(fallocate(file, mode, range.offset, range.length)?)
@@ -267,5 +279,47 @@ fn write_zeroes(file: BorrowedFd<'_>, range: &Range) -> io::Result<()> {
         Ok(()) => Ok(()),
         Err(nix::Error::EOPNOTSUPP) => punch(file, range),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_long_is_done_in_pieces_and_ends_when_it_is_given_up() {
+        const MIB: i64 = 1 << 20;
+        let range = |offset, length| Range {
+            offset,
+            length,
+            unmap: true,
+        };
+        let ranges = [range(512, 1024 * MIB), range(4096 * MIB, 512)];
+        let given_up = AtomicBool::new(false);
+        let mut done = Vec::new();
+        in_pieces(&ranges, &given_up, |piece| {
+            done.push((piece.offset, piece.length));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(done.len(), 18);
+        assert!(done.iter().all(|(_, length)| *length <= 64 * MIB));
+        // Each begins where the one before has ended.
+        let mut next = 512;
+        for (offset, length) in &done[..17] {
+            assert_eq!(*offset, next);
+            assert!(*offset == 512 || *offset % (64 * MIB) == 0);
+            next += length;
+        }
+        assert_eq!(next, 512 + 1024 * MIB);
+        assert_eq!(done[17], (4096 * MIB, 512));
+        // In the middle.
+        let mut count = 0;
+        let ended = in_pieces(&ranges, &given_up, |_| {
+            count += 1;
+            given_up.store(count == 3, Ordering::Release);
+            Ok(())
+        });
+        assert_eq!((ended.is_err(), count), (true, 3));
     }
 }

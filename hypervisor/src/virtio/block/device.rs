@@ -354,6 +354,7 @@ impl VirtioDevice for Block {
     }
 
     fn deactivate(&mut self, sources: &mut Sources<'_>) {
+        self.service.give_up();
         self.threads.stop();
         if let Some(helpers) = &self.helpers {
             // The driver has given up what nobody has begun.

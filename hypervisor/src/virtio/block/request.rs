@@ -12,8 +12,11 @@ pub const SERIAL: usize = 20;
 pub const MAX_DATA: usize = 16 << 20;
 /// The most ranges one discard or write-zeroes request may name.
 pub const MAX_RANGES: u32 = 32;
-/// The most sectors one such range may have: 1 GiB.
+/// The most sectors that all of them may have together: 1 GiB. A disk that cannot zero by itself is written that much.
 pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
+
+/// Bytes that are discarded or zeroed by one call: between two of them it can be heard that the driver has reset the disk.
+const PIECE: i64 = 64 << 20;
 
 const HEADER: usize = 16;
 const RANGE: usize = 16;
@@ -128,6 +131,24 @@ impl<'m> Request<'m> {
     }
 }
 
+impl Range {
+    /// It in pieces of at most [`PIECE`] bytes, in order. They meet where a disk has whole blocks, however large: what it has
+    /// only parts of it would not forget.
+    pub fn pieces(self) -> impl Iterator<Item = Self> {
+        let end = self.offset + self.length;
+        let mut at = self.offset;
+        std::iter::from_fn(move || {
+            let piece = Self {
+                offset: at,
+                length: (PIECE - at % PIECE).min(end - at),
+                ..self
+            };
+            at += piece.length;
+            (piece.length > 0).then_some(piece)
+        })
+    }
+}
+
 fn parse_operation(
     header: &[u8; HEADER],
     readable: &mut Buffers<'_>,
@@ -186,6 +207,7 @@ fn ranges(
         return Err(Status::IoError);
     }
     let mut all = Vec::with_capacity(count);
+    let mut sum = 0u32;
     while let Some(range) = readable.copy_array::<RANGE>() {
         let mut sector = [0; 8];
         sector.copy_from_slice(&range[..8]);
@@ -196,7 +218,8 @@ fn ranges(
         if flags & !known != 0 {
             return Err(Status::Unsupported);
         }
-        if sectors > MAX_RANGE_SECTORS {
+        sum = sum.saturating_add(sectors);
+        if sum > MAX_RANGE_SECTORS {
             return Err(Status::IoError);
         }
         let (offset, length) = inside(u64::from_le_bytes(sector), u64::from(sectors), limits)?;

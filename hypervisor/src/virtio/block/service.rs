@@ -6,7 +6,7 @@
 //! goes on to the next when it has handed one over; helpers return theirs. A request is read once more by who does it:
 //! what was seen of it before decides nothing then.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
@@ -33,6 +33,8 @@ pub struct Service {
     queues: Vec<Mutex<Option<Active>>>,
     /// Descriptors of all queues that are active.
     descriptors: AtomicUsize,
+    /// The driver has given up what is being done.
+    given_up: AtomicBool,
     /// What somebody met who is not the worker; the worker tells.
     failure: Mutex<Option<DeviceError>>,
 }
@@ -71,8 +73,14 @@ impl Service {
             sectors: AtomicU64::new(limits.sectors),
             queues: (0..queues).map(|_| Mutex::default()).collect(),
             descriptors: AtomicUsize::new(0),
+            given_up: AtomicBool::new(false),
             failure: Mutex::default(),
         }
+    }
+
+    /// Has whoever does something that takes long leave the rest of it, until the queues are given up.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Release);
     }
 
     /// A flush waits at the gate.
@@ -136,6 +144,7 @@ impl Service {
             }
         }
         self.descriptors.store(0, Ordering::Relaxed);
+        self.given_up.store(false, Ordering::Release);
         *lock(&self.failure) = None;
     }
 
@@ -313,7 +322,9 @@ impl Service {
             status,
         } = self.parse(memory, descriptors)?;
         let done = match operation {
-            Ok(operation) => self.backend.run(&operation, readable, writable),
+            Ok(operation) => self
+                .backend
+                .run(&operation, readable, writable, &self.given_up),
             Err(status) => (status, 0),
         };
         Ok(end(head, status, done))

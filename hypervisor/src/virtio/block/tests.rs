@@ -209,6 +209,23 @@ fn ranges_are_zeroed_and_discarded() {
 }
 
 #[test]
+fn all_ranges_of_a_request_together_have_no_more_than_one_may_have() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4 << 30).unwrap();
+    let device = Block::new(file.try_clone().unwrap().into(), false, "disk-1", 512, 1).unwrap();
+    let mut disk = Disk::over(device, file);
+    let half = 1 << 20;
+    for kind in [11, 13] {
+        assert_eq!(disk.ranges(kind, &[(0, half, 0), (1 << 21, half, 0)]), OK);
+        let more = [(0, half, 0), (1 << 21, half, 0), (1 << 22, 1, 0)];
+        assert_eq!(disk.ranges(kind, &more), IOERR);
+        // The same one often enough as well.
+        assert_eq!(disk.ranges(kind, &[(0, half, 0); 32]), IOERR);
+        assert_eq!(disk.ranges(kind, &[(0, u32::MAX, 0); 2]), IOERR);
+    }
+}
+
+#[test]
 fn bad_ranges_are_refused_as_a_whole() {
     let mut disk = Disk::new(false);
     assert_eq!(disk.ranges(13, &[(8, 8, 0), (250, 8, 0)]), IOERR);

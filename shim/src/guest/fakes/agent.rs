@@ -8,10 +8,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use brig_agent_protocol::agent::{
     AdjustClockRequest, AdjustClockResponse, ConnectPortRequest, ContainerRef,
-    CreateContainerRequest, CreateExecRequest, Empty, Event, LookRequest, LookResponse,
-    MemoryFigures, ProcessExited, ProcessList, ProcessRef, ProcessStarted, ResizeMemoryRequest,
-    ResizePtyRequest, SetCpusRequest, ShutdownRequest, SignalRequest, StartSandboxRequest,
-    StartSandboxResponse, StatsResponse, UpdateRequest, UpdateVolumeRequest, VolumeRef, event,
+    CreateContainerRequest, CreateExecRequest, DeviceRef, Empty, Event, FindDeviceRequest,
+    FoundDevice, LookRequest, LookResponse, MemoryFigures, ProcessExited, ProcessList, ProcessRef,
+    ProcessStarted, ResizeMemoryRequest, ResizePtyRequest, SetCpusRequest, ShutdownRequest,
+    SignalRequest, StartSandboxRequest, StartSandboxResponse, StatsResponse, UpdateRequest,
+    UpdateVolumeRequest, VolumeRef, event,
 };
 use brig_agent_protocol::agent_ttrpc::Agent;
 use tokio::sync::mpsc;
@@ -279,6 +280,23 @@ impl Agent for FakeAgent {
             added: request.added.min(most).max(least),
             ..MemoryFigures::default()
         })
+    }
+
+    async fn find_device(
+        &self,
+        _: &TtrpcContext,
+        request: FindDeviceRequest,
+    ) -> Answer<FoundDevice> {
+        self.record.add(format!("find {:#x}", request.function));
+        tokio::time::sleep(self.behaviour.slow_bus).await;
+        self.record.add(format!("found {:#x}", request.function));
+        Ok(FoundDevice::default())
+    }
+
+    async fn remove_device(&self, _: &TtrpcContext, request: DeviceRef) -> Answer<Empty> {
+        self.record.add(format!("remove {:#x}", request.function));
+        tokio::time::sleep(self.behaviour.slow_bus).await;
+        Ok(Empty::new())
     }
 
     async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> Answer<Empty> {

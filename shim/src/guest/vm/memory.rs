@@ -201,6 +201,8 @@ impl Vm {
             wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
             ..ResizeMemoryRequest::default()
         };
+        // The agent looks for the device of a growth.
+        let _looks = self.bus.read().await;
         let begun = Instant::now();
         let answer = self
             .agent

@@ -90,6 +90,9 @@ pub struct Vm {
     sending: Arc<Semaphore>,
     /// The agent has let the last call of a process's removal go without an answer.
     deaf: AtomicBool,
+    /// Held for reading by whoever has the guest look at its bus, and for writing from when it takes a device off until the VMM
+    /// has: a look in between would find that device again, and a driver would have it when it goes.
+    bus: tokio::sync::RwLock<()>,
     /// Devices of the node. Held across calls: they come and go one after another.
     passthrough: Arc<tokio::sync::Mutex<groups::Groups>>,
     /// Block devices of the node, likewise.

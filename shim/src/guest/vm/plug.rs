@@ -60,6 +60,7 @@ impl Vm {
             wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
             ..FindDeviceRequest::default()
         };
+        let _looks = self.bus.read().await;
         let answer = self
             .agent
             .find_device(context::Context::default(), &request);
@@ -67,7 +68,7 @@ impl Vm {
     }
 
     /// Takes a plugged device from the guest and from the VMM; when it returns, the VMM holds nothing of it. A
-    /// guest that does not let go of it loses it all the same.
+    /// guest that does not let go of it loses it all the same. Waits for who has the guest look for a device.
     ///
     /// # Errors
     /// The VMM's: nothing is plugged there.
@@ -76,6 +77,7 @@ impl Vm {
             function: function.into(),
             ..DeviceRef::default()
         };
+        let _changes = self.bus.write().await;
         let answer = self
             .agent
             .remove_device(context::Context::default(), &request);
@@ -120,12 +122,14 @@ impl Vm {
             netfilter: guest.filter.request(policy).into(),
             ..AddNetworkRequest::default()
         };
+        let looks = self.bus.read().await;
         let answer = self
             .agent
             .add_network(context::Context::default(), &request);
         let answer = self
             .call_within(self.timeouts.setup, "AddNetwork", answer)
             .await?;
+        drop(looks);
         guest
             .filter
             .accept(&answer.netfilter_refused, policy, logger)?;
@@ -136,5 +140,70 @@ impl Vm {
         info!(logger, "the network's later parts were given to the running VM"; "interfaces" => count,
             "netfilter" => guest.filter.objects.len());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use slog::{Discard, o};
+    use tokio::sync::mpsc;
+
+    use crate::asked::config::Config;
+    use crate::asked::spec::Network;
+    use crate::guest::fakes::{Behaviour, FakeHost};
+    use crate::guest::vm::Plan;
+    use crate::guest::vm::boot::{Boot, Sandbox};
+
+    #[tokio::test]
+    async fn the_guest_looks_at_no_bus_from_which_a_device_is_being_taken() {
+        let host = FakeHost::new(Behaviour {
+            slow_bus: Duration::from_millis(100),
+            ..Behaviour::default()
+        });
+        let record = host.record.clone();
+        let (news, _hears) = mpsc::channel(64);
+        let logger = slog::Logger::root(Discard, o!());
+        let config = Config::defaults(Path::new("/nonexistent"));
+        let plan = Plan {
+            memory: config.memory,
+            max_memory: config.memory,
+            template: None,
+            config,
+            pod: None,
+            assigned: Vec::new(),
+            network: Network::New,
+            cgroup_path: None,
+            cgroup: None,
+            oom_score_adj: 0,
+        };
+        let boot = Boot::start(host, plan, Sandbox::default(), news, logger);
+        let vm = boot.ready().await.unwrap();
+        let leaves = tokio::spawn({
+            let vm = Arc::clone(&vm);
+            async move { vm.unplug(0x21).await }
+        });
+        record.until("remove 0x21").await;
+        // Two look at once, and neither before the VMM has taken the device.
+        let (one, two) = tokio::join!(vm.find(0x22), vm.find(0x23));
+        one.unwrap();
+        two.unwrap();
+        leaves.await.unwrap().unwrap();
+        for find in ["find 0x22", "find 0x23"] {
+            assert!(record.in_order("unplug 0x21", find));
+        }
+        assert!(record.in_order("find 0x23", "found 0x22"));
+        // Nor is one taken while the guest looks.
+        let looks = tokio::spawn({
+            let vm = Arc::clone(&vm);
+            async move { vm.find(0x24).await }
+        });
+        record.until("find 0x24").await;
+        vm.unplug(0x22).await.unwrap();
+        looks.await.unwrap().unwrap();
+        assert!(record.in_order("found 0x24", "remove 0x22"));
     }
 }

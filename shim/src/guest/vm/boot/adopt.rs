@@ -108,6 +108,7 @@ pub(super) fn adopt(
         signals: Patience::new(timeouts.word),
         sending: Arc::new(Semaphore::new(MAX_SIGNALS)),
         deaf: AtomicBool::new(false),
+        bus: tokio::sync::RwLock::default(),
         passthrough: Arc::default(),
         disks: Arc::default(),
         maps_layers,

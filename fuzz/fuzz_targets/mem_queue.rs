@@ -1,0 +1,2 @@
+#![no_main]
+brig_fuzz::target!(brig_hypervisor::fuzzing::mem_queue);
