@@ -6,6 +6,7 @@
 mod env;
 pub mod hooks;
 mod id_map;
+mod pci_addresses;
 mod resources;
 mod throttles;
 
@@ -18,6 +19,7 @@ use serde::Deserialize;
 use crate::error::{Error, Result};
 pub use env::with_env;
 use hooks::Hooks;
+pub use pci_addresses::{Moved, with_guest_addresses};
 pub use resources::Access;
 use resources::Resources;
 pub use resources::{CpuMillis, Limits, changed_throttles};

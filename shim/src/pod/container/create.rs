@@ -14,7 +14,7 @@ use super::creation::{Creation, Made};
 use super::devices::{Asked, Given};
 use super::work;
 use crate::asked::rootfs::{self, Plan};
-use crate::asked::spec::with_env;
+use crate::asked::spec::{with_env, with_guest_addresses};
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Attributes, Mounts, RootGiven, RootfsMount, Vm, rootfs_path};
@@ -199,9 +199,10 @@ async fn steps(
         [] => creation.spec_bytes,
         env => with_env(&creation.spec_bytes, env)?,
     };
+    let moved = with_guest_addresses(&spec, &vm.addresses(&creation.id))?;
     let request = CreateContainerRequest {
         id: creation.id.clone(),
-        spec,
+        spec: moved.unwrap_or(spec),
         stdio: Some(stdio.numbers.clone()).into(),
         rootfs: rootfs_path(&creation.id),
         mount_sources: sources,
