@@ -21,6 +21,10 @@ const GIB: u64 = 1 << 30;
 async fn boot(behaviour: Behaviour, memory: u64) -> (Result<Arc<Vm>>, Record) {
     let host = FakeHost::new(behaviour);
     let record = host.record.clone();
+    (started(host, memory).await, record)
+}
+
+async fn started(host: Arc<FakeHost>, memory: u64) -> Result<Arc<Vm>> {
     let plan = Plan {
         config: Config {
             time_scale: 0.1,
@@ -40,7 +44,7 @@ async fn boot(behaviour: Behaviour, memory: u64) -> (Result<Arc<Vm>>, Record) {
     tokio::spawn(async move { while told.recv().await.is_some() {} });
     let logger = slog::Logger::root(slog::Discard, slog::o!());
     let boot = Boot::start(host, plan, Sandbox::default(), news, logger);
-    (boot.ready().await, record)
+    boot.ready().await
 }
 
 /// A group, and what is at its end when nobody holds it any more.
@@ -129,16 +133,17 @@ async fn what_the_vmm_has_not_answered_is_let_go_of_with_its_process() {
         slow_plug: Some(Arc::new(Barrier::new(2))),
         ..Behaviour::default()
     };
-    let (vm, record) = boot(behaviour, GIB).await;
-    let vm = vm.unwrap();
+    let host = FakeHost::new(behaviour);
+    let vm = started(host.clone(), GIB).await.unwrap();
     let (group, end) = group();
     let (config, fds) = device();
     let plug = vm.plug(entry(&group), config, fds);
     let asked = format!("plug {NAME}");
     let (plugged, ()) = tokio::join!(plug, async {
-        record.until(&asked).await;
+        host.record.until(&asked).await;
         drop(group);
-        vm.kill();
+        // With its process goes the socket.
+        host.crash("");
     });
     assert_eq!(plugged.unwrap_err().kind, Kind::Unavailable);
     let_go(end).await;

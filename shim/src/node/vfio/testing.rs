@@ -105,7 +105,7 @@ impl Fake {
     /// The configuration space of a device that is there.
     pub(super) fn configuration(&self, name: &str, space: &[u8]) {
         let path = self
-            .directory(&format!("sys/bus/pci/devices/{name}"))
+            .directory(&format!("bus/pci/devices/{name}"))
             .join("config");
         fs::write(path, space).unwrap();
     }
