@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn a_volume_stays_mounted_until_its_last_container_has_gone() {
-        if !nix::unistd::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         unshare(CloneFlags::CLONE_NEWNS).unwrap();

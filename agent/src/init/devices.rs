@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_node_that_is_shown_is_the_containers_own_with_its_owner_and_mode() {
-        if !rustix::process::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         let node = Node {

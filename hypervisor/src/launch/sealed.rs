@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn a_sealed_file_can_be_used_but_not_changed() {
-        if !nix::unistd::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         let file = tempfile::NamedTempFile::new().unwrap();

@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn layers_are_seen_through_the_map_and_only_in_this_namespace() {
-        if !nix::unistd::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         let layer = tempfile::tempdir().unwrap();

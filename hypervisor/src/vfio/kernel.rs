@@ -34,8 +34,8 @@ const MAX_INFO: u32 = 4096;
 /// Start, count and name of `vfio_irq_set` before its data.
 const IRQ_SET_HEADER: usize = 20;
 
-/// Makes a request whose argument lies in `bytes`, which starts with its length.
-pub(super) fn ask(fd: &OwnedFd, request: u32, bytes: &mut [u8]) -> io::Result<()> {
+/// Makes a request whose argument lies in `bytes`, which starts with its length; the answer's number, 0 if all was done.
+pub(super) fn ask(fd: &OwnedFd, request: u32, bytes: &mut [u8]) -> io::Result<i32> {
     // SAFETY: the kernel reads and writes at most `argsz` bytes, which the callers set to the slice's length or less.
     let result = unsafe {
         libc::ioctl(
@@ -44,7 +44,18 @@ pub(super) fn ask(fd: &OwnedFd, request: u32, bytes: &mut [u8]) -> io::Result<()
             bytes.as_mut_ptr(),
         )
     };
-    Ok(Errno::result(result).map(drop)?)
+    Ok(Errno::result(result)?)
+}
+
+/// What the kernel has answered when `wanted` interrupts were to be enabled at once. It has no error for having fewer vectors: it
+/// enables none then, and says how many there are.
+fn enabled(answer: i32, wanted: usize) -> io::Result<()> {
+    if answer == 0 {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "the node has {answer} interrupt vectors for the device, and {wanted} are wanted: none is on"
+    )))
 }
 
 pub(super) fn put(bytes: &mut [u8], at: usize, value: u32) {
@@ -129,7 +140,7 @@ impl KernelDevice {
         }
         let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
         put(&mut bytes, 0, length);
-        ask(self.fd.fd(), SET_IRQS, &mut bytes)
+        enabled(ask(self.fd.fd(), SET_IRQS, &mut bytes)?, events.len())
     }
 
     fn place(&self, region: u32, offset: u64) -> io::Result<libc::off_t> {
@@ -303,6 +314,7 @@ impl Device for KernelDevice {
             SET_IRQS,
             &mut irq_set(index(kind), flags, 0, 0),
         )
+        .map(drop)
     }
 
     fn hear(&self, word: Word, event: RawFd) -> io::Result<()> {
@@ -314,7 +326,7 @@ impl Device for KernelDevice {
     }
 
     fn reset(&self) -> io::Result<()> {
-        ask(self.fd.fd(), RESET, &mut [])
+        ask(self.fd.fd(), RESET, &mut []).map(drop)
     }
 }
 
@@ -390,6 +402,16 @@ mod tests {
         assert_eq!(size_of::<sys::vfio_region_info>(), 32);
         assert_eq!(size_of::<sys::vfio_irq_info>(), 16);
         assert_eq!(irq_set(2, 36, 1, 2).len(), IRQ_SET_HEADER);
+    }
+
+    #[test]
+    fn fewer_vectors_than_wanted_are_an_error_and_not_a_success() {
+        enabled(0, 8).unwrap();
+        let error = enabled(3, 8).unwrap_err().to_string();
+        assert!(
+            error.contains("has 3 ") && error.contains("8 are wanted"),
+            "{error}"
+        );
     }
 
     #[test]

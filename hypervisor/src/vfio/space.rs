@@ -62,11 +62,11 @@ impl Container {
 
 impl Dma for Container {
     fn map(&self, iova: u64, host: u64, size: u64) -> io::Result<()> {
-        ask(&self.0, MAP_DMA, &mut Self::map_request(iova, host, size))
+        ask(&self.0, MAP_DMA, &mut Self::map_request(iova, host, size)).map(drop)
     }
 
     fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {
-        ask(&self.0, UNMAP_DMA, &mut Self::unmap_request(iova, size))
+        ask(&self.0, UNMAP_DMA, &mut Self::unmap_request(iova, size)).map(drop)
     }
 }
 
@@ -108,12 +108,12 @@ impl Ioas {
 impl Dma for Ioas {
     fn map(&self, iova: u64, host: u64, size: u64) -> io::Result<()> {
         let mut request = self.map_request(iova, host, size);
-        ask(&self.iommufd, IOAS_MAP, &mut request)
+        ask(&self.iommufd, IOAS_MAP, &mut request).map(drop)
     }
 
     fn unmap(&self, iova: u64, size: u64) -> io::Result<()> {
         let mut request = self.unmap_request(iova, size);
-        ask(&self.iommufd, IOAS_UNMAP, &mut request)
+        ask(&self.iommufd, IOAS_UNMAP, &mut request).map(drop)
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod hooks;
 mod id_map;
 mod identity;
+mod pci_addresses;
 mod resources;
 mod throttles;
 
@@ -19,6 +20,7 @@ use crate::asked::ping_groups;
 use crate::error::{Error, Result};
 use hooks::Hooks;
 pub use identity::check_process;
+pub use pci_addresses::{Moved, with_guest_addresses};
 pub use resources::Access;
 use resources::Resources;
 pub use resources::{CpuMillis, Limits, changed_throttles};

@@ -10,13 +10,15 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use brig_agent_protocol::OPEN_LOOKS;
 use brig_hypervisor::control::DebugRequest;
+use serde::Serialize;
 use serde_json::{Value, json};
 use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 
-use crate::asked::config::{LogLevel, MIB, keys};
+use super::inspected::{Container, Inspected};
+use crate::asked::config::LogLevel;
 use crate::error::{Error, Result};
-use crate::guest::vm::{Holder, Vm};
-use crate::log::{Control, rfc3339};
+use crate::guest::vm::Vm;
+use crate::log::Control;
 use crate::pod::actor::PodHandle;
 use crate::pod::container::{ContainerHandle, Request};
 use crate::pod::process::Phase;
@@ -139,110 +141,15 @@ impl Handler {
     }
 
     async fn inspect(&self) -> Result<Vec<u8>> {
-        let pod = self.pod.inspect().await?;
+        let mut pod = self.pod.inspect().await?;
         let mut containers = Vec::new();
-        for (id, container) in pod.containers {
+        for (id, container) in std::mem::take(&mut pod.containers) {
             // One that is gone meanwhile is none.
-            if let Ok(container) = described(&id, &container).await {
+            if let Ok(container) = described(id, &container).await {
                 containers.push(container);
             }
         }
-        let (devices, disks, volumes, release) = match &pod.vm {
-            Some(vm) => (
-                vm.devices().await,
-                vm.disks().await,
-                vm.volumes().await,
-                vm.kernel_release(),
-            ),
-            None => (Vec::new(), Vec::new(), Vec::new(), None),
-        };
-        let volumes: Vec<Value> = volumes
-            .into_iter()
-            .map(|volume| {
-                json!({
-                    "id": volume.id,
-                    "path": volume.path,
-                    "device": volume.device,
-                    "fileSystem": volume.file_system,
-                    "writable": !volume.readonly,
-                })
-            })
-            .collect();
-        let size = pod.vm.as_ref().map(|vm| {
-            json!({
-                "startedWithMiB": vm.first_memory() / MIB,
-                "memoryMiB": vm.memory() / MIB,
-                "maxMemoryMiB": vm.most_memory() / MIB,
-                "vcpus": vm.cpus(),
-                "maxVcpus": vm.most_cpus(),
-            })
-        });
-        let interfaces: Vec<Value> = pod
-            .vm
-            .iter()
-            .flat_map(|vm| vm.interfaces())
-            .map(|interface| {
-                let octets = interface.mac.map(|octet| format!("{octet:02x}"));
-                let frames = if interface.by_vhost {
-                    "vhost-net"
-                } else {
-                    "brig-vmm"
-                };
-                json!({ "mac": octets.join(":"), "framesBy": frames })
-            })
-            .collect();
-        let devices: Vec<Value> = devices
-            .into_iter()
-            .map(|(group, functions, holder)| {
-                let places = functions.iter().map(|function| {
-                    let (device, function) = (function >> 3, function & 7);
-                    format!("{device:02x}.{function}")
-                });
-                let (container, assigned) = match holder {
-                    Holder::Container(id) => (Some(id), false),
-                    Holder::Pod => (None, false),
-                    Holder::Nobody => (None, true),
-                };
-                json!({
-                    "iommuGroup": group,
-                    "guestFunctions": places.collect::<Vec<_>>(),
-                    "container": container,
-                    "waitsForItsContainer": assigned,
-                })
-            })
-            .collect();
-        let disks: Vec<Value> = disks
-            .into_iter()
-            .map(|(numbers, write, name, containers)| {
-                json!({
-                    "device": format!("{}:{}", numbers.0, numbers.1),
-                    "writable": write,
-                    "guestName": name,
-                    "containers": containers,
-                })
-            })
-            .collect();
-        bytes(&json!({
-            "namespace": pod.namespace,
-            "id": pod.id,
-            "pod": pod.pod,
-            "state": pod.state,
-            "stateSince": rfc3339(pod.since),
-            "failure": pod.failure.map(|error| error.message),
-            "version": env!("CARGO_PKG_VERSION"),
-            "kernelRelease": release,
-            "size": size,
-            "template": pod.vm.as_ref().and_then(|vm| vm.template()),
-            "logLevel": self.level_name(),
-            "config": pod.config.as_ref().map(keys::in_force),
-            "netns": pod.netns,
-            "interfaces": interfaces,
-            "cgroup": pod.cgroup.as_ref().map(|cgroup| cgroup.dirs().to_vec()),
-            "devices": devices,
-            "disks": disks,
-            "volumes": volumes,
-            "containers": containers,
-        }))
+        bytes(&Inspected::of(pod, self.level_name(), containers))
     }
 
     async fn look(&self, payload: &[u8]) -> Result<Vec<u8>> {
@@ -315,25 +222,25 @@ impl Handler {
     }
 }
 
-async fn described(id: &str, container: &ContainerHandle) -> Result<Value> {
+async fn described(id: String, container: &ContainerHandle) -> Result<Container> {
     let exec_id = String::new();
     let state = container
         .ask(|reply| Request::State { exec_id, reply })
         .await?;
-    let (phase, status) = match state.phase {
+    let (phase, exit_status) = match state.phase {
         Phase::Creating => ("creating", None),
         Phase::Created | Phase::Starting => ("created", None),
         Phase::Running if state.paused => ("paused", None),
         Phase::Running => ("running", None),
         Phase::Stopped(exit) => ("stopped", Some(exit.status)),
     };
-    Ok(json!({
-        "id": id,
-        "bundle": state.bundle,
-        "state": phase,
-        "exitStatus": status,
-        "pid": state.pid,
-    }))
+    Ok(Container {
+        id,
+        bundle: state.bundle,
+        state: phase,
+        exit_status,
+        pid: state.pid,
+    })
 }
 
 fn read(payload: &[u8]) -> Result<Value> {
@@ -341,6 +248,6 @@ fn read(payload: &[u8]) -> Result<Value> {
         .map_err(|error| Error::invalid(format!("the request is no JSON: {error}")))
 }
 
-fn bytes(value: &Value) -> Result<Vec<u8>> {
+fn bytes(value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|error| Error::internal(error.to_string()))
 }

@@ -5,6 +5,7 @@
 pub mod bootstrap;
 pub mod debug_service;
 pub mod events;
+mod inspected;
 pub mod pod_stats;
 pub mod sandbox_service;
 pub mod server;

@@ -12,10 +12,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ChildStdin;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
-use brig_hypervisor::control::VmConfig;
+use brig_hypervisor::control::{VfioConfig, VmConfig};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::sync::oneshot;
 
@@ -84,6 +84,12 @@ pub(crate) struct Behaviour {
     pub(crate) silent_agent: bool,
     /// The VMM ends with this code instead of starting the machine.
     pub(crate) die_with: Option<i32>,
+    /// The VMM takes this long to build the machine.
+    pub(crate) slow_start: Duration,
+    /// The machine has a device of the node.
+    pub(crate) has_devices: bool,
+    /// A plug is answered when the test says so, and everything else meanwhile.
+    pub(crate) slow_plug: Option<Arc<Barrier>>,
     /// CreateContainer is never answered.
     pub(crate) stuck_create: bool,
     /// CreateContainer is answered after this time.
@@ -210,7 +216,12 @@ impl Host for FakeHost {
             allow_slow_kvm: false,
             passthrough: false,
             vhost: false,
-            devices: Vec::new(),
+            devices: self
+                .behaviour
+                .has_devices
+                .then(device)
+                .into_iter()
+                .collect(),
         };
         Ok(Launched {
             process: Box::new(process),
@@ -230,6 +241,14 @@ impl Host for FakeHost {
     fn make_cgroup(&self, path: &str) -> Result<Option<Cgroup>> {
         self.record.add(format!("cgroup {path}"));
         Ok(None)
+    }
+}
+
+fn device() -> VfioConfig {
+    VfioConfig {
+        device: 0,
+        space: None,
+        name: "0000:3b:00.0".to_owned(),
     }
 }
 

@@ -38,8 +38,12 @@ impl Default for Names {
 pub struct Edits {
     /// Nodes of the node's /dev.
     pub nodes: Vec<PathBuf>,
-    /// Variables, `NAME=value`.
+    /// Variables of the device, `NAME=value`.
     pub env: Vec<String>,
+    /// Those that its file has for all its devices: they come before the devices' own, once.
+    pub common_env: Vec<String>,
+    /// The file.
+    pub file: PathBuf,
     /// What else there is, by CDI's words: of the node, so of no use in a guest.
     pub others: Vec<&'static str>,
 }
@@ -113,8 +117,8 @@ impl Names {
                 }
                 found = Some((path, edits));
             }
-            if let Some((_, edits)) = found {
-                return Ok(edits);
+            if let Some((file, edits)) = found {
+                return Ok(Edits { file, ..edits });
             }
         }
         let directories = self
@@ -132,12 +136,18 @@ impl Names {
     }
 }
 
-/// The names that annotations ask for.
+/// The names that annotations ask for, each once, in the order of the annotations' keys.
 pub fn asked<'a>(annotations: impl Iterator<Item = (&'a str, &'a str)>) -> Vec<String> {
     let values = annotations.filter(|(key, _)| key.starts_with(ANNOTATION));
     let names = values.flat_map(|(_, value)| value.split(','));
     let names = names.map(str::trim).filter(|name| !name.is_empty());
-    names.map(str::to_owned).collect()
+    let mut asked: Vec<String> = Vec::new();
+    for name in names {
+        if !asked.iter().any(|other| other == name) {
+            asked.push(name.to_owned());
+        }
+    }
+    asked
 }
 
 fn files(directory: &Path) -> Vec<PathBuf> {
@@ -236,8 +246,10 @@ pub(crate) fn edits(document: &Value, kind: &str, device: &str) -> Option<Edits>
     let mut devices = document.get("devices")?.as_array()?.iter();
     let found = devices.find(|entry| text(entry, "name").as_deref() == Some(device))?;
     let mut edits = Edits::default();
-    let both = [document, found].map(|part| part.get("containerEdits"));
-    for part in both.into_iter().flatten() {
+    for (is_common, part) in [(true, document), (false, found)] {
+        let Some(part) = part.get("containerEdits") else {
+            continue;
+        };
         let list = |key: &str| {
             part.get(key)
                 .and_then(Value::as_array)
@@ -251,9 +263,12 @@ pub(crate) fn edits(document: &Value, kind: &str, device: &str) -> Option<Edits>
                 .or_else(|| text(node, "path"))
         });
         edits.nodes.extend(nodes.map(PathBuf::from));
-        edits
-            .env
-            .extend(list("env").filter_map(Value::as_str).map(str::to_owned));
+        let env = if is_common {
+            &mut edits.common_env
+        } else {
+            &mut edits.env
+        };
+        env.extend(list("env").filter_map(Value::as_str).map(str::to_owned));
         let others = ["mounts", "hooks"]
             .into_iter()
             .filter(|key| list(key).next().is_some());
@@ -302,14 +317,16 @@ devices:
         let names = Names::of(&[root.path()]);
         let expected = Edits {
             nodes: vec!["/dev/vfio/12".into(), "/dev/vfio/devices/vfio3".into()],
-            env: vec!["ALL=1".to_owned(), "ONE=1".to_owned()],
+            env: vec!["ONE=1".to_owned()],
+            common_env: vec!["ALL=1".to_owned()],
+            file: root.path().join("gpu.yaml"),
             others: vec!["mounts"],
         };
         assert_eq!(names.look_up("vendor.com/gpu=0"), Ok(expected));
         let plain = names.look_up("vendor.com/gpu=plain").unwrap();
         assert_eq!(
-            (plain.nodes.len(), plain.env),
-            (0, vec!["ALL=1".to_owned()])
+            (plain.nodes.len(), plain.env, plain.common_env),
+            (0, vec![], vec!["ALL=1".to_owned()])
         );
         assert_eq!(
             names.look_up("vendor.com/nic=a").unwrap().nodes,
@@ -390,7 +407,7 @@ devices:
         let annotations = [
             ("cdi.k8s.io/plugin_gpu", "v.com/c=a, v.com/c=b"),
             ("other", "v.com/c=z"),
-            ("cdi.k8s.io/x", "v.com/c=d,"),
+            ("cdi.k8s.io/x", "v.com/c=d,v.com/c=a,"),
         ];
         assert_eq!(
             asked(annotations.into_iter()),

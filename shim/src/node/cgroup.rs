@@ -499,7 +499,7 @@ mod tests {
 
     #[test]
     fn the_last_to_leave_removes_the_parents_whoever_made_them() {
-        if !rustix::process::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         let root = hierarchy();
@@ -549,7 +549,7 @@ mod tests {
 
     #[test]
     fn pods_that_come_and_go_at_once_neither_fail_nor_leave_anything() {
-        if !rustix::process::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         let root = hierarchy();

@@ -119,13 +119,14 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use brig_fixtures::needs::{needs, root};
 
     const IN_USE: &str = "in use on the node";
 
     /// A directory with a file of a MiB in it, where loop devices can be made.
     fn image() -> Option<(tempfile::TempDir, PathBuf)> {
         let control = Path::new("/dev/loop-control").exists();
-        if !control || !nix::unistd::geteuid().is_root() {
+        if !root() || !needs(control, "loop devices (/dev/loop-control)") {
             return None;
         }
         let directory = tempfile::tempdir().unwrap();
@@ -245,7 +246,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("layer.erofs");
         fs::write(&path, vec![1; 5000]).unwrap();
-        if nix::unistd::geteuid().is_root() {
+        if root() {
             let Image::File { length, .. } = open(&path, true).unwrap() else {
                 panic!("not a file")
             };

@@ -19,7 +19,7 @@ pub mod readiness;
 mod refusal;
 mod survey;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use assigned::Meant;
 use calls::{Calls, Kernel};

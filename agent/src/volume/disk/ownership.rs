@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn all_of_a_volume_is_its_groups_and_nothing_that_a_link_leads_to() {
-        if !nix::unistd::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         let base = tempfile::tempdir().unwrap();

@@ -190,6 +190,9 @@ fn text(whole: &Value) -> String {
             shown(&disk["containers"])
         );
     }
+    for sentence in shim["unsettledDevices"].as_array().into_iter().flatten() {
+        let _ = writeln!(text, "\n{}", shown(sentence));
+    }
     for volume in shim["volumes"].as_array().into_iter().flatten() {
         let access = if volume["writable"] == true {
             "rw"

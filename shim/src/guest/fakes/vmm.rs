@@ -50,7 +50,12 @@ impl FakeVmm {
                         kind: control::ErrorKind::Host,
                         message: message.clone(),
                     }),
-                    Behaviour { silent_agent, .. } => {
+                    Behaviour {
+                        silent_agent,
+                        slow_start,
+                        ..
+                    } => {
+                        std::thread::sleep(*slow_start);
                         if !silent_agent {
                             self.start_agent(&socket);
                             tell(&socket, VmmEvent::AgentConnected { micros: 5 });
@@ -91,7 +96,18 @@ impl FakeVmm {
                     });
                     self.plugged += 1;
                     let function = 0x20 + self.plugged;
-                    Ok(ReplyBody::Plugged { function })
+                    let plugged = Ok(ReplyBody::Plugged { function });
+                    if let Some(answered) = self.behaviour.slow_plug.clone() {
+                        let (socket, id) = (Arc::clone(&socket), request.id);
+                        std::thread::spawn(move || {
+                            answered.wait();
+                            // As the real one holds them until then.
+                            drop(fds);
+                            reply(&socket, id, plugged);
+                        });
+                        continue;
+                    }
+                    plugged
                 }
                 RequestBody::Unplug { function } => {
                     self.record.add(format!("unplug {function:#x}"));
@@ -131,11 +147,7 @@ impl FakeVmm {
                 })),
                 RequestBody::Stop => break,
             };
-            let reply = Reply {
-                id: request.id,
-                result,
-            };
-            let _ = control::send(socket.as_fd(), &FromVmm::Reply(reply), &[]);
+            reply(&socket, request.id, result);
         }
         self.power.lock().unwrap().take();
         // As by the end of its process: the host keeps a descriptor to crash it.
@@ -180,6 +192,11 @@ impl FakeVmm {
             std::future::pending::<()>().await;
         });
     }
+}
+
+fn reply(socket: &OwnedFd, id: u64, result: Result<ReplyBody, control::ErrorReply>) {
+    let reply = FromVmm::Reply(Reply { id, result });
+    let _ = control::send(socket.as_fd(), &reply, &[]);
 }
 
 fn tell(socket: &OwnedFd, event: VmmEvent) {

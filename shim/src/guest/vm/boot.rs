@@ -18,7 +18,7 @@ use tokio::time::{sleep, timeout};
 use super::clock;
 use super::control::{ControlError, Started};
 use super::{GuestOrigin, Host, Plan, Timeouts, Vm};
-use crate::asked::config::ImageLayers;
+use crate::asked::config::{ImageLayers, MIB};
 use crate::asked::spec::Network;
 use crate::error::{Error, Kind, Result};
 use crate::guest::forward::{ForwardError, Localhost};
@@ -355,40 +355,52 @@ async fn connect(
     agent_connected: AgentConnected,
     logger: &Logger,
 ) -> Result<()> {
+    let Machine {
+        config,
+        fds,
+        given,
+        origin,
+    } = machine;
     let boot_time = vm.timeouts.boot;
-    let connected = async {
-        let Machine {
-            config,
-            fds,
-            given,
-            origin,
-        } = machine;
-        let begun = vm.control.begin(config, fds).await;
-        let connected = match begun {
-            Ok(started) => {
-                if let Some(given) = given {
-                    vm.hold(given, &started.functions).await;
-                }
-                note_origin(vm, &origin, started, logger);
-                agent_connected.await.map_err(|_| ControlError::Ended)
-            }
-            Err(error) => Err(error),
-        };
-        match connected {
-            Ok(()) => Ok(()),
-            Err(error) => Err(vm.explain(error).await),
+    // Devices of the node are given before the guest runs, and with them all its memory is pinned.
+    let (what, limit) = if config.devices.is_empty() {
+        ("build the machine".to_owned(), boot_time)
+    } else {
+        let what = format!(
+            "build the machine, for whose devices of the node it pins all {} MiB of the memory,",
+            config.memory_bytes.div_ceil(MIB)
+        );
+        (what, boot_time + vm.timeouts.pinning(config.memory_bytes))
+    };
+    let begun = timeout(limit, vm.control.begin(config, fds)).await;
+    let started = match begun.unwrap_or(Err(ControlError::Silent { what, limit })) {
+        Ok(started) => started,
+        Err(error) => {
+            // The VMM may have the devices as long as there is a process of it.
+            let mut death = vm.death.clone();
+            tokio::spawn(async move {
+                let _ = death.wait_for(Option::is_some).await;
+                drop(given);
+            });
+            return Err(vm.explain(error).await);
         }
     };
-    timeout(boot_time, connected).await.unwrap_or_else(|_| {
-        Err(Error::new(
+    if let Some(given) = given {
+        vm.hold(given, &started.functions).await;
+    }
+    note_origin(vm, &origin, started, logger);
+    match timeout(boot_time, agent_connected).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err(vm.explain(ControlError::Ended).await),
+        Err(_) => Err(Error::new(
             Kind::DeadlineExceeded,
             format!(
                 "the guest's agent never answered: no call within {:.0} s of the VM's start \
                  (set debug_console to see the guest's kernel messages)",
                 boot_time.as_secs_f64()
             ),
-        ))
-    })
+        )),
+    }
 }
 
 /// Makes the guest whose agent has called the pod's.

@@ -28,8 +28,13 @@ pub enum ControlError {
     #[error("the VMM has ended")]
     Ended,
     /// The VMM lives but does not answer.
-    #[error("the VMM did not answer within {} s", ANSWER_LIMIT.as_secs())]
-    Silent,
+    #[error("the VMM did not {what} within {:.0} s", limit.as_secs_f64())]
+    Silent {
+        /// What it was asked to do.
+        what: String,
+        /// How long that was waited for.
+        limit: Duration,
+    },
     /// The VMM answered something else than was asked.
     #[error("the VMM gave an answer of another kind")]
     Confused,
@@ -39,13 +44,19 @@ type Result<T> = std::result::Result<T, ControlError>;
 
 /// The VMM answers from its event loop, in microseconds; building the machine takes longest. Far above
 /// that also under emulation, so it is met by a VMM that no longer plays by the rules alone.
-const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// Requests that wait to be sent.
 const QUEUE: usize = 64;
 /// Events that wait for the pod; more are dropped, for they are only told of.
 const EVENTS: usize = 256;
 
 type ReplySender = oneshot::Sender<std::result::Result<ReplyBody, ErrorReply>>;
+
+type Answer = oneshot::Receiver<std::result::Result<ReplyBody, ErrorReply>>;
+
+async fn answered(answer: Answer) -> Result<ReplyBody> {
+    Ok(answer.await.map_err(|_| ControlError::Ended)??)
+}
 
 struct Command {
     body: RequestBody,
@@ -109,12 +120,13 @@ impl Control {
         Ok((Self { commands }, incoming))
     }
 
-    async fn send(
+    /// Sends a request; its answer follows.
+    async fn tell(
         &self,
         body: RequestBody,
         fds: Vec<OwnedFd>,
         closed: Option<(u64, oneshot::Sender<()>)>,
-    ) -> Result<ReplyBody> {
+    ) -> Result<Answer> {
         let (reply, answer) = oneshot::channel();
         let command = Command {
             body,
@@ -122,14 +134,36 @@ impl Control {
             reply,
             closed,
         };
-        let answered = async {
-            let sent = self.commands.send(command).await;
-            sent.map_err(|_| ControlError::Ended)?;
-            Ok(answer.await.map_err(|_| ControlError::Ended)??)
-        };
-        timeout(ANSWER_LIMIT, answered)
+        let sent = self.commands.send(command).await;
+        sent.map_err(|_| ControlError::Ended)?;
+        Ok(answer)
+    }
+
+    /// Sends a request and waits for its answer, however long that takes.
+    async fn ask(
+        &self,
+        body: RequestBody,
+        fds: Vec<OwnedFd>,
+        closed: Option<(u64, oneshot::Sender<()>)>,
+    ) -> Result<ReplyBody> {
+        answered(self.tell(body, fds, closed).await?).await
+    }
+
+    /// As [`Self::ask`], for what takes the VMM no time.
+    async fn send(
+        &self,
+        body: RequestBody,
+        fds: Vec<OwnedFd>,
+        closed: Option<(u64, oneshot::Sender<()>)>,
+    ) -> Result<ReplyBody> {
+        timeout(ANSWER_LIMIT, self.ask(body, fds, closed))
             .await
-            .unwrap_or(Err(ControlError::Silent))
+            .unwrap_or_else(|_| {
+                Err(ControlError::Silent {
+                    what: "answer".to_owned(),
+                    limit: ANSWER_LIMIT,
+                })
+            })
     }
 
     /// Sends a request whose answer is only its success.
@@ -140,12 +174,12 @@ impl Control {
         self.send(body, fds, None).await.map(drop)
     }
 
-    /// Builds the machine and starts it.
+    /// Builds the machine and starts it. Sets no limit: with devices of the node it takes as long as there is memory.
     ///
     /// # Errors
     /// [`ControlError`].
     pub async fn begin(&self, machine: Box<VmConfig>, fds: Vec<OwnedFd>) -> Result<Started> {
-        match self.send(RequestBody::Start(machine), fds, None).await? {
+        match self.ask(RequestBody::Start(machine), fds, None).await? {
             ReplyBody::Started {
                 functions,
                 cloned,
@@ -208,15 +242,29 @@ impl Control {
         }
     }
 
-    /// Plugs a device in; its function.
+    /// Plugs a device in; its function. Sets no limit: whoever stops waiting does not know whether the VMM has it.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn plug(&self, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<u8> {
-        match self.send(RequestBody::Plug(device), fds, None).await? {
+    pub(super) async fn plug(self, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<u8> {
+        let answer = self.tell(RequestBody::Plug(device), fds, None).await?;
+        // Else a VMM that never answers would be kept by whoever waits for it.
+        drop(self);
+        match answered(answer).await? {
             ReplyBody::Plugged { function } => Ok(function),
             _ => Err(ControlError::Confused),
         }
+    }
+
+    /// Takes a device from the machine; when this returns, the VMM has nothing of it. Sets no limit, as [`Self::plug`].
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub(super) async fn unplug(self, function: u8) -> Result<()> {
+        let body = RequestBody::Unplug { function };
+        let answer = self.tell(body, Vec::new(), None).await?;
+        drop(self);
+        answered(answer).await.map(drop)
     }
 }
 

@@ -18,13 +18,14 @@ use nix::sys::socket::{
 use slog::{Logger, info, warn};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::Mutex;
 use tokio::time::timeout;
 use ttrpc::context;
 
 use super::Vm;
+use super::books::{Device, Of};
 use super::control::Control;
 use super::held_disks::{Disk, Disks, GivenRoot, Held, Root, Volume, Watch};
+use super::shown::Shown;
 use crate::error::{Error, Kind, Result};
 use crate::node::disk::{self, Numbers};
 use crate::node::watched::watched;
@@ -60,6 +61,9 @@ impl Vm {
             }
             return Ok(disk);
         }
+        if let Some(why) = self.books.under_way(&Of::Disk(numbers)) {
+            return Err(Error::state(why));
+        }
         let disk = self.plug_device(&mut disks, numbers, write, logger).await?;
         let (major, minor) = numbers;
         info!(logger, "a block device of the node was given to the pod"; "device" => format!("{major}:{minor}"),
@@ -88,7 +92,8 @@ impl Vm {
             serial: format!("{major}:{minor}"),
             block_size: opened.block_size,
         };
-        let plugged = self.plug_growing(disks, config, opened.file, logger);
+        let of = Of::Disk(numbers);
+        let plugged = self.plug_growing(disks, of, config, opened.file, logger);
         let (function, found) = plugged.await.map_err(|error| {
             let what = format!("block device {major}:{minor} of the node");
             Error::new(
@@ -108,6 +113,7 @@ impl Vm {
     pub(super) async fn plug_growing(
         &self,
         disks: &mut Disks,
+        of: Of,
         config: DiskConfig,
         file: OwnedFd,
         logger: &Logger,
@@ -116,7 +122,7 @@ impl Vm {
             disks.watch = self.watch_disks(logger);
         }
         let plugged = self
-            .plug_and_find(DeviceConfig::Disk(config), vec![file])
+            .plug_and_find(Device::of(of), DeviceConfig::Disk(config), vec![file])
             .await;
         if plugged.is_err() {
             disks.rest();
@@ -139,7 +145,8 @@ impl Vm {
             return Ok(root.given);
         }
         let memory = matches!(device, DeviceConfig::Pmem(_));
-        let (function, _) = self.plug_and_find(device, fds).await.map_err(|error| {
+        let plugged = self.plug_and_find(Device::of(Of::Root), device, fds).await;
+        let (function, _) = plugged.map_err(|error| {
             let message = format!("a disk of the root file system: {}", error.message);
             Error::new(error.kind, message)
         })?;
@@ -216,7 +223,7 @@ fn events() -> io::Result<AsyncFd<OwnedFd>> {
 
 /// Who follows the devices' sizes. It knows the disks only while it asks for them, so that they end with their VM.
 struct Follower {
-    disks: Weak<Mutex<Disks>>,
+    disks: Weak<Shown<Disks>>,
     control: Control,
     agent: AgentClient,
     /// What the agent has to let a file system grow.

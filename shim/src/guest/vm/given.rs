@@ -3,9 +3,11 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use brig_hypervisor::control::{MAX_FDS, SpaceConfig, VfioConfig};
 
+use super::books::{Books, Device, Of};
 use super::groups::{Groups, Held, Holder};
 use crate::asked::config::{MIB, Wish};
 use crate::error::{Error, Kind, Result};
@@ -22,8 +24,8 @@ const BESIDE: u64 = 2 * MIB;
 #[derive(Debug)]
 pub struct Given {
     opened: Opened,
-    /// The group of each device, as they were described.
-    order: Vec<u32>,
+    /// The group of each device and its address on the node, as they were described.
+    order: Vec<(u32, String)>,
 }
 
 impl Given {
@@ -71,7 +73,7 @@ impl Given {
                 } else {
                     None
                 };
-                self.order.push(*number);
+                self.order.push((*number, name.clone()));
                 devices.push(VfioConfig {
                     device,
                     space,
@@ -93,15 +95,26 @@ impl Given {
     }
 
     /// What the VM has once it runs; `functions` are the devices' on the guest's bus, in the order in which they were
-    /// described.
-    pub(super) fn hold(self, functions: &[u8]) -> Groups {
+    /// described. All of it is entered into the books.
+    pub(super) fn hold(self, functions: &[u8], books: &Books) -> Groups {
         let mut groups = Groups {
             space: Some(self.opened.space),
             ..Groups::default()
         };
         for (number, group) in self.opened.groups {
             let places = self.order.iter().zip(functions);
-            let own = places.filter(|(of, _)| **of == number);
+            let own = places.filter(|((of, _), _)| *of == number);
+            let own =
+                own.map(|((_, name), function)| (*function, group.moved(name.clone(), *function)));
+            let (functions, addresses): (Vec<u8>, Vec<_>) = own.unzip();
+            let group = Arc::new(group);
+            for function in &functions {
+                let device = Device {
+                    of: Of::Group(number),
+                    _held: Some(Arc::clone(&group)),
+                };
+                books.there(books.coming(device), *function);
+            }
             let holder = if self.opened.for_all.contains(&number) {
                 Holder::Pod
             } else {
@@ -109,7 +122,8 @@ impl Given {
             };
             let held = Held {
                 _group: group,
-                functions: own.map(|(_, function)| *function).collect(),
+                functions,
+                addresses,
                 holder,
                 stays: true,
                 found: false,
@@ -204,13 +218,24 @@ mod tests {
         let space = Some(SpaceConfig::Ioas { iommufd: 2, id: 2 });
         assert_eq!(shown, [("a", 1, space), ("b", 3, None), ("c", 4, None)]);
         assert_eq!(fds.len(), 5);
-        let groups = given.hold(&[0xf8, 0xf0, 0xe8]);
+        let books = Books::default();
+        let groups = given.hold(&[0xf8, 0xf0, 0xe8], &books);
         let held = |number: u32| groups.groups[&number].functions.clone();
         assert_eq!((held(7), held(3)), (vec![0xf8, 0xf0], vec![0xe8]));
+        let moved = |node: &str, guest: &str| (node.to_owned(), guest.to_owned());
+        assert_eq!(
+            groups.groups[&7].addresses,
+            [moved("a", "0000:00:1f.0"), moved("b", "0000:00:1e.0")]
+        );
         let holders = groups.groups.values().map(|held| &held.holder);
         assert_eq!(holders.collect::<Vec<_>>(), [&Holder::Pod, &Holder::Nobody]);
         assert!(groups.groups.values().all(|held| held.stays && !held.found));
         assert!(groups.space.is_some());
+        assert!(
+            [0xf8, 0xf0, 0xe8]
+                .iter()
+                .all(|function| books.leaving(*function).is_some())
+        );
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
+use super::shown::Show;
+use crate::asked::spec::Moved;
 use crate::node::vfio::open::{Group, Space};
 
 /// The groups of a VM.
@@ -17,6 +20,35 @@ pub(super) struct Groups {
     pub(super) watched: bool,
     /// The guest can see the handler's driver bundle.
     pub(super) has_bundle: bool,
+}
+
+/// What is to be seen of a group that the VM has.
+#[derive(Debug, Clone)]
+pub struct GroupShown {
+    /// The IOMMU group.
+    pub number: u32,
+    /// On the guest's bus.
+    pub functions: Vec<u8>,
+    /// Of its devices, on the node and in the guest.
+    pub addresses: Vec<Moved>,
+    /// For whom it is.
+    pub holder: Holder,
+}
+
+impl Show for Groups {
+    type Seen = Vec<GroupShown>;
+
+    fn show(&self) -> Self::Seen {
+        let groups = self.groups.iter();
+        groups
+            .map(|(number, group)| GroupShown {
+                number: *number,
+                functions: group.functions.clone(),
+                addresses: group.addresses.clone(),
+                holder: group.holder.clone(),
+            })
+            .collect()
+    }
 }
 
 /// Whom a group is for.
@@ -44,9 +76,11 @@ impl fmt::Display for Holder {
 #[derive(Debug)]
 pub(super) struct Held {
     /// Held open.
-    pub(super) _group: Group,
+    pub(super) _group: Arc<Group>,
     /// Of the guest's bus; those that the node has taken back are not there.
     pub(super) functions: Vec<u8>,
+    /// Of its devices, as they came.
+    pub(super) addresses: Vec<Moved>,
     /// For whom.
     pub(super) holder: Holder,
     /// It is the VM's as long as that lives, whoever of the pod has it.

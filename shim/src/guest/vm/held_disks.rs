@@ -7,6 +7,7 @@ use brig_agent_protocol::agent::update_volume_request::Kind;
 use brig_agent_protocol::agent::{UpdateVolumeRequest, VolumeDisk};
 use tokio::task::JoinHandle;
 
+use super::shown::Show;
 use crate::node::disk::{self, Numbers};
 
 /// The disks of a VM.
@@ -122,6 +123,51 @@ pub(super) struct Watch(pub(super) JoinHandle<()>);
 impl Drop for Watch {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+/// What an operator is told of a VM's disks.
+#[derive(Debug, Clone, Default)]
+pub(super) struct DisksShown {
+    /// Block devices of the node.
+    pub(super) devices: Vec<DiskShown>,
+    pub(super) volumes: Vec<VolumeShown>,
+}
+
+/// What an operator is told of a block device of the node that the guest has as a disk.
+#[derive(Debug, Clone)]
+pub struct DiskShown {
+    /// Of the node.
+    pub numbers: Numbers,
+    /// It was asked for to be written to.
+    pub writable: bool,
+    /// Below the guest's /dev: its agent's word.
+    pub name: String,
+    /// The containers that asked.
+    pub containers: Vec<String>,
+}
+
+impl Show for Disks {
+    type Seen = DisksShown;
+
+    fn show(&self) -> DisksShown {
+        let devices = self.held.iter().map(|((numbers, write), held)| DiskShown {
+            numbers: *numbers,
+            writable: *write,
+            name: held.disk.name.clone(),
+            containers: held.owners.iter().cloned().collect(),
+        });
+        let volumes = self.volumes.iter().map(|volume| VolumeShown {
+            id: volume.id.clone(),
+            path: volume.path.clone(),
+            device: volume.device.clone(),
+            file_system: volume.file_system.type_.clone(),
+            readonly: volume.readonly,
+        });
+        DisksShown {
+            devices: devices.collect(),
+            volumes: volumes.collect(),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! The VMM and the agent are not trusted: every call is bounded in time.
 
+mod books;
 pub mod boot;
 pub mod capture;
 mod clock;
@@ -32,7 +33,10 @@ mod plug;
 mod root_disks;
 mod root_given;
 mod share;
+mod shown;
 mod size;
+#[cfg(test)]
+mod tests;
 mod volume_disks;
 pub mod watch;
 mod written_back;
@@ -42,7 +46,7 @@ use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use brig_agent_protocol::agent::{ShutdownRequest, SignalRequest};
@@ -54,15 +58,15 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch as watch_channel};
 use tokio::time::timeout;
 use ttrpc::context;
 
+use crate::asked::spec::Moved;
 use crate::error::{Error, Kind, Result};
 use crate::node::cgroup::Cgroup;
-use crate::node::disk::Numbers;
 use control::{Control, ControlError, StreamEnd};
 use death::Death;
 use frames::Ahead;
 pub use given::Given;
-pub use groups::Holder;
-pub use held_disks::{DiskVolume, VolumeShown};
+pub use groups::{GroupShown, Holder};
+pub use held_disks::{DiskShown, DiskVolume, VolumeShown};
 use kill::Kill;
 pub use late::Interface;
 pub use launched::{GuestOrigin, Host, Launched, Mounts, RootfsMount, VmProcess};
@@ -75,6 +79,8 @@ const MAX_SIGNALS: usize = 64;
 
 /// A VM with a process, from its launch to its end.
 pub struct Vm {
+    /// For what goes on when its caller has given up.
+    me: Weak<Vm>,
     pid: u32,
     control: Control,
     agent: AgentClient,
@@ -92,11 +98,13 @@ pub struct Vm {
     deaf: AtomicBool,
     /// Held for reading by whoever has the guest look at its bus, and for writing from when it takes a device off until the VMM
     /// has: a look in between would find that device again, and a driver would have it when it goes.
-    bus: tokio::sync::RwLock<()>,
+    bus: Arc<tokio::sync::RwLock<()>>,
     /// Devices of the node. Held across calls: they come and go one after another.
-    passthrough: Arc<tokio::sync::Mutex<groups::Groups>>,
+    passthrough: Arc<shown::Shown<groups::Groups>>,
     /// Block devices of the node, likewise.
-    disks: Arc<tokio::sync::Mutex<held_disks::Disks>>,
+    disks: Arc<shown::Shown<held_disks::Disks>>,
+    /// All that the VMM may have of these, and of others.
+    books: books::Books,
     /// The layers of images are memory of the guest, as long as it takes them so.
     maps_layers: bool,
     memory: size::Memory,
@@ -175,38 +183,44 @@ impl Vm {
         late.map_or_else(Vec::new, late::Late::interfaces)
     }
 
-    /// Devices of the node that the VM has: IOMMU group, functions on the guest's bus, and for whom.
-    pub async fn devices(&self) -> Vec<(u32, Vec<u8>, Holder)> {
-        let held = self.passthrough.lock().await;
-        let groups = held.groups.iter();
+    /// Devices of the node that the VM has. Like the others below, it waits for nothing: of a change that is under way nothing
+    /// is seen yet, but by [`Self::unsettled`].
+    #[must_use]
+    pub fn devices(&self) -> Vec<GroupShown> {
+        self.passthrough.seen()
+    }
+
+    /// The PCI addresses of the devices that a container has, on the node and in the guest.
+    #[must_use]
+    pub fn addresses(&self, container: &str) -> Vec<Moved> {
+        let mut groups = self.passthrough.seen();
+        groups.retain(|group| match &group.holder {
+            Holder::Pod => true,
+            Holder::Container(id) => id == container,
+            Holder::Nobody => false,
+        });
         groups
-            .map(|(number, group)| (*number, group.functions.clone(), group.holder.clone()))
+            .into_iter()
+            .flat_map(|group| group.addresses)
             .collect()
     }
 
-    /// Block devices of the node that the VM has as disks: numbers there, whether they may be written to, name in the
-    /// guest (its agent's word), and the containers that asked.
-    pub async fn disks(&self) -> Vec<(Numbers, bool, String, Vec<String>)> {
-        let disks = self.disks.lock().await;
-        let held = disks.held.iter();
-        held.map(|((numbers, write), held)| {
-            let owners = held.owners.iter().cloned().collect();
-            (*numbers, *write, held.disk.name.clone(), owners)
-        })
-        .collect()
+    /// Block devices of the node that the VM has as disks.
+    #[must_use]
+    pub fn disks(&self) -> Vec<DiskShown> {
+        self.disks.seen().devices
     }
 
     /// Volumes that the guest mounts from disks.
-    pub async fn volumes(&self) -> Vec<VolumeShown> {
-        let disks = self.disks.lock().await;
-        let volumes = disks.volumes.iter().map(|volume| VolumeShown {
-            id: volume.id.clone(),
-            path: volume.path.clone(),
-            device: volume.device.clone(),
-            file_system: volume.file_system.type_.clone(),
-            readonly: volume.readonly,
-        });
-        volumes.collect()
+    #[must_use]
+    pub fn volumes(&self) -> Vec<VolumeShown> {
+        self.disks.seen().volumes
+    }
+
+    /// What the VMM was asked to plug or to give back and has not answered, a sentence each.
+    #[must_use]
+    pub fn unsettled(&self) -> Vec<String> {
+        self.books.unsettled()
     }
 
     /// How long containerd waits for figures of this VM.
@@ -368,7 +382,8 @@ impl Vm {
     pub async fn explain(&self, error: ControlError) -> Error {
         match error {
             ControlError::Refused(reply) => reply.into(),
-            ControlError::Confused | ControlError::Silent => Error::internal(error.to_string()),
+            ControlError::Confused => Error::internal(error.to_string()),
+            ControlError::Silent { .. } => Error::new(Kind::DeadlineExceeded, error.to_string()),
             ControlError::Ended => match timeout(Duration::from_secs(3), self.ended()).await {
                 Ok(death) => death.error(),
                 Err(_) => Error::unavailable(error.to_string()),

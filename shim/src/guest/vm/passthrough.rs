@@ -15,6 +15,7 @@ use slog::{Logger, info, warn};
 use tokio::sync::mpsc;
 
 use super::Vm;
+use super::books::{Device, Of};
 use super::given::{Given, describe, no_space, room_for};
 use super::groups::{Groups, Held, Holder};
 use crate::error::{Error, Result};
@@ -41,7 +42,7 @@ impl Vm {
     /// Notes what the VM has from its start.
     pub(super) async fn hold(&self, given: Given, functions: &[u8]) {
         let mut passthrough = self.passthrough.lock().await;
-        *passthrough = given.hold(functions);
+        *passthrough = given.hold(functions, &self.books);
         self.let_go_at_the_end(&mut passthrough.watched);
     }
 
@@ -51,8 +52,10 @@ impl Vm {
             return;
         }
         let (mut death, held) = (self.death.clone(), Arc::clone(&self.passthrough));
+        let books = self.books.clone();
         tokio::spawn(async move {
             let _ = death.wait_for(Option::is_some).await;
+            books.close();
             let mut held = held.lock().await;
             held.groups.clear();
             held.space = None;
@@ -136,6 +139,11 @@ impl Vm {
             }
             None => {}
         }
+        // Of devices that were given up the VMM may still have some.
+        let of = Of::Group(number);
+        if let Some(why) = self.books.under_way(&of) {
+            return Err(Error::state(why));
+        }
         let (memory, cgroup) = (self.memory(), self.cgroup.clone());
         let room = tokio::task::spawn_blocking(move || room_for(memory, cgroup.as_ref()));
         room.await??;
@@ -154,16 +162,27 @@ impl Vm {
             Ok::<_, Error>((space, group))
         });
         let (space, mut group) = opened.await??;
-        let mut functions = Vec::new();
-        for (name, device) in std::mem::take(&mut group.devices) {
+        let devices = std::mem::take(&mut group.devices);
+        let group = Arc::new(group);
+        // Whatever becomes of it here, the VMM may have it from now on.
+        self.let_go_at_the_end(&mut passthrough.watched);
+        let (mut functions, mut addresses) = (Vec::new(), Vec::new());
+        for (name, device) in devices {
+            let entry = Device {
+                of: of.clone(),
+                _held: Some(Arc::clone(&group)),
+            };
             // Those of the group before it brought the address space along.
             let with = (first && functions.is_empty()).then(|| space.try_clone());
             let plugged = match with.transpose() {
-                Ok(with) => self.give_device(name, device, with).await,
+                Ok(with) => self.give_device(entry, name.clone(), device, with).await,
                 Err(error) => Err(no_space(&error)),
             };
             match plugged {
-                Ok(function) => functions.push(function),
+                Ok(function) => {
+                    functions.push(function);
+                    addresses.push(group.moved(name, function));
+                }
                 Err(error) => {
                     self.take_functions(&functions, logger).await;
                     return Err(error);
@@ -175,10 +194,10 @@ impl Vm {
         if first {
             passthrough.space = Some(space);
         }
-        self.let_go_at_the_end(&mut passthrough.watched);
         let held = Held {
             _group: group,
             functions: functions.clone(),
+            addresses,
             holder: Holder::Container(owner.to_owned()),
             stays: false,
             found: true,
@@ -235,15 +254,21 @@ impl Vm {
         Ok(())
     }
 
-    async fn give_device(&self, name: String, device: OwnedFd, space: Option<Space>) -> Result<u8> {
+    async fn give_device(
+        &self,
+        entry: Device,
+        name: String,
+        device: OwnedFd,
+        space: Option<Space>,
+    ) -> Result<u8> {
         let mut fds = vec![device];
         let config = VfioConfig {
             device: 0,
             space: space.map(|space| describe(space, &mut fds)),
             name: name.clone(),
         };
-        let plugged = self.plug_and_find(DeviceConfig::Vfio(config), fds).await;
-        match plugged {
+        let config = DeviceConfig::Vfio(config);
+        match self.plug_and_find(entry, config, fds).await {
             Ok((function, _)) => Ok(function),
             Err(error) => {
                 let message = format!("device {name} was not given to the pod: {}", error.message);

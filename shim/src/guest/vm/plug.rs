@@ -5,26 +5,87 @@
 //! network namespace of the pid that Create returned. What is there at Start that was not at the VM's
 //! launch is plugged into the running VM.
 
+use std::future::Future;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
 
 use brig_agent_protocol::agent::{AddNetworkRequest, DeviceRef, FindDeviceRequest, FoundDevice};
-use brig_hypervisor::control::{DeviceConfig, RequestBody};
+use brig_hypervisor::control::DeviceConfig;
 use slog::{Logger, info};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 use ttrpc::context;
 
-use super::Vm;
+use super::books::{Device, Number, Of};
+use super::control::{ANSWER_LIMIT, ControlError};
 use super::late::Interface;
+use super::{Timeouts, Vm};
+use crate::asked::config::MIB;
 use crate::error::Result;
 
+/// A device that has come, and how whoever waited for it says that it is theirs now.
+type Come = (u8, oneshot::Sender<()>);
+
 impl Vm {
-    /// Puts a device on the guest's bus; the number of its function. The guest has not looked for it yet.
+    /// Puts a device on the guest's bus; the number of its function. The guest has not looked for it yet. One that comes
+    /// when nobody waits any more goes again.
     ///
     /// # Errors
     /// What the VMM says, with the numbers if something has run out.
-    pub async fn plug(&self, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<u8> {
-        match self.control.plug(device, fds).await {
-            Ok(function) => Ok(function),
+    pub(super) async fn plug(
+        &self,
+        of: Device,
+        device: DeviceConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<u8> {
+        let (what, limit) = patience(&device, &self.timeouts, self.memory());
+        let number = self.books.coming(of);
+        let (told, heard) = oneshot::channel();
+        let control = self.control.clone();
+        let plugged = async move { control.plug(device, fds).await };
+        tokio::spawn(self.see_to_plug(number, plugged, told));
+        match wait(heard, what, limit).await {
+            Ok((function, mine)) => {
+                // Who sees to it waits for this.
+                let _ = mine.send(());
+                Ok(function)
+            }
             Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// Enters into the books what becomes of a plug, for however long that takes.
+    fn see_to_plug(
+        &self,
+        number: Number,
+        plugged: impl Future<Output = std::result::Result<u8, ControlError>> + Send + 'static,
+        told: oneshot::Sender<std::result::Result<Come, ControlError>>,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let (books, vm, mut death) = (self.books.clone(), self.me.clone(), self.death.clone());
+        async move {
+            let function = match plugged.await {
+                Ok(function) => function,
+                Err(error) => {
+                    let refused = matches!(error, ControlError::Refused(_));
+                    let _ = told.send(Err(error));
+                    if !refused {
+                        // Its process may have it until that is at its end.
+                        let _ = death.wait_for(Option::is_some).await;
+                    }
+                    books.gone(number);
+                    return;
+                }
+            };
+            books.there(number, function);
+            let (mine, taken) = oneshot::channel();
+            if told.send(Ok((function, mine))).is_ok() && taken.await.is_ok() {
+                return;
+            }
+            if let Some(vm) = vm.upgrade() {
+                // What it says is in the books.
+                let _ = vm.unplug(function).await;
+            }
         }
     }
 
@@ -33,12 +94,13 @@ impl Vm {
     ///
     /// # Errors
     /// The VMM's or the agent's: that no driver takes the device, with its name.
-    pub async fn plug_and_find(
+    pub(super) async fn plug_and_find(
         &self,
+        of: Device,
         device: DeviceConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(u8, FoundDevice)> {
-        let function = self.plug(device, fds).await?;
+        let function = self.plug(of, device, fds).await?;
         match self.find(function).await {
             Ok(found) => Ok((function, found)),
             Err(error) => {
@@ -77,13 +139,27 @@ impl Vm {
             function: function.into(),
             ..DeviceRef::default()
         };
-        let _changes = self.bus.write().await;
+        let changes = Arc::clone(&self.bus).write_owned().await;
         let answer = self
             .agent
             .remove_device(context::Context::default(), &request);
         let _ = self.call("RemoveDevice", answer).await;
-        let body = RequestBody::Unplug { function };
-        match self.control.request(body, Vec::new()).await {
+        let number = self.books.leaving(function);
+        let (told, heard) = oneshot::channel();
+        let (control, books) = (self.control.clone(), self.books.clone());
+        tokio::spawn(async move {
+            // As long as the VMM is at it, whoever waits.
+            let _changes = changes;
+            let answer = control.unplug(function).await;
+            // What it refuses to take away is not there.
+            if let (Ok(()) | Err(ControlError::Refused(_)), Some(number)) = (&answer, number) {
+                books.gone(number);
+            }
+            let _ = told.send(answer);
+        });
+        // All memory that was pinned for it is let go of again.
+        let limit = ANSWER_LIMIT + self.timeouts.pinning(self.memory());
+        match wait(heard, "give the device back".to_owned(), limit).await {
             Ok(()) => Ok(()),
             Err(error) => Err(self.explain(error).await),
         }
@@ -109,7 +185,8 @@ impl Vm {
             let mut fds = Vec::new();
             let device = interface.device(&mut fds);
             let plugged = Interface::of(&device);
-            self.plug(DeviceConfig::Net(device), fds).await?;
+            let of = Device::of(Of::Network);
+            self.plug(of, DeviceConfig::Net(device), fds).await?;
             late.plugged(plugged);
         }
         late.numbered(kept.interfaces);
@@ -140,6 +217,37 @@ impl Vm {
         info!(logger, "the network's later parts were given to the running VM"; "interfaces" => count,
             "netfilter" => guest.filter.objects.len());
         Ok(())
+    }
+}
+
+/// What the VMM does to plug a device into a VM of so much memory, and how long that is waited for.
+pub(super) fn patience(
+    device: &DeviceConfig,
+    timeouts: &Timeouts,
+    memory: u64,
+) -> (String, Duration) {
+    match device {
+        DeviceConfig::Vfio(_) => {
+            let what = format!(
+                "plug the device, for which it pins all {} MiB of the VM's memory,",
+                memory.div_ceil(MIB)
+            );
+            (what, ANSWER_LIMIT + timeouts.pinning(memory))
+        }
+        _ => ("plug the device".to_owned(), ANSWER_LIMIT),
+    }
+}
+
+/// Waits for what the VMM answers, so long; it goes on with what it was asked to do.
+pub(super) async fn wait<T>(
+    heard: oneshot::Receiver<std::result::Result<T, ControlError>>,
+    what: String,
+    limit: Duration,
+) -> std::result::Result<T, ControlError> {
+    match timeout(limit, heard).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => Err(ControlError::Ended),
+        Err(_) => Err(ControlError::Silent { what, limit }),
     }
 }
 

@@ -9,6 +9,7 @@ use nix::sys::stat::fstat;
 use slog::{Logger, info, warn};
 use ttrpc::context;
 
+use super::books::Of;
 use super::held_disks::{DiskVolume, Volume};
 use super::{Vm, written_back};
 use crate::error::{Error, Result};
@@ -28,6 +29,10 @@ impl Vm {
     /// One sentence: the node's, the VMM's or the guest's. Nothing is left of it then.
     pub async fn give_volume(&self, volume: &DiskVolume, logger: &Logger) -> Result<()> {
         let (device, readonly) = (volume.device.clone(), volume.readonly);
+        let of = Of::Volume(device.clone());
+        if let Some(why) = self.books.under_way(&of) {
+            return Err(Error::state(why));
+        }
         let opened = tokio::task::spawn_blocking(move || image::open(&device, readonly)).await??;
         let (piece, file, readonly, block_size) = match opened {
             Image::Disk(opened) => {
@@ -55,7 +60,8 @@ impl Vm {
             block_size,
         };
         let mut disks = self.disks.lock().await;
-        let (function, _) = self.plug_growing(&mut disks, config, file, logger).await?;
+        let plugged = self.plug_growing(&mut disks, of, config, file, logger);
+        let (function, _) = plugged.await?;
         let mut file_system = volume.file_system.clone();
         file_system.function = function.into();
         disks.volumes.push(Volume {

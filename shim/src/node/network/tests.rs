@@ -23,7 +23,8 @@ const fn wanted(queues: usize) -> Wanted {
 
 /// CI without root or without taps has nothing to test here.
 pub(crate) fn can_run() -> bool {
-    nix::unistd::geteuid().is_root() && Path::new("/dev/net/tun").exists()
+    let tun = Path::new("/dev/net/tun").exists();
+    brig_fixtures::needs::root() && brig_fixtures::needs::needs(tun, "/dev/net/tun")
 }
 
 #[test]

@@ -47,7 +47,7 @@ mod tests {
     fn what_is_no_vhost_net_is_refused_with_the_way_out() {
         let error = open_one(Path::new("/nonexistent/vhost-net")).unwrap_err();
         assert!(error.contains("/nonexistent/vhost-net"), "{error}");
-        if !nix::unistd::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         assert!(

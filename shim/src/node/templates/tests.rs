@@ -27,7 +27,7 @@ fn captured(bytes: &[u8]) -> File {
 
 /// On tmpfs, as in real life: the attribute that describes a template is root's.
 fn templates() -> Option<(tempfile::TempDir, Templates)> {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return None;
     }
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();

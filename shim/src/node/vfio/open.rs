@@ -3,10 +3,14 @@
 //! By groups: a container, in which the groups are, and the devices out of them. By iommufd: an I/O address space, and the
 //! devices by their own nodes, each bound to the same `/dev/iommu` and attached to that space. Blocking.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
+use brig_hypervisor::pci::config::SIZE;
+use brig_hypervisor::vfio::config::wants_port;
 use nix::errno::Errno;
 
 use super::calls::{
@@ -14,6 +18,7 @@ use super::calls::{
     SET_IOMMU,
 };
 use super::{Node, Way, device_node};
+use crate::asked::spec::Moved;
 use crate::error::{Error, Kind, Result};
 
 /// `VFIO_TYPE1v2_IOMMU`.
@@ -56,6 +61,8 @@ pub struct Group {
     _group: Option<OwnedFd>,
     /// Its devices by their PCI addresses, each until it is given to a VMM.
     pub devices: Vec<(String, OwnedFd)>,
+    /// Those of them that a VMM puts behind a root port of their own.
+    pub(super) behind_ports: BTreeSet<String>,
 }
 
 impl Group {
@@ -64,7 +71,21 @@ impl Group {
         Self {
             _group: group,
             devices,
+            behind_ports: BTreeSet::new(),
         }
+    }
+
+    /// The address of a member on the node, and in the guest that has it as this function: behind a root port it is alone on
+    /// the bus that has the number of the port's slot.
+    #[must_use]
+    pub fn moved(&self, name: String, function: u8) -> Moved {
+        let (slot, part) = (function >> 3, function & 7);
+        let guest = if self.behind_ports.contains(&name) {
+            format!("0000:{slot:02x}:00.0")
+        } else {
+            format!("0000:00:{slot:02x}.{part}")
+        };
+        (name, guest)
     }
 }
 
@@ -141,10 +162,22 @@ impl Node {
     /// One sentence with the fix: held by another pod, not whole, not safe.
     pub fn open(&self, number: u32, space: &Space, first: bool) -> Result<Group> {
         let members = self.members(number)?;
-        match space {
-            Space::Container(container) => self.open_group(number, members, container, first),
-            Space::Ioas { iommufd, id } => self.open_devices(number, &members, iommufd, *id),
-        }
+        let behind = members.iter().filter(|name| self.wants_port(name));
+        let behind_ports = behind.cloned().collect();
+        let mut group = match space {
+            Space::Container(container) => self.open_group(number, members, container, first)?,
+            Space::Ioas { iommufd, id } => self.open_devices(number, &members, iommufd, *id)?,
+        };
+        group.behind_ports = behind_ports;
+        Ok(group)
+    }
+
+    /// As the VMM sees it.
+    fn wants_port(&self, name: &str) -> bool {
+        let path = self.sys.join("bus/pci/devices").join(name).join("config");
+        let mut space = [0; SIZE];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut space));
+        read.is_ok() && wants_port(&space)
     }
 
     fn open_group(
@@ -278,6 +311,21 @@ mod tests {
         assert_eq!(fake.kernel.holds(), held);
         drop((first, second, space));
         assert!(fake.kernel.holds().is_empty());
+    }
+
+    #[test]
+    fn a_display_has_the_address_of_its_root_ports_bus_in_the_guest() {
+        let fake = fake();
+        let mut space = [0; SIZE];
+        // A display with a list of capabilities: PCI Express, an endpoint.
+        (space[0x06], space[0x0b], space[0x34]) = (0x10, 0x03, 0x40);
+        space[0x40] = 0x10;
+        fake.configuration(THREE, &space);
+        let space = fake.node.space(Way::Groups).unwrap();
+        let group = fake.node.open(8, &space, true).unwrap();
+        let guest = |name: &str, function| group.moved(name.to_owned(), function).1;
+        assert_eq!(guest(TWO, 0xf9), "0000:00:1f.1");
+        assert_eq!(guest(THREE, 0xf0), "0000:1e:00.0");
     }
 
     #[test]

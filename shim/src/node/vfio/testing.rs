@@ -20,14 +20,14 @@ use super::calls::{
 };
 
 /// A node.
-pub(super) struct Fake {
+pub(crate) struct Fake {
     root: tempfile::TempDir,
-    pub(super) node: Node,
+    pub(crate) node: Node,
     pub(super) kernel: Arc<FakeKernel>,
 }
 
 impl Fake {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let root = tempfile::tempdir().unwrap();
         let kernel = Arc::new(FakeKernel::default());
         let node = Node {
@@ -102,6 +102,14 @@ impl Fake {
     }
 
     /// A process.
+    /// The configuration space of a device that is there.
+    pub(super) fn configuration(&self, name: &str, space: &[u8]) {
+        let path = self
+            .directory(&format!("bus/pci/devices/{name}"))
+            .join("config");
+        fs::write(path, space).unwrap();
+    }
+
     pub(super) fn process(&self, pid: u32, name: &str) -> PathBuf {
         let place = self.node.proc.join(pid.to_string());
         fs::create_dir_all(place.join("fd")).unwrap();
@@ -118,7 +126,7 @@ impl Fake {
     }
 
     /// What a character device is.
-    pub(super) fn character(&self, number: &str, target: &str) {
+    pub(crate) fn character(&self, number: &str, target: &str) {
         let target = self.directory(target);
         let links = self.directory("dev/char");
         symlink(target, links.join(number)).unwrap();

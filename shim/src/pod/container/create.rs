@@ -14,6 +14,7 @@ use super::creation::{Creation, Made};
 use super::devices::{Asked, Given};
 use super::work;
 use crate::asked::rootfs::{self, Plan};
+use crate::asked::spec::with_guest_addresses;
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::boot::Boot;
 use crate::guest::vm::{Attributes, Mounts, RootGiven, RootfsMount, Vm, rootfs_path};
@@ -194,9 +195,11 @@ async fn steps(
         .admit(&creation.id, throttles, disks, boot.cgroup())
         .await?;
     let stdio = ends.connect(&vm).await?;
+    let spec = creation.spec_bytes;
+    let moved = with_guest_addresses(&spec, &vm.addresses(&creation.id))?;
     let request = CreateContainerRequest {
         id: creation.id.clone(),
-        spec: creation.spec_bytes,
+        spec: moved.unwrap_or(spec),
         stdio: Some(stdio.numbers.clone()).into(),
         rootfs: rootfs_path(&creation.id),
         mount_sources: sources,

@@ -1,6 +1,7 @@
 //! Devices of the node that a container asks for in its specification: as device plugins and DRA drivers put them there
 //! (VFIO), and block devices, as volumes without a file system are.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::PathBuf;
@@ -251,7 +252,12 @@ fn add_names(
     files: &Names,
     found: &mut Vec<Found>,
 ) -> Result<Vec<String>> {
-    let mut env = Vec::new();
+    // Whoever has looked them up before has put their nodes there, and their variables.
+    let entries: Vec<_> = found
+        .iter()
+        .filter_map(|found| group(found.named))
+        .collect();
+    let (mut common, mut env, mut files_seen) = (Vec::new(), Vec::new(), BTreeSet::new());
     for name in names {
         let refused = |why: &str| {
             Error::new(
@@ -262,23 +268,29 @@ fn add_names(
         let edits = files
             .look_up(name)
             .map_err(|error| refused(&error.to_string()))?;
-        let Edits { nodes, others, .. } = &edits;
+        let Edits {
+            nodes,
+            others,
+            file,
+            ..
+        } = &edits;
         let nodes = nodes.iter().filter_map(|path| node.named_at(path));
-        let new: Vec<_> = nodes
-            .filter(|named| group(*named).is_some())
-            .filter(|named| {
-                found
-                    .iter()
-                    .all(|other| group(other.named) != group(*named))
-            })
+        let mut new: Vec<_> = nodes
+            .filter(|named| group(*named).is_some_and(|group| !entries.contains(&group)))
             .collect();
         if new.is_empty() {
             continue;
         }
+        // Another name may stand for another device of the same group, and has variables of its own.
+        new.retain(|named| {
+            let mut others = found.iter();
+            others.all(|other| group(other.named) != group(*named))
+        });
         if !others.is_empty() {
             return Err(refused(&format!(
-                "{name} has {} of the node, which a guest cannot use: put what it needs into a driver bundle \
+                "{name} ({}) has {} of the node, which a guest cannot use: put what it needs into a driver bundle \
                  (docs/driver-bundles.md), or name the device's node alone",
+                file.display(),
                 others.join(" and ")
             )));
         }
@@ -286,7 +298,93 @@ fn add_names(
             path: String::new(),
             named,
         }));
+        if files_seen.insert(edits.file) {
+            common.extend(edits.common_env);
+        }
         env.extend(edits.env);
     }
-    Ok(env)
+    common.extend(env);
+    Ok(common)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::vfio::testing::Fake;
+
+    /// Stand-ins whose numbers are VFIO's here, as they are there on every machine: two of one group, and one of another.
+    fn node() -> Fake {
+        let fake = Fake::new();
+        fake.character("1:3", "devices/virtual/vfio/12");
+        fake.character("1:5", "devices/virtual/vfio/12");
+        fake.character("1:7", "devices/virtual/vfio/13");
+        fake
+    }
+
+    fn edits(name: &str, node: &str) -> String {
+        format!(
+            r#"{{"name": "{name}", "containerEdits": {{"env": ["OF_{name}=1", "LAST={name}"], "deviceNodes": [{{"path": "{node}"}}]}}}}"#
+        )
+    }
+
+    #[test]
+    fn each_name_has_its_variables_and_those_of_its_file_come_first() {
+        let cdi = tempfile::tempdir().unwrap();
+        let devices = [
+            edits("a", "/dev/null"),
+            edits("b", "/dev/zero"),
+            edits("c", "/dev/full"),
+        ];
+        let file = format!(
+            r#"{{"kind": "v.com/c", "containerEdits": {{"env": ["LAST=none"]}}, "devices": [{}]}}"#,
+            devices.join(", ")
+        );
+        fs::write(cdi.path().join("a.json"), file).unwrap();
+        let (fake, files) = (node(), Names::of(&[cdi.path()]));
+        let names = ["v.com/c=b", "v.com/c=a", "v.com/c=c"].map(str::to_owned);
+        let mut found = Vec::new();
+        let env = add_names(&names, &fake.node, &files, &mut found).unwrap();
+        // Two are of one group, which is given once.
+        let groups: Vec<_> = found.iter().map(|found| group(found.named)).collect();
+        assert_eq!(groups, [Some(12), Some(13)]);
+        assert_eq!(
+            env,
+            [
+                "LAST=none",
+                "OF_b=1",
+                "LAST=b",
+                "OF_a=1",
+                "LAST=a",
+                "OF_c=1",
+                "LAST=c"
+            ]
+        );
+        // Of a name that containerd has looked up, everything is there.
+        let mut found = vec![Found {
+            path: "/dev/vfio/12".to_owned(),
+            named: Named::Group(12),
+        }];
+        let env = add_names(&names[..2], &fake.node, &files, &mut found).unwrap();
+        assert!(env.is_empty() && found.len() == 1);
+    }
+
+    #[test]
+    fn a_device_that_brings_libraries_is_refused_with_its_file() {
+        let cdi = tempfile::tempdir().unwrap();
+        let file = r#"{"kind": "v.com/c", "devices": [{"name": "a", "containerEdits":
+            {"deviceNodes": [{"path": "/dev/null"}], "mounts": [{"hostPath": "/x"}]}}]}"#;
+        fs::write(cdi.path().join("a.json"), file).unwrap();
+        let (fake, files) = (node(), Names::of(&[cdi.path()]));
+        let refused = add_names(
+            &["v.com/c=a".to_owned()],
+            &fake.node,
+            &files,
+            &mut Vec::new(),
+        );
+        let message = refused.unwrap_err().message;
+        assert!(
+            message.contains("v.com/c=a") && message.contains("a.json"),
+            "{message}"
+        );
+    }
 }

@@ -7,6 +7,7 @@ use slog::warn;
 use ttrpc::context;
 
 use super::context::Context;
+use crate::asked::spec::with_guest_addresses;
 use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Vm;
 use crate::node::hooks::{ContainerHooks, Stage};
@@ -112,6 +113,7 @@ pub(super) async fn start_exec(
     exec_id: &str,
     asked: Asked,
 ) -> Result<Begun> {
+    let moved = with_guest_addresses(&asked.spec, &vm.addresses(id))?;
     let ends = Ends::open(
         &asked.io,
         &context.streams,
@@ -125,7 +127,7 @@ pub(super) async fn start_exec(
     let request = CreateExecRequest {
         id: id.to_owned(),
         exec_id: exec_id.to_owned(),
-        process: asked.spec,
+        process: moved.unwrap_or(asked.spec),
         stdio: Some(stdio.numbers.clone()).into(),
         ..CreateExecRequest::default()
     };

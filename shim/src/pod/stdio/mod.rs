@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Vm;
 use crate::guest::vm::control::StreamEnd;
 use crate::pod::process::Io;
@@ -79,10 +79,12 @@ pub struct Ends {
 }
 
 impl Ends {
-    /// Opens what containerd named.
+    /// Opens what containerd named. An open may take as long as it likes (a FIFO that nobody reads, a file system that does
+    /// not answer), and is waited for as long as `limit`, while the pod goes on.
     ///
     /// # Errors
-    /// `InvalidArgument` for an URI of an unknown scheme, else what the host says.
+    /// `InvalidArgument` for an URI of an unknown scheme, `DeadlineExceeded` for what does not open in time, else what the host
+    /// says.
     pub async fn open(
         io: &Io,
         streams: &Streams,
@@ -90,23 +92,34 @@ impl Ends {
         id: &str,
         limit: Duration,
     ) -> Result<Self> {
+        let (named, claimed) = (io.clone(), streams.clone());
+        let opening = tokio::task::spawn_blocking(move || Self::opened(&named, &claimed));
+        let Ok(opened) = timeout(limit, opening).await else {
+            return Err(not_in_time(io, limit));
+        };
+        let mut ends = opened??;
+        if has_logger(io) {
+            let (stdout, stderr, process) = logger::start(&io.stdout, namespace, id, limit).await?;
+            let given = |given| {
+                let kept = Kept::Nothing;
+                Some(End { given, kept })
+            };
+            ends.stdout = given(stdout);
+            ends.stderr = if io.terminal { None } else { given(stderr) };
+            ends.logger = Some(process);
+        }
+        Ok(ends)
+    }
+
+    /// All but a logger's. Blocking.
+    fn opened(io: &Io, streams: &Streams) -> Result<Self> {
         let mut ends = Self {
             stdin: open_input(&io.stdin, streams)?,
             terminal: io.terminal,
             ..Self::default()
         };
         match scheme(&io.stdout) {
-            Some(scheme) if logger::SCHEMES.contains(&scheme) => {
-                let (stdout, stderr, process) =
-                    logger::start(&io.stdout, namespace, id, limit).await?;
-                let given = |given| {
-                    let kept = Kept::Nothing;
-                    Some(End { given, kept })
-                };
-                ends.stdout = given(stdout);
-                ends.stderr = if io.terminal { None } else { given(stderr) };
-                ends.logger = Some(process);
-            }
+            _ if has_logger(io) => {}
             // Both outputs, wherever stderr is said to go.
             Some("file") => ends.share(open_file(&io.stdout)?)?,
             _ if io.stdout == io.stderr && names_a_file(&io.stdout)? => {
@@ -278,6 +291,24 @@ fn release_at_end(outputs: Vec<(StreamEnd, Last)>) -> watch::Receiver<bool> {
     receiver
 }
 
+fn has_logger(io: &Io) -> bool {
+    scheme(&io.stdout).is_some_and(|scheme| logger::SCHEMES.contains(&scheme))
+}
+
+fn not_in_time(io: &Io, limit: Duration) -> Error {
+    let mut named = vec![io.stdin.as_str(), &io.stdout, &io.stderr];
+    named.retain(|uri| !uri.is_empty());
+    Error::new(
+        Kind::DeadlineExceeded,
+        format!(
+            "stdio {} could not be opened within {:.0} s: does somebody read a FIFO that is named as a file, and does the file \
+             system answer?",
+            named.join(", "),
+            limit.as_secs_f64()
+        ),
+    )
+}
+
 fn scheme(uri: &str) -> Option<&str> {
     uri.split_once("://").map(|(scheme, _)| scheme)
 }
@@ -422,7 +453,6 @@ fn open_file(uri: &str) -> Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Kind;
     use rustix::io::Errno;
     use std::io::{Read, Write};
     use std::os::unix::fs::PermissionsExt as _;
@@ -435,6 +465,24 @@ mod tests {
         path
     }
 
+    #[tokio::test]
+    async fn a_fifo_that_nobody_reads_keeps_its_own_process_waiting_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir, "log");
+        let io = Io {
+            stdout: format!("file://{}", path.display()),
+            ..Io::default()
+        };
+        let limit = Duration::from_millis(50);
+        // On the thread of the test this would never end.
+        let opened = Ends::open(&io, &none(), "ns", "c", limit).await;
+        let error = opened.unwrap_err();
+        assert_eq!(error.kind, Kind::DeadlineExceeded, "{error}");
+        assert!(error.message.contains(&io.stdout), "{error}");
+        // Lets the open end, which the runtime waits for.
+        drop(open(&path, true).unwrap());
+    }
+
     fn none() -> Streams {
         Streams::default()
     }
@@ -445,7 +493,7 @@ mod tests {
 
     /// What is for a VMM comes by way of a mount of its own, which takes root.
     fn can_seal() -> bool {
-        nix::unistd::geteuid().is_root()
+        brig_fixtures::needs::root()
     }
 
     /// Tries everything that would change more than the bytes.

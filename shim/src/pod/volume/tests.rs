@@ -378,7 +378,7 @@ impl Drop for Tmpfs {
 
 #[tokio::test]
 async fn a_later_mount_of_the_node_comes_and_goes_where_it_was_asked_for() {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -418,7 +418,7 @@ fn memory_volume() -> (tempfile::TempDir, PathBuf, Tmpfs) {
 
 #[tokio::test]
 async fn a_memory_volume_is_made_once_and_lasts_as_long_as_the_pod() {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return;
     }
     let (_dir, volume, _tmpfs) = memory_volume();
@@ -444,7 +444,7 @@ async fn a_memory_volume_is_made_once_and_lasts_as_long_as_the_pod() {
 
 #[tokio::test]
 async fn huge_pages_are_the_guests_own_and_nothing_of_the_nodes_is_sent() {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -474,7 +474,7 @@ async fn huge_pages_are_the_guests_own_and_nothing_of_the_nodes_is_sent() {
 
 #[tokio::test]
 async fn read_only_holds_for_the_mounts_below_only_if_asked_for() {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -575,7 +575,7 @@ async fn a_change_that_does_not_reach_the_guest_is_sent_again() {
 
 #[tokio::test]
 async fn a_memory_volume_that_failed_is_made_anew() {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return;
     }
     let (_dir, volume, _tmpfs) = memory_volume();

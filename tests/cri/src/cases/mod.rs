@@ -28,6 +28,7 @@ mod network;
 mod networks;
 mod parts;
 mod passthrough;
+mod passthrough_addresses;
 mod passthrough_assigned;
 mod passthrough_back;
 mod passthrough_checked;
@@ -82,6 +83,7 @@ pub fn all() -> Vec<Case> {
         image_paths::CASES,
         devices::CASES,
         passthrough::CASES,
+        passthrough_addresses::CASES,
         passthrough_assigned::CASES,
         passthrough_checked::CASES,
         passthrough_list::CASES,

@@ -60,7 +60,7 @@ fn churn_alone() {
 
 #[test]
 fn forgotten_files_cost_nothing() {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return;
     }
     let child = std::process::Command::new(std::env::current_exe().unwrap())

@@ -12,7 +12,7 @@ use crate::share::{IdMap, IdRange};
 
 /// A mount namespace of the test's own, with a share whose `v` and `c/rootfs` are mounts.
 pub(in crate::virtio::fs) fn mounted_share() -> Option<tempfile::TempDir> {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return None;
     }
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();

@@ -1,11 +1,15 @@
 //! What the operator's command is told by a pod's shim, and what is kept of a pod that failed.
 
+use std::sync::Barrier;
+
+use brig_agent_protocol::agent::VolumeDisk;
 use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
 
 use super::*;
 use crate::containerd::debug_service::{Method, NAME};
+use crate::guest::vm::DiskVolume;
 use crate::node::remains::Remains;
 use crate::pod::starts::Starts;
 
@@ -207,5 +211,47 @@ async fn a_pod_that_did_not_start_is_no_start() {
     assert!(harness.start("").await.is_err());
     assert!(harness.remembered().await.is_empty());
     assert_eq!(starts(&harness), 0);
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_pod_is_told_while_the_vmm_does_not_answer_a_plug() {
+    let answered = Arc::new(Barrier::new(2));
+    let harness = Harness::new(Behaviour {
+        slow_plug: Some(Arc::clone(&answered)),
+        ..Behaviour::default()
+    })
+    .await;
+    harness.create().await.unwrap();
+    let vm = harness.pod.vm().await.unwrap();
+    let image = harness.dir.path().join("image");
+    fs::write(&image, [0; 4096]).unwrap();
+    let volume = DiskVolume {
+        id: "v".to_owned(),
+        path: "/v".into(),
+        device: image,
+        readonly: true,
+        file_system: VolumeDisk::default(),
+    };
+    let giving = tokio::spawn(async move {
+        let logger = Logger::root(slog::Discard, slog::o!());
+        vm.give_volume(&volume, &logger).await
+    });
+    harness.record.until("plug disk v").await;
+    let told = ask_json(&harness, Method::Inspect, Value::Null).await;
+    assert_eq!(told["containers"][0]["state"], "created");
+    assert_eq!(told["volumes"], json!([]));
+    let unsettled = told["unsettledDevices"][0].as_str().unwrap();
+    assert!(
+        unsettled.contains("was asked to plug the volume on"),
+        "{told}"
+    );
+    tokio::task::spawn_blocking(move || answered.wait())
+        .await
+        .unwrap();
+    // The fake agent finds no devices.
+    assert!(giving.await.unwrap().is_err());
+    harness.kill("", 9).await.unwrap();
+    harness.delete("").await.unwrap();
     harness.end().await;
 }

@@ -13,6 +13,7 @@ use ttrpc::asynchronous::transport::Socket;
 
 use super::living;
 use crate::error::{Error, Result};
+use crate::guest::vm::books::Books;
 use crate::guest::vm::control::{Control, Incoming};
 use crate::guest::vm::frames::Guarded;
 use crate::guest::vm::kill::Kill;
@@ -93,7 +94,8 @@ pub(super) fn adopt(
         let nets = nets.map(Interface::of).collect();
         Late::new(netns, wanted, (nets, launched.kept.interfaces), filter)
     });
-    let vm = Arc::new(Vm {
+    let vm = Arc::new_cyclic(|me| Vm {
+        me: me.clone(),
         pid,
         control,
         agent: AgentClient::new(Client::new(Socket::new(guarded))),
@@ -108,9 +110,10 @@ pub(super) fn adopt(
         signals: Patience::new(timeouts.word),
         sending: Arc::new(Semaphore::new(MAX_SIGNALS)),
         deaf: AtomicBool::new(false),
-        bus: tokio::sync::RwLock::default(),
+        bus: Arc::default(),
         passthrough: Arc::default(),
         disks: Arc::default(),
+        books: Books::default(),
         maps_layers,
         memory: Memory::new(
             launched.machine.0.memory_bytes,

@@ -93,7 +93,7 @@ fn a_device_that_filters_multicast_receives_all_of_it_as_long_as_the_vm_lives() 
         return;
     }
     let node = Node::new("multicast");
-    if !node.add_macvlan("net1") {
+    if !brig_fixtures::needs::needs(node.add_macvlan("net1"), "macvlan in the kernel") {
         return;
     }
     let mut network = set_up(&node.pod, ONE).unwrap();

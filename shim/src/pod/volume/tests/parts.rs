@@ -3,7 +3,7 @@ use super::*;
 
 /// A directory on a file system of its own, whose mount table is then one line; nothing without the rights for it.
 fn volume() -> Option<(tempfile::TempDir, Tmpfs)> {
-    if !nix::unistd::geteuid().is_root() {
+    if !brig_fixtures::needs::root() {
         return None;
     }
     let dir = tempfile::tempdir().unwrap();
