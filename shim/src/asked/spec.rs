@@ -414,7 +414,7 @@ impl Spec {
     pub fn sandbox_cpu_millis(&self) -> CpuMillis {
         let figure = |key| self.annotation(key)?.parse::<i64>().ok();
         let positive = |key| u64::try_from(figure(key)?).ok();
-        CpuMillis::new(
+        CpuMillis::of_pod(
             figure(SANDBOX_CPU_QUOTA).unwrap_or(0),
             positive(SANDBOX_CPU_PERIOD).unwrap_or(0),
             positive(SANDBOX_CPU_SHARES).unwrap_or(0),

@@ -49,6 +49,17 @@ impl CpuMillis {
         }
     }
 
+    /// As [`new`](Self::new), of the sums of a pod's containers: a limit that some of them do not have is not in the one,
+    /// and more is asked for than that only if there is one without.
+    #[must_use]
+    pub fn of_pod(quota: i64, period: u64, shares: u64) -> Self {
+        let sums = Self::new(quota, period, shares);
+        Self {
+            limit: sums.limit.filter(|limit| sums.request <= Some(*limit)),
+            ..sums
+        }
+    }
+
     /// CPUs that there should be.
     #[must_use]
     pub fn wanted(self) -> Option<u64> {
@@ -415,5 +426,20 @@ mod tests {
         };
         let sum = limits(400_000, 102).and(&limits(-1, 2048));
         assert_eq!(sum.cpu_millis.wanted(), Some(6000));
+    }
+
+    #[test]
+    fn a_pod_in_which_one_is_not_limited_has_what_is_asked_for() {
+        let wanted = |quota, shares| CpuMillis::of_pod(quota, 100_000, shares).wanted();
+        // A sidecar limited to half a CPU that asks for a tenth, beside one that asks for four.
+        assert_eq!(wanted(50_000, 4198), Some(4100));
+        assert_eq!(wanted(450_000, 4198), Some(4500));
+        assert_eq!(wanted(50_000, 2), Some(500));
+        assert_eq!((wanted(-1, 2), wanted(-1, 4096)), (None, Some(4000)));
+        // One that is limited to what it asks for is limited.
+        for millis in 2..5000 {
+            let all = CpuMillis::of_pod(millis * 100, 100_000, millis.unsigned_abs() * 1024 / 1000);
+            assert_eq!(all.limit, Some(millis.unsigned_abs()));
+        }
     }
 }
