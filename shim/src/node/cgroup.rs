@@ -5,6 +5,7 @@
 //! Pods share parents, and the last to leave takes away the ones Brig made: each carries a mark, so
 //! that what kubelet or systemd made is never removed, whoever of us ends last.
 
+mod kills;
 mod parent;
 
 use std::fs;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ignore_missing;
 use crate::error::{Error, Result};
+pub use kills::Kills;
 pub use parent::{Bounds, bounds_of_parent, huge_pages_of_parent, pids_of_parent};
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -103,17 +105,6 @@ impl Cgroup {
             fs::write(dir.join("cgroup.procs"), std::process::id().to_string())?;
         }
         Ok(())
-    }
-
-    /// How often the kernel killed something in here for memory.
-    #[must_use]
-    pub fn oom_kills(&self) -> u64 {
-        let count = || -> Option<u64> {
-            let events = fs::read_to_string(self.dirs.first()?.join("memory.events")).ok()?;
-            let line = events.lines().find(|line| line.starts_with("oom_kill "))?;
-            line.split_ascii_whitespace().nth(1)?.parse().ok()
-        };
-        count().unwrap_or(0)
     }
 
     /// The lowest limit of memory that holds in here, in bytes, and the cgroup that has it. Blocking.
