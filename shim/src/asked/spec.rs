@@ -6,6 +6,7 @@
 mod env;
 pub mod hooks;
 mod id_map;
+mod on_node;
 mod resources;
 mod throttles;
 
@@ -18,9 +19,10 @@ use serde::Deserialize;
 use crate::error::{Error, Result};
 pub use env::with_env;
 use hooks::Hooks;
+pub use on_node::{NumberList, OnNode};
 pub use resources::Access;
 use resources::Resources;
-pub use resources::{CpuMillis, Limits, changed_throttles};
+pub use resources::{CpuMillis, Limits};
 pub use throttles::{Throttled, Throttles};
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
@@ -269,13 +271,13 @@ impl Spec {
         resources.map_or(Access::default(), |own| own.block_access(numbers))
     }
 
-    /// What the container may read from and write to block devices of the node.
+    /// What the container asks for on the node.
     ///
     /// # Errors
-    /// `InvalidArgument` for a device number that is none.
-    pub fn throttles(&self) -> Result<Throttles> {
+    /// `InvalidArgument` for a device number that is none, and for what is no list of CPUs or of NUMA nodes.
+    pub fn on_node(&self) -> Result<OnNode> {
         let resources = self.resources();
-        resources.map_or(Ok(Throttles::new()), Resources::throttles)
+        resources.map_or(Ok(OnNode::default()), OnNode::of)
     }
 
     fn resources(&self) -> Option<&Resources> {

@@ -7,6 +7,7 @@
 
 mod kills;
 mod parent;
+mod taken;
 
 use std::fs;
 use std::io::{self, Write};
@@ -21,6 +22,7 @@ use crate::error::ignore_missing;
 use crate::error::{Error, Result};
 pub use kills::Kills;
 pub use parent::{Bounds, bounds_of_parent, huge_pages_of_parent, pids_of_parent};
+pub use taken::Taken;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Which controllers the children of a cgroup have.
@@ -93,6 +95,35 @@ impl Cgroup {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let open = |dir| rustix::fs::open(dir, flags, Mode::empty());
         Ok(self.dirs.first().map(open).transpose()?)
+    }
+
+    /// Writes a limit, as one line. A cgroup whose controllers were taken from it meanwhile gets them back for that.
+    ///
+    /// # Errors
+    /// What the kernel says; `NotFound` when the cgroup cannot have the controller.
+    pub fn write(&self, file: &str, line: &str) -> io::Result<()> {
+        let write = || {
+            let dir = self.dirs.first().ok_or(io::ErrorKind::NotFound)?;
+            let file = fs::OpenOptions::new().write(true).open(dir.join(file))?;
+            // In one write, which is a line of its own to the kernel.
+            (&file).write_all(line.as_bytes())
+        };
+        match write() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let above = self
+                    .dirs
+                    .iter()
+                    .flat_map(|dir| parents(Path::new(ROOT), dir));
+                // The outermost first.
+                above
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .rev()
+                    .for_each(delegate);
+                write()
+            }
+            written => written,
+        }
     }
 
     /// Moves this process in. For that the kernel waits until every CPU has been elsewhere (RCU), some milliseconds, in which
@@ -217,6 +248,12 @@ fn check_below(root: &Path) -> Result<()> {
         "the node has {what} at {}, and Brig needs v2 alone: boot the node with systemd.unified_cgroup_hierarchy=1",
         root.display()
     )))
+}
+
+/// The directories above one in this hierarchy, innermost first.
+fn parents<'a>(root: &'a Path, dir: &'a Path) -> impl Iterator<Item = &'a Path> {
+    let above = dir.ancestors().skip(1);
+    above.take_while(move |parent| parent.starts_with(root))
 }
 
 /// The cgroup of this process.

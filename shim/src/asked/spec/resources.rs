@@ -5,7 +5,7 @@
 
 use serde::Deserialize;
 
-use super::throttles::{BlockIo, Throttles};
+use super::throttles::BlockIo;
 use crate::error::{Error, Result};
 
 /// A larger limit is none.
@@ -122,7 +122,7 @@ impl Limits {
     }
 }
 
-fn parsed(resources: &[u8]) -> Result<Resources> {
+pub(super) fn parsed(resources: &[u8]) -> Result<Resources> {
     serde_json::from_slice(resources).map_err(|error| {
         Error::invalid(format!(
             "the resources are not OCI LinuxResources as JSON: {error}"
@@ -130,23 +130,15 @@ fn parsed(resources: &[u8]) -> Result<Resources> {
     })
 }
 
-/// What a change says of block devices: `resources` is OCI's `LinuxResources` as JSON.
-///
-/// # Errors
-/// `InvalidArgument`.
-pub fn changed_throttles(resources: &[u8]) -> Result<Throttles> {
-    parsed(resources)?.throttles()
-}
-
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Resources {
     memory: Option<Memory>,
-    cpu: Option<Cpu>,
+    pub(super) cpu: Option<Cpu>,
     hugepage_limits: Option<Vec<HugePageLimit>>,
     devices: Option<Vec<DeviceRule>>,
     #[serde(rename = "blockIO")]
-    block_io: Option<BlockIo>,
+    pub(super) block_io: Option<BlockIo>,
 }
 
 /// What a container may do with a device.
@@ -177,10 +169,12 @@ struct Memory {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Cpu {
+pub(super) struct Cpu {
     quota: Option<i64>,
     period: Option<u64>,
     shares: Option<u64>,
+    pub(super) cpus: Option<String>,
+    pub(super) mems: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -227,12 +221,6 @@ impl Resources {
             read: allows('r'),
             write: allows('w'),
         }
-    }
-
-    /// What it may read from and write to block devices of the node.
-    pub(super) fn throttles(&self) -> Result<Throttles> {
-        let none = BlockIo::default();
-        self.block_io.as_ref().unwrap_or(&none).throttles()
     }
 
     /// What it may use.
