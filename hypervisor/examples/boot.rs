@@ -137,7 +137,6 @@ fn main() {
         vmm: (&options.vmm).into(),
         netns: None,
         cgroup: None,
-        cgroup_procs: Vec::new(),
         stderr,
         max_files: 65536,
     })

@@ -51,9 +51,6 @@ pub struct LaunchOptions {
     pub netns: Option<OwnedFd>,
     /// A cgroup v2 directory the VMM is born in.
     pub cgroup: Option<OwnedFd>,
-    /// Open `cgroup.procs` files of cgroup v1 hierarchies; the VMM is moved there before any of its
-    /// code runs.
-    pub cgroup_procs: Vec<OwnedFd>,
     /// Becomes the VMM's standard error: its log.
     pub stderr: OwnedFd,
     /// `RLIMIT_NOFILE`, soft and hard; at most `fs.nr_open` is used. The file server holds one
@@ -87,7 +84,6 @@ fn launch_here(options: LaunchOptions) -> Result<VmmProcess, LaunchError> {
         vmm,
         netns,
         cgroup,
-        cgroup_procs,
         stderr,
         max_files,
     } = options;
@@ -123,10 +119,6 @@ fn launch_here(options: LaunchOptions) -> Result<VmmProcess, LaunchError> {
     let mut process = VmmProcess::new(pid, pidfd, control, report);
 
     // From here on, dropping `process` kills and reaps the child.
-    for procs in &cgroup_procs {
-        nix::unistd::write(procs, pid.to_string().as_bytes())
-            .map_err(|errno| LaunchError::Cgroup(errno.into()))?;
-    }
     map_ids(pid, "uid_map")?;
     map_ids(pid, "gid_map")?;
     set_limits(&process, max_files)?;
@@ -350,7 +342,6 @@ mod tests {
             vmm: "/nonexistent/brig-vmm".into(),
             netns: None,
             cgroup: None,
-            cgroup_procs: Vec::new(),
             stderr: null.into(),
             max_files: 64,
         })

@@ -1,7 +1,9 @@
 //! cgroup v2 directories of containers: life, membership, freezing and killing.
 //!
 //! A container may create cgroups below its own and fill them; nothing here trusts what is below.
+mod cpuset;
 pub mod device;
+mod file;
 pub mod resources;
 pub mod stats;
 pub mod tree;

@@ -4,7 +4,7 @@
 //! without controllers; names and numbers that reach a path are checked here.
 use std::{fs, io, path::Path};
 
-use super::undo::{Undo, set};
+use super::{cpuset, file::set, undo::Undo};
 use crate::{
     error::{Error, Result},
     spec::{BlockIo, Cpu, Memory, Resources, ThrottleDevice},
@@ -42,6 +42,12 @@ fn write(
     let writes = plan(resources, &|file| fs::read_to_string(path.join(file)).ok())?;
     for (index, (file, value)) in writes.iter().enumerate() {
         before(file, value);
+        // The node's numbers (kubelet's CPU manager): the guest has not as many. All it has, then.
+        if cpuset::has_list(file) && !cpuset::is_here(file, value) {
+            cpuset::clear(path, file).map_err(|e| Error::io(file, e))?;
+            notes.push(format!("{file} = {value} is not in the guest"));
+            continue;
+        }
         match set(&path.join(file), value) {
             Ok(()) => {}
             // It must fit the quota, and the new quota must fit it: the next try has the new one.
@@ -61,9 +67,8 @@ fn write(
                 if file.starts_with("hugetlb.")
                     && value == "0"
                     && error.kind() == io::ErrorKind::NotFound => {}
-            // The node's numbers (kubelet's CPU manager): the guest has not as many. All it has, then.
-            Err(error) if file == "cpuset.cpus" || file == "cpuset.mems" => {
-                set(&path.join(file), "\n").map_err(|e| Error::io(file, e))?;
+            Err(error) if cpuset::has_list(file) => {
+                cpuset::clear(path, file).map_err(|e| Error::io(file, e))?;
                 notes.push(format!("{file} = {value} is not in the guest: {error}"));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -369,6 +374,22 @@ mod tests {
         plan(&serde_json::from_value(value).unwrap(), &|_| None)
             .unwrap_err()
             .to_string()
+    }
+
+    #[test]
+    fn a_list_of_which_the_guest_has_a_part_is_left_out_with_a_word() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = dir.path().join("cpuset.cpus");
+        fs::write(&list, "").unwrap();
+        let applied = |cpus: &str| {
+            let resources = json!({"cpu": {"cpus": cpus}});
+            apply(dir.path(), &serde_json::from_value(resources).unwrap()).unwrap()
+        };
+        assert!(applied("0").is_empty());
+        assert_eq!(fs::read_to_string(&list).unwrap(), "0");
+        let notes = applied("0,4000");
+        assert!(notes[0].contains("cpuset.cpus = 0,4000"), "{notes:?}");
+        assert_eq!(fs::read_to_string(&list).unwrap(), "\n");
     }
 
     #[test]

@@ -1,9 +1,7 @@
 //! What a change of limits has overwritten: one that is refused half-way leaves none of itself.
-use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write as _},
-    path::Path,
-};
+use std::{fs, path::Path};
+
+use super::{cpuset, file::set};
 
 /// What files of a cgroup had, in the order in which they were written.
 #[derive(Debug, Default)]
@@ -29,19 +27,15 @@ impl Undo {
     pub fn all(self, path: &Path) -> Vec<String> {
         let back = self.0.into_iter().rev();
         let failed = back.filter_map(|(file, value)| {
-            let error = set(&path.join(&file), &value).err()?;
+            let written = match value.as_str() {
+                "\n" if cpuset::has_list(&file) => cpuset::clear(path, &file),
+                _ => set(&path.join(&file), &value),
+            };
+            let error = written.err()?;
             Some(format!("{file} = {value:?}: {error}"))
         });
         failed.collect()
     }
-}
-
-/// Writes to a file that exists: cgroupfs answers an attempt to make one with "permission denied".
-pub(super) fn set(file: &Path, value: &str) -> io::Result<()> {
-    OpenOptions::new()
-        .write(true)
-        .open(file)?
-        .write_all(value.as_bytes())
 }
 
 /// The write that brings back what a file `had` before `value` was written to it.

@@ -77,7 +77,6 @@ fn options(vmm: &Path) -> LaunchOptions {
         vmm: vmm.to_owned(),
         netns: None,
         cgroup: None,
-        cgroup_procs: Vec::new(),
         stderr: log.unwrap().into(),
         max_files: MAX_FILES,
     }

@@ -153,7 +153,7 @@ impl PodConfig {
         })?;
         config.memory = (memory > 0).then_some(memory);
         let quota = i64::try_from(quota).unwrap_or(i64::MAX);
-        config.cpu_millis = CpuMillis::new(quota, period, shares);
+        config.cpu_millis = CpuMillis::of_pod(quota, period, shares);
         Ok(config)
     }
 }
@@ -373,6 +373,10 @@ pub(crate) mod tests {
         let exclusive = [varint(1, 100_000), varint(2, -1), varint(3, 4096)].concat();
         let config = parse(&[bytes(8, &bytes(5, &exclusive))]).unwrap();
         assert_eq!(config.cpu_millis.wanted(), Some(4000));
+        // As of one in which a container has a limit, and another has none and asks for more.
+        let mixed = [varint(1, 100_000), varint(2, 50_000), varint(3, 4198)].concat();
+        let config = parse(&[bytes(8, &bytes(5, &mixed))]).unwrap();
+        assert_eq!(config.cpu_millis.wanted(), Some(4100));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod hooks;
 mod id_map;
 mod identity;
+mod on_node;
 mod pci_addresses;
 mod resources;
 mod throttles;
@@ -20,10 +21,11 @@ use crate::asked::ping_groups;
 use crate::error::{Error, Result};
 use hooks::Hooks;
 pub use identity::check_process;
+pub use on_node::{NumberList, OnNode};
 pub use pci_addresses::{Moved, with_guest_addresses};
 pub use resources::Access;
 use resources::Resources;
-pub use resources::{CpuMillis, Limits, changed_throttles};
+pub use resources::{CpuMillis, Limits};
 pub use throttles::{Throttled, Throttles};
 
 /// The largest `config.json` in bytes: what fits a ttrpc message with room for the rest.
@@ -275,13 +277,13 @@ impl Spec {
         resources.map_or(Access::default(), |own| own.block_access(numbers))
     }
 
-    /// What the container may read from and write to block devices of the node.
+    /// What the container asks for on the node.
     ///
     /// # Errors
-    /// `InvalidArgument` for a device number that is none.
-    pub fn throttles(&self) -> Result<Throttles> {
+    /// `InvalidArgument` for a device number that is none, and for what is no list of CPUs or of NUMA nodes.
+    pub fn on_node(&self) -> Result<OnNode> {
         let resources = self.resources();
-        resources.map_or(Ok(Throttles::new()), Resources::throttles)
+        resources.map_or(Ok(OnNode::default()), OnNode::of)
     }
 
     fn resources(&self) -> Option<&Resources> {
@@ -457,7 +459,7 @@ impl Spec {
     pub fn sandbox_cpu_millis(&self) -> CpuMillis {
         let figure = |key| self.annotation(key)?.parse::<i64>().ok();
         let positive = |key| u64::try_from(figure(key)?).ok();
-        CpuMillis::new(
+        CpuMillis::of_pod(
             figure(SANDBOX_CPU_QUOTA).unwrap_or(0),
             positive(SANDBOX_CPU_PERIOD).unwrap_or(0),
             positive(SANDBOX_CPU_SHARES).unwrap_or(0),

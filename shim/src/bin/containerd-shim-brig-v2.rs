@@ -1,6 +1,7 @@
 //! The binary containerd runs for the runtime `io.containerd.brig.v2`. containerd is trusted.
 
 use std::io::{self, IsTerminal, Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -15,10 +16,15 @@ use brig_shim::guest::vm::host::Node;
 const MAX_STDIN: u64 = 16 << 20;
 
 fn main() -> ExitCode {
-    let mut words = std::env::args().skip(1);
-    // Not containerd's word but a shim's.
-    if let (Some("build-template"), Some(recipe)) = (words.next().as_deref(), words.next()) {
-        return ended(capture::main(&recipe));
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    // Not containerd's words but a shim's.
+    match words.as_slice() {
+        ["build-template", recipe, ..] => return ended(capture::main(recipe)),
+        [delete::FINISH, base, namespace, id] => {
+            return ended(delete::finish(Path::new(base), namespace, id));
+        }
+        _ => {}
     }
     let args = match args::parse(std::env::args().skip(1)) {
         Ok(args) => args,

@@ -2,7 +2,6 @@
 //! not trusted: figures are only passed on, lists are bounded.
 
 mod bounded;
-mod v1;
 
 use brig_agent_protocol::agent::StatsResponse;
 use brig_agent_protocol::agent::stats_response::{Pressure, pressure::Line};
@@ -18,22 +17,14 @@ use bounded::{devices, page_sizes};
 
 /// The type containerd knows the metrics of cgroup v2 by.
 const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
-/// Encodes the figures of one container. A node with cgroup v1 has consumers that know no other form.
+/// Encodes the figures of one container.
 ///
 /// # Errors
 /// None in practice: protobuf cannot encode.
 pub fn encode(stats: StatsResponse) -> Result<Any> {
-    encode_as(stats, crate::node::cgroup::is_v2())
-}
-
-fn encode_as(stats: StatsResponse, v2: bool) -> Result<Any> {
-    let (type_url, value) = if v2 {
-        (TYPE, metrics(stats).write_to_bytes())
-    } else {
-        (v1::TYPE, v1::metrics(stats).write_to_bytes())
-    };
+    let value = metrics(stats).write_to_bytes();
     Ok(Any {
-        type_url: type_url.to_owned(),
+        type_url: TYPE.to_owned(),
         value: value.map_err(|e| Error::internal(e.to_string()))?,
         ..Any::default()
     })
@@ -192,25 +183,22 @@ mod tests {
             .stat
             .insert("workingset_refault_anon".into(), u64::MAX);
         memory.stat.insert("workingset_refault_file".into(), 1);
-        let any = encode_as(
-            StatsResponse {
-                memory: MessageField::some(memory),
-                pids_current: 3,
-                hugetlb: vec![
-                    HugeTlb {
-                        page_size: "2MB".into(),
-                        usage: 9,
-                        ..HugeTlb::default()
-                    },
-                    HugeTlb {
-                        page_size: "x".repeat(1000),
-                        ..HugeTlb::default()
-                    },
-                ],
-                ..StatsResponse::default()
-            },
-            true,
-        )
+        let any = encode(StatsResponse {
+            memory: MessageField::some(memory),
+            pids_current: 3,
+            hugetlb: vec![
+                HugeTlb {
+                    page_size: "2MB".into(),
+                    usage: 9,
+                    ..HugeTlb::default()
+                },
+                HugeTlb {
+                    page_size: "x".repeat(1000),
+                    ..HugeTlb::default()
+                },
+            ],
+            ..StatsResponse::default()
+        })
         .unwrap();
         assert_eq!(any.type_url, TYPE);
         let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
@@ -223,15 +211,5 @@ mod tests {
         assert_eq!(some.total, 123);
         assert!(metrics.memory.psi.full.is_none() && metrics.cpu.psi.is_none());
         assert_eq!((metrics.hugetlb.len(), metrics.hugetlb[0].current), (1, 9));
-    }
-
-    #[test]
-    fn a_node_with_cgroup_v1_gets_the_form_of_v1() {
-        let any = encode_as(StatsResponse::default(), false).unwrap();
-        assert_eq!(any.type_url, v1::TYPE);
-        assert_eq!(
-            encode(StatsResponse::default()).unwrap().type_url == TYPE,
-            crate::node::cgroup::is_v2()
-        );
     }
 }

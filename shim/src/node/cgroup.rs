@@ -1,12 +1,13 @@
 //! The pod's host cgroup: where shim and VMM live, so that the node accounts for the pod there.
 //!
-//! cgroup v2 with `cgroupsPath` as a path or as systemd's `slice:prefix:name`; cgroup v1 by the best
-//! effort of one directory per controller. Paths come from containerd; `..` in one is refused.
+//! cgroup v2 with `cgroupsPath` as a path or as systemd's `slice:prefix:name`. Paths come from containerd; `..` in one is refused.
 //!
 //! Pods share parents, and the last to leave takes away the ones Brig made: each carries a mark, so
 //! that what kubelet or systemd made is never removed, whoever of us ends last.
 
+mod kills;
 mod parent;
+mod taken;
 
 use std::fs;
 use std::io::{self, Write};
@@ -19,19 +20,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ignore_missing;
 use crate::error::{Error, Result};
+pub use kills::Kills;
 pub use parent::{Bounds, bounds_of_parent, huge_pages_of_parent, pids_of_parent};
+pub use taken::Taken;
 
 const ROOT: &str = "/sys/fs/cgroup";
+/// Which controllers the children of a cgroup have.
+const CONTROL: &str = "cgroup.subtree_control";
 /// Directories of one creation that a concurrent removal may take away before we try again.
 const ATTEMPTS: usize = 64;
-/// The extended attribute of a parent that a shim made. `trusted.*` is kept by cgroup v1 and v2, and
+/// The extended attribute of a parent that a shim made. `trusted.*` is kept by cgroup v2, and
 /// no container can set or see it.
 const MARK: &str = "trusted.brig";
 
 /// A cgroup we made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
-    /// Its directories: one on v2, one a controller on v1.
+    /// Its directory.
     dirs: Vec<PathBuf>,
     /// Directories above that we made and could not mark, outermost first.
     parents: Vec<PathBuf>,
@@ -40,7 +45,7 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Where it is: one directory on v2, one a controller on v1.
+    /// Where it is: one directory.
     #[must_use]
     pub fn dirs(&self) -> &[PathBuf] {
         &self.dirs
@@ -49,7 +54,7 @@ impl Cgroup {
     /// Makes the cgroup of this `cgroupsPath`.
     ///
     /// # Errors
-    /// `InvalidArgument` for a path that is none, else what the host says.
+    /// `InvalidArgument` for a path that is none, `FailedPrecondition` on a node without cgroup v2, else what the host says.
     pub fn create(cgroups_path: &str) -> Result<Self> {
         Self::create_below(Path::new(ROOT), cgroups_path)
     }
@@ -61,18 +66,17 @@ impl Cgroup {
             parents: Vec::new(),
             home: None,
         };
-        for hierarchy in hierarchies(root) {
-            let dir = hierarchy.join(&relative);
-            make(&hierarchy, &relative, &mut cgroup.parents).map_err(|error| {
-                cgroup.remove_dirs();
-                remove_marked_parents(&dir);
-                Error::io(
-                    format_args!("cannot make the cgroup {}", dir.display()),
-                    &error,
-                )
-            })?;
-            cgroup.dirs.push(dir);
-        }
+        check_below(root)?;
+        let dir = root.join(&relative);
+        make(root, &relative, &mut cgroup.parents).map_err(|error| {
+            cgroup.remove_dirs();
+            remove_marked_parents(&dir);
+            Error::io(
+                format_args!("cannot make the cgroup {}", dir.display()),
+                &error,
+            )
+        })?;
+        cgroup.dirs.push(dir);
         cgroup.home = own_cgroup(root);
         Ok(cgroup)
     }
@@ -83,20 +87,43 @@ impl Cgroup {
         Self { home: None, ..self }
     }
 
-    /// An open directory to be born into, on v2, or open `cgroup.procs` files of the v1 hierarchies.
+    /// An open directory to be born into.
     ///
     /// # Errors
     /// What the host says; who went on without would be born where this process is.
-    pub fn open(&self) -> io::Result<(Option<OwnedFd>, Vec<OwnedFd>)> {
-        let mut dirs = self.dirs.iter();
-        if is_v2() {
-            let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-            let open = |dir| rustix::fs::open(dir, flags, Mode::empty());
-            return Ok((dirs.next().map(open).transpose()?, Vec::new()));
+    pub fn open(&self) -> io::Result<Option<OwnedFd>> {
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let open = |dir| rustix::fs::open(dir, flags, Mode::empty());
+        Ok(self.dirs.first().map(open).transpose()?)
+    }
+
+    /// Writes a limit, as one line. A cgroup whose controllers were taken from it meanwhile gets them back for that.
+    ///
+    /// # Errors
+    /// What the kernel says; `NotFound` when the cgroup cannot have the controller.
+    pub fn write(&self, file: &str, line: &str) -> io::Result<()> {
+        let write = || {
+            let dir = self.dirs.first().ok_or(io::ErrorKind::NotFound)?;
+            let file = fs::OpenOptions::new().write(true).open(dir.join(file))?;
+            // In one write, which is a line of its own to the kernel.
+            (&file).write_all(line.as_bytes())
+        };
+        match write() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let above = self
+                    .dirs
+                    .iter()
+                    .flat_map(|dir| parents(Path::new(ROOT), dir));
+                // The outermost first.
+                above
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .rev()
+                    .for_each(delegate);
+                write()
+            }
+            written => written,
         }
-        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-        let open = |dir: &PathBuf| rustix::fs::open(dir.join("cgroup.procs"), flags, Mode::empty());
-        Ok((None, dirs.map(open).collect::<std::result::Result<_, _>>()?))
     }
 
     /// Moves this process in. For that the kernel waits until every CPU has been elsewhere (RCU), some milliseconds, in which
@@ -111,17 +138,6 @@ impl Cgroup {
         Ok(())
     }
 
-    /// How often the kernel killed something in here for memory (v2).
-    #[must_use]
-    pub fn oom_kills(&self) -> u64 {
-        let count = || -> Option<u64> {
-            let events = fs::read_to_string(self.dirs.first()?.join("memory.events")).ok()?;
-            let line = events.lines().find(|line| line.starts_with("oom_kill "))?;
-            line.split_ascii_whitespace().nth(1)?.parse().ok()
-        };
-        count().unwrap_or(0)
-    }
-
     /// The lowest limit of memory that holds in here, in bytes, and the cgroup that has it. Blocking.
     #[must_use]
     pub fn memory_limit(&self) -> Option<(u64, PathBuf)> {
@@ -132,9 +148,7 @@ impl Cgroup {
         let places = self.dirs.iter().flat_map(|dir| dir.ancestors());
         let below = places.filter(|place| place.starts_with(root));
         let limits = below.filter_map(|place| {
-            let read = |file: &str| fs::read_to_string(place.join(file));
-            // v2's, or v1's, which has a number where there is none.
-            let text = read("memory.max").or_else(|_| read("memory.limit_in_bytes"));
+            let text = fs::read_to_string(place.join("memory.max"));
             let limit = text.ok()?.trim().parse().ok()?;
             Some((limit, place.to_owned()))
         });
@@ -157,10 +171,10 @@ impl Cgroup {
     pub fn leave(&self) -> io::Result<()> {
         let pid = std::process::id().to_string();
         let enter = |dir: &Path| fs::write(dir.join("cgroup.procs"), &pid);
-        for dir in &self.dirs {
+        if !self.dirs.is_empty() {
             let is_home = self.home.as_deref().is_some_and(|home| enter(home).is_ok());
             if !is_home {
-                ignore_missing(enter(&hierarchy_of(dir)))?;
+                ignore_missing(enter(Path::new(ROOT)))?;
             }
         }
         Ok(())
@@ -189,7 +203,6 @@ impl Cgroup {
         let deadline = Instant::now() + timeout;
         for dir in &self.dirs {
             if dir.exists() {
-                // v1 has no such file; there the journal's processes are killed one by one.
                 let kill = fs::OpenOptions::new()
                     .write(true)
                     .open(dir.join("cgroup.kill"));
@@ -214,45 +227,40 @@ impl Cgroup {
     }
 }
 
-/// Whether this host has the unified hierarchy.
-#[must_use]
-pub fn is_v2() -> bool {
-    Path::new(ROOT).join("cgroup.controllers").exists()
+/// Refuses a node without the unified hierarchy. One that mounts it beside those of v1 has no controllers in it, so nothing of a pod
+/// would be counted or limited.
+///
+/// # Errors
+/// `FailedPrecondition`, with the fix.
+pub fn check() -> Result<()> {
+    check_below(Path::new(ROOT))
 }
 
-fn hierarchies(root: &Path) -> Vec<PathBuf> {
+fn check_below(root: &Path) -> Result<()> {
     if root.join("cgroup.controllers").exists() {
-        return vec![root.to_owned()];
+        return Ok(());
     }
-    let Ok(entries) = fs::read_dir(root) else {
-        return Vec::new();
+    let what = match root.join("unified").exists() {
+        true => "cgroup v1 and v2 side by side (hybrid)",
+        false => "no cgroup v2",
     };
-    entries
-        .filter_map(|entry| {
-            let entry = entry.ok()?;
-            // Combined controllers are one directory with symbolic links to it.
-            let real = entry.file_type().ok()?.is_dir();
-            let path = entry.path();
-            (real && path.join("cgroup.procs").exists() && entry.file_name() != "unified")
-                .then_some(path)
-        })
-        .collect()
+    Err(Error::state(format!(
+        "the node has {what} at {}, and Brig needs v2 alone: boot the node with systemd.unified_cgroup_hierarchy=1",
+        root.display()
+    )))
 }
 
-fn hierarchy_of(dir: &Path) -> PathBuf {
-    if is_v2() {
-        return PathBuf::from(ROOT);
-    }
-    dir.components().take(5).collect()
+/// The directories above one in this hierarchy, innermost first.
+fn parents<'a>(root: &'a Path, dir: &'a Path) -> impl Iterator<Item = &'a Path> {
+    let above = dir.ancestors().skip(1);
+    above.take_while(move |parent| parent.starts_with(root))
 }
 
-/// The cgroup of this process on v2.
+/// The cgroup of this process.
 fn own_cgroup(root: &Path) -> Option<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    root.join("cgroup.controllers")
-        .exists()
-        .then(|| root.join(path))
+    Some(root.join(path))
 }
 
 /// Turns `cgroupsPath` into a path below the hierarchy's root.
@@ -335,14 +343,14 @@ fn make_once(hierarchy: &Path, relative: &Path, unmarked: &mut Vec<PathBuf>) -> 
     Ok(())
 }
 
-/// Gives the children of a cgroup v2 directory the controllers it has itself, as runc does: without them the pod
+/// Gives the children of a cgroup the controllers it has itself, as runc does: without them the pod
 /// has no figures, and what the kernel kills in it for memory is counted elsewhere. What cannot be given (a
 /// directory with processes in it takes some controllers only) is done without.
 fn delegate(dir: &Path) {
     let Ok(available) = fs::read_to_string(dir.join("cgroup.controllers")) else {
         return;
     };
-    let control = dir.join("cgroup.subtree_control");
+    let control = dir.join(CONTROL);
     let given = fs::read_to_string(&control).unwrap_or_default();
     for controller in available.split_ascii_whitespace() {
         if !given.split_ascii_whitespace().any(|one| one == controller) {
@@ -473,6 +481,21 @@ mod tests {
             "a.slice::../x",
         ] {
             assert!(relative_path(given).is_err(), "{given}");
+        }
+    }
+
+    #[test]
+    fn a_node_without_the_unified_hierarchy_is_refused_by_name() {
+        let root = tempfile::tempdir().unwrap();
+        let create = || Cgroup::create_below(root.path(), "/kubepods/pod1/sandbox").unwrap_err();
+        for (dir, said) in [("memory", "no cgroup v2"), ("unified", "hybrid")] {
+            fs::create_dir(root.path().join(dir)).unwrap();
+            fs::write(root.path().join(dir).join("cgroup.procs"), "").unwrap();
+            let error = create();
+            assert_eq!(error.kind, crate::error::Kind::FailedPrecondition);
+            assert!(error.message.contains(said), "{error}");
+            assert!(error.message.contains("systemd.unified_cgroup_hierarchy=1"));
+            assert!(!root.path().join(dir).join("kubepods").exists());
         }
     }
 

@@ -20,6 +20,8 @@ use crate::node::network;
 
 const FILE: &str = "pod.json";
 const TIMELINE: &str = "timeline.json";
+/// Longer than any node runs.
+const FOREVER: Duration = Duration::from_secs(1 << 32);
 
 /// The contents of `pod.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,6 +194,15 @@ impl Journal {
             netns: None,
             pod: None,
             ending: None,
+        }
+    }
+
+    /// Waits until its processes have ended, but for this one, however long that takes: what has been killed may wait for a disk.
+    pub fn wait_for_end(&self) {
+        let shim = Some(&self.shim).filter(|shim| shim.pid != std::process::id());
+        for process in shim.into_iter().chain(&self.vmm) {
+            // A process that nobody can be told of is not waited for.
+            let _ = process.kill(FOREVER);
         }
     }
 

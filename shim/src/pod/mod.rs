@@ -7,7 +7,7 @@ pub mod actor;
 pub mod container;
 pub mod doomed;
 pub mod events;
-pub mod node_io;
+pub mod node_limits;
 pub mod process;
 pub mod size;
 pub mod spans;

@@ -121,7 +121,6 @@ impl Machine {
             vmm: boot.vmm.clone(),
             netns: None,
             cgroup: None,
-            cgroup_procs: Vec::new(),
             stderr: log.into(),
             max_files: 4096,
         })?;

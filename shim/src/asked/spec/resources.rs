@@ -5,7 +5,7 @@
 
 use serde::Deserialize;
 
-use super::throttles::{BlockIo, Throttles};
+use super::throttles::BlockIo;
 use crate::error::{Error, Result};
 
 /// A larger limit is none.
@@ -59,6 +59,17 @@ impl CpuMillis {
                 .ok()
                 .and_then(|quota| of_quota(quota, period)),
             request: of_shares(shares),
+        }
+    }
+
+    /// As [`new`](Self::new), of the sums of a pod's containers: a limit that some of them do not have is not in the one,
+    /// and more is asked for than that only if there is one without.
+    #[must_use]
+    pub fn of_pod(quota: i64, period: u64, shares: u64) -> Self {
+        let sums = Self::new(quota, period, shares);
+        Self {
+            limit: sums.limit.filter(|limit| sums.request <= Some(*limit)),
+            ..sums
         }
     }
 
@@ -133,7 +144,7 @@ impl Limits {
     }
 }
 
-fn parsed(resources: &[u8]) -> Result<Resources> {
+pub(super) fn parsed(resources: &[u8]) -> Result<Resources> {
     serde_json::from_slice(resources).map_err(|error| {
         Error::invalid(format!(
             "the resources are not OCI LinuxResources as JSON: {error}"
@@ -141,23 +152,15 @@ fn parsed(resources: &[u8]) -> Result<Resources> {
     })
 }
 
-/// What a change says of block devices: `resources` is OCI's `LinuxResources` as JSON.
-///
-/// # Errors
-/// `InvalidArgument`.
-pub fn changed_throttles(resources: &[u8]) -> Result<Throttles> {
-    parsed(resources)?.throttles()
-}
-
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Resources {
     memory: Option<Memory>,
-    cpu: Option<Cpu>,
+    pub(super) cpu: Option<Cpu>,
     hugepage_limits: Option<Vec<HugePageLimit>>,
     devices: Option<Vec<DeviceRule>>,
     #[serde(rename = "blockIO")]
-    block_io: Option<BlockIo>,
+    pub(super) block_io: Option<BlockIo>,
 }
 
 /// What a container may do with a device.
@@ -188,10 +191,12 @@ struct Memory {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Cpu {
+pub(super) struct Cpu {
     quota: Option<i64>,
     period: Option<u64>,
     shares: Option<u64>,
+    pub(super) cpus: Option<String>,
+    pub(super) mems: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -238,12 +243,6 @@ impl Resources {
             read: allows('r'),
             write: allows('w'),
         }
-    }
-
-    /// What it may read from and write to block devices of the node.
-    pub(super) fn throttles(&self) -> Result<Throttles> {
-        let none = BlockIo::default();
-        self.block_io.as_ref().unwrap_or(&none).throttles()
     }
 
     /// What it may use.
@@ -471,5 +470,20 @@ mod tests {
         };
         let sum = limits(400_000, 102).and(&limits(-1, 2048));
         assert_eq!(sum.cpu_millis.wanted(), Some(6000));
+    }
+
+    #[test]
+    fn a_pod_in_which_one_is_not_limited_has_what_is_asked_for() {
+        let wanted = |quota, shares| CpuMillis::of_pod(quota, 100_000, shares).wanted();
+        // A sidecar limited to half a CPU that asks for a tenth, beside one that asks for four.
+        assert_eq!(wanted(50_000, 4198), Some(4100));
+        assert_eq!(wanted(450_000, 4198), Some(4500));
+        assert_eq!(wanted(50_000, 2), Some(500));
+        assert_eq!((wanted(-1, 2), wanted(-1, 4096)), (None, Some(4000)));
+        // One that is limited to what it asks for is limited.
+        for millis in 2..5000 {
+            let all = CpuMillis::of_pod(millis * 100, 100_000, millis.unsigned_abs() * 1024 / 1000);
+            assert_eq!(all.limit, Some(millis.unsigned_abs()));
+        }
     }
 }

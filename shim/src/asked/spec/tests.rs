@@ -250,6 +250,11 @@ fn the_pods_size_is_read_from_the_sandbox_container() {
         "{SANDBOX_CPU_SHARES}":"4096"}}}}"#
     ));
     assert_eq!(exclusive.sandbox_cpu_millis().wanted(), Some(4000));
+    let mixed = parse(&format!(
+        r#"{{"annotations":{{"{SANDBOX_CPU_QUOTA}":"50000","{SANDBOX_CPU_PERIOD}":"100000",
+        "{SANDBOX_CPU_SHARES}":"4198"}}}}"#
+    ));
+    assert_eq!(mixed.sandbox_cpu_millis().wanted(), Some(4100));
     for none in [
         spec("0", "100000", "0"),
         spec("-1", "100000", "-5"),

@@ -179,14 +179,8 @@ fn user_namespaces() -> Result<String, String> {
 }
 
 fn cgroups() -> Finding {
-    let result = if cgroup::is_v2() {
-        Ok("v2".to_owned())
-    } else {
-        Err("v1: pods are accounted by best effort".to_owned())
-    };
-    Finding::of("cgroup", result)
-        .noted()
-        .or("boot the node with systemd.unified_cgroup_hierarchy=1")
+    let result = cgroup::check().map(|()| "v2".to_owned());
+    Finding::of("cgroup", result.map_err(|error| error.message))
 }
 
 /// Pods run without it.

@@ -221,7 +221,7 @@ Max open files            8192                 524288               files
     #[test]
     fn of_interfaces_bytes_received_and_sent_are_told() {
         let table = "Inter-|   Receive\n face |bytes\n    lo: 5 1 0 0 0 0 0 0 5 1 0 0 0 0 0 0\n\
-             eth0:123 1 0 0 0 0 0 0     456 1 0 0 0 0 0 0\n  brig0: 1 0 0 0 0 0 0 0 1 0 0 0 0 0 0 0\n";
+             eth0:123 1 0 0 0 0 0 0     456 1 0 0 0 0 0 0\n  vethbrig0: 1 0 0 0 0 0 0 0 1 0 0 0 0 0 0 0\n";
         assert_eq!(devices(table), [("eth0".to_owned(), 123.0, 456.0)]);
         assert!(devices("").is_empty());
     }

@@ -3,9 +3,12 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
@@ -31,7 +34,7 @@ const TIMEOUT: Duration = Duration::from_secs(4);
 /// Runs `delete`; returns what to print.
 ///
 /// # Errors
-/// When something of the pod cannot be removed; calling again is safe.
+/// When it cannot be known what there is of the pod; calling again is safe. What does not end in time is no error.
 pub fn delete(args: &Args) -> Result<Vec<u8>> {
     let bundle = if args.bundle.as_os_str().is_empty() {
         Path::new(".")
@@ -39,12 +42,71 @@ pub fn delete(args: &Args) -> Result<Vec<u8>> {
         &args.bundle
     };
     let names = (args.namespace.as_str(), args.id.as_str());
-    let (pid, hooks_are_left) = clean(&StateDir::new(&base(bundle), names.0, names.1)?, names)?;
+    let base = base(bundle);
+    let dir = StateDir::new(&base, names.0, names.1)?;
+    let cleaned = clean(&dir, names, Instant::now() + TIMEOUT)?;
     remove_socket(bundle);
-    if hooks_are_left {
+    if cleaned.hooks_are_left {
         stopped_hooks(&args.id, bundle);
     }
-    respond(pid, SystemTime::now())
+    if let Some(error) = &cleaned.left {
+        eprintln!("brig: cannot clean up after the shim yet: {error}");
+        finish_later(&base, names);
+    }
+    respond(cleaned.pid, SystemTime::now())
+}
+
+/// What became of a pod's remains.
+#[derive(Debug)]
+struct Cleaned {
+    /// The VMM's.
+    pid: u32,
+    /// There was something whose hooks have not been run.
+    hooks_are_left: bool,
+    /// Why some of it is still there.
+    left: Option<io::Error>,
+}
+
+/// A VMM that waits for a disk or for a server of files ends when that answers, which may be in an hour. Its containers have
+/// ended all the same, and containerd takes an error for an end with the status 255 of which it asks nobody again: so what is
+/// left is left to a process that waits.
+fn finish_later(base: &Path, (namespace, id): (&str, &str)) {
+    let spawned = Command::new("/proc/self/exe")
+        .arg(FINISH)
+        .arg(base)
+        .args([namespace, id])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .current_dir("/")
+        .process_group(0)
+        .spawn();
+    if let Err(error) = spawned {
+        eprintln!("brig: what is left stays: {error}");
+    }
+}
+
+/// The word by which [`delete`] executes this program for [`finish`].
+pub const FINISH: &str = "finish-delete";
+
+/// Waits for the end of what was killed of the pod `id`, however long that takes, and undoes the rest.
+///
+/// # Errors
+/// When something of the pod cannot be removed.
+pub fn finish(base: &Path, namespace: &str, id: &str) -> Result<()> {
+    let dir = StateDir::new(base, namespace, id)?;
+    let Some(journal) = dir.read()? else {
+        return Ok(());
+    };
+    journal.wait_for_end();
+    // The names may be another pod's by now.
+    if dir.read()?.as_ref() != Some(&journal) {
+        return Ok(());
+    }
+    let undone = journal.undo(Instant::now() + TIMEOUT);
+    undone.map_err(|error| Error::io("cannot clean up after the shim", &error))?;
+    dir.remove_if_of(Some(journal.shim));
+    Ok(())
 }
 
 /// Where the server of this bundle's pod had its directory; of a container in a pod, and of a server that died before it said so,
@@ -72,18 +134,15 @@ fn stopped_hooks(id: &str, bundle: &Path) {
     }
 }
 
-/// Undoes what is left; returns the VMM's pid and whether there was anything whose hooks have not been run.
-fn clean(dir: &StateDir, names: (&str, &str)) -> Result<(u32, bool)> {
-    let end = Instant::now() + TIMEOUT;
-    let (mut pid, mut hooks_are_left) = (0, false);
+/// Undoes what is left, until `end`.
+fn clean(dir: &StateDir, names: (&str, &str), end: Instant) -> Result<Cleaned> {
+    let (mut pid, mut hooks_are_left, mut left) = (0, false, None);
     let journal = dir.read()?;
     if let Some(journal) = &journal {
         hooks_are_left = journal.ending != Some(Ending::Emptied);
         pid = journal.vmm.map_or(0, |vmm| vmm.pid);
         if !orderly::ended(dir, journal)? {
-            journal
-                .undo(end)
-                .map_err(|error| Error::io("cannot clean up after the shim", &error))?;
+            left = journal.undo(end).err();
         }
     }
     // A pod whose end had begun was not killed, however its shim ended.
@@ -94,8 +153,14 @@ fn clean(dir: &StateDir, names: (&str, &str)) -> Result<(u32, bool)> {
         // For those who look: that it cannot be kept must not keep the pod's remains in place.
         let _ = Remains::beside(dir.base()).keep(at, KILLED_CODE, &account);
     }
-    dir.remove_if_of(journal.map(|journal| journal.shim));
-    Ok((pid, hooks_are_left))
+    if left.is_none() {
+        dir.remove_if_of(journal.map(|journal| journal.shim));
+    }
+    Ok(Cleaned {
+        pid,
+        hooks_are_left,
+        left,
+    })
 }
 
 /// A server killed before it wrote its journal is known by its bundle's address file alone.
@@ -130,6 +195,44 @@ mod tests {
 
     const NAMES: (&str, &str) = ("ns", "c1");
 
+    fn cleaned(dir: &StateDir) -> (u32, bool) {
+        let cleaned = clean(dir, NAMES, Instant::now() + TIMEOUT).unwrap();
+        assert!(cleaned.left.is_none(), "{cleaned:?}");
+        (cleaned.pid, cleaned.hooks_are_left)
+    }
+
+    #[test]
+    fn what_does_not_end_in_time_is_answered_for_and_undone_when_it_has_ended() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path(), NAMES.0, NAMES.1).unwrap();
+        dir.create().unwrap();
+        let group = tempfile::tempdir().unwrap();
+        let events = group.path().join("cgroup.events");
+        fs::write(&events, "populated 1\n").unwrap();
+        let mut vmm = Command::new("sleep").arg("60").spawn().unwrap();
+        let gone = Identity {
+            pid: vmm.id(),
+            start_time: 0,
+        };
+        let cgroup = serde_json::json!({ "dirs": [group.path()], "parents": [], "home": null });
+        let journal = Journal {
+            vmm: Identity::of(vmm.id()),
+            cgroup: Some(serde_json::from_value(cgroup).unwrap()),
+            ..Journal::new(gone)
+        };
+        dir.write(&journal).unwrap();
+        let cleaned = clean(&dir, NAMES, Instant::now()).unwrap();
+        assert!(cleaned.left.is_some());
+        assert_eq!((cleaned.pid, cleaned.hooks_are_left), (vmm.id(), true));
+        assert_eq!(dir.read().unwrap(), Some(journal));
+        fs::write(&events, "populated 0\n").unwrap();
+        let reaped = std::thread::spawn(move || vmm.wait());
+        finish(root.path(), NAMES.0, NAMES.1).unwrap();
+        assert!(!reaped.join().unwrap().unwrap().success());
+        assert_eq!(dir.read().unwrap(), None);
+        finish(root.path(), NAMES.0, NAMES.1).unwrap();
+    }
+
     #[test]
     fn a_left_vmm_is_killed_and_reported_and_a_second_delete_finds_nothing() {
         let root = tempfile::tempdir().unwrap();
@@ -147,9 +250,9 @@ mod tests {
         };
         dir.write(&journal).unwrap();
         dir.write_timeline(b"{}").unwrap();
-        assert_eq!(clean(&dir, NAMES).unwrap(), (vmm.id(), true));
+        assert_eq!(cleaned(&dir), (vmm.id(), true));
         assert!(!vmm.wait().unwrap().success());
-        assert_eq!(clean(&dir, NAMES).unwrap(), (0, false));
+        assert_eq!(cleaned(&dir), (0, false));
         let remains = Remains::beside(&base);
         let account = &remains.all()[0];
         assert_eq!(
@@ -187,7 +290,7 @@ mod tests {
                 ..Journal::new(Identity::of(shim.id()).unwrap())
             };
             dir.write(&journal).unwrap();
-            assert_eq!(clean(&dir, NAMES).unwrap(), (vmm.id(), hooks_are_left));
+            assert_eq!(cleaned(&dir), (vmm.id(), hooks_are_left));
             shim.wait().unwrap();
             assert!(!vmm.wait().unwrap().success());
             assert!(Remains::beside(&base).all().is_empty());

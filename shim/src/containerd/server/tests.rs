@@ -191,15 +191,7 @@ async fn figures_pids_updates_and_pauses_go_through() {
         ..StatsRequest::default()
     };
     let stats = harness.client.stats(ctx(), &stats).await.unwrap().stats;
-    let form = if crate::node::cgroup::is_v2() {
-        "v2"
-    } else {
-        "v1"
-    };
-    assert_eq!(
-        stats.type_url,
-        format!("io.containerd.cgroups.{form}.Metrics")
-    );
+    assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
     let mut update = UpdateTaskRequest {
         id: id(),
         resources: MessageField::some(Any {

@@ -181,12 +181,11 @@ impl Vmm {
         }
         let (agent, vmm_agent) = UnixStream::pair().map_err(failed)?;
         let log = open_sealed(Path::new("/dev/null"), OFlag::O_RDWR).map_err(failed)?;
-        let (cgroup, cgroup_procs) = own.open().map_err(failed)?;
+        let cgroup = own.open().map_err(failed)?;
         let mut process = launch(LaunchOptions {
             vmm: recipe.vmm.clone(),
             netns: Some(open_netns(&Network::New)?),
             cgroup,
-            cgroup_procs,
             stderr: log,
             max_files: recipe.max_files,
         })

@@ -51,12 +51,10 @@ impl Host for Node {
             rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
         let cgroup = plan.cgroup.as_ref();
         let opened = cgroup.map(Cgroup::open).transpose().map_err(failed)?;
-        let (born_into, cgroup_procs) = opened.unwrap_or_default();
         let mut process = launch(LaunchOptions {
             vmm: config.vmm.clone(),
             netns: Some(netns),
-            cgroup: born_into,
-            cgroup_procs,
+            cgroup: opened.flatten(),
             stderr: vmm_stderr,
             max_files: config.max_files,
         })

@@ -52,7 +52,7 @@ pub struct Watch {
 impl Watch {
     /// Runs until the process is reaped.
     pub async fn run(mut self) {
-        let before = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
+        let kills = self.cgroup.as_ref().map(Cgroup::kills);
         let errors = lines::forward(self.stderr, "vmm", self.logger.clone());
         let mut errors = tokio::spawn(errors);
         let heard = listen(self.events, self.pressure, self.words, self.logger.clone());
@@ -76,7 +76,9 @@ impl Watch {
         let mut heard = last_words(&mut heard).await.unwrap_or_default();
         let last_line = last_words(&mut errors).await.flatten();
         let said = heard.reason.or(last_line);
-        let oom = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills) > before;
+        // What was killed for memory was killed by that; others of the cgroup may have been as well.
+        let oom = exit == Some(VmmExit::Signal(libc::SIGKILL))
+            && kills.is_some_and(|kills| kills.is_more());
         let at = SystemTime::now();
         let death = match (exit, self.kill.reason()) {
             (Some(VmmExit::Signal(libc::SIGKILL)), Some(reason)) if !oom => Death {
@@ -170,10 +172,6 @@ pub(crate) mod tests {
     }
 
     impl FakeProcess {
-        pub(crate) fn spawn(script: &str) -> Self {
-            Self::with_stdin(script).0
-        }
-
         pub(crate) fn with_stdin(script: &str) -> (Self, ChildStdin) {
             let mut child = Command::new("sh")
                 .args(["-c", script])
@@ -215,6 +213,11 @@ pub(crate) mod tests {
     }
 
     async fn end_of(script: &str, kill: Option<&str>) -> Death {
+        end_in(script, kill, None).await
+    }
+
+    /// The script begins when the watch has.
+    async fn end_in(script: &str, kill: Option<&str>, cgroup: Option<Cgroup>) -> Death {
         let (events_sender, events) = mpsc::channel(4);
         let (read, write) = rustix::pipe::pipe().unwrap();
         let (death, mut told) = watch::channel(None);
@@ -230,18 +233,21 @@ pub(crate) mod tests {
             .unwrap();
         rustix::io::write(&write, b"one\ntwo\n").unwrap();
         drop((events_sender, write));
+        let (process, mut begin) = FakeProcess::with_stdin(&format!("read begin; {script}"));
         let watch = Watch {
-            process: Box::new(FakeProcess::spawn(script)),
+            process: Box::new(process),
             events,
             stderr: read,
-            cgroup: None,
+            cgroup,
             kill: wished,
             pressure: Arc::default(),
             words: mpsc::channel(1).0,
             death,
             logger: Logger::root(slog::Discard, slog::o!()),
         };
-        watch.run().await;
+        tokio::join!(watch.run(), async {
+            let _ = io::Write::write_all(&mut begin, b"\n");
+        });
         told.wait_for(Option::is_some)
             .await
             .unwrap()
@@ -259,6 +265,23 @@ pub(crate) mod tests {
         );
         let death = end_of("exit 12", None).await;
         assert!(death.reason.ends_with(": two"), "{}", death.reason);
+    }
+
+    #[tokio::test]
+    async fn a_vm_that_was_killed_when_its_cgroup_counted_a_kill_was_killed_for_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let events = dir.path().join("memory.events");
+        std::fs::write(&events, "oom_kill 1\n").unwrap();
+        let json = serde_json::json!({ "dirs": [dir.path()], "parents": [], "home": null });
+        let cgroup: Cgroup = serde_json::from_value(json).unwrap();
+        let end = async |count: u32, how: &str| {
+            let script = format!("echo oom_kill {count} >{}; {how}", events.display());
+            end_in(&script, None, Some(cgroup.clone())).await
+        };
+        assert!(!end(1, "kill -KILL $$").await.oom);
+        assert!(end(2, "kill -KILL $$").await.oom);
+        // A hook of the pod's was.
+        assert!(!end(3, "exit 0").await.oom);
     }
 
     #[tokio::test]

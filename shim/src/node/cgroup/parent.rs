@@ -4,10 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::{ROOT, hierarchies, relative_path};
-
-/// A larger limit is none: cgroup v1 has no other word for it.
-const UNLIMITED: u64 = 1 << 62;
+use super::{ROOT, relative_path};
 
 /// Limits of a cgroup.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -30,7 +27,7 @@ pub fn pids_of_parent(cgroups_path: &str) -> Option<u64> {
     pids_below(Path::new(ROOT), cgroups_path)
 }
 
-/// Bytes of 2 MiB huge pages that the parent of this `cgroupsPath` may use. None without a limit, and on v1. Blocking.
+/// Bytes of 2 MiB huge pages that the parent of this `cgroupsPath` may use. None without a limit. Blocking.
 #[must_use]
 pub fn huge_pages_of_parent(cgroups_path: &str) -> Option<u64> {
     huge_pages_below(Path::new(ROOT), cgroups_path)
@@ -38,15 +35,9 @@ pub fn huge_pages_of_parent(cgroups_path: &str) -> Option<u64> {
 
 fn bounds_below(root: &Path, cgroups_path: &str) -> Bounds {
     let read = |file| read_of_parent(root, cgroups_path, file);
-    let number = |text: String| text.trim().parse::<u64>().ok();
-    let memory = read("memory.max").or_else(|| read("memory.limit_in_bytes"));
-    let cpu = read("cpu.max").or_else(|| {
-        let quota = read("cpu.cfs_quota_us")?;
-        Some(format!("{quota} {}", read("cpu.cfs_period_us")?))
-    });
     Bounds {
-        memory: memory.and_then(number).filter(|limit| *limit < UNLIMITED),
-        cpu_millis: cpu.and_then(|text| millis(&text)),
+        memory: read("memory.max").and_then(|text| text.trim().parse().ok()),
+        cpu_millis: read("cpu.max").and_then(|text| millis(&text)),
     }
 }
 
@@ -67,12 +58,10 @@ fn huge_pages_below(root: &Path, cgroups_path: &str) -> Option<u64> {
     limit.trim().parse().ok()
 }
 
-/// A file of the parent, in the hierarchy that has it.
+/// A file of the parent.
 fn read_of_parent(root: &Path, cgroups_path: &str, file: &str) -> Option<String> {
     let path = relative_path(cgroups_path).ok()?;
-    let parent = path.parent()?;
-    let mut hierarchies = hierarchies(root).into_iter();
-    hierarchies.find_map(|hierarchy| fs::read_to_string(hierarchy.join(parent).join(file)).ok())
+    fs::read_to_string(root.join(path.parent()?).join(file)).ok()
 }
 
 #[cfg(test)]
@@ -125,34 +114,5 @@ mod tests {
         assert_eq!(pids_below(root.path(), POD), None);
         fs::write(pod.join("pids.max"), "64\n").unwrap();
         assert_eq!(pids_below(root.path(), POD), Some(64));
-    }
-
-    #[test]
-    fn on_v1_each_controller_has_its_own_directory() {
-        let root = tempfile::tempdir().unwrap();
-        let files = [
-            ("memory", "memory.limit_in_bytes", "4194304\n"),
-            ("cpu", "cpu.cfs_quota_us", "150000\n"),
-            ("cpu", "cpu.cfs_period_us", "100000\n"),
-            ("pids", "pids.max", "64\n"),
-        ];
-        for (controller, file, text) in files {
-            let pod = root.path().join(controller).join("kubepods/pod1");
-            fs::create_dir_all(&pod).unwrap();
-            fs::write(root.path().join(controller).join("cgroup.procs"), "").unwrap();
-            fs::write(pod.join(file), text).unwrap();
-        }
-        let told = || bounds_below(root.path(), POD);
-        let bounds = Bounds {
-            memory: Some(4 << 20),
-            cpu_millis: Some(1500),
-        };
-        assert_eq!(told(), bounds);
-        assert_eq!(pids_below(root.path(), POD), Some(64));
-        let pod = |controller| root.path().join(controller).join("kubepods/pod1");
-        let none = "9223372036854771712\n";
-        fs::write(pod("memory").join("memory.limit_in_bytes"), none).unwrap();
-        fs::write(pod("cpu").join("cpu.cfs_quota_us"), "-1\n").unwrap();
-        assert_eq!(told(), Bounds::default());
     }
 }

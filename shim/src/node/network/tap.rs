@@ -25,12 +25,15 @@ mod requests {
 }
 
 const TUN: &str = "/dev/net/tun";
+/// What the names begin with. Kubelet's cAdvisor adds up the interfaces that the sandbox's process sees in `/proc/PID/net/dev`, all
+/// but those whose names begin with "lo", "veth" or "docker": under another name each of a pod's packets counted twice.
+const NAME: &str = "vethbrig";
 /// The kernel puts the first free number at the end.
-const NAME_PATTERN: &[u8] = b"brig%d\0";
+const NAME_PATTERN: &[u8] = b"vethbrig%d\0";
 
 /// Whether a tap of this name may be one of ours.
 pub fn is_our_name(name: &str) -> bool {
-    name.strip_prefix("brig").is_some_and(|number| {
+    name.strip_prefix(NAME).is_some_and(|number| {
         !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
     })
 }

@@ -271,14 +271,14 @@ fn taps_die_with_their_descriptors_and_undo_leaves_what_cni_made() {
     let network = set_up(&node.pod, wanted(2)).unwrap();
     let links = node.in_pod(&["ip", "-o", "link"]);
     assert!(
-        links.contains("brig0") && links.contains("mtu 1400"),
+        links.contains("vethbrig0") && links.contains("mtu 1400"),
         "{links}"
     );
     // A tap must not speak: no address of its own.
-    let addresses = node.in_pod(&["ip", "-o", "address", "show", "dev", "brig0"]);
+    let addresses = node.in_pod(&["ip", "-o", "address", "show", "dev", "vethbrig0"]);
     assert_eq!(addresses, "");
     drop(network);
-    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("brig0"));
+    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("vethbrig0"));
     assert!(node.in_pod(&["tc", "qdisc", "show"]).contains("ingress"));
     undo(&node.pod).unwrap();
     undo(&node.pod).unwrap();
@@ -293,7 +293,7 @@ fn what_a_killed_run_left_behind_is_replaced() {
     let node = Node::new("again");
     node.add_interface("eth0", 0);
     drop(set_up(&node.pod, ONE).unwrap());
-    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("brig0"));
+    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("vethbrig0"));
     let network = set_up(&node.pod, ONE).unwrap();
     let interface = &network.interfaces[0];
     Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
@@ -337,7 +337,7 @@ fn filters_of_the_node_survive_ours() {
     let interface = &network.interfaces[0];
     Guest::new(&interface.taps[0], interface.mac).serve(|| assert!(node.ping("10.77.0.2")));
     drop(network);
-    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("brig0"));
+    node.wait_until(|| !node.in_pod(&["ip", "-o", "link"]).contains("vethbrig0"));
     undo(&node.pod).unwrap();
     let filters = node.in_pod(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
     assert!(

@@ -38,7 +38,7 @@ use crate::node::stand_in::StandIn;
 use crate::pod::container::{self, ContainerHandle, Context, Creation, Reply};
 use crate::pod::doomed::Doomed;
 use crate::pod::events::Events;
-use crate::pod::node_io::NodeIo;
+use crate::pod::node_limits::NodeLimits;
 use crate::pod::process::Exit;
 use crate::pod::size::PodSize;
 use crate::pod::spans::Named;
@@ -145,7 +145,7 @@ pub fn spawn(setup: Setup) -> PodHandle {
         streams: setup.streams.clone(),
         size: PodSize::default(),
         doomed: Doomed::default(),
-        node_io: NodeIo::default(),
+        node_limits: NodeLimits::default(),
     };
     let began = setup.began;
     let tracing = Tracing::new(setup.collector.clone());
@@ -406,7 +406,7 @@ impl Pod {
     async fn news(&mut self, news: News) {
         match news {
             News::Cgroup(cgroup) => {
-                self.context.node_io.is_in(cgroup.clone());
+                self.context.node_limits.is_in(cgroup.clone());
                 self.setup.journal.cgroup = Some(cgroup);
                 self.write_journal().await;
             }
@@ -470,7 +470,7 @@ impl Pod {
     async fn removed(&mut self, id: &str) {
         self.containers.remove(id);
         self.context.size.gone(id);
-        self.context.node_io.gone(id, &self.setup.logger);
+        self.context.node_limits.gone(id, &self.setup.logger);
         self.pids.retain(|_, container| container != id);
         self.oom_scores.remove(id);
         if let Stage::Up(boot) = &self.stage

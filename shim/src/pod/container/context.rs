@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use crate::guest::vm::boot::News;
 use crate::pod::doomed::Doomed;
 use crate::pod::events::Events;
-use crate::pod::node_io::NodeIo;
+use crate::pod::node_limits::NodeLimits;
 use crate::pod::size::PodSize;
 use crate::pod::stdio::streaming::Streams;
 use crate::pod::volume::Volumes;
@@ -41,6 +41,6 @@ pub struct Context {
     pub size: PodSize,
     /// Who of it was killed.
     pub doomed: Doomed,
-    /// Its limits on the node's devices.
-    pub node_io: NodeIo,
+    /// Its limits on the node.
+    pub node_limits: NodeLimits,
 }

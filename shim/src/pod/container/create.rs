@@ -129,7 +129,7 @@ async fn steps(
     progress: &mut Progress,
 ) -> Result<(Arc<Vm>, Stdio)> {
     let binds = creation.spec.bind_mounts()?;
-    let throttles = creation.spec.throttles()?;
+    let on_node = creation.spec.on_node()?;
     let mut rootfs = Rootfs::of(&creation)?;
     let root_plan = rootfs.take_plan();
     // Read while the VM starts.
@@ -190,9 +190,9 @@ async fn steps(
     let (root, given) = step(&mut progress.giving).await?;
     sources.extend(given.sources);
     let disks = given.disks.iter().map(|disk| (disk.major, disk.minor));
-    let (node_io, disks) = (&context.node_io, disks.collect());
-    node_io
-        .admit(&creation.id, throttles, disks, boot.cgroup())
+    let (limits, disks) = (&context.node_limits, disks.collect());
+    limits
+        .admit(&creation.id, on_node, disks, boot.cgroup(), &context.logger)
         .await?;
     let stdio = ends.connect(&vm).await?;
     let spec = creation.spec_bytes;

@@ -339,8 +339,9 @@ impl Container {
         let context = self.context.clone();
         tokio::spawn(async move {
             let apply = async {
-                let on_node = context.node_io.update(&request.id, &request.resources);
-                let on_node = on_node.await?;
+                let (id, resources) = (&request.id, &request.resources);
+                let limits = &context.node_limits;
+                let on_node = limits.update(id, resources, &context.logger).await?;
                 let answer = vm
                     .agent()
                     .update_container(context::Context::default(), &request);

@@ -26,6 +26,7 @@ mod modules;
 mod mounts;
 mod network;
 mod networks;
+mod node_limits;
 mod parts;
 mod passthrough;
 mod passthrough_addresses;
@@ -99,6 +100,7 @@ pub fn all() -> Vec<Case> {
         resources::CASES,
         resize::CASES,
         pod_limits::CASES,
+        node_limits::CASES,
         idle::CASES,
         cgroups::CASES,
         huge_pages::CASES,

@@ -100,19 +100,24 @@ fn own_cpus(suite: &mut Suite) -> Result<()> {
         pod.linux(|linux| linux.resources = Some(told))
             .run(&suite.cri)
     };
-    // As kubelet's static CPU manager says it, and for a request without a limit.
-    for (name, quota, cpuset) in [("own-cpus", -1, "0-1"), ("asks-cpus", 0, "")] {
-        let told = LinuxContainerResources {
+    // As kubelet's static CPU manager says it, for a request without a limit, and for one beside a sidecar that has a limit: the
+    // pod's quota is the sidecar's then.
+    for (name, of_pod, quota, cpuset) in [
+        ("own-cpus", -1, -1, "0-1"),
+        ("asks-cpus", 0, 0, ""),
+        ("beside-a-limit", 50_000, 0, ""),
+    ] {
+        let told = |quota| LinuxContainerResources {
             cpu_period: 100_000,
             cpu_quota: quota,
             cpu_shares: 2048,
             ..LinuxContainerResources::default()
         };
-        let pod = run(suite, name, told.clone())?;
+        let pod = run(suite, name, told(of_pod))?;
         let container = pod
             .container("main", SLEEP)
             .resources(|wanted| {
-                *wanted = told;
+                *wanted = told(quota);
                 cpuset.clone_into(&mut wanted.cpuset_cpus);
             })
             .start()?;

@@ -171,6 +171,21 @@ fn process_network(suite: &mut Suite) -> Result<()> {
     that(
         &format!("bytes received grew by 2,000 or more: {before}, then {after}"),
         after >= before + 2_000,
+    )?;
+    // cAdvisor adds up all but these.
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
+    let names = table
+        .lines()
+        .skip(2)
+        .filter_map(|line| line.split(':').next());
+    let names = names.map(str::trim).filter(|name| {
+        let ignored = ["lo", "veth", "docker"];
+        !ignored.iter().any(|prefix| name.starts_with(prefix))
+    });
+    equal(
+        "interfaces that count",
+        vec!["eth0"],
+        names.collect::<Vec<_>>(),
     )
 }
 

@@ -21,7 +21,10 @@ fn a_second_vm_in_a_namespace_is_refused_and_its_end_leaves_the_first_alone() {
     let guest = Guest::new(&interface.taps[0], interface.mac);
     let error = set_up(&node.pod, ONE).unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("eth0") && text.contains("brig0"), "{text}");
+    assert!(
+        text.contains("eth0") && text.contains("vethbrig0"),
+        "{text}"
+    );
     assert!(text.contains(node.pod.to_str().unwrap()), "{text}");
     assert_eq!(Error::from(error).kind, Kind::FailedPrecondition);
     undo(&node.pod).unwrap();

@@ -176,7 +176,7 @@ fn second_vm(suite: &mut Suite) -> Result<()> {
     let second = suite.probe("second", &["facts"]).with("--with-ns", &within);
     let outcome = suite.ctr.run(&second)?;
     that("a second one is refused", outcome.code != 0)?;
-    for part in ["eth0", NAMESPACE, "brig0"] {
+    for part in ["eth0", NAMESPACE, "vethbrig0"] {
         contains("the error", part, &outcome.stderr)?;
     }
     // Its end has taken nothing away.
