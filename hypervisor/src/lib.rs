@@ -31,3 +31,5 @@ pub mod template;
 mod vcpu;
 mod vfio;
 pub mod virtio;
+
+pub use vfio::config::wants_port;

@@ -1,5 +1,6 @@
 //! What documents point to is there: files that are linked to or named, headings, and the documents that programs name in
 //! their messages.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

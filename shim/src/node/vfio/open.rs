@@ -10,7 +10,7 @@ use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use brig_hypervisor::pci::config::SIZE;
-use brig_hypervisor::vfio::config::wants_port;
+use brig_hypervisor::wants_port;
 use nix::errno::Errno;
 
 use super::calls::{

@@ -39,7 +39,7 @@ fn addresses(suite: &mut Suite) -> Result<()> {
     equal("an exec's devices", both, container.sh(FOUND)?)?;
     equal(
         "a variable of the user's",
-        &list,
+        list.as_str(),
         container.sh("echo $OTHER")?,
     )?;
     let told = container.sh("echo $PCIDEVICE_BRIG_IO_BOTH_INFO")?;
@@ -51,7 +51,7 @@ fn addresses(suite: &mut Suite) -> Result<()> {
         .start()?;
     equal(
         "a neighbour's variable",
-        &list,
+        list.as_str(),
         beside.sh("echo $PCIDEVICE_BRIG_IO_BOTH")?,
     )
 }
