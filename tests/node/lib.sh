@@ -20,7 +20,8 @@ need() {
     done
     [ ${#missing[@]} = 0 ] && return
     say "installing ${missing[*]}"
-    local install=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install "${missing[@]}")
+    # Another of these scripts may be installing something beside this one.
+    local install=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=600 --no-install-recommends install "${missing[@]}")
     as_root "${install[@]}" >&2 2>/dev/null && return
     as_root apt-get -qq update >&2
     as_root "${install[@]}" >&2 || die "apt-get could not install ${missing[*]}: install them by hand, then run this again"
