@@ -87,7 +87,7 @@ fn put(cgroup: &Cgroup, file: &str, list: &str) -> Result<()> {
             "{field} = {list}: the pod's cgroup on the node has no cpuset controller (its parents' cgroup.subtree_control)"
         )),
         Some(libc::EINVAL | libc::ERANGE) => Error::invalid(format!(
-            "{field} = {list}: the node does not have all of these"
+            "{field}: the node does not have all of {list}, which the pod's containers ask for together"
         )),
         _ => Error::io(format_args!("{field} = {list} cannot be held on the node"), &error),
     })

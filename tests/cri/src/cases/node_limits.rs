@@ -106,7 +106,7 @@ fn cpuset(suite: &mut Suite) -> Result<()> {
     refused(
         "a CPU that the node has not",
         wanted,
-        &["linux.resources.cpu.cpus = 0,4000"],
+        &["linux.resources.cpu.cpus: the node does not have all of 0-1,4000"],
     )?;
     that("the pod is ready", pod.is_ready()?)
 }
