@@ -3,19 +3,14 @@
 //! A process that waits for a share or a device cannot be frozen, and a hostile one arranges that. So
 //! this runs in a task of its own for each container, one request after the other and each for a
 //! limited time, while the container's task goes on answering.
-use std::{
-    collections::HashSet,
-    os::fd::{AsRawFd as _, OwnedFd},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{collections::HashSet, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use tokio::sync::{mpsc, watch};
 
 use crate::{
     cgroup,
     error::{Error, Result},
-    process::Reply,
+    process::{self, Reply},
 };
 
 /// How long a pause may take, as with runc.
@@ -126,17 +121,9 @@ fn signal_each(signal: i32, list: impl Fn() -> Result<Vec<u32>>) -> Result<()> {
             .filter_map(|number| Some((*number, hold(*number)?)))
             .collect();
         let listed: HashSet<u32> = list()?.into_iter().collect();
-        for (_, process) in held.iter().filter(|(number, _)| listed.contains(number)) {
-            // SAFETY: the descriptor is a live pidfd; no siginfo is passed. One that has ended needs no signal.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_pidfd_send_signal,
-                    process.as_raw_fd(),
-                    signal,
-                    std::ptr::null::<libc::siginfo_t>(),
-                    0,
-                )
-            };
+        for (_, process_fd) in held.iter().filter(|(number, _)| listed.contains(number)) {
+            // One that has ended needs none.
+            let _ = process::send(process_fd, signal);
         }
     }
     Ok(())

@@ -1,5 +1,7 @@
 //! What a map of users and groups can be, wherever one is asked for.
-use crate::{identity, spec::IdMapping};
+use brig_agent_protocol::identity;
+
+use crate::spec::IdMapping;
 
 /// The kernel's limit of lines in a map file.
 const MAX_MAPPINGS: usize = 340;

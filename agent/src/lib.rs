@@ -27,7 +27,6 @@ pub mod fuzzing;
 mod given;
 mod huge_pages;
 mod id_map;
-mod identity;
 mod image;
 mod inherited;
 mod init;

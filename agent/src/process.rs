@@ -1,7 +1,7 @@
 //! One process of a container, from preparation to exit: a small state machine without I/O of its own.
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use nix::unistd::Pid;
+use nix::{errno::Errno, unistd::Pid};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -123,22 +123,30 @@ impl Process {
                 "the process is still being set up".into(),
             ));
         };
-        // SAFETY: the descriptor is a live pidfd; no siginfo is passed.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                pidfd.as_raw_fd(),
-                signal,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        match (result, nix::errno::Errno::last()) {
-            (0, _) => Ok(()),
-            (_, nix::errno::Errno::ESRCH) => Err(finished()),
-            (_, error) => Err(Error::io(format_args!("signal {signal}"), error)),
+        match send(pidfd, signal) {
+            Ok(()) => Ok(()),
+            Err(Errno::ESRCH) => Err(finished()),
+            Err(error) => Err(Error::io(format_args!("signal {signal}"), error)),
         }
     }
+}
+
+/// Sends a signal, also a real-time one, to the process that a pidfd holds.
+///
+/// # Errors
+/// `ESRCH` for one that has ended.
+pub fn send(pidfd: &OwnedFd, signal: i32) -> nix::Result<()> {
+    // SAFETY: the descriptor is a live pidfd; no siginfo is passed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// What a signal to an ended process gets: containerd looks for this kind.

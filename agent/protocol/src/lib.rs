@@ -3,6 +3,7 @@
 //! Both sides trust this crate for names and numbers only: the shim distrusts the agent's replies
 //! (sizes, ids, order) and the agent limits what the host may ask of it.
 
+pub mod identity;
 mod resumption;
 
 pub use resumption::Resumption;

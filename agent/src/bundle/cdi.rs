@@ -10,10 +10,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use brig_agent_protocol::identity;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{identity, modules};
+use crate::modules;
 
 /// The annotation of a file that says what it is for.
 const FOR: &str = "io.brig.modalias";

@@ -10,16 +10,14 @@ use std::{
     path::Path,
 };
 
+use brig_agent_protocol::identity;
 use rustix::{
     fs::{FileType, Mode, OFlags, ResolveFlags, fstat, major, minor, openat2},
     io::Errno,
 };
 
 use super::failure::{Context as _, Failure, Result};
-use crate::{
-    identity,
-    spec::{Device, DeviceRule, Linux},
-};
+use crate::spec::{Device, DeviceRule, Linux};
 
 /// Deepest directory below /dev that is looked into.
 const MAX_DEPTH: usize = 4;

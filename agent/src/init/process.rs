@@ -6,6 +6,7 @@ use std::{
     os::unix::ffi::OsStrExt as _,
 };
 
+use brig_agent_protocol::identity;
 use rustix::process::{Resource, setrlimit};
 
 use super::{
@@ -18,10 +19,7 @@ use super::{
     root::{Missing, Root},
     seccomp,
 };
-use crate::{
-    identity,
-    spec::{Process, Rlimit, Seccomp, User},
-};
+use crate::spec::{Process, Rlimit, Seccomp, User};
 
 /// Refuses a process that can never be run.
 ///
@@ -411,7 +409,7 @@ mod tests {
 
     #[test]
     fn who_would_stay_root_does_not_go_on() {
-        if !rustix::process::geteuid().is_root() {
+        if !brig_fixtures::needs::root() {
             return;
         }
         let user = |uid, gid, groups: &[u32]| User {

@@ -11,13 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use brig_agent_protocol::agent::VolumeDisk;
+use brig_agent_protocol::{agent::VolumeDisk, identity};
 use rustix::fs::{CWD, Mode, OFlags, openat, syncfs};
 use slog::{Logger, warn};
 
 use crate::{
     error::{Error, Result},
-    identity,
     init::{
         file_system::new_file_system,
         options::{self, Options},

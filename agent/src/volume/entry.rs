@@ -2,13 +2,10 @@
 
 use std::{ffi::OsStr, fmt, os::unix::ffi::OsStrExt as _, path::Path};
 
-use brig_agent_protocol::agent::VolumeEntry;
+use brig_agent_protocol::{agent::VolumeEntry, identity};
 use rustix::fs::{FileType, Mode, Timespec};
 
-use crate::{
-    error::{Error, Result},
-    identity,
-};
+use crate::error::{Error, Result};
 
 /// Longest path in bytes.
 const MAX_PATH: usize = 4095;

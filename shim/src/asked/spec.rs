@@ -3,6 +3,7 @@
 //! Only the fields the shim acts on are parsed, once. So an unknown capability or a field of a newer
 //! runtime-spec is the agent's to judge and never makes the host side fail.
 
+mod device;
 pub mod hooks;
 mod id_map;
 mod identity;
@@ -19,6 +20,7 @@ use serde::Deserialize;
 
 use crate::asked::ping_groups;
 use crate::error::{Error, Result};
+pub use device::Device;
 use hooks::Hooks;
 pub use identity::check_process;
 pub use on_node::{NumberList, OnNode};
@@ -113,42 +115,6 @@ struct Linux {
     uid_mappings: Option<Vec<id_map::Mapping>>,
     gid_mappings: Option<Vec<id_map::Mapping>>,
     devices: Option<Vec<Device>>,
-}
-
-/// A device node that a container asks for.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct Device {
-    /// Where, in the container.
-    pub path: String,
-    #[serde(rename = "type")]
-    kind: String,
-    major: i64,
-    minor: i64,
-    uid: Option<u32>,
-    gid: Option<u32>,
-}
-
-impl Device {
-    /// The numbers of a character device.
-    #[must_use]
-    pub fn character(&self) -> Option<(u32, u32)> {
-        let numbers = (
-            u32::try_from(self.major).ok()?,
-            u32::try_from(self.minor).ok()?,
-        );
-        matches!(self.kind.as_str(), "c" | "u").then_some(numbers)
-    }
-
-    /// The numbers of a block device.
-    #[must_use]
-    pub fn block(&self) -> Option<(u32, u32)> {
-        let numbers = (
-            u32::try_from(self.major).ok()?,
-            u32::try_from(self.minor).ok()?,
-        );
-        (self.kind == "b").then_some(numbers)
-    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -319,11 +285,7 @@ impl Spec {
         if let Some(user) = process.and_then(|process| process.user.as_ref()) {
             user.check()?;
         }
-        for device in self.devices() {
-            for (field, id) in [("uid", device.uid), ("gid", device.gid)] {
-                identity::check(&format!("linux.devices {}: {field}", device.path), id)?;
-            }
-        }
+        self.devices().iter().try_for_each(Device::check_owner)?;
         let linux = self.linux.iter();
         let maps =
             linux.map(|linux| ("linux".to_owned(), &linux.uid_mappings, &linux.gid_mappings));

@@ -3,12 +3,10 @@
 //! Trusted: containerd, who wrote it, but what the largest number means to Linux it may not have known: containerd before
 //! 2.0.4 and 1.7.27 takes it from an image (CVE-2024-40635).
 
+use brig_agent_protocol::identity;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
-
-/// The number that is nobody's: system calls take it for "leave it as it is", and who is to become it stays root.
-const NOBODYS: u32 = u32::MAX;
 
 /// Who a process is to be.
 #[derive(Debug, Default, Deserialize)]
@@ -41,13 +39,8 @@ impl User {
 /// # Errors
 /// `InvalidArgument` that names the field.
 pub(super) fn check(field: &str, id: Option<u32>) -> Result<()> {
-    if id == Some(NOBODYS) {
-        return Err(Error::invalid(format!(
-            "{field} = {NOBODYS} is no id, it means \"none\" to Linux: they go from 0 to {}",
-            NOBODYS - 1
-        )));
-    }
-    Ok(())
+    id.map_or(Ok(()), |id| identity::check(field, id))
+        .map_err(Error::invalid)
 }
 
 /// Refuses `size` numbers from `first` on where one of them is nobody's.
@@ -55,14 +48,7 @@ pub(super) fn check(field: &str, id: Option<u32>) -> Result<()> {
 /// # Errors
 /// `InvalidArgument` that names the field.
 pub(super) fn check_range(field: &str, first: u32, size: u32) -> Result<()> {
-    match first.checked_add(size) {
-        Some(_) if size > 0 => Ok(()),
-        Some(_) => Err(Error::invalid(format!("{field} has a range of no ids"))),
-        None => Err(Error::invalid(format!(
-            "{field}: {size} ids from {first} on go beyond the last there is, {}",
-            NOBODYS - 1
-        ))),
-    }
+    identity::check_range(field, first, size).map_err(Error::invalid)
 }
 
 /// What the shim reads of the process of an exec.
@@ -114,9 +100,9 @@ mod tests {
 
     #[test]
     fn a_range_ends_before_nobody() {
-        check_range("f", 0, NOBODYS).unwrap();
-        check_range("f", NOBODYS - 1, 1).unwrap();
-        for (first, size) in [(0, 0), (NOBODYS, 1), (1, NOBODYS)] {
+        check_range("f", 0, u32::MAX).unwrap();
+        check_range("f", u32::MAX - 1, 1).unwrap();
+        for (first, size) in [(0, 0), (u32::MAX, 1), (1, u32::MAX)] {
             assert!(check_range("f", first, size).is_err(), "{first} {size}");
         }
     }

@@ -74,12 +74,12 @@ fn numbers(field: &str, list: Option<&str>) -> Result<Option<NumberList>> {
     list.map(read).transpose()
 }
 
-/// NumberList of CPUs or of NUMA nodes, at least one.
+/// Numbers of CPUs or of NUMA nodes, at least one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NumberList(BTreeSet<u32>);
 
 impl NumberList {
-    /// Of the kernel's notation: `0-3,8`, and `0-7:2/4`, which is the first two of each four.
+    /// From the kernel's notation: `0-3,8`, and `0-7:2/4`, which is the first two of each four.
     #[must_use]
     pub fn parse(list: &str) -> Option<Self> {
         let mut all = BTreeSet::new();

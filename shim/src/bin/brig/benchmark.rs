@@ -56,18 +56,7 @@ fn start(config: Config) -> Result<String> {
 
 async fn started(config: Config) -> Result<String> {
     let timeouts = Timeouts::of(&config);
-    let plan = Plan {
-        memory: config.memory,
-        max_memory: config.memory,
-        template: None,
-        pod: None,
-        assigned: Vec::new(),
-        network: Network::New,
-        cgroup_path: None,
-        cgroup: None,
-        oom_score_adj: 0,
-        config,
-    };
+    let plan = Plan::of(config, Network::New);
     let sandbox = Sandbox {
         id: "brig-check".to_owned(),
         hostname: "brig-check".to_owned(),

@@ -174,18 +174,7 @@ async fn boot(node: &Node) -> (Arc<Vm>, Record) {
     let config = Config::load(Some(&file)).unwrap();
     let host = FakeHost::new(Behaviour::default());
     let record = host.record.clone();
-    let plan = Plan {
-        memory: config.memory,
-        max_memory: config.memory,
-        template: None,
-        config,
-        pod: None,
-        assigned: Vec::new(),
-        network: Network::Path(node.pod.clone()),
-        cgroup_path: None,
-        cgroup: None,
-        oom_score_adj: 0,
-    };
+    let plan = Plan::of(config, Network::Path(node.pod.clone()));
     let (news, mut told) = mpsc::channel(64);
     tokio::spawn(async move { while told.recv().await.is_some() {} });
     let logger = Logger::root(slog::Discard, slog::o!());

@@ -41,6 +41,25 @@ pub struct Plan {
     pub oom_score_adj: i32,
 }
 
+impl Plan {
+    /// A VM of the size that is configured, which does not grow, for nobody's pod.
+    #[must_use]
+    pub fn of(config: Config, network: Network) -> Self {
+        Self {
+            memory: config.memory,
+            max_memory: config.memory,
+            template: None,
+            pod: None,
+            assigned: Vec::new(),
+            network,
+            cgroup_path: None,
+            cgroup: None,
+            oom_score_adj: 0,
+            config,
+        }
+    }
+}
+
 /// Time-outs of one VM.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {

@@ -276,18 +276,7 @@ mod tests {
         let (news, _hears) = mpsc::channel(64);
         let logger = slog::Logger::root(Discard, o!());
         let config = Config::defaults(Path::new("/nonexistent"));
-        let plan = Plan {
-            memory: config.memory,
-            max_memory: config.memory,
-            template: None,
-            config,
-            pod: None,
-            assigned: Vec::new(),
-            network: Network::New,
-            cgroup_path: None,
-            cgroup: None,
-            oom_score_adj: 0,
-        };
+        let plan = Plan::of(config, Network::New);
         let boot = Boot::start(host, plan, Sandbox::default(), news, logger);
         let vm = boot.ready().await.unwrap();
         let leaves = tokio::spawn({

@@ -25,21 +25,12 @@ async fn boot(behaviour: Behaviour, memory: u64) -> (Result<Arc<Vm>>, Record) {
 }
 
 async fn started(host: Arc<FakeHost>, memory: u64) -> Result<Arc<Vm>> {
-    let plan = Plan {
-        config: Config {
-            time_scale: 0.1,
-            ..Config::defaults(Path::new("/nonexistent"))
-        },
+    let config = Config {
+        time_scale: 0.1,
         memory,
-        max_memory: memory,
-        template: None,
-        pod: None,
-        assigned: Vec::new(),
-        network: Network::New,
-        cgroup_path: None,
-        cgroup: None,
-        oom_score_adj: 0,
+        ..Config::defaults(Path::new("/nonexistent"))
     };
+    let plan = Plan::of(config, Network::New);
     let (news, mut told) = mpsc::channel(64);
     tokio::spawn(async move { while told.recv().await.is_some() {} });
     let logger = slog::Logger::root(slog::Discard, slog::o!());

@@ -101,7 +101,6 @@ impl Fake {
         place
     }
 
-    /// A process.
     /// The configuration space of a device that is there.
     pub(super) fn configuration(&self, name: &str, space: &[u8]) {
         let path = self
@@ -110,6 +109,7 @@ impl Fake {
         fs::write(path, space).unwrap();
     }
 
+    /// A process.
     pub(super) fn process(&self, pid: u32, name: &str) -> PathBuf {
         let place = self.node.proc.join(pid.to_string());
         fs::create_dir_all(place.join("fd")).unwrap();

@@ -1,6 +1,6 @@
 //! The stdio of one process: containerd's FIFOs (or files, or a logger, or streams) joined to streams of the
 //! VM. Where it can, the shim opens the ends and hands them to the VMM, and the bytes do not pass through it: FIFOs
-//! and devices, in a way that only their bytes can be changed ([`open_sealed`]). Of a regular file the VMM could
+//! and devices, in a way that only their bytes can be changed ([`brig_hypervisor::launch::open_sealed`]). Of a regular file the VMM could
 //! change more, and containerd's streams are no descriptors; there it gets a pipe.
 //!
 //! The opposite end of each FIFO is kept open here, so that a restart of containerd gives neither an
@@ -8,19 +8,16 @@
 //! CloseIO, and then containerd's own end decides.
 
 mod copied;
+mod end;
 mod logger;
+mod open;
 mod percent;
 pub mod streaming;
 
-use std::fs::{self, File, OpenOptions};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::fs::File;
 use std::time::Duration;
 
 use brig_agent_protocol::agent;
-use brig_hypervisor::launch::open_sealed;
-use nix::fcntl::OFlag;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -29,32 +26,10 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::vm::Vm;
 use crate::guest::vm::control::StreamEnd;
 use crate::pod::process::Io;
+use end::{End, Kept};
 use logger::LoggerProcess;
-use streaming::{Claim, Streams};
-
-/// Where one stream goes on the host.
-#[derive(Debug)]
-struct End {
-    /// For the VMM.
-    given: OwnedFd,
-    /// The opposite end, where there is one.
-    kept: Kept,
-}
-
-/// What the shim keeps of a stream.
-#[derive(Debug)]
-enum Kept {
-    /// Of a device or a logger.
-    Nothing,
-    /// Of a file: what ends when everything has been written to it.
-    Copied(JoinHandle<()>),
-    /// Of a FIFO.
-    Opposite { _end: OwnedFd },
-    /// Of containerd's stream of standard input: its pump.
-    Input(streaming::Input),
-    /// Of its stream of an output: its pump, and what ends when all has been delivered.
-    Output(streaming::Output, JoinHandle<()>),
-}
+use open::{names_a_file, no_pipe, open_file, open_input, open_output, open_to_append, scheme};
+use streaming::Streams;
 
 /// Everything one process's streams hold on the host.
 #[derive(Debug)]
@@ -309,153 +284,16 @@ fn not_in_time(io: &Io, limit: Duration) -> Error {
     )
 }
 
-fn scheme(uri: &str) -> Option<&str> {
-    uri.split_once("://").map(|(scheme, _)| scheme)
-}
-
-/// A path that is to be opened; `None` for no stream.
-fn path_of(uri: &str) -> Result<Option<&Path>> {
-    let path = match uri.split_once("://") {
-        Some(("fifo", path)) => path,
-        Some((scheme, _)) => {
-            return Err(Error::invalid(format!(
-                "stdio scheme {scheme:?} is not supported; use a FIFO path, file://, binary:// or ttrpc+unix://"
-            )));
-        }
-        None => uri,
-    };
-    Ok((!path.is_empty() && path != "/dev/null").then(|| Path::new(path)))
-}
-
-fn failed(path: &Path, error: &std::io::Error) -> Error {
-    Error::io(format_args!("stdio {}", path.display()), error)
-}
-
-/// For ourselves.
-fn open(path: &Path, read: bool) -> Result<File> {
-    OpenOptions::new()
-        .read(read)
-        .write(!read)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|error| failed(path, &error))
-}
-
-/// For the VMM.
-fn open_given(path: &Path, read: bool) -> Result<OwnedFd> {
-    let access = if read {
-        OFlag::O_RDONLY
-    } else {
-        OFlag::O_WRONLY
-    };
-    open_sealed(path, access | OFlag::O_NONBLOCK).map_err(|error| failed(path, &error))
-}
-
-fn file_type(path: &Path) -> Result<fs::FileType> {
-    let metadata = fs::metadata(path).map_err(|error| failed(path, &error))?;
-    Ok(metadata.file_type())
-}
-
-/// The stream of containerd's that a URI names, if it names one.
-fn claim(uri: &str, streams: &Streams) -> Result<Option<Claim>> {
-    if scheme(uri) != Some(streaming::uri::SCHEME) {
-        return Ok(None);
-    }
-    let id = streaming::uri::stream_id(uri)?;
-    streams.claim(&id).map(Some)
-}
-
-fn no_pipe(error: std::io::Error) -> Error {
-    Error::io("cannot make a pipe for a stream", &error)
-}
-
-/// The opposite end of a FIFO.
-fn opposite(path: &Path, read: bool) -> Result<Kept> {
-    if !file_type(path)?.is_fifo() {
-        return Ok(Kept::Nothing);
-    }
-    let _end = open(path, read)?.into();
-    Ok(Kept::Opposite { _end })
-}
-
-fn open_input(uri: &str, streams: &Streams) -> Result<Option<End>> {
-    if let Some(claim) = claim(uri, streams)? {
-        let (pump, given) = streaming::Input::start(claim).map_err(no_pipe)?;
-        let kept = Kept::Input(pump);
-        return Ok(Some(End { given, kept }));
-    }
-    let Some(path) = path_of(uri)? else {
-        return Ok(None);
-    };
-    // The reader first: a writer alone cannot be opened without blocking.
-    let given = open_given(path, true)?;
-    let kept = opposite(path, false)?;
-    Ok(Some(End { given, kept }))
-}
-
-fn open_output(uri: &str, streams: &Streams) -> Result<Option<End>> {
-    if let Some(claim) = claim(uri, streams)? {
-        let (pump, given, delivered) = streaming::Output::start(claim).map_err(no_pipe)?;
-        let kept = Kept::Output(pump, delivered);
-        return Ok(Some(End { given, kept }));
-    }
-    let Some(path) = path_of(uri)? else {
-        return Ok(None);
-    };
-    if file_type(path)?.is_file() {
-        let (given, written) = copied::start(open_to_append(uri)?).map_err(no_pipe)?;
-        let kept = Kept::Copied(written);
-        return Ok(Some(End { given, kept }));
-    }
-    let kept = opposite(path, true)?;
-    let given = open_given(path, false)?;
-    Ok(Some(End { given, kept }))
-}
-
-/// Whether a regular file is named by its path alone.
-fn names_a_file(uri: &str) -> Result<bool> {
-    match path_of(uri) {
-        Ok(Some(path)) => Ok(file_type(path)?.is_file()),
-        _ => Ok(false),
-    }
-}
-
-/// A file that is there; what it has stays.
-fn open_to_append(uri: &str) -> Result<File> {
-    let path = path_of(uri)?.unwrap_or(Path::new(uri));
-    let opened = OpenOptions::new().append(true).open(path);
-    opened.map_err(|error| failed(path, &error))
-}
-
-/// The file of a `file://` URI, which is made if it is not there.
-fn open_file(uri: &str) -> Result<File> {
-    let rest = uri.strip_prefix("file://").unwrap_or(uri);
-    let path = rest.split(['?', '#']).next().unwrap_or(rest);
-    let path = percent::decode(path, false).filter(|path| path.starts_with('/'));
-    let path = path.ok_or_else(|| {
-        Error::invalid(format!(
-            "stdio {uri:?} names no file by its full path; expected file:///PATH, percent-encoded"
-        ))
-    })?;
-    let path = Path::new(&path);
-    let failed = |error| Error::io(format_args!("log file {}", path.display()), &error);
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).map_err(failed)?;
-    }
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o644)
-        .open(path)
-        .map_err(failed)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::open::open;
     use super::*;
     use rustix::io::Errno;
+    use std::fs;
     use std::io::{Read, Write};
+    use std::os::fd::OwnedFd;
     use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
     use std::path::PathBuf;
     use tokio::sync::oneshot;
 

@@ -25,18 +25,11 @@ fn pod() -> Pod {
     let record = host.record.clone();
     let logger = Logger::root(slog::Discard, slog::o!());
     let (news, news_in) = tokio::sync::mpsc::channel(256);
-    let plan = Plan {
-        config: Config::defaults(Path::new("/nonexistent")),
+    let config = Config {
         memory: 64 << 20,
-        max_memory: 64 << 20,
-        template: None,
-        pod: None,
-        assigned: Vec::new(),
-        network: Network::New,
-        cgroup_path: None,
-        cgroup: None,
-        oom_score_adj: 0,
+        ..Config::defaults(Path::new("/nonexistent"))
     };
+    let plan = Plan::of(config, Network::New);
     let boot = Boot::start(host, plan, Sandbox::default(), news, logger.clone());
     Pod {
         volumes: Volumes::new(logger),

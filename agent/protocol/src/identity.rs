@@ -1,4 +1,4 @@
-//! Users and groups by number.
+//! Users and groups by number, as both sides judge them.
 
 /// The number that is nobody's: system calls take it for "leave it as it is" (setresuid(2), chown(2)), so that a process
 /// which is to become it stays root, and a file that is to be its stays root's.
